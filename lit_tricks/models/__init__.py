@@ -1,0 +1,7 @@
+"""Models: ResNet in the variants A to D of Bag of Tricks, every model of timm, and weights to start from."""
+
+from lit_tricks.models._factory import create_model
+from lit_tricks.models.resnet import resnet
+from lit_tricks.models.weights import load_weights
+
+__all__ = ["create_model", "load_weights", "resnet"]

@@ -1,0 +1,64 @@
+"""One door to every model: our ResNet of https://arxiv.org/abs/1812.01187, and whatever timm has."""
+
+import inspect
+import re
+from typing import Any
+
+import timm
+import torch.nn as nn
+
+from lit_tricks.models.resnet import require_positive, resnet
+from lit_tricks.models.weights import load_weights, nearest
+
+__all__ = ["create_model"]
+
+
+def create_model(
+    name: str, num_classes: int, *, in_chans: int = 3, weights: str | None = None, **model_args: Any
+) -> nn.Module:
+    """Build a classifier by name, mapping images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
+
+    Args:
+        name: "resnet" for `resnet` of this package, or any model of timm without a tag, as "inception_v3" and
+            "mobilenetv1_100", the other two of [Bag of Tricks](https://arxiv.org/abs/1812.01187).
+        num_classes: number of logits, at least 1.
+        in_chans: channels of the images, at least 1.
+        weights: file or timm name of weights to start from, see `load_weights`; None starts at random.
+        **model_args: whatever else the model takes, as ``depth=50, variant="D"`` or ``drop_path_rate=0.1``.
+
+    Raises:
+        ValueError: for an unknown name or argument (the nearest valid one is told), or a value out of range.
+        FileNotFoundError: if ``weights`` is a file that does not exist.
+        RuntimeError: if ``weights`` belongs to another architecture.
+
+    Example:
+        ``create_model("resnet", 10, depth=18, variant="D", small_input=True)``
+    """
+    require_positive(num_classes=num_classes, in_chans=in_chans)
+    if name == "resnet":
+        valid = list(inspect.signature(resnet).parameters)
+        for key in model_args:
+            if key not in valid:
+                known = nearest(key, valid) or f"; it takes {', '.join(valid)}"
+                raise ValueError(f"{key!r} is no argument of model 'resnet'{known}")
+        return resnet(num_classes=num_classes, in_chans=in_chans, weights=weights, **model_args)
+
+    if "." in name and timm.is_model(name):
+        raise ValueError(f"name={name!r} names weights: use name={name.split('.')[0]!r} with weights={name!r}")
+    if not timm.is_model(name):
+        known = nearest(name, ["resnet", *timm.list_models()]) or "; timm.list_models() has all of timm's names"
+        raise ValueError(f"name={name!r} is neither 'resnet' nor a model of timm{known}")
+    for key in ("pretrained", "checkpoint_path"):
+        if key in model_args:
+            raise ValueError(f"{key!r} goes past the checks of weights: use weights={name!r} or the path of a file")
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_args)
+    except TypeError as error:
+        # Only the TypeError of a call names an argument; any other is a fault inside and goes on as it is.
+        found = re.search(r"argument '(\w+)'", str(error))
+        if found is None or found[1] not in model_args:
+            raise
+        raise ValueError(f"{found[1]!r} is no argument of model {name!r}: {error}") from error
+    if weights is not None:
+        load_weights(model, weights)
+    return model

@@ -1,0 +1,149 @@
+"""ResNet in the four variants that Bag of Tricks compares: A, B, C and D.
+
+Paper: https://arxiv.org/abs/1812.01187, section 4 and table 5. The network is timm's, with its state-dict keys, so
+weights go both ways. One caveat: A and B hold the same tensors under the same keys and differ in strides alone, so a
+checkpoint of one loads into the other without an error and computes something else.
+"""
+
+from typing import Any, Literal
+
+import torch.nn as nn
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from lit_tricks.models.weights import load_weights
+
+__all__ = ["resnet"]
+
+_STAGES: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
+def resnet(
+    depth: Literal[18, 34, 50, 101, 152] = 50,
+    variant: Literal["A", "B", "C", "D"] = "D",
+    num_classes: int = 1000,
+    *,
+    in_chans: int = 3,
+    small_input: bool = False,
+    width: float = 1.0,
+    zero_init_last: bool = False,
+    init: Literal["timm", "xavier"] = "timm",
+    weights: str | None = None,
+) -> nn.Module:
+    """Build a ResNet with the tweaks of [He et al., 2019](https://arxiv.org/abs/1812.01187), each on top of the last.
+
+    It maps images ``(N, in_chans, H, W)`` of any size to logits ``(N, num_classes)``. At depth 50, 1000 classes and
+    224 pixels, with the multiply-adds of batch norm counted:
+
+    =======  =====================================================  ==========  ======================
+    variant  change                                                 parameters  multiply-adds per image
+    =======  =====================================================  ==========  ======================
+    A        the original: stride in the first 1x1 of a bottleneck  25.557 M    3.88 G
+    B        stride in the 3x3 (timm's and torchvision's ResNet)    25.557 M    4.11 G
+    C        stem of three 3x3 (32, 32, 64 channels) for the 7x7    25.576 M    4.35 G
+    D        shortcuts shrink by average pooling, then 1x1          25.576 M    4.35 G
+    =======  =====================================================  ==========  ======================
+
+    At depths 18 and 34 the blocks have no 1x1, so A and B are the same network.
+
+    Args:
+        depth: number of layers with weights: 18 and 34 have basic blocks, the others bottlenecks.
+        variant: "A", "B", "C" or "D", as in the table.
+        num_classes: number of logits, at least 1.
+        in_chans: channels of the images, at least 1.
+        small_input: for images of about 32 pixels: no max-pooling, and a stem of stride 1 (one 3x3 for A and B, the
+            deep stem for C and D). The last feature map has 1/8 of the image's side instead of 1/32. 8 pixels is the
+            least that still shrinks in every stage.
+        width: factor on all channel counts, a multiple of 1/32 above 0. Parameters and multiply-adds grow with its
+            square; 0.125 makes a net for tests, 2 makes every layer twice as wide.
+        zero_init_last: start the last batch norm of every block at gamma 0, so that every block starts as its shortcut.
+            timm does that by default; here it is off, because it is a trick of its own that must be seen to act.
+        init: "timm" is Kaiming normal over the fan-out for convolutions and torch's own for the classifier; "xavier" is
+            the paper's, Xavier uniform for both and biases 0. Batch norm starts at gamma 1 and beta 0 in both.
+        weights: file or timm name of weights to start from, see `load_weights`; None starts at random.
+
+    Returns:
+        A timm ``ResNet``; its parts are ``conv1``, ``bn1``, ``layer1`` to ``layer4`` and ``fc``.
+
+    Raises:
+        ValueError: for an argument outside of its range.
+        FileNotFoundError: if ``weights`` is a file that does not exist.
+        RuntimeError: if ``weights`` belongs to another architecture.
+
+    Example:
+        ``resnet(50, "D", num_classes=10, small_input=True)`` for CIFAR-10.
+    """
+    _require_one_of("depth", depth, tuple(_STAGES))
+    _require_one_of("variant", variant, ("A", "B", "C", "D"))
+    _require_one_of("init", init, ("timm", "xavier"))
+    require_positive(num_classes=num_classes, in_chans=in_chans)
+    stem_width = _stem_width(width)
+
+    block, layers = _STAGES[depth]
+    # Any: timm's annotations say less than it takes, and differ between its versions.
+    net: Any = ResNet(
+        block,
+        layers,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        stem_type="deep",  # timm's plain stem has 64 channels whatever the width, so A and B get theirs below
+        stem_width=stem_width,
+        channels=tuple(2 * stem_width * factor for factor in (1, 2, 4, 8)),
+        avg_down=variant == "D",
+        zero_init_last=zero_init_last,
+    )
+    if variant in "AB":
+        kernel, stride = (3, 1) if small_input else (7, 2)
+        net.conv1 = nn.Conv2d(in_chans, 2 * stem_width, kernel, stride=stride, padding=kernel // 2, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    elif small_input:
+        net.conv1[0].stride = (1, 1)
+    if variant == "A":
+        for module in net.modules():
+            if isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    if small_input:
+        net.maxpool = nn.Identity()
+        for info in net.feature_info:  # what heads read the strides of the feature maps from
+            info["reduction"] = max(1, info["reduction"] // 4)
+    if init == "xavier":
+        _init_xavier(net)
+    model: nn.Module = net
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def require_positive(**counts: int) -> None:
+    """Raise ValueError for the first of the named numbers that is not an integer of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a count: give an integer of at least 1, as your data has it")
+
+
+def _require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
+def _stem_width(width: float) -> int:
+    """Channels of the first convolution of the deep stem; every other channel count is a multiple of it."""
+    channels = 32 * width
+    if not channels >= 1 or channels % 1 != 0:
+        raise ValueError(
+            f"width={width!r} would give the stem {channels:g} channels: choose a multiple of 1/32, as 0.125, 0.5 or 2"
+        )
+    return int(channels)
+
+
+def _init_xavier(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)  # the fans count the kernel's area, as in the paper's MXNet
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,159 @@
+"""Start a model from weights: a file of timm's or of ours, or a name that timm downloads.
+
+One caveat: variants A and B of the ResNet (https://arxiv.org/abs/1812.01187) have the same keys and shapes, so nothing
+here can tell them apart.
+"""
+
+import argparse
+import difflib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+from timm.models import adapt_input_conv
+
+__all__ = ["load_weights"]
+
+_log = logging.getLogger("lit_tricks")
+
+# The averaged weights come first: whoever saved them did so because they are the better ones.
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+_FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".safetensors", ".tar", ".bin")
+
+
+def load_weights(model: nn.Module, weights: str) -> None:
+    """Copy weights into a model, all of them or none.
+
+    Two differences are bridged, each with a line at INFO of the logger ``lit_tricks``. If only the number of classes
+    differs, the last layer keeps its initialisation. If the images have another number of channels than the 3 of the
+    weights, timm's rule adapts the first convolution (sum for 1 channel, else repeat and scale).
+
+    Args:
+        model: the network to fill, in place.
+        weights: path of a ``.pth``, ``.pt`` or ``.safetensors`` file as timm writes them, or of a Lightning ``.ckpt``
+            whose module holds the network as ``self.model``; or a name with pretrained weights in timm, as "resnet50"
+            or "resnet50d.ra2_in1k", which is downloaded and cached. Averaged weights are preferred where a file
+            holds them. Files are read with ``weights_only=True``: nothing in them is executed.
+
+    Raises:
+        FileNotFoundError: if ``weights`` looks like a file and none is there.
+        ValueError: if it is neither a file nor a name known to timm; the nearest names are told.
+        ConnectionError: if the download fails.
+        RuntimeError: if the file cannot be read, or belongs to another architecture; the model is left as it was.
+
+    Example:
+        ``load_weights(resnet(50, "D", num_classes=10), "resnet50d.ra2_in1k")``
+    """
+    path = Path(weights).expanduser()
+    if path.is_file():
+        state = _read(path)
+    elif path.suffix in _FILE_ENDINGS or len(path.parts) > 1:
+        raise FileNotFoundError(f"weights={weights!r}: no such file (seen from {Path.cwd()}); correct the path")
+    elif timm.is_model_pretrained(weights):
+        state = _download(weights)
+    else:
+        known = nearest(weights, timm.list_pretrained())
+        raise ValueError(f"weights={weights!r} is neither a file nor a name with pretrained weights in timm{known}")
+
+    own = model.state_dict()
+    state = _strip_prefixes(state, own)
+    # The model is not touched before all of it is known to fit.
+    _bridge_in_chans(model, state, weights)
+    _bridge_num_classes(own, state, weights)
+    _require_same(own, state, weights)
+    model.load_state_dict(state)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """End of an error message: the known names that look most like ``name``, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # timm's training script stores its arguments, a plain Namespace, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise RuntimeError(
+            f"{path} is no readable checkpoint of tensors ({type(error).__name__}): copy it again. If it is whole, and "
+            "holds pickled objects that you trust, save its state_dict alone with torch.save and load that"
+        ) from error
+    content = content if isinstance(content, dict) else {}
+    nested = [content[key] for key in _NESTED if isinstance(content.get(key), dict)]
+    state = {key: value for key, value in (nested or [content])[0].items() if isinstance(value, torch.Tensor)}
+    if not state:
+        raise RuntimeError(
+            f"{path} holds no tensors at its top nor under {', '.join(_NESTED)}: save model.state_dict()"
+        )
+    return state
+
+
+def _download(name: str) -> dict[str, torch.Tensor]:
+    """Weights by name, through timm's own model: it knows where they lie and how they are renamed."""
+    try:
+        return dict(timm.create_model(name, pretrained=True).state_dict())
+    except OSError as error:
+        raise ConnectionError(
+            f"weights={name!r}: the download failed: {error} Fetch the file where there is a network and give its path"
+        ) from error
+
+
+def _strip_prefixes(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Remove what torch.compile, DDP and a LightningModule put before the keys of the network itself."""
+    state = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state.items()}
+    if any(key in own for key in state):
+        return state
+    inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    return inner or state
+
+
+def _bridge_in_chans(model: nn.Module, state: dict[str, torch.Tensor], weights: str) -> None:
+    conv = next((item for item in model.named_modules() if isinstance(item[1], nn.Conv2d)), None)
+    if conv is None:
+        return
+    key, want = f"{conv[0]}.weight", _shape(conv[1].weight)
+    found = _shape(state.get(key))
+    if found != want and found == (want[0], 3, *want[2:]):
+        state[key] = adapt_input_conv(want[1], state[key])
+        _log.info("weights=%r: %s adapted from 3 to %d input channels", weights, key, want[1])
+
+
+def _bridge_num_classes(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:
+    layer = list(own)[-1].rpartition(".")[0]
+    want, found = (_shape(tensors.get(f"{layer}.weight")) for tensors in (own, state))
+    # Fewer than two dimensions is a norm, not a classifier.
+    if len(want) >= 2 and len(found) >= 2 and want[0] != found[0] and want[1:] == found[1:]:
+        state.update({key: own[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in own and key in state})
+        text = "weights=%r: classifier %r keeps its initialisation, for %d classes there and %d here"
+        _log.info(text, weights, layer, found[0], want[0])
+
+
+def _require_same(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:
+    for key in [*own, *state]:
+        if key not in state and key.endswith("num_batches_tracked"):
+            continue  # checkpoints from before torch 0.4.1 lack it, and torch fills it in
+        want, found = own.get(key), state.get(key)
+        if want is None or found is None or want.shape != found.shape:
+            raise RuntimeError(
+                f"weights={weights!r} is a checkpoint of another architecture: {key!r} is {_say(found)} in the "
+                f"checkpoint and {_say(want)} in the model. Build the model with the arguments that the checkpoint was "
+                "made with (name, depth, variant, width, ...), or choose other weights"
+            )
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None else tuple(tensor.shape)
+
+
+def _say(tensor: torch.Tensor | None) -> str:
+    return "absent" if tensor is None else f"of shape {_shape(tensor)}"
