@@ -1,0 +1,7 @@
+"""LightningDataModules: batches depend on the seed alone, and bad data ends in one clear message."""
+
+from lit_tricks.data.cifar import CIFAR10, CIFAR100
+from lit_tricks.data.digits import Digits
+from lit_tricks.data.image_folder import ImageFolder
+
+__all__ = ["CIFAR10", "CIFAR100", "Digits", "ImageFolder"]

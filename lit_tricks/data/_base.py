@@ -1,0 +1,192 @@
+"""What all data modules share: checks of the arguments, the loaders, and the seed."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lit_tricks.data._loader import ShuffleSampler, TrainLoader
+from lit_tricks.data._samples import Files, Samples, Source, find_images
+from lit_tricks.data.transforms import Transform
+
+__all__ = ["ImageDataModule", "Split", "check_at_least_one", "stratified_split"]
+
+Split = Literal["train", "val", "test"]
+
+MAX_AUTO_WORKERS = 16
+STAGES: dict[str | None, tuple[Split, ...]] = {
+    None: ("train", "val", "test"),
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+}
+
+
+def stratified_split(labels: list[int], size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out ``size`` samples with the classes in proportion.
+
+    Returns:
+        The sorted indices of the rest, and of those held out.
+    """
+    from sklearn.model_selection import train_test_split  # here, because its import takes more than half a second
+
+    rest, held_out = train_test_split(range(len(labels)), test_size=size, random_state=seed, stratify=labels)
+    return sorted(rest), sorted(held_out)
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Base of the data modules: a subclass sets the attributes below and gives the samples in ``_load``.
+
+    Batches are (images, labels): float32 (N, C, H, W), normalised, and int64 (N,). The last partial batch is dropped
+    in training, so that batch normalisation never sees a tiny one, and kept everywhere else.
+
+    The seed (``lightning.seed_everything``) alone decides the batches: they are bitwise the same for any number of
+    workers and different in each epoch, and epoch N does not depend on what was run before. The seed is stored in
+    checkpoints; a resumed run goes on with it, in the middle of an epoch too. Loading leaves the random state of the
+    process as it is.
+
+    Attributes:
+        classes: names of the classes, in the order of the labels.
+        input_size: (channels, height, width) of an image as the model sees it.
+        train_transform: random transform of the training images, PIL image to tensor.
+        eval_transform: fixed transform of all other images, PIL image to tensor.
+
+    Args:
+        batch_size: images in a batch of one process, at least 1.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
+            the machine, 16 at most; 0 loads in the main process.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+    """
+
+    classes: list[str]
+    input_size: tuple[int, int, int]
+    train_transform: Transform
+    eval_transform: Transform
+
+    def __init__(self, batch_size: int, num_workers: int | Literal["auto"], predict_dir: str | None) -> None:
+        super().__init__()
+        check_at_least_one("batch_size", batch_size)
+        if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 0):
+            raise ValueError(f'num_workers must be "auto" or an integer of at least 0, got {num_workers!r}')
+        if predict_dir is not None and not os.path.isdir(predict_dir):
+            raise FileNotFoundError(f"predict_dir={predict_dir!r} is not a folder: give a folder of images")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.predict_dir = predict_dir
+        self._sources: dict[Split, Source] = {}
+        self._seed: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the samples of a stage ("fit", "validate", "test", "predict"; None for all but predict)."""
+        self._seed = None  # each run takes the seed of its own time, unless its checkpoint brings one
+        for split in STAGES.get(stage, ()):
+            self._source(split)
+        if stage in (None, "fit"):
+            self._check_enough()
+        if stage == "predict":
+            self._predict_paths()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Give shuffled and augmented training batches.
+
+        For several processes give the module itself to the Trainer: without one, a loader gives all images.
+        """
+        self._check_enough()
+        samples = self._samples(self._source("train"), self.train_transform)
+        sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed)
+        return TrainLoader(samples, sampler=sampler, drop_last=True, **self._loader_args(samples.seed))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Give all validation images in fixed order."""
+        return self._eval_loader(self._source("val"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Give all test images in fixed order."""
+        return self._eval_loader(self._source("test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Give (images, paths) of the files below ``predict_dir``, sorted by path."""
+        return self._eval_loader(Files(self._predict_paths()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the seed of the running loaders, for the checkpoint."""
+        return {} if self._seed is None else {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the seed of the run that is resumed."""
+        self._seed = state_dict["seed"]
+
+    @abstractmethod
+    def _load(self, split: Split) -> dict[Split, Source]:
+        """Give the samples of a split, and of others that come with them at no cost."""
+
+    def _auto_workers(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_ranks = self.trainer.num_devices if self.trainer is not None else 1
+        return min(max(cores // local_ranks, 1), MAX_AUTO_WORKERS)
+
+    def _source(self, split: Split) -> Source:
+        if split not in self._sources:
+            self._sources.update(self._load(split))
+        return self._sources[split]
+
+    def _samples(self, source: Source, transform: Transform) -> Samples:
+        if self._seed is None:
+            seed = torch.initial_seed()
+            self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        return Samples(source, transform, self._seed)
+
+    def _eval_loader(self, source: Source) -> DataLoader[Any]:
+        samples = self._samples(source, self.eval_transform)
+        return DataLoader(samples, **self._loader_args(samples.seed))
+
+    def _loader_args(self, seed: int) -> dict[str, Any]:
+        workers = self._auto_workers() if self.num_workers == "auto" else self.num_workers
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # A generator of its own: otherwise each pass draws from that of the process, to seed the workers.
+            "generator": torch.Generator().manual_seed(seed),
+        }
+
+    def _replicas(self) -> tuple[int, int]:
+        distributed = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return (distributed["num_replicas"], distributed["rank"]) if distributed else (1, 0)
+
+    def _check_enough(self) -> None:
+        replicas, _ = self._replicas()
+        images = -(-len(self._source("train")) // replicas)
+        if self.batch_size > images:
+            share = f" in each of {replicas} processes" if replicas > 1 else ""
+            raise ValueError(
+                f"batch_size={self.batch_size} is larger than the {images} training images{share}, and training drops "
+                f"the last partial batch, so that none is left: use a batch_size of at most {images}"
+            )
+
+    def _predict_paths(self) -> list[str]:
+        if self.predict_dir is None:
+            raise ValueError("predict_dir is not set: give the folder of the images to predict")
+        paths = find_images(self.predict_dir)
+        if not paths:
+            endings = " ".join(IMG_EXTENSIONS)
+            raise FileNotFoundError(f"no image below predict_dir={self.predict_dir!r}: files must end in {endings}")
+        return paths
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Raise ValueError unless the argument is an integer of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

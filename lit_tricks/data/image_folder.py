@@ -1,0 +1,133 @@
+"""Any folder of images, ImageNet above all, with the pipeline of the "Bag of Tricks" baseline."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Literal, get_args
+
+from torchvision.datasets import DatasetFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one
+from lit_tricks.data._samples import Source, read_image
+from lit_tricks.data.transforms import eval_transform, train_transform
+
+__all__ = ["ImageFolder"]
+
+Augmentation = Literal["paper", "basic", "none"]
+LAYOUT = "expected are ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and ROOT/test/CLASS/*.jpg if there is a test"
+SHOWN = 5  # names in an error message
+
+
+class ImageFolder(ImageDataModule):
+    """Images in folders named by their class: ``root/train/CLASS/*.jpg``, ``root/val/CLASS/*.jpg``.
+
+    With the defaults it is the input pipeline of [He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1. For
+    training a crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, resized to ``image_size``; a horizontal
+    flip for every second image; coefficients of brightness, saturation and hue from U[0.6, 1.4], in random order (the
+    hue turns by (coefficient - 1) * pi radians, as in the authors' framework, MXNet); PCA noise with coefficients from
+    N(0, 0.1). Otherwise the short side to ``resize_size`` and the centre crop. All resizing is antialiased bilinear.
+
+    The classes are the folders of ``root/train``, sorted. Without ``root/test`` the test is on ``root/val``. Files are
+    found by their ending (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp) at any depth. Grey, CMYK, palette
+    and transparent images become RGB (alpha is dropped); EXIF orientation is not applied, as in torchvision.
+
+    Args:
+        root: folder with ``train``, ``val`` and perhaps ``test``.
+        image_size: side of the images as the model sees them in pixels, at least 1.
+        batch_size: images in a batch of one process, from 1 to the number of training images.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
+            the machine, 16 at most; 0 loads in the main process.
+        resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
+            times 256/224, rounded.
+        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on what validation sees.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+
+    Raises:
+        ValueError: if an argument is out of range, or the class folders of train, val and test differ.
+        FileNotFoundError: if a folder is missing or holds no image.
+        RuntimeError: while loading, for a file that cannot be read; the message names it.
+
+    Example:
+        ``data: {class_path: ImageFolder, init_args: {root: imagenet, batch_size: 256}}``
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 256,
+        num_workers: int | Literal["auto"] = "auto",
+        resize_size: int | None = None,
+        augmentation: Augmentation = "paper",
+        mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
+        std: tuple[float, float, float] = (58.393, 57.12, 57.375),
+        predict_dir: str | None = None,
+    ) -> None:
+        root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        check_at_least_one("image_size", image_size)
+        resize_size = round(image_size * 256 / 224) if resize_size is None else resize_size
+        if resize_size < image_size:
+            raise ValueError(f"resize_size={resize_size} is less than image_size={image_size}: the crop would not fit")
+        if augmentation not in get_args(Augmentation):
+            raise ValueError(f"augmentation must be one of {', '.join(get_args(Augmentation))}, got {augmentation!r}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
+        self.root = root
+        # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
+        self.classes = _find_classes(root) if predict_dir is None or os.path.isdir(root) else []
+        self.input_size = (3, image_size, image_size)
+        self.eval_transform = eval_transform(image_size, resize_size, mean, std)
+        self.train_transform = self.eval_transform
+        if augmentation != "none":
+            self.train_transform = train_transform(image_size, augmentation, mean, std)
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
+            return {"test": self._source("val")}
+        folder = os.path.join(self.root, split)
+        images = DatasetFolder(folder, read_image, IMG_EXTENSIONS, allow_empty=True)
+        counts = Counter(images.targets)
+        empty = [name for label, name in enumerate(self.classes) if not counts[label]]
+        if empty:
+            raise FileNotFoundError(
+                f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
+                f"files must end in {' '.join(IMG_EXTENSIONS)}"
+            )
+        return {split: images}
+
+
+def _find_classes(root: str) -> list[str]:
+    """List the class folders, which must be the same for all splits."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"root={root!r} is not a folder; {LAYOUT}")
+    folders = {split: os.path.join(root, split) for split in ("train", "val", "test")}
+    for split in ("train", "val"):
+        if not os.path.isdir(folders[split]):
+            raise FileNotFoundError(f"no folder {split!r} in root={root!r}; {LAYOUT}")
+    classes = {
+        split: {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        for split, folder in folders.items()
+        if os.path.isdir(folder)
+    }
+    for split, names in classes.items():
+        if not names:
+            raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
+        if names != classes["train"]:
+            only_train, only_here = sorted(classes["train"] - names), sorted(names - classes["train"])
+            raise ValueError(
+                f"the class folders of train and {split} in root={root!r} differ: "
+                f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
+            )
+    return sorted(classes["train"])
+
+
+def _some(names: list[str]) -> str:
+    """Name the first few, and tell how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "none") + more
