@@ -1,0 +1,33 @@
+"""The tricks that make image classifiers more accurate, each as one PyTorch Lightning callback.
+
+Callbacks are imported here from ``lit_tricks.callbacks``; ``Classifier``, and with it timm, only when it is asked for.
+"""
+
+import logging
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from lit_tricks import callbacks
+from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
+
+if TYPE_CHECKING:
+    from lit_tricks.classifier import Classifier
+
+__all__ = ["Classifier"]
+__all__ += callbacks.__all__
+
+__version__ = version("lit-tricks")
+
+_log = logging.getLogger("lit_tricks")
+_log.setLevel(logging.INFO)
+if not logging.getLogger().hasHandlers():  # as Lightning does: its lines and ours show without any set-up
+    _log.addHandler(logging.StreamHandler())
+    _log.propagate = False
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Classifier":
+        from lit_tricks.classifier import Classifier
+
+        return Classifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,73 @@
+"""Linear warm-up, then half a cosine: the schedule of "Bag of Tricks" (He et al., CVPR 2019), sections 3.1 and 5.1.
+
+One caveat: a cosine is tied to the length of the run. A run that is resumed to train longer takes up the longer
+cosine where it stands, with a higher learning rate than it stopped with.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lit_tricks.callbacks._schedule import Schedule, warmup
+
+__all__ = ["WarmupCosine", "warmup_cosine"]
+
+
+def warmup_cosine(step: int, lr: float, total_steps: int, warmup_steps: int = 0, min_lr: float = 0.0) -> float:
+    """Learning rate of a step: linear from 0 to ``lr``, then half a cosine from ``lr`` to ``min_lr``.
+
+    Args:
+        step: steps done before this one.
+        lr: the full learning rate.
+        total_steps: steps of the run, the warm-up included. From here on the rate is ``min_lr``.
+        warmup_steps: steps of the warm-up; its last one has the full rate, and so has the first one of the cosine.
+        min_lr: rate at the end of the cosine.
+    """
+    if step < warmup_steps:
+        return warmup(step, lr, warmup_steps)
+    if step >= total_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class WarmupCosine(Schedule):
+    """Warm the learning rate up, then let it fall along half a cosine ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
+
+    Batch ``i`` of the ``m`` batches of the warm-up has the rate ``i * lr / m``; at batch ``t`` of the ``T`` that follow
+    it is ``min_lr + (lr - min_lr) * (1 + cos(pi * t / T)) / 2``, with ``t`` from 0. Every parameter group keeps its
+    own ``lr``. The schedule goes by optimizer steps, so accumulated batches share one rate.
+
+    Cost: none measurable. The default choice: no milestones to tune. Not for a run whose end is unknown, and at a
+    learning rate that needs no warm-up (small batches, fine-tuning) set ``warmup_epochs`` to 0.
+
+    Args:
+        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
+        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer; there it is a constant schedule.
+        total_steps: optimizer steps of the run (batches, under manual optimization). Needed only where the Trainer can
+            not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
+
+    Example:
+        ``- {class_path: WarmupCosine, init_args: {warmup_epochs: 5}}``
+    """
+
+    def __init__(self, warmup_epochs: float = 5, min_lr: float = 0.0, total_steps: int | None = None) -> None:
+        super().__init__(warmup_epochs, total_steps)
+        if min_lr < 0:
+            raise ValueError(f"min_lr={min_lr} is below 0; give the learning rate at the end of the run.")
+        self.min_lr = min_lr
+
+    def plan(self) -> str:
+        """Find the end of the cosine."""
+        lowest = min(lr for lrs in self._base_lrs for lr in lrs)
+        if self.min_lr > lowest:
+            raise ValueError(f"min_lr={self.min_lr} is above the learning rate {lowest} that it should end below.")
+        return f"half a cosine to {self.min_lr:g} at step {self._run_in_steps()}"
+
+    def lr(self, step: int, base_lr: float) -> float:
+        """Learning rate of a step, see ``warmup_cosine``."""
+        return warmup_cosine(step, base_lr, self._run_in_steps(), self._warmup_steps, self.min_lr)

@@ -1,0 +1,84 @@
+"""Linear warm-up, then steps down at milestones: the baseline schedule of "Bag of Tricks" (He et al., CVPR 2019).
+
+One caveat: milestones are tuned for one length of run; scale them with it, or use a cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lit_tricks.callbacks._schedule import Schedule, warmup
+
+__all__ = ["WarmupStep", "warmup_step"]
+
+
+def warmup_step(step: int, lr: float, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0) -> float:
+    """Learning rate of a step: linear from 0 to ``lr``, then times ``gamma`` at each milestone.
+
+    Args:
+        step: steps done before this one.
+        lr: the full learning rate.
+        milestones: steps at which the rate falls, counted from the start of the run.
+        gamma: factor of each fall.
+        warmup_steps: steps of the warm-up; its last one has the full rate.
+    """
+    if step < warmup_steps:
+        return warmup(step, lr, warmup_steps)
+    return lr * gamma ** sum(step >= milestone for milestone in milestones)
+
+
+class WarmupStep(Schedule):
+    """Warm the learning rate up, then divide it at milestones ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
+
+    The warm-up is that of ``WarmupCosine``. From epoch ``milestones[k]`` on (the first epoch is 0, those of the
+    warm-up count) the rate is ``lr * gamma ** (k + 1)``.
+
+    Cost: none measurable. The paper's baseline, and the schedule of most older recipes; when nothing has to be
+    compared with those, a cosine is as good and has nothing to tune.
+
+    Args:
+        milestones: epochs at which the rate falls, increasing, none within the warm-up. Empty: constant after it.
+        gamma: factor of each fall, in (0, 1]; 1 is a constant rate.
+        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
+        total_steps: optimizer steps of the run (batches, under manual optimization). Needed only where an epoch has no
+            length: together with ``max_epochs`` it gives it one.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if the module has a scheduler of its own, or an epoch's length is unknown.
+
+    Example:
+        ``- {class_path: WarmupStep, init_args: {milestones: [30, 60, 90], warmup_epochs: 5}}``
+    """
+
+    def __init__(
+        self,
+        milestones: Sequence[int] = (30, 60, 90),
+        gamma: float = 0.1,
+        warmup_epochs: float = 5,
+        total_steps: int | None = None,
+    ) -> None:
+        super().__init__(warmup_epochs, total_steps)
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma={gamma} must lie in (0, 1]: the learning rate is multiplied by it.")
+        if list(milestones) != sorted(set(milestones)):
+            raise ValueError(f"milestones={list(milestones)} must increase: give each epoch once, in order.")
+        if milestones and milestones[0] < max(warmup_epochs, 1):
+            raise ValueError(
+                f"milestones={list(milestones)} must come after the {warmup_epochs} epochs of the warm-up and be at "
+                "least 1: lower warmup_epochs, or remove the early ones."
+            )
+        self.milestones = list(milestones)
+        self.gamma = gamma
+        self._milestone_steps: list[int] = []
+
+    def plan(self) -> str:
+        """Turn the milestones into steps."""
+        self._milestone_steps = [round(m * self._epoch_in_steps()) for m in self.milestones] if self.milestones else []
+        if not self._milestone_steps:
+            return "constant"
+        return f"times {self.gamma:g} at steps {', '.join(map(str, self._milestone_steps))}"
+
+    def lr(self, step: int, base_lr: float) -> float:
+        """Learning rate of a step, see ``warmup_step``."""
+        return warmup_step(step, base_lr, self._milestone_steps, self.gamma, self._warmup_steps)
