@@ -1,0 +1,136 @@
+"""What a user types: configurations by name, and errors in one line that names the culprit and the remedy."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CONFIGS", "explain", "given", "resolve_configs"]
+
+_INSTALLED = Path(__file__).parent / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def given(args: list[str], flag: str) -> str | None:
+    """Last value of a flag among the words of a command line."""
+    values = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == flag]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{flag}=")]
+    return values[-1] if values else None
+
+
+def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
+    """Find the configurations that are given by name among those installed with the package.
+
+    Args:
+        args: words of a command line. A ``--config`` that is no file but a bare name ("quickstart", "tricks/ema") is
+            looked up.
+
+    Returns:
+        The words with paths in place of names, and the paths.
+
+    Raises:
+        FileNotFoundError: for a name that is neither; it tells the nearest names.
+    """
+    words, paths = list(args), []
+    for i, word in enumerate(args):
+        flag, equals, value = word.partition("=")
+        if flag not in ("-c", "--config") or not (equals or i + 1 < len(args)):
+            continue
+        path = _find_config(value if equals else args[i + 1])
+        paths.append(path)
+        words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
+    return words, paths
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One message, and the exit code, for whatever a command raised."""
+    if isinstance(error, argparse.ArgumentError):
+        return _shorten(error.message), 2
+    while error.__cause__ and "Does not validate against any of the Union subtypes" in str(error):
+        error = error.__cause__  # type: ignore[assignment]  # what a class said of its arguments
+    text = str(error).strip() or type(error).__name__
+    if "Original Traceback" in text:  # a loader's worker wraps its error in the text of the traceback
+        text = re.split(r"\n\w+(?:\.\w+)*: ", text)[-1].strip()
+    if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | NameError):
+        text = f"{type(error).__name__}: {text} (--debug shows where)"  # such an error does not explain itself
+    return text, 1
+
+
+def _find_config(name: str) -> Path:
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
+        if path.is_file():
+            return path
+    known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+    wanted = name.removesuffix(".yaml").removeprefix("configs/")
+    raise FileNotFoundError(f"--config {name}: there is no such file{_nearest(wanted, known) or _among(known)}")
+
+
+def _shorten(message: str) -> str:
+    """The heart of one of jsonargparse's messages, and the nearest valid name where one is unknown."""
+    keys = re.findall(r'Parser key "([\w.]+)":', message)
+    argument = f"--{'.'.join(keys)}"
+    heart = message.rpartition('Parser key "')[2]
+    if match := re.search(
+        r"Option '([\w.]+)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?", message
+    ):
+        owner = match[2] or re.findall(r"class_path '([\w.]+)'", message[: match.start()])[-1]
+        known = _parameters(owner)
+        name = owner.rpartition(".")[2]
+        return f"{name} has no argument {match[1]!r}{_nearest(match[1], known) or _among(known)}"
+    if match := re.search(r"Expected a dot import path string: (\S+)", heart):
+        return f"{argument}: {match[1]!r} is unknown{_nearest(match[1], _class_names())}"
+    if match := re.search(r"nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
+        name = match[1] or match[2]
+        return f"there is no argument {name!r}{_nearest(name, _arguments())}"
+    expected = re.findall(
+        r"Expected an? (.+?)(?:\. Got value: .*)?$", heart.partition("Given value type")[0], re.MULTILINE
+    )
+    value = re.search(r"(?:Got|Given) value: (.*)", heart)
+    if keys and expected and value:
+        kinds = " or ".join(re.sub(r"^<class '(.+)'>$|^typing\.(.+)$", r"\1\2", kind) for kind in expected)
+        return f"{argument}: {value[1]!r} is not {kinds.replace('NoneType', 'null')}."
+    return message.strip()
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        cls: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return []
+    return [p for p in inspect.signature(cls).parameters if p not in ("args", "kwargs")]
+
+
+def _arguments() -> list[str]:
+    """Arguments that every command has."""
+    trainer = [f"trainer.{name}" for name in _parameters("lightning.pytorch.Trainer")]
+    return ["ckpt_path", "config", "data", "images", "model", "name", "output", "seed_everything", *trainer]
+
+
+def _class_names() -> list[str]:
+    """Short names that a configuration can use: ours, Lightning's callbacks and loggers, torch's optimizers."""
+    import lightning.pytorch.callbacks
+    import lightning.pytorch.loggers
+    import torch
+
+    import lit_tricks.callbacks
+    import lit_tricks.data
+
+    modules = (lit_tricks.callbacks, lit_tricks.data, lightning.pytorch.callbacks, lightning.pytorch.loggers)
+    optimizers = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
+    return ["Classifier", *optimizers, *(name for module in modules for name in module.__all__)]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _among(known: list[str]) -> str:
+    return f"; there are {', '.join(known)}." if known else "."

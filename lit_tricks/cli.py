@@ -1,0 +1,199 @@
+"""The command line: ``lit-tricks fit``, ``validate``, ``test`` and ``predict``, one LightningCLI behind ``main``."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+# The parser finds the short names of the classes that are imported.
+import lit_tricks.callbacks
+import lit_tricks.data
+from lit_tricks import __version__
+from lit_tricks._parser import explain, given, resolve_configs
+from lit_tricks._runs import RunFolder, prepare_wandb
+from lit_tricks.classifier import Classifier
+from lit_tricks.predictions import PredictionWriter
+from lit_tricks.reports import report_fit
+
+__all__ = ["TricksCLI", "main"]
+
+LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved configuration in the run folder, and hands it with the tricks' names to remote loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log the configuration where no run folder is seen."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        tricks = [name for c in trainer.callbacks if (name := type(c).__name__) in lit_tricks.callbacks.__all__]  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams({"config": config, "tricks": tricks})
+
+
+class TricksCLI(LightningCLI):
+    """LightningCLI with a folder for each run, a report at its end, and checkpoints that bring their settings along."""
+
+    def __init__(self, args: list[str], run: RunFolder) -> None:
+        self.run = run
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            seed_everything_default=0,
+            # errors are raised, for `main` to say in one line
+            parser_kwargs={command: {"exit_on_error": False} for command in self.subcommands()}
+            | {"exit_on_error": False, "version": __version__},
+            trainer_defaults={"default_root_dir": "runs"},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"model": {"class_path": "lit_tricks.classifier.Classifier"}, "weights_only": True})
+        if subcommand == "fit":
+            parser.add_argument(
+                "--name", type=str, help="Name of the run's folder; by default that of the first configuration file."
+            )
+        if subcommand == "predict":
+            parser.add_argument("--images", type=str, help="Folder of the images to classify.", required=True)
+            parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file to write.")
+        else:  # a checkpoint brings the names of its classes; the data that it was trained on need not be there
+            for source, target in LINKS.items():
+                parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Put the settings of a checkpoint that is to be used below the ones that are given."""
+        assert isinstance(args, list)  # __init__ takes nothing else
+        subcommand = next((arg for arg in args if arg in self.subcommands()), None)
+        path = given(args, "--ckpt_path")
+        settings: dict[str, Any] = {}
+        if path and "://" not in path and path not in ("best", "last", "hpc"):
+            settings = _settings_of(Path(path), predict=subcommand == "predict")
+        if subcommand in (None, "fit"):  # a resumed run has settings of its own, which may differ on purpose
+            settings = {}
+        with tempfile.TemporaryDirectory() as folder:
+            if settings:
+                file = Path(folder, "settings.yaml")
+                file.write_text(yaml.safe_dump(settings))
+                at = args.index(str(subcommand)) + 1
+                args = [*args[:at], f"--config={file}", *args[at:]]
+            self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let a checkpoint's settings win over the flags here."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the folder of the run, and tell the loggers of it."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run:
+            config.name = config.name or self.run.name
+            self.run.create(config.trainer.default_root_dir or "runs", config.name)
+            prepare_wandb(config.trainer.logger, self.run, config.ckpt_path)
+            return
+        self.save_config_callback = None
+        if config.trainer.logger in (None, True):
+            config.trainer.logger = False
+        if self.subcommand == "predict":
+            if not config.ckpt_path:
+                raise ValueError("predict needs --ckpt_path, the checkpoint of a trained model.")
+            config.data.init_args.predict_dir = config.images
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what every run has: CSV metrics, the best and the last checkpoint, the file of predictions."""
+        config = self.config_init[self.subcommand].trainer
+        callbacks = config.callbacks = list(config.callbacks or [])
+        if self.run.path:
+            loggers = config.logger if isinstance(config.logger, list) else [config.logger]
+            csv = CSVLogger(self.run.root, self.run.name, self.run.version)
+            kwargs["logger"] = [csv, *(logger for logger in loggers if not isinstance(logger, bool | None))]
+            if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+                scored = isinstance(self.model, Classifier) and config.limit_val_batches != 0
+                monitor = "val/top1" if scored else None
+                callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max", save_last=True))
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(self.config_init.predict.output))
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint and leave a report in the run's folder."""
+        trainer = self.trainer
+        if self.run.path is None:
+            return
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if best and _has_test_data(self.model, self.datamodule):
+            trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        if trainer.is_global_zero:
+            report_fit(self.run.path, best)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lit-tricks``.
+
+    Args:
+        args: the words after ``lit-tricks``; those of the command line by default.
+
+    Raises:
+        SystemExit: with 0 after ``--help`` and the like, 2 for arguments that can not be understood, 1 for whatever
+            else went wrong. One message says what; ``--debug`` shows the traceback too.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    debug = "--debug" in words
+    run = RunFolder()
+    try:
+        words, configs = resolve_configs([word for word in words if word != "--debug"])
+        run.name = configs[0].stem if configs else run.name
+        TricksCLI(words, run)
+    except Exception as error:
+        run.discard_if_empty()
+        if debug:
+            raise
+        message, code = explain(error)
+        print(f"lit-tricks: error: {message}", file=sys.stderr)  # noqa: T201
+        sys.exit(code)
+
+
+def _settings_of(checkpoint: Path, predict: bool) -> dict[str, Any]:
+    """Configuration of the model and the data that a checkpoint was made with."""
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"--ckpt_path {checkpoint}: there is no such file.")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        model, data = content.get("hyper_parameters", {}), content.get("datamodule_hyper_parameters", {})
+        content["pytorch-lightning_version"]
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"--ckpt_path {checkpoint} is not a checkpoint of Lightning, or damaged.") from error
+    if not predict:  # where the data is at hand, these come from it
+        model = {key: value for key, value in model.items() if key not in LINKS.values()}
+    settings = {}
+    for key, hparams, default in (("model", model, "lit_tricks.Classifier"), ("data", data, None)):
+        init_args = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
+        if class_path := hparams.get("_class_path", default):
+            settings[key] = {"class_path": class_path, "init_args": _plain(init_args)}
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML's safe dialect has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:
+    return is_overridden("test_step", model) and data is not None and is_overridden("test_dataloader", data)
