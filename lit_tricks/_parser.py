@@ -50,6 +50,11 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
 def explain(error: Exception) -> tuple[str, int]:
     """One message, and the exit code, for whatever a command raised."""
+    if str(error).startswith("Error(s) in loading state_dict for "):
+        key = re.search(r'"([\w.]+)"|size mismatch for ([\w.]+)', str(error))
+        first = f"; they differ in {key[1] or key[2]!r} first" if key else ""
+        text = f"the checkpoint is of another architecture than the model{first}. Give the settings it was made with."
+        return text, 1
     if isinstance(error, argparse.ArgumentError):
         return _shorten(error.message), 2
     while error.__cause__ and "Does not validate against any of the Union subtypes" in str(error):
@@ -88,6 +93,11 @@ def _shorten(message: str) -> str:
     if match := re.search(r"nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         name = match[1] or match[2]
         return f"there is no argument {name!r}{_nearest(name, _arguments())}"
+    if match := re.search(r"following arguments are required: (\w+)\.([\w.]+)", message):
+        remedy = (
+            "" if match[1] == "fit" or match[2] != "data" else ", or --ckpt_path, the checkpoint of a run on such data"
+        )
+        return f"{match[1]} needs --{match[2]}{remedy}."
     expected = re.findall(
         r"Expected an? (.+?)(?:\. Got value: .*)?$", heart.partition("Given value type")[0], re.MULTILINE
     )

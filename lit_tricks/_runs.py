@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import netrc
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
@@ -84,10 +86,9 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None) -> None:
             stopped = sorted(Path(checkpoint).resolve().parent.parent.glob("wandb/*run-*-*"), key=os.path.getmtime)
             if stopped:
                 settings.id = stopped[-1].name.rpartition("-")[2]
-                logger.setdefault("dict_kwargs", {})["resume"] = "allow"
         if not (settings.offline or os.environ.get("WANDB_MODE") or _logged_in()):
             settings.offline = True
-            rank_zero_info("wandb: nobody is logged in, so the run is tracked offline; `wandb sync` uploads it later.")
+            rank_zero_info("wandb: no login found, so the run is tracked offline; `wandb sync` uploads it later.")
 
 
 def _is_rank_zero() -> bool:
@@ -95,6 +96,12 @@ def _is_rank_zero() -> bool:
 
 
 def _logged_in() -> bool:
-    import wandb
-
-    return bool(wandb.api.api_key)
+    """Whether W&B would find a key. W&B itself can not be asked: it settles on online or offline when it is."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
+    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if any(host == server or "wandb" in host for host in netrc.netrc(os.path.expanduser(path)).hosts):
+                return True
+    return False

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
@@ -97,6 +98,21 @@ class Classifier(LightningModule):
                 f"set num_classes={found}, or start from its weights instead of resuming it."
             )
 
+    def on_fit_start(self) -> None:
+        """Take the optimizer's settings, before a resumed checkpoint replaces them by its own."""
+        self._settings = [_settings(group) for opt in self.trainer.optimizers for group in opt.param_groups]
+
+    def on_train_start(self) -> None:
+        """Let the settings of this run win over those of the checkpoint that it resumes."""
+        groups = [group for opt in self.trainer.optimizers for group in opt.param_groups]
+        for group, settings in zip(groups, self._settings, strict=True):
+            changed = {name: value for name, value in settings.items() if group.get(name) != value}
+            if self.trainer.lr_scheduler_configs:
+                changed.pop("lr", None)  # it is where the scheduler had come to
+            if self.trainer.ckpt_path and changed:
+                rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in changed.items())}")
+            group.update(changed)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, C, H, W)."""
         logits: Tensor = self.model(images)
@@ -157,3 +173,7 @@ class Classifier(LightningModule):
         for name, value in metrics.compute().items():  # over all ranks
             self.log(name, value, prog_bar=name == "val/top1", sync_dist=True)
         metrics.reset()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

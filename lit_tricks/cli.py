@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,14 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in words
     run = RunFolder()
+    # Lightning's own use of torch, a loader of images in memory, callbacks that only training needs: nothing to do
+    # about any of them.
+    for message in (
+        ".*LeafSpec.*is deprecated",
+        ".*does not have many workers",
+        ".*callbacks used to create the checkpoint",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     try:
         words, configs = resolve_configs([word for word in words if word != "--debug"])
         run.name = configs[0].stem if configs else run.name

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -126,6 +127,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the seed of the run that is resumed."""
         self._seed = state_dict["seed"]
+        if self._seed != torch.initial_seed():
+            rank_zero_info(f"the data goes on with the seed of the resumed run, {self._seed}")
 
     @abstractmethod
     def _load(self, split: Split) -> dict[Split, Source]:
