@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -14,6 +15,7 @@ log = logging.getLogger("lit_tricks")
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
+    from lightning.pytorch import LightningModule, Trainer
 else:
     # `lightning` and `pytorch_lightning` are two packages with two `Callback` classes; each one's Trainer and CLI take
     # only their own, so a trick is both.
@@ -29,14 +31,70 @@ else:
     _Callback = type("_Callback", tuple(_bases), {})
 
 
+class Wrapped:
+    """A method of an object with something around it: ``around(method, *args, **kwargs)``.
+
+    It is an object and not a closure, so that it pickles, and so that a copy of its owner calls the copy.
+    """
+
+    def __init__(self, method: Callable[..., Any], around: Callable[..., Any], was_attribute: bool) -> None:
+        self.method = method
+        self.around = around
+        self.was_attribute = was_attribute  # the method stood in the owner's own attributes, not in its class
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The method at the bottom: what Lightning looks at to see if a hook is overridden."""
+        return self.method.__wrapped__ if isinstance(self.method, Wrapped) else self.method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.method, *args, **kwargs)
+
+
 class Trick(_Callback):
-    """Base of the tricks: a ``Callback`` of every installed Lightning package that says what it does."""
+    """Base of the tricks: a ``Callback`` of every installed Lightning package that says what it does.
+
+    A trick that wraps methods, with ``_wrap``, need not undo it: that is done in ``teardown`` and ``on_exception``
+    (Lightning calls only one of them), in whatever order several tricks come off the same method.
+    """
+
+    _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take everything off that was put around methods."""
+        self._unwrap()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take everything off that was put around methods."""
+        self._unwrap()
 
     def _say(self, effect: str) -> None:
         """Say once, on rank zero, what the trick does in this run, as a line of the start-up summary."""
         rank_zero_only(log.info)(f"{type(self).__name__}: {effect}")
 
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Put ``around(method, *args, **kwargs)`` in the place of a method, until the trick is torn down."""
+        wrapper = Wrapped(getattr(owner, name), around, was_attribute=name in vars(owner))
+        setattr(owner, name, wrapper)
+        self._wrappers += ((owner, name, wrapper),)
+
+    def _unwrap(self) -> None:
+        for owner, name, wrapper in reversed(self._wrappers):
+            outer: Any = vars(owner).get(name)
+            if outer is wrapper:
+                if wrapper.was_attribute:
+                    setattr(owner, name, wrapper.method)
+                else:
+                    delattr(owner, name)
+                continue
+            while isinstance(outer, Wrapped):  # another trick came on top of this one, and stays
+                if outer.method is wrapper:
+                    outer.method, outer.was_attribute = wrapper.method, wrapper.was_attribute
+                    break
+                outer = outer.method
+        self._wrappers = ()
+
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer hangs the module's `log` and `log_dict` on each callback. They are not part of the trick, and
-        # would drag the whole module into every copy and pickle of it.
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        # would drag the whole module into every copy and pickle of it; so would the wrapped methods.
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_wrappers")}
