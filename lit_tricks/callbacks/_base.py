@@ -38,14 +38,15 @@ class Wrapped:
     """
 
     def __init__(self, method: Callable[..., Any], around: Callable[..., Any], was_attribute: bool) -> None:
-        self.method = method
+        self.method: Any = method
         self.around = around
         self.was_attribute = was_attribute  # the method stood in the owner's own attributes, not in its class
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method at the bottom: what Lightning looks at to see if a hook is overridden."""
-        return self.method.__wrapped__ if isinstance(self.method, Wrapped) else self.method
+        inner: Callable[..., Any] = self.method.__wrapped__ if isinstance(self.method, Wrapped) else self.method
+        return inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(self.method, *args, **kwargs)
@@ -80,7 +81,7 @@ class Trick(_Callback):
 
     def _unwrap(self) -> None:
         for owner, name, wrapper in reversed(self._wrappers):
-            outer: Any = vars(owner).get(name)
+            outer = vars(owner).get(name)
             if outer is wrapper:
                 if wrapper.was_attribute:
                     setattr(owner, name, wrapper.method)
