@@ -3,7 +3,10 @@
 Callbacks are imported here from ``lit_tricks.callbacks``; ``Classifier``, and with it timm, only when it is asked for.
 """
 
+from __future__ import annotations
+
 import logging
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,19 @@ __all__ += callbacks.__all__
 
 __version__ = version("lit-tricks")
 
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 can not subscript it
+    """Writes to what ``sys.stderr`` is at the time: a progress bar replaces it, to keep lines apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
+
+
 _log = logging.getLogger("lit_tricks")
 _log.setLevel(logging.INFO)
 if not logging.getLogger().hasHandlers():  # as Lightning does: its lines and ours show without any set-up
-    _log.addHandler(logging.StreamHandler())
+    _log.addHandler(_Stderr())
     _log.propagate = False
 
 
