@@ -1,0 +1,156 @@
+"""Who may import what: callbacks need torch and Lightning, nothing else; and the parts of the package go one way."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+import lit_tricks
+
+PACKAGE = Path(lit_tricks.__file__).parent
+LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a new process
+
+IMPORTED = """
+import json, sys
+import lightning.pytorch, pytorch_lightning
+before = set(sys.modules)
+import lit_tricks.callbacks
+print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> tuple[set[str], set[str]]:
+    """Modules that Lightning brings, and those that the callbacks bring beyond it. Warnings are errors."""
+    command = [sys.executable, "-W", "error", "-c", IMPORTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), "the import is not silent"
+    before, new = json.loads(done.stdout)
+    return set(before), set(new)
+
+
+def test_callbacks_bring_nothing_that_lightning_does_not(imported):
+    before, new = imported
+    assert "torch" in before
+    brought = {name.partition(".")[0] for name in new} - {name.partition(".")[0] for name in before}
+    assert brought - set(sys.stdlib_module_names) == {"lit_tricks"}
+    for heavy in ("timm", "torchvision", "wandb", "jsonargparse", "matplotlib", "sklearn"):
+        assert not [name for name in new if name.partition(".")[0] == heavy]
+
+
+def test_callbacks_bring_no_other_part_of_ours(imported):
+    ours = {name for name in imported[1] if name.startswith("lit_tricks")}
+    assert "lit_tricks.callbacks" in ours
+    assert {name for name in ours if not name.startswith("lit_tricks.callbacks")} == {"lit_tricks"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With one Lightning, or none
+
+
+def base_without(missing: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> type:
+    class Missing:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name in missing:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    for package in missing:
+        monkeypatch.delitem(sys.modules, package)
+        monkeypatch.delitem(sys.modules, f"{package}.pytorch", raising=False)
+    spec = importlib.util.spec_from_file_location("another_base", PACKAGE / "callbacks" / "_base.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Trick
+
+
+def test_trick_is_a_callback_of_both_packages():
+    from lit_tricks.callbacks._base import Trick
+
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        assert issubclass(Trick, importlib.import_module(package).Callback)
+
+
+@pytest.mark.parametrize(("missing", "there"), [LIGHTNING, LIGHTNING[::-1]])
+def test_trick_is_a_callback_of_the_one_that_is_installed(missing, there, monkeypatch):
+    packages = {cls.__module__.partition(".")[0] for cls in base_without((missing,), monkeypatch).__mro__}
+    assert there in packages
+    assert missing not in packages
+
+
+def test_no_lightning_is_an_error_that_says_what_to_install(monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match="pip install lightning"):
+        base_without(LIGHTNING, monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As written
+
+# What these parts may import of ours. The others, and what is private to them, stand further down the stream.
+ALLOWED: dict[str, set[str]] = {
+    "callbacks": {"callbacks"},
+    "models": {"models"},
+    "data": {"data"},
+    "reports": {"reports"},
+    "classifier": {"models"},
+    "__init__": {"callbacks", "classifier"},
+}
+LAST = {"cli": {"__main__"}, "commands": {"cli", "commands"}}  # who may import these
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Dotted names that the file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports relatively"
+            if node.module in ("lit_tricks", "lit_tricks.callbacks"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    part = part_of(file)
+    parts = {name.split(".")[1] for name in imports(file) if name.startswith("lit_tricks.")} & set(map(part_of, FILES))
+    assert parts <= ALLOWED.get(part, parts)
+    for last, importers in LAST.items():
+        assert last not in parts or part in importers
+
+
+def test_parts_of_the_rules_exist():
+    assert ALLOWED.keys() <= set(map(part_of, FILES))
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "callbacks").glob("*.py")), ids=lambda file: file.name)
+def test_callbacks_import_torch_lightning_and_private_helpers(file):
+    if file.name == "__init__.py":
+        return
+    for name in imports(file):
+        top = name.partition(".")[0]
+        if top == "lit_tricks":
+            assert name.startswith("lit_tricks.callbacks._"), f"{file.name} imports {name}"
+        else:
+            allowed = {"torch", "lightning_utilities", *LIGHTNING} | set(sys.stdlib_module_names)
+            assert top in allowed, f"{file.name} imports {name}"
