@@ -6,10 +6,13 @@ import argparse
 import difflib
 import importlib
 import inspect
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 __all__ = ["CONFIGS", "explain", "given", "resolve_configs"]
 
@@ -36,6 +39,7 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
     Raises:
         FileNotFoundError: for a name that is neither; it tells the nearest names.
+        ValueError: for a file that is no YAML, or holds no settings.
     """
     words, paths = list(args), []
     for i, word in enumerate(args):
@@ -43,6 +47,7 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         if flag not in ("-c", "--config") or not (equals or i + 1 < len(args)):
             continue
         path = _find_config(value if equals else args[i + 1])
+        _check_yaml(path)
         paths.append(path)
         words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
     return words, paths
@@ -76,11 +81,28 @@ def _find_config(name: str) -> Path:
     raise FileNotFoundError(f"--config {name}: there is no such file{_nearest(wanted, known) or _among(known)}")
 
 
+def _check_yaml(path: Path) -> None:
+    """The parser would not say which file it can not read."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        raise ValueError(f"--config {path}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no settings, but {content!r}.")
+
+
 def _shorten(message: str) -> str:
     """The heart of one of jsonargparse's messages, and the nearest valid name where one is unknown."""
-    keys = re.findall(r'Parser key "([\w.]+)":', message)
+    # a flag of a callback is tried on the base of all callbacks as well, which takes none
+    shorter = re.sub(r"- Problem with given class_path 'lightning[\w.]*\.Callback':\n.*is not accepted", "", message)
+    message = shorter if "given class_path" in shorter else message
+    keys, heart = _innermost(message)
     argument = f"--{'.'.join(keys)}"
-    heart = message.rpartition('Parser key "')[2]
+    if match := re.search(r"subcommand: invalid choice: '([^']+)'.*\(choose from (.*)\)", message):
+        known = re.findall(r"\w+", match[2])
+        return f"there is no command {match[1]!r}{_nearest(match[1], known) or _among(known)}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?", message
     ):
@@ -88,8 +110,8 @@ def _shorten(message: str) -> str:
         known = _parameters(owner)
         name = owner.rpartition(".")[2]
         return f"{name} has no argument {match[1]!r}{_nearest(match[1], known) or _among(known)}"
-    if match := re.search(r"Expected a dot import path string: (\S+)", heart):
-        return f"{argument}: {match[1]!r} is unknown{_nearest(match[1], _class_names())}"
+    if match := re.search(r"class_path '[\w.]*?(\w+)':\s+the following arguments are required: (.*)", message):
+        return f"{argument}: {match[1]} needs {match[2]}."
     if match := re.search(r"nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         name = match[1] or match[2]
         return f"there is no argument {name!r}{_nearest(name, _arguments())}"
@@ -98,14 +120,43 @@ def _shorten(message: str) -> str:
             "" if match[1] == "fit" or match[2] != "data" else ", or --ckpt_path, the checkpoint of a run on such data"
         )
         return f"{match[1]} needs --{match[2]}{remedy}."
-    expected = re.findall(
-        r"Expected an? (.+?)(?:\. Got value: .*)?$", heart.partition("Given value type")[0], re.MULTILINE
+    kinds = re.findall(
+        r"Expected (?!a path but|a dot import|')(?:an? )?(.+?)(?:\. Got value: .*)?$",
+        heart.partition("Given value type")[0],
+        re.MULTILINE,
     )
-    value = re.search(r"(?:Got|Given) value: (.*)", heart)
-    if keys and expected and value:
-        kinds = " or ".join(re.sub(r"^<class '(.+)'>$|^typing\.(.+)$", r"\1\2", kind) for kind in expected)
-        return f"{argument}: {value[1]!r} is not {kinds.replace('NoneType', 'null')}."
+    kinds = [re.sub(r"^<class '(.+)'>$|^typing\.(.+)$", r"\1\2", kind).replace("NoneType", "null") for kind in kinds]
+    if match := re.search(
+        r"dot import path string: (\S+)|a path but (\S+) either|class_path(?:=|': | )'([\w.]+)'", heart
+    ):
+        name = match[1] or match[2] or match[3]
+        if base := re.search(r"(?:correspond to|to be) a subclass of (?:<class ')?(\w+)", heart):
+            return f"{argument}: {name!r} is no {base[1]}."
+        nearest = _nearest(name.rpartition(".")[2], _class_names())
+        if nearest or kinds in ([], ["null"]) or re.search("No module named|has no attribute", heart):
+            return f"{argument}: {name!r} is unknown{nearest or '.'}"
+    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value: .*)?$", heart, re.MULTILINE)
+    if keys and kinds and value:
+        return f"{argument}: {value[1]!r} is not {' or '.join(kinds)}."
     return message.strip()
+
+
+def _innermost(message: str) -> tuple[list[str], str]:
+    """The keys that lead to the last value that did not fit, and the lines about it, which are indented below it."""
+    lines = message.splitlines()
+    path: list[tuple[int, str]] = []
+    start = 0
+    for number, line in enumerate(lines, start=1):
+        if match := re.search(r'Parser key "([\w.]+)":', line):
+            path = [step for step in path if step[0] < _indent(line)] + [(_indent(line), match[1])]
+            start = number
+    outer = path[-1][0] if path else -1
+    heart = itertools.takewhile(lambda line: not line.strip() or _indent(line) > outer, lines[start:])
+    return [key for _, key in path], "\n".join(heart)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _parameters(class_path: str) -> list[str]:

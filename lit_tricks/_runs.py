@@ -6,13 +6,15 @@ import contextlib
 import netrc
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 
-__all__ = ["RunFolder", "prepare_wandb"]
+__all__ = ["RunFolder", "own_wandb_run", "prepare_wandb"]
 
 
 class RunFolder:
@@ -68,6 +70,19 @@ class RunFolder:
                     self.path.parent.parent.rmdir()
 
 
+@contextlib.contextmanager
+def own_wandb_run() -> Iterator[None]:
+    """End the W&B run that is started meanwhile, or the next fit of the same process would go on in it."""
+    before, code = _wandb_run(), 1
+    try:
+        yield
+        code = 0
+    finally:
+        started = _wandb_run()
+        if started is not None and started is not before:
+            started.finish(exit_code=code)
+
+
 def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None) -> None:
     """Tell W&B where the run lies and what it is called; offline where nobody is logged in; resume where it stopped.
 
@@ -89,6 +104,10 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None) -> None:
         if not (settings.offline or os.environ.get("WANDB_MODE") or _logged_in()):
             settings.offline = True
             rank_zero_info("wandb: no login found, so the run is tracked offline; `wandb sync` uploads it later.")
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def _is_rank_zero() -> bool:

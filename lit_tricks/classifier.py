@@ -88,6 +88,7 @@ class Classifier(LightningModule):
         metrics.add_metrics({"ece": MulticlassCalibrationError(num_classes, n_bins=15)})
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        self._resumed_optimizers: list[str] | None = None
 
     def setup(self, stage: str) -> None:
         """Compare the number of classes with that of the data, before anything is trained."""
@@ -98,8 +99,26 @@ class Classifier(LightningModule):
                 f"set num_classes={found}, or start from its weights instead of resuming it."
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizers."""
+        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the names of the optimizers."""
+        self._resumed_optimizers = checkpoint.get("optimizers")
+
     def on_fit_start(self) -> None:
-        """Take the optimizer's settings, before a resumed checkpoint replaces them by its own."""
+        """Take the optimizer's settings, before a resumed checkpoint replaces them by its own.
+
+        Raises:
+            ValueError: if the checkpoint holds the state of another optimizer.
+        """
+        names = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+        if self.trainer.ckpt_path and self._resumed_optimizers not in (None, names):
+            raise ValueError(
+                f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
+                f"{', '.join(names)}: keep the optimizer, or start from the weights alone, with --model.weights."
+            )
         self._settings = [_settings(group) for opt in self.trainer.optimizers for group in opt.param_groups]
 
     def on_train_start(self) -> None:
@@ -109,8 +128,10 @@ class Classifier(LightningModule):
             changed = {name: value for name, value in settings.items() if group.get(name) != value}
             if self.trainer.lr_scheduler_configs:
                 changed.pop("lr", None)  # it is where the scheduler had come to
-            if self.trainer.ckpt_path and changed:
-                rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in changed.items())}")
+            # a rate that only a schedule had moved is no news
+            news = {k: v for k, v in changed.items() if k != "lr" or group.get("initial_lr") != v}
+            if self.trainer.ckpt_path and news:
+                rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in news.items())}")
             group.update(changed)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import tempfile
 import warnings
@@ -21,7 +22,7 @@ import lit_tricks.callbacks
 import lit_tricks.data
 from lit_tricks import __version__
 from lit_tricks._parser import explain, given, resolve_configs
-from lit_tricks._runs import RunFolder, prepare_wandb
+from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
 from lit_tricks.classifier import Classifier
 from lit_tricks.predictions import PredictionWriter
 from lit_tricks.reports import report_fit
@@ -55,7 +56,7 @@ class TricksCLI(LightningCLI):
             seed_everything_default=0,
             # errors are raised, for `main` to say in one line
             parser_kwargs={command: {"exit_on_error": False} for command in self.subcommands()}
-            | {"exit_on_error": False, "version": __version__},
+            | {"exit_on_error": False, "prog": "lit-tricks", "version": __version__},
             trainer_defaults={"default_root_dir": "runs"},
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -116,20 +117,40 @@ class TricksCLI(LightningCLI):
             config.data.init_args.predict_dir = config.images
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what every run has: CSV metrics, the best and the last checkpoint, the file of predictions."""
+        """Add what every run has: CSV metrics, the best and the last checkpoint, the file of predictions.
+
+        Raises:
+            ValueError: for an argument of the model that contradicts the data; it would be ignored.
+        """
+        self._check_links()
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.run.path:
             loggers = config.logger if isinstance(config.logger, list) else [config.logger]
             csv = CSVLogger(self.run.root, self.run.name, self.run.version)
+            _ = csv.experiment  # while the folder is empty: it warns of files, and other loggers write some there
             kwargs["logger"] = [csv, *(logger for logger in loggers if not isinstance(logger, bool | None))]
             if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
                 scored = isinstance(self.model, Classifier) and config.limit_val_batches != 0
                 monitor = "val/top1" if scored else None
-                callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max", save_last=True))
+                callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
+                callbacks.append(ModelCheckpoint(filename="last"))  # save_last would save along with the best alone
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self.config_init.predict.output))
         return super().instantiate_trainer(**kwargs)
+
+    def _check_links(self) -> None:
+        asked = self.config[self.subcommand].model.init_args
+        known = inspect.signature(type(self.model)).parameters
+        for source, target in LINKS.items():
+            if self.subcommand == "predict" or target not in known or target not in asked:
+                continue
+            found = getattr(self.datamodule, source)
+            if asked[target] not in (found, known[target].default):
+                raise ValueError(
+                    f"--model.{target}={asked[target]} disagrees with the data, which has {found}: leave it out, it "
+                    "is taken from there."
+                )
 
     def after_fit(self) -> None:
         """Test the best checkpoint and leave a report in the run's folder."""
@@ -137,6 +158,7 @@ class TricksCLI(LightningCLI):
         if self.run.path is None:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        best = best if Path(best).is_file() else ""  # a resumed run that had nothing left to do knows the old run's
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         if trainer.is_global_zero:
@@ -150,24 +172,31 @@ def main(args: list[str] | None = None) -> None:
         args: the words after ``lit-tricks``; those of the command line by default.
 
     Raises:
-        SystemExit: with 0 after ``--help`` and the like, 2 for arguments that can not be understood, 1 for whatever
-            else went wrong. One message says what; ``--debug`` shows the traceback too.
+        SystemExit: with 0 after ``--help`` and the like, 2 for arguments that can not be understood, 130 after Ctrl-C
+            outside of the training (1 in it, by Lightning), 1 for whatever else went wrong. One message says what;
+            ``--debug`` shows the traceback too.
     """
     words = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in words
     run = RunFolder()
-    # Lightning's own use of torch, a loader of images in memory, callbacks that only training needs: nothing to do
-    # about any of them.
+    # Lightning's own use of torch, a loader of images in memory, callbacks that only training needs, a resumed run in
+    # a folder of its own: nothing to do about any of them.
     for message in (
         ".*LeafSpec.*is deprecated",
         ".*does not have many workers",
         ".*callbacks used to create the checkpoint",
+        "The dirpath has changed from",
     ):
         warnings.filterwarnings("ignore", message=message)
     try:
         words, configs = resolve_configs([word for word in words if word != "--debug"])
         run.name = configs[0].stem if configs else run.name
-        TricksCLI(words, run)
+        with own_wandb_run():
+            TricksCLI(words, run)
+    except KeyboardInterrupt:
+        run.discard_if_empty()
+        print("lit-tricks: interrupted", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
     except Exception as error:
         run.discard_if_empty()
         if debug:

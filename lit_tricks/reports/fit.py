@@ -45,8 +45,11 @@ def report_fit(run: Path, best: str) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Rows of ``metrics.csv``, each without its empty cells."""
-    with (run / "metrics.csv").open(newline="") as stream:
+    """Rows of ``metrics.csv``, each without its empty cells; none if nothing was trained, and so nothing logged."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as stream:
         return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(stream)]
 
 

@@ -1,0 +1,191 @@
+"""The report of a fit: what it makes of a run's folder, whole or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from check_quickstart import FILES, check
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lit_tricks.reports import report_fit
+from lit_tricks.reports.curves import draw_curves
+from lit_tricks.reports.fit import read_metrics
+
+METRICS = """epoch,lr-SGD,step,test/loss,test/top1,train/loss_epoch,train/loss_step,train/top1,val/ece,val/loss,val/top1
+0,0.05,0,,,,2.5,,,,
+0,,1,,,,,,0.25,2.25,0.5
+0,,1,,,2.375,,0.125,,,
+1,0.1,2,,,,1.5,,,,
+1,,3,,,,,,0.125,1.25,0.75
+1,,3,,,1.375,,0.625,,,
+2,0.05,4,,,,0.5,,,,
+2,,5,,,,,,0.5,0.75,0.625
+2,,5,,,0.5,,0.875,,,
+3,,6,1.125,0.6875,,,,,,
+"""
+OF_EPOCH = {
+    1: {"train": {"loss": 1.375, "top1": 0.625}, "val": {"loss": 1.25, "top1": 0.75, "ece": 0.125}},
+    2: {"train": {"loss": 0.5, "top1": 0.875}, "val": {"loss": 0.75, "top1": 0.625, "ece": 0.5}},
+}
+TEST = {"test": {"loss": 1.125, "top1": 0.6875}}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    return tmp_path
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved, as they are saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    return {
+        str(line.get_label()): [tuple(map(float, point)) for point in line.get_xydata()]  # type: ignore[union-attr, misc]
+        for line in axes.lines
+    }
+
+
+def test_results_at_the_best_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = run / "best.ckpt"
+    torch.save({"epoch": 1, "state_dict": {"w": torch.zeros(3)}}, best)
+    found = report_fit(run, str(best))
+    assert found == {"best_checkpoint": str(best), "epoch": 1, "raw": OF_EPOCH[1] | TEST}
+    assert json.loads((run / "results.json").read_text()) == found
+    out = capsys.readouterr().out
+    assert out.startswith("epoch 1, raw weights")
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert table == [
+        ["train", "1.3750", "62.50%", "-"],
+        ["val", "1.2500", "75.00%", "0.1250"],
+        ["test", "1.1250", "68.75%", "-"],
+    ]
+    assert [line.split()[-1] for line in out.splitlines()[-3:]] == [str(best), str(run / "curves.png"), str(run)]
+
+
+def test_without_a_best_checkpoint_the_last_epoch_counts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(METRICS.splitlines()[:-1]) + "\n"  # and so there was no test
+    (run / "metrics.csv").write_text(text)
+    assert report_fit(run, "") == {"best_checkpoint": "", "epoch": 2, "raw": OF_EPOCH[2]}
+    assert "best checkpoint" not in capsys.readouterr().out
+
+
+def test_columns_of_a_foreign_module_are_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.csv").write_text("epoch,step,train/loss,val/f1,val/top1\n0,1,,0.25,0.5\n0,1,3.5,,\n")
+    assert report_fit(run, "")["raw"] == {"train": {"loss": 3.5}, "val": {"f1": 0.25, "top1": 0.5}}
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("┃"))
+    assert header.replace("┃", " ").split() == ["loss", "top1", "f1"]
+
+
+def test_a_run_that_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_fit(tmp_path, "") == {"best_checkpoint": "", "epoch": 0, "raw": {}}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_metrics_are_read_without_empty_cells(run: Path) -> None:
+    rows = read_metrics(run)
+    assert len(rows) == 10
+    assert rows[0] == {"epoch": 0, "lr-SGD": 0.05, "step": 0, "train/loss_step": 2.5}
+
+
+def test_curves(run: Path, figures: list[Figure]) -> None:
+    path = draw_curves(read_metrics(run), run / "curves.png")
+    assert path == run / "curves.png"
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+    loss, accuracy, rate = figures[0].axes
+    assert lines(loss) == {
+        "train": [(1, 2.375), (3, 1.375), (5, 0.5)],
+        "val": [(1, 2.25), (3, 1.25), (5, 0.75)],
+    }
+    assert lines(accuracy) == {
+        "train": [(1, 0.125), (3, 0.625), (5, 0.875)],
+        "val": [(1, 0.5), (3, 0.75), (5, 0.625)],
+    }
+    assert lines(rate) == {"SGD": [(0, 0.05), (2, 0.1), (4, 0.05)]}
+    assert [axes.get_title() for axes in (loss, accuracy, rate)] == ["loss", "top-1 accuracy", "learning rate"]
+    assert [axes.get_yscale() for axes in (loss, accuracy, rate)] == ["log", "linear", "linear"]
+    assert {axes.get_xlabel() for axes in (loss, accuracy, rate)} == {"step"}
+    assert [axes.get_legend() is None for axes in (loss, accuracy, rate)] == [False, False, True]
+    assert rate.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "titles"),
+    [
+        (("val/loss",), ["loss"]),
+        (("train/top1", "lr-SGD/pg1", "lr-SGD/pg2"), ["top-1 accuracy", "learning rate"]),
+        (("val/f1",), None),
+        ((), None),
+    ],
+)
+def test_curves_of_what_there_is(
+    tmp_path: Path, figures: list[Figure], columns: tuple[str, ...], titles: list[str] | None
+) -> None:
+    rows = [{"epoch": 0.0, "step": float(step)} | dict.fromkeys(columns, step + 0.5) for step in range(3)]
+    path = draw_curves(rows, tmp_path / "curves.png")
+    assert (path is None) == (titles is None)
+    assert (tmp_path / "curves.png").exists() == (titles is not None)
+    if titles:
+        assert [axes.get_title() for axes in figures[0].axes] == titles
+        assert len(figures[0].axes[-1].lines) == len([name for name in columns if name.startswith("lr")] or columns)
+
+
+# The check of the quickstart, which CI runs
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Path:
+    """Runs v9, which is bad, and v10, which is good."""
+    for name, top1 in (("v9", 0.5), ("v10", 0.98), ("notes", 0.1)):
+        for file in FILES:
+            (tmp_path / "quickstart" / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "quickstart" / name / file).write_text(json.dumps({"raw": {"test": {"top1": top1}}}))
+    return tmp_path
+
+
+def test_a_good_quickstart(quickstart: Path) -> None:
+    assert check(quickstart) == f"{quickstart}/quickstart/v10: test top-1 is 0.9800"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"raw": {"test": {"top1": 0.9799}}}', '{"raw": {"test": {"top1": NaN}}}', "{}", "{"]
+)
+def test_a_quickstart_that_falls_short(quickstart: Path, content: str) -> None:
+    (quickstart / "quickstart" / "v10" / "results.json").write_text(content)
+    with pytest.raises(ValueError, match="not at least 0.98" if content != "{" else "Expecting"):
+        check(quickstart)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_quickstart_that_lacks_a_file(quickstart: Path, file: str) -> None:
+    (quickstart / "quickstart" / "v10" / file).write_text("")
+    with pytest.raises(ValueError, match=f"v10 lacks {file}"):
+        check(quickstart)
+    (quickstart / "quickstart" / "v10" / file).unlink()
+    with pytest.raises(ValueError, match=f"v10 lacks {file}"):
+        check(quickstart)
+
+
+def test_no_quickstart(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run in"):
+        check(tmp_path)
