@@ -1,0 +1,157 @@
+"""What is asked of a trick in every client: its effect, and nothing but its effect.
+
+The test file of a client has a function that takes callbacks and fits with them on the CPU, in the client's own way:
+3 epochs of 4 batches. Where a trick can not work in a client, the file says which error refuses it, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from _fits import differences, weights_of
+from _traces import class_attributes, traces
+from torch import Tensor, nn
+from tricks import TRICKS
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._loss_trick import LossTrick
+from lit_tricks.callbacks._schedule import Schedule
+
+Fit = Callable[..., None]
+
+# The learning rates of the 12 steps under the tricks of `tricks.py`, as parts of those without a trick: the formulas of
+# the papers. The other tricks leave the learning rate alone.
+WARM_UP = [1 / 4, 2 / 4, 3 / 4, 1]
+RATES = {
+    "LinearScaling": 12 * [4 / 256],  # samples in a batch, of those that the rate is meant for
+    "WarmupCosine": WARM_UP + [(1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)],
+    "WarmupExponential": [*WARM_UP, 1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8],
+    "WarmupStep": [1 / 2, 1, 1, 1, *4 * [1 / 2], *4 * [1 / 4]],
+}
+
+SCHEDULES = [name for name, row in TRICKS.items() if isinstance(row.make(), Schedule)]
+NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), LossTrick)]
+
+each_trick = pytest.mark.parametrize("name", TRICKS)
+each_schedule = pytest.mark.parametrize("name", SCHEDULES)
+
+
+class Spy(Trick):
+    """Keeps what a fit did. To be the last callback."""
+
+    def __init__(self) -> None:
+        self.fits = 0
+        self.rates: list[list[float]] = []  # of each step: those of the parameter groups, once each
+        self.losses: list[float] = []
+        self.batches: set[type] = set()
+        # once all is over
+        self.weights: dict[str, Tensor] = {}
+        self.left: dict[str, Any] = {}
+        self.warnings: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Spy:
+        return self  # some clients train with copies of their callbacks
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.fits += 1
+        self.trainer, self.loader = trainer, trainer.train_dataloader
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append(sorted({float(group["lr"]) for group in optimizer.param_groups}))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.batches.add(type(batch))
+
+
+def spy_on(fit: Fit, *tricks: Any) -> Spy:
+    """Fit with the tricks, from seed 0."""
+    spy = Spy()
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # they come whenever garbage is collected
+        fit(*tricks, spy)
+    spy.warnings = {f"{warning.category.__name__}: {warning.message}" for warning in caught}
+    spy.weights = weights_of(spy.trainer.lightning_module)
+    spy.left = left_by(spy.trainer, spy.loader)
+    return spy
+
+
+def left_by(trainer: Any, loader: Any) -> dict[str, Any]:
+    """What a fit left on its objects and their classes, but for what clients count and measure."""
+    module, datamodule = trainer.lightning_module, trainer.datamodule
+    found = traces(trainer, module, SimpleNamespace(**(vars(datamodule) if datamodule else {}), loader=loader))
+    found = {path: what for path, what in found.items() if not what.isdigit() and not path.endswith(".metrics")}
+    classes = class_attributes(trainer, module, datamodule, loader)
+    return found | {name: what for name, what in classes.items() if not name.endswith(".__slotnames__")}  # of copyreg
+
+
+@functools.cache
+def without_trick(fit: Fit) -> Spy:
+    spy_on(fit)  # torch, Lightning and clients patch classes when they are first used
+    return spy_on(fit)
+
+
+def check(name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None = None) -> None:
+    """See that the trick works in the client, or raises the error that is declared.
+
+    Args:
+        name: the trick.
+        fit: fits with the callbacks that it is given.
+        layout: that of the client's batches, which the trick's row may refuse.
+        refused: tricks that can not work in this client, each with a regex of the RuntimeError's message.
+    """
+    plain, trick = without_trick(fit), TRICKS[name].make()
+    assert len(plain.losses) == 12 * plain.fits
+    message = (refused or {}).get(name) or TRICKS[name].refused.get(layout)
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            spy_on(fit, trick)
+        return
+    tricked = spy_on(fit, trick)
+    assert len(tricked.losses) == len(plain.losses)
+    assert all(math.isfinite(loss) for loss in plain.losses + tricked.losses)
+    assert differences(tricked.weights, plain.weights), "the fit ended with the weights of one without the trick"
+    parts = RATES.get(name, [1] * 12) * plain.fits
+    expected = [[part * rate for rate in step] for part, step in zip(parts, plain.rates, strict=True)]
+    assert tricked.rates == [pytest.approx(step) for step in expected]
+    assert not differences(tricked.left, plain.left)
+    assert tricked.warnings <= plain.warnings
+
+
+# What else a client can lack, and the errors that say so.
+NO_RESIDUAL_BRANCHES = {"ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in "}
+NO_WEIGHT_DECAY = {"NoBiasDecay": r"^NoBiasDecay\(.+\) took no weight decay away: "}
+
+
+def own_schedule(scheduler: str, module: str) -> dict[str, str]:
+    """The errors of our schedules in a module that has a scheduler of its own."""
+    message = (
+        "{0} sets the learning rate, and so does the {1} that configure_optimizers of {2} returns: "
+        "return the optimizers alone, or remove {0}."
+    )
+    return {name: f"^{re.escape(message.format(name, scheduler, module))}$" for name in SCHEDULES}
+
+
+def no_labels(found: str) -> dict[str, str]:
+    """The errors of the tricks that work on class labels, in a client that has none.
+
+    Args:
+        found: what they find in the batch instead.
+    """
+    return {name: f"^{name} found {re.escape(found)}" for name in NEED_LABELS}
+
+
+def network(classes: int) -> nn.Module:
+    """A small ResNet with random weights, none of them 0; with 0 classes it ends with its features."""
+    return timm.create_model("test_resnet", num_classes=classes, zero_init_last=False)

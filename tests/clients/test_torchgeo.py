@@ -1,0 +1,63 @@
+"""torchgeo: image classification in `lightning`; batches are dicts, which its datamodule augments on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from _clients import check, each_schedule, each_trick, network, own_schedule, without_trick
+from _fits import make_trainer
+
+pytest.importorskip("torchgeo")
+if importlib.util.find_spec("torchgeo.tasks"):
+    Classification = pytest.importorskip("torchgeo.tasks").Classification
+else:  # its older name, in the last torchgeo for Python 3.11
+    Classification = pytest.importorskip("torchgeo.trainers").ClassificationTask
+datasets = pytest.importorskip("torchgeo.datasets")
+datamodules = pytest.importorskip("torchgeo.datamodules")
+
+pytestmark = pytest.mark.clients
+
+
+class Noise(datasets.NonGeoDataset):
+    def __init__(self, split: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = 255 * torch.rand(16, 3, 32, 32, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": self.images[index], "label": torch.tensor(index % 3)}
+
+
+class WithoutScheduler(Classification):
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()["optimizer"]
+
+
+def fit(*callbacks: Any, task_class: Any = Classification) -> None:
+    task = task_class(model="test_resnet", weights=None, num_classes=3)
+    task.model = network(classes=3)  # the same, but for weights that timm starts at 0
+    datamodule = datamodules.NonGeoDataModule(Noise, batch_size=4)
+    make_trainer(*callbacks, limit_val_batches=1).fit(task, datamodule=datamodule)
+
+
+def fit_without_scheduler(*callbacks: Any) -> None:
+    fit(*callbacks, task_class=WithoutScheduler)
+
+
+@each_trick
+def test_classification(name):
+    check(name, fit, layout="dict", refused=own_schedule("ReduceLROnPlateau", Classification.__name__))
+
+
+@each_schedule
+def test_subclass_without_scheduler(name):
+    check(name, fit_without_scheduler, layout="dict")
+
+
+def test_batches_are_dicts():
+    assert without_trick(fit).batches == {dict}
