@@ -73,6 +73,11 @@ class Trick(_Callback):
         """Say once, on rank zero, what the trick does in this run, as a line of the start-up summary."""
         rank_zero_only(log.info)(f"{type(self).__name__}: {effect}")
 
+    @staticmethod
+    def _is_logged(trainer: Trainer) -> bool:
+        """Whether what is logged with this training batch goes to the loggers; of others it need not be computed."""
+        return trainer._logger_connector.should_update_logs
+
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Put ``around(method, *args, **kwargs)`` in the place of a method, until the trick is torn down."""
         wrapper = Wrapped(getattr(owner, name), around, was_attribute=name in vars(owner))

@@ -1,0 +1,152 @@
+"""Exponential moving average of the weights: what is validated, saved and kept is a smoothed model.
+
+One caveat: BatchNorm statistics are averaged along with the weights, not those of the averaged weights. PreciseBN
+re-estimates them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_tricks.callbacks._averaging import Averaging
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["EMA", "decay_of_half_life", "warmed_up"]
+
+
+def warmed_up(decay: float, updates: int) -> float:
+    """Decay of an update while the average is young: ``1 - (1 + t) ** (-2/3)``, until ``decay`` is less.
+
+    The average then reaches back over a growing part of the run, ``t ** (2/3)`` updates, and forgets the first weights.
+    On the digits (``benchmarks/ema_warmup.py``, decay 0.9999) it errs less than the exactly debiased average, which
+    keeps all of a young run: 5.6 % to 7.0 % after 100 steps, 3.3 % to 3.9 % after 300, 1.9 % to 2.1 % after 3000.
+
+    Args:
+        decay: the full one.
+        updates: those done before this one, ``t``. At 0 the average becomes a copy of the weights.
+    """
+    return min(decay, 1 - math.pow(1 + updates, -2 / 3))
+
+
+def decay_of_half_life(half_life: float, steps_per_epoch: float, every_n_steps: int = 1) -> float:
+    """Decay with which weights count half as much after ``half_life`` epochs."""
+    return math.pow(0.5, every_n_steps / (half_life * steps_per_epoch))
+
+
+class EMA(Averaging):
+    """Average the weights exponentially, and validate, save and keep the average ([Tarvainen & Valpola, 2017](https://arxiv.org/abs/1703.01780)).
+
+    After each step ``average = decay * average + (1 - decay) * weights``, in fp32; the first update copies them.
+    Training itself is not changed. Every checkpoint has the average in its ``state_dict``, so that any code loads the
+    better model; those to resume from have the trained weights too. After the fit the model has the average.
+
+    Cost: one read and one write of the weights per update, below 1 % of a training step; an fp32 copy of the model in
+    memory; checkpoints up to twice as large. Leave it out of runs that are shorter than the average reaches back, and
+    where a schedule goes down to 0 expect little: the last weights are smooth already. Not under CUDA graphs
+    (``torch.compile(mode="reduce-overhead")``).
+
+    Args:
+        decay: share of the old average that an update keeps, in [0, 1). 0 is no average; 0.9999 reaches back about
+            10,000 updates. None: 0.9999, or what ``half_life`` says.
+        warmup: start with small decays, ``1 - (1 + t) ** (-2/3)`` at update ``t``. Without it the first weights stay
+            in the average for about ``1 / (1 - decay)`` updates.
+        every_n_steps: steps between two updates, 1 or more. One step is a batch that stepped an optimizer.
+        start_step: steps before the average begins, 0 or more. Until then the model is validated and saved as it is.
+        half_life: epochs after which weights count half as much, above 0; instead of ``decay``, and it means the same
+            for any batch size, number of devices and ``every_n_steps``. Near 0 is no average; beyond a tenth of the
+            run the average lags.
+        buffers: floating-point buffers (BatchNorm statistics) are averaged ("average"), or those of the trained weights
+            are used ("copy"). Integer and boolean buffers are never averaged.
+        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
+            a run can be. False: the model is as without the callback, and the average is in checkpoints to resume from,
+            as ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in ``ema.state_dict()["average"]``.
+        name: tells several averages apart, in checkpoints and logs.
+
+    Raises:
+        ValueError: for an argument out of its range, or both ``decay`` and ``half_life``.
+        RuntimeError: when the fit starts, if something else averages weights too, or an epoch has no known length and
+            ``half_life`` is given.
+
+    Example:
+        ``- {class_path: EMA, init_args: {decay: 0.999}}``
+    """
+
+    def __init__(
+        self,
+        decay: float | None = None,
+        warmup: bool = True,
+        every_n_steps: int = 1,
+        start_step: int = 0,
+        half_life: float | None = None,
+        buffers: Literal["average", "copy"] = "average",
+        validate: bool = True,
+        name: str | None = None,
+    ) -> None:
+        if decay is not None and half_life is not None:
+            raise ValueError(f"decay={decay} and half_life={half_life} say the same thing: give one of them.")
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} must lie in [0, 1): the share of the old average, such as 0.9999.")
+        if half_life is not None and not 0 < half_life < math.inf:
+            raise ValueError(f"half_life={half_life} must be above 0: it is a number of epochs.")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} is below 1; give 1 for an update after every step.")
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} is below 0; give 0 to start with the first step.")
+        super().__init__(buffers, validate, name)
+        self.decay = 0.9999 if decay is None and half_life is None else decay
+        self.warmup = warmup
+        self.every_n_steps = every_n_steps
+        self.start_step = start_step
+        self.half_life = half_life
+        self._decay = self.decay
+
+    def share(self, step: int, updates: int) -> float | None:
+        """Share of the weights in the average: ``1 - decay``, and 1 at the first update."""
+        since = step - self.start_step
+        if since <= 0 or since % self.every_n_steps:
+            return None
+        return 1 - self._decay_at(updates) if updates else 1.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the decay: earlier, the loaders are not there."""
+        self._decay = self.decay
+        if self.half_life is not None:
+            self._decay = decay_of_half_life(self.half_life, _steps_per_epoch(trainer), self.every_n_steps)
+        what = f"decay {self._decay:.6g}" + (f" (half_life={self.half_life:g} epochs)" if self.half_life else "")
+        when = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"
+        start = f" after step {self.start_step}" if self.start_step else ""
+        use = "validated and saved" if self.validate else "kept aside"
+        name = f"{self.name}: " if self.name else ""
+        self._say(f"{name}{what}{' with warm-up' if self.warmup else ''}, {when}{start}; {use}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average, and log the decay of the last update."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._updates:
+            key = f"ema/{self.name}/decay" if self.name else "ema/decay"
+            pl_module.log(key, self._decay_at(self._updates - 1), on_step=True, on_epoch=False)
+
+    def _decay_at(self, updates: int) -> float:
+        assert self._decay is not None
+        return warmed_up(self._decay, updates) if self.warmup else self._decay
+
+    def _why_nothing(self) -> str:
+        return f"Lower start_step={self.start_step} or every_n_steps={self.every_n_steps}."
+
+
+def _steps_per_epoch(trainer: Trainer) -> float:
+    batches = trainer.num_training_batches
+    # where accumulation differs from epoch to epoch, no epoch stands for the others
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+    uneven = any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in callbacks)
+    if uneven or not math.isfinite(batches):
+        raise RuntimeError(
+            "EMA(half_life=...) counts in epochs, and an epoch has no known number of steps here (a loader without "
+            "length, or a GradientAccumulationScheduler). Give EMA(decay=...), or Trainer(limit_train_batches=...)."
+        )
+    return math.ceil(batches / trainer.accumulate_grad_batches)
