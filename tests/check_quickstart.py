@@ -33,7 +33,8 @@ def check(runs: Path) -> str:
     missing = [name for name in FILES if not (run / name).is_file() or not (run / name).stat().st_size]
     if missing:
         raise ValueError(f"{run} lacks {', '.join(missing)}")
-    top1 = json.loads((run / "results.json").read_text()).get("raw", {}).get("test", {}).get("top1")
+    results = json.loads((run / "results.json").read_text())
+    top1 = results.get("averaged", results.get("raw", {})).get("test", {}).get("top1")
     if top1 is None or not top1 >= LEAST:
         raise ValueError(f"{run}: test top-1 is {top1}, not at least {LEAST}")
     return f"{run}: test top-1 is {top1:.4f}"

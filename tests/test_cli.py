@@ -211,6 +211,44 @@ def test_a_run_without_checkpoints_or_validation() -> None:
     )
 
 
+FOREIGN = """
+import torch
+from lightning.pytorch import LightningModule
+from torch.nn import functional as F
+
+
+class Theirs(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+
+    def loss(self, batch):
+        return F.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+def test_a_foreign_module_is_trained_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("foreign.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(str(folder))
+    content = yaml.safe_load(TINY) | {"model": {"class_path": "foreign.Theirs"}}
+    Path("foreign.yaml").write_text(yaml.safe_dump(content))
+    done("fit", "--config=foreign.yaml", "--trainer.max_epochs=2")
+    losses = [row["val/loss"] for row in metrics("runs/foreign/v0") if "val/loss" in row]
+    assert len(losses) == 2
+    assert results("runs/foreign/v0")["raw"] == {"val": {"loss": losses[1]}}
+    found = table(done("validate", "--config=foreign.yaml", "--ckpt_path=runs/foreign/v0/checkpoints/last.ckpt").out)
+    assert found == {"val/loss": pytest.approx(losses[1])}
+
+
 # Going on with a run
 
 SAVES = """
@@ -237,8 +275,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resume(run: Path, moment: str, *words: str) -> tuple[Path, Outcome]:
     """Go on with a run from its checkpoint of a moment, in a folder of its own."""
     settings = (*FIT, *COSINE, "--trainer.max_epochs=3", "--trainer.limit_train_batches=3")
-    outcome = done(*settings, f"--ckpt_path={run}/checkpoints/{moment}.ckpt", *words)
-    return Path("runs/tiny/v0"), outcome
+    place = ("--trainer.default_root_dir=resumed", f"--ckpt_path={run}/checkpoints/{moment}.ckpt")
+    outcome = done(*settings, *place, *words)
+    return Path("resumed/tiny/v0"), outcome
 
 
 def values(run: Path, names: str) -> dict[tuple[float, str], float]:

@@ -189,3 +189,10 @@ def test_a_quickstart_that_lacks_a_file(quickstart: Path, file: str) -> None:
 def test_no_quickstart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run in"):
         check(tmp_path)
+
+
+def test_averaged_weights_are_called_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = run / "best.ckpt"
+    torch.save({"epoch": 1, "callbacks": {"EMA": {"raw": {"w": torch.zeros(3)}}, "Other": {"raw": {}}}}, best)
+    assert report_fit(run, str(best))["averaged"] == OF_EPOCH[1] | TEST
+    assert capsys.readouterr().out.startswith("epoch 1, averaged weights")

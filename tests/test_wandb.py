@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,14 +88,19 @@ class Tracked:
     def __init__(self, run: Path) -> None:
         (self.folder,) = run.glob("wandb/*run-*-*")
         (file,) = self.folder.glob("run-*.wandb")
-        self.records = records(file)
+        deadline = time.monotonic() + 30
+        while True:  # W&B's process writes the last of it after the run has ended
+            self.records = records(file)
+            self.exits = [record.exit.exit_code for record in self.records if record.HasField("exit")]
+            if self.exits or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
         (self.run,) = [record.run for record in self.records if record.HasField("run")]
         self.config = items(self.run.config.update)
         for record in self.records:
             if record.HasField("config"):
                 self.config |= items(record.config.update)
         self.history = [items(record.history.item) for record in self.records if record.HasField("history")]
-        self.exits = [record.exit.exit_code for record in self.records if record.HasField("exit")]
 
 
 @pytest.fixture(scope="module")
@@ -167,10 +174,37 @@ def test_a_resumed_run_goes_on_in_the_same_one(first: Path) -> None:
     assert Tracked(Path("runs/tiny/v1")).run.run_id != before.run.run_id
 
 
-def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_configuration_is_another_run(first: Path) -> None:
+    track(f"--ckpt_path={first}/checkpoints/last.ckpt", "--trainer.max_epochs=3")
+    config = "runs/tiny/v0/config.yaml"
+    assert yaml.safe_load(Path(config).read_text())["trainer"]["logger"]["init_args"]["offline"] is False
+    files = sorted(Path("runs/tiny/v0").rglob("*"))
+    outcome = cli("fit", "--config", config, "--ckpt_path=null")
+    assert outcome.code == 0, outcome
+    assert sorted(Path("runs/tiny/v0").rglob("*")) == files
+    again = Tracked(Path("runs/tiny/v1"))
+    assert again.run.run_id != Tracked(first).run.run_id
+    assert again.run.display_name == "tiny-v1"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Arguments of the loggers that are made."""
+    seen: list[dict[str, Any]] = []
+    init = WandbLogger.__init__
+
+    def note(self: WandbLogger, *args: Any, **kwargs: Any) -> None:
+        seen.append(kwargs)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(WandbLogger, "__init__", functools.wraps(init)(note))
+    return seen
+
+
+def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
     words = ("--trainer.logger.name=mine", "--trainer.logger.project=ours", "--trainer.logger.save_dir=there")
-    config = built(monkeypatch, *TRACKED, *words).config.fit.trainer.logger.init_args
-    assert (config.name, config.project, config.save_dir, config.offline) == ("mine", "ours", "there", True)
+    built(monkeypatch, *TRACKED, *words)
+    assert [asked[0][key] for key in ("name", "project", "save_dir", "offline")] == ["mine", "ours", "there", True]
 
 
 @pytest.mark.parametrize(
@@ -193,27 +227,32 @@ def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_login_is_found(
-    monkeypatch: pytest.MonkeyPatch, place: str | None, content: str, variables: dict[str, str], offline: bool
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[dict[str, Any]],
+    place: str | None,
+    content: str,
+    variables: dict[str, str],
+    offline: bool,
 ) -> None:
     if place:
         Path(place).write_text(content)
         Path(place).chmod(0o600)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    made = built(monkeypatch, *TRACKED)
-    assert made.config.fit.trainer.logger.init_args.offline is offline
-    assert isinstance(made.trainer.loggers[1], WandbLogger)
+    built(monkeypatch, *TRACKED)
+    assert [arguments["offline"] for arguments in asked] == [offline]
 
 
-def test_wandb_beside_another_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_beside_another_logger(
+    monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]], folder: Path
+) -> None:
     Path("both.yaml").write_text(
         "trainer: {logger: [{class_path: WandbLogger}, {class_path: TensorBoardLogger, init_args: {save_dir: .}}]}"
     )
     made = built(monkeypatch, *FIT, "--config=both.yaml")
-    assert [type(logger).__name__ for logger in made.trainer.loggers] == [
-        "CSVLogger", "WandbLogger", "TensorBoardLogger",
-    ]  # fmt: skip
-    assert made.config.fit.trainer.logger[0].init_args.save_dir == "runs/tiny/v0"
+    kinds = [type(logger).__name__ for logger in made.trainer.loggers]
+    assert kinds == ["CSVLogger", "WandbLogger", "TensorBoardLogger"]
+    assert asked[0]["save_dir"] == str(folder.resolve() / "runs" / "tiny" / "v0")
 
 
 @pytest.mark.filterwarnings("ignore:There is a wandb run already in progress")  # Lightning says that it joins in

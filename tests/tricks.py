@@ -45,6 +45,41 @@ class Row:
 
 
 TRICKS = {
+    "CutMix": Row(
+        make=lambda: callbacks.CutMix(alpha=1.0),
+        tests="test_cutmix.py",
+        logs=("cutmix/lambda",),
+    ),
+    "EMA": Row(
+        make=lambda: callbacks.EMA(decay=0.5),
+        tests="test_ema.py",
+        logs=("ema/decay",),
+    ),
+    "FocalLoss": Row(
+        make=lambda: callbacks.FocalLoss(gamma=2.0),
+        tests="test_focal_loss.py",
+        logs=("focal_loss/factor",),
+    ),
+    "LabelSmoothing": Row(
+        make=lambda: callbacks.LabelSmoothing(smoothing=0.3),
+        tests="test_label_smoothing.py",
+        logs=("label_smoothing/smoothing",),
+    ),
+    "LinearScaling": Row(
+        make=lambda: callbacks.LinearScaling(base_batch_size=32, batch_size=4),
+        tests="test_linear_scaling.py",
+        logs=("linear_scaling/factor",),
+    ),
+    "MixUp": Row(
+        make=lambda: callbacks.MixUp(alpha=1.0),
+        tests="test_mixup.py",
+        logs=("mixup/lambda",),
+    ),
+    "NoBiasDecay": Row(
+        make=callbacks.NoBiasDecay,
+        tests="test_no_bias_decay.py",
+        logs=("no_bias_decay/share",),
+    ),
     "WarmupCosine": Row(
         make=lambda: callbacks.WarmupCosine(warmup_epochs=1),
         tests="test_schedules.py",
@@ -59,5 +94,15 @@ TRICKS = {
         make=lambda: callbacks.WarmupStep(milestones=[1, 2], gamma=0.5, warmup_epochs=0.5),
         tests="test_schedules.py",
         logs=("lr-SGD",),
+    ),
+    "XavierInit": Row(
+        make=callbacks.XavierInit,
+        tests="test_xavier_init.py",
+        logs=("xavier_init/growth",),
+    ),
+    "ZeroGamma": Row(
+        make=lambda: callbacks.ZeroGamma(layers=["net.0.1"]),  # the network has no residual block
+        tests="test_zero_gamma.py",
+        logs=("zero_gamma/scale",),
     ),
 }

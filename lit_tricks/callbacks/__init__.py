@@ -1,7 +1,29 @@
 """The tricks. ``__all__`` is their registry: tests, README and command line go by it."""
 
+from lit_tricks.callbacks.cutmix import CutMix
+from lit_tricks.callbacks.ema import EMA
+from lit_tricks.callbacks.focal_loss import FocalLoss
+from lit_tricks.callbacks.label_smoothing import LabelSmoothing
+from lit_tricks.callbacks.linear_scaling import LinearScaling
+from lit_tricks.callbacks.mixup import MixUp
+from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
 from lit_tricks.callbacks.warmup_exponential import WarmupExponential
 from lit_tricks.callbacks.warmup_step import WarmupStep
+from lit_tricks.callbacks.xavier_init import XavierInit
+from lit_tricks.callbacks.zero_gamma import ZeroGamma
 
-__all__ = ["WarmupCosine", "WarmupExponential", "WarmupStep"]
+__all__ = [
+    "EMA",
+    "CutMix",
+    "FocalLoss",
+    "LabelSmoothing",
+    "LinearScaling",
+    "MixUp",
+    "NoBiasDecay",
+    "WarmupCosine",
+    "WarmupExponential",
+    "WarmupStep",
+    "XavierInit",
+    "ZeroGamma",
+]

@@ -1,0 +1,126 @@
+"""Inputs and target of a batch, built of lists, tuples, dicts, NamedTuples and dataclasses, nested or not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["describe", "find", "replace"]
+
+Path = tuple[Any, ...]  # keys, indices or field names, from the outside in
+
+NAMES = {"label", "labels", "target", "targets", "class", "classes", "mask", "masks", "y", "gt"}  # of a target
+
+
+def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
+    """Find the inputs of a batch and its target.
+
+    The target is the one integer tensor of shape (N,), or dense: (N, H, W); a channel of size 1 may stand between.
+    Several of them are told apart by name, as ``label``, ``class_label``, ``mask``. An uint8 tensor is a target where
+    no other integers are. The inputs are all other tensors of floats or uint8 with N items and at least 3 dimensions,
+    or, where there are none, all matrices of floats.
+
+    Args:
+        batch: what the module's ``training_step`` gets.
+        trick: who asks, for the message.
+
+    Returns:
+        The inputs by their path (there may be none), the path of the target, and the target.
+
+    Raises:
+        RuntimeError: if there is no target, or more than one.
+    """
+    tensors = dict(_tensors(batch))
+    bytes_ = {path: t for path, t in tensors.items() if t.dtype == torch.uint8}
+    images = {path: t for path, t in tensors.items() if t.dim() >= 3 and (t.is_floating_point() or path in bytes_)}
+    targets = {path: t for path, t in tensors.items() if _is_integer(t) and _has_target_shape(t)}
+    if not targets:
+        targets = {path: t for path, t in bytes_.items() if _has_target_shape(t)}
+        if targets.keys() == images.keys():  # images, unless they are called otherwise
+            targets = {path: t for path, t in targets.items() if _is_named(path)}
+    if len(targets) > 1:
+        targets = {path: t for path, t in targets.items() if _is_named(path)} or targets
+    if len(targets) != 1:
+        found = "no target" if not targets else f"{len(targets)} tensors that could be the target"
+        raise RuntimeError(
+            f"{trick} found {found} in the training batch: {describe(batch)}. It looks for one tensor of integer class "
+            "indices, of shape (N,) or (N, H, W). Name it 'label', 'target' or 'mask': let the collate_fn of the "
+            "loader return a dict, or a NamedTuple (which unpacks as the tuple before)."
+        )
+    [(where, target)] = targets.items()
+    n = target.size(0)
+    inputs = {path: t for path, t in images.items() if path != where and t.size(0) == n}
+    if not inputs:
+        inputs = {path: t for path, t in tensors.items() if t.is_floating_point() and t.dim() == 2 and t.size(0) == n}
+    return inputs, where, target
+
+
+def replace(batch: Any, path: Path, value: Any) -> Any:
+    """A shallow copy of the batch with ``value`` at ``path``."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    fields = _fields(batch)
+    new = replace(getattr(batch, key) if fields else batch[key], rest, value)
+    if fields and isinstance(batch, tuple):
+        return batch._replace(**{key: new})  # type: ignore[attr-defined]
+    if isinstance(batch, tuple):
+        return type(batch)((*batch[:key], new, *batch[key + 1 :]))
+    changed = copy.copy(batch)
+    if fields:
+        object.__setattr__(changed, key, new)  # of a dataclass, also of a frozen one
+    else:
+        changed[key] = new
+    return changed
+
+
+def describe(batch: Any) -> str:
+    """The structure of a batch in words: types, keys, and of tensors the dtype and shape."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    children = _children(batch)
+    parts = [describe(child) if isinstance(key, int) else f"{key}: {describe(child)}" for key, child in children[:8]]
+    parts += ["..."] if len(children) > 8 else []
+    return f"{type(batch).__name__}({', '.join(parts)})" if parts else type(batch).__name__
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    """Names of the fields of a NamedTuple or a dataclass."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tuple(field.name for field in dataclasses.fields(value))
+    return getattr(value, "_fields", ()) if isinstance(value, tuple) else ()
+
+
+def _children(value: Any) -> list[tuple[Any, Any]]:
+    if fields := _fields(value):
+        return [(name, getattr(value, name)) for name in fields]
+    if isinstance(value, Mapping):
+        return [(key, value[key]) for key in value]
+    return list(enumerate(value)) if isinstance(value, list | tuple) else []
+
+
+def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, Tensor) and value.dim():
+        yield path, value
+    for key, child in _children(value):
+        yield from _tensors(child, (*path, key))
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _has_target_shape(tensor: Tensor) -> bool:
+    return tensor.dim() in (1, 3) or (tensor.dim() in (2, 4) and tensor.size(1) == 1)
+
+
+def _is_named(path: Path) -> bool:
+    """Whether the last name on the way to a tensor is that of a target: ``mask``, ``class_label``, ``Target``."""
+    names = [key for key in path if isinstance(key, str)]
+    return bool(names) and not NAMES.isdisjoint(re.split("[^a-z]+", names[-1].lower()))

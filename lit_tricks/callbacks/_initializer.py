@@ -1,0 +1,117 @@
+"""What the tricks that set weights share: when a run is at its very start, and which weights are trained."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._layers import is_norm
+from lit_tricks.callbacks._optimizers import optimizers_in
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Initializer", "local", "whole"]
+
+_LEFT_ALONE = "nothing to do, the run goes on with the weights that it was stopped with"
+
+
+class Initializer(Trick):
+    """Sets weights that are trained, once, at the start of a run from scratch.
+
+    It does so when the optimizers are there: the weights are where they will be trained (device, precision, shards),
+    and nothing has made a copy of them yet, whatever the order of the callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._effect = ""
+        self._resumed = False  # a checkpoint of a run that had begun
+
+    @abstractmethod
+    def select(self, pl_module: LightningModule, trained: set[Tensor], found: Any) -> None:
+        """Choose what to set, among the parameters that are trained.
+
+        Args:
+            pl_module: the module.
+            trained: parameters that its optimizers have.
+            found: what ``find`` returned.
+        """
+
+    @abstractmethod
+    def initialize(self, pl_module: LightningModule) -> str:
+        """Set it; say what was done, in words."""
+
+    def find(self, pl_module: LightningModule) -> Any:
+        """Look at the module before a strategy changes it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be there when the module builds its optimizers."""
+        if stage == "fit":
+            self._resumed = False
+            self._wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Know that the weights are those of a run that had begun; some strategies restore them last."""
+        if checkpoint["global_step"]:
+            self._resumed = True
+            self._effect = _LEFT_ALONE
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was done."""
+        self._say(self._effect)
+
+    def _start(
+        self,
+        pl_module: LightningModule,
+        found: Any,
+        configure_optimizers: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        configured = configure_optimizers(*args, **kwargs)
+        trained = {p for opt in optimizers_in(configured) for group in opt.param_groups for p in group["params"]}
+        self.select(pl_module, trained, found)
+        self._effect = _LEFT_ALONE
+        if self._resumed or pl_module.trainer.global_step:
+            return configured
+        sign = _sign_of_training(pl_module, trained)
+        if sign:
+            raise RuntimeError(
+                f"{type(self).__name__} is for a run from scratch, and {type(pl_module).__name__} was trained before: "
+                f"{sign}. Remove {type(self).__name__}, or do not load weights."
+            )
+        with torch.no_grad():
+            self._effect = self.initialize(pl_module)
+        return configured
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, of its shards if it is sharded."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A tensor, or its shard that is here if it is sharded."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard.detach()
+
+
+def _sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
+    """Where a norm layer is not as it starts: the same in all channels, and without statistics."""
+    for name, part in module.named_modules():
+        weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
+        if not is_norm(part) or weight not in trained:
+            continue
+        for key, value in {"weight": weight, "bias": bias}.items():
+            if value is not None and not (flat := whole(value).flatten()).eq(flat[:1]).all():
+                return f"{name}.{key} differs from channel to channel"
+        if getattr(part, "running_mean", None) is not None and part.running_mean.any():
+            return f"{name}.running_mean is not 0"
+    return ""

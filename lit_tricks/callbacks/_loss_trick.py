@@ -1,0 +1,118 @@
+"""What the tricks that change training batches and their loss share: the place where they act, and the order."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._batch import Path, find, replace
+from lit_tricks.callbacks._recipe import Recipe
+from lit_tricks.callbacks._target import Target, carrying
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["LossTrick"]
+
+
+class LossTrick(Trick):
+    """Acts on training batches after their transfer to the device, in whoever owns that hook: module or datamodule.
+
+    The first such trick of the Trainer gives the batch a target that carries its loss, and lets each trick act on it:
+    in an order of their own, so that their order in the list of callbacks has no meaning.
+    """
+
+    stage = 1  # 0: changes inputs and labels; 1: changes the loss
+
+    _trainer: Trainer | None = None
+    _recipe: Recipe | None = None  # of the batch in work
+    _seen = False  # a loss has seen the target, in this fit
+
+    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+        """Change inputs, or target, or the recipe of its loss. The inputs that were given are not changed in place."""
+        return inputs, target
+
+    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+        """What to log for a batch."""
+        return {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the tricks around the hook.
+
+        Raises:
+            RuntimeError: if there is a second trick of the kind, or the batches can not be reached.
+        """
+        name, team = type(self).__name__, _team(trainer)
+        if [type(trick) for trick in team].count(type(self)) > 1:
+            raise RuntimeError(f"{name} is there twice: leave one of them in the list of callbacks.")
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            raise RuntimeError(
+                f"{name} can not reach the batches that {type(pl_module).__name__}.training_step takes from "
+                "`dataloader_iter`: let it take `batch`."
+            )
+        self._trainer, self._seen = trainer, False
+        if team[0] is self:
+            connector: Any = trainer._data_connector
+            hook = "on_after_batch_transfer"
+            self._wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
+
+    def _transferred(self, hook: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = hook(batch, *args, **kwargs)
+        if self._trainer is None or not self._trainer.training:  # the same hook serves all other loops
+            return batch
+        team = _team(self._trainer)
+        names = tuple(sorted(type(trick).__name__ for trick in team))
+        inputs, where, labels = find(batch, names[0])
+        target = carrying(labels, Recipe(names))
+        changed = inputs
+        for trick in sorted(team, key=lambda trick: (trick.stage, type(trick).__name__)):
+            changed, target = trick.act(changed, target)
+            trick._recipe = target.recipe
+        for path, value in changed.items():
+            if value is not inputs[path]:
+                batch = replace(batch, path, value)
+        return replace(batch, where, target)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and see in the first batch that a loss had the target.
+
+        Raises:
+            RuntimeError: if none had.
+        """
+        recipe, self._recipe = self._recipe, None
+        if recipe is None:
+            return
+        if not self._seen and (outputs or not pl_module.automatic_optimization):  # not a batch that the module skipped
+            self._seen = recipe.used
+            if not self._seen:
+                raise RuntimeError(
+                    f"{type(self).__name__} has no effect: in the first training step of {type(pl_module).__name__}, "
+                    "no loss that it knows saw the target of the batch. Let training_step give it, as it is in the "
+                    "batch, to F.cross_entropy, nn.CrossEntropyLoss or F.nll_loss, or as F.one_hot(target, "
+                    "num_classes).float() to a binary or soft-target loss."
+                )
+        if quantities := self.quantities(recipe):
+            pl_module.log_dict(quantities, on_step=True, on_epoch=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the tricks off the hook."""
+        super().teardown(trainer, pl_module, stage)
+        self._trainer = self._recipe = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the tricks off the hook."""
+        super().on_exception(trainer, pl_module, exception)
+        self._trainer = self._recipe = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_trainer", "_recipe")}
+
+
+def _team(trainer: Trainer) -> list[LossTrick]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+    return [callback for callback in callbacks if isinstance(callback, LossTrick)]

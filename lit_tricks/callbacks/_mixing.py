@@ -1,0 +1,136 @@
+"""What MixUp and CutMix share: when they act, which of the two, with whom, and random numbers that can be resumed."""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+from lit_tricks.callbacks._batch import Path, describe
+from lit_tricks.callbacks._loss_trick import LossTrick
+from lit_tricks.callbacks._recipe import Recipe
+from lit_tricks.callbacks._target import Target
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Mixing", "beta"]
+
+
+def beta(alpha: float, size: int, generator: Generator) -> Tensor:
+    """Draws of Beta(alpha, alpha), of shape (size,)."""
+    # a Dirichlet distribution of two; torch.distributions.Beta takes no generator
+    return torch._sample_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator=generator)[:, 0]
+
+
+class Mixing(LossTrick):
+    """Mixes each item of a training batch with a partner, the batch in another order, with probability ``prob``.
+
+    The random numbers of a batch have a seed of their own. The seeds come from a generator that is the same on all
+    ranks, and that a checkpoint keeps; to a seed each rank adds its number.
+    """
+
+    stage = 0
+
+    def __init__(self, alpha: float, off_epochs: int, prob: float) -> None:
+        if alpha <= 0:
+            raise ValueError(f"alpha={alpha} must be above 0: near 0 almost nothing is mixed; 0.2 and 1 are usual.")
+        if off_epochs < 0:
+            raise ValueError(f"off_epochs={off_epochs} is below 0; give the number of last epochs to leave unmixed.")
+        if not 0 < prob <= 1:
+            raise ValueError(f"prob={prob} must lie in (0, 1]: it is the share of batches that are mixed.")
+        self.alpha = alpha
+        self.off_epochs = off_epochs
+        self.prob = prob
+        self._seeds, self._draws = Generator(), Generator()
+        self._turn = False  # it mixes this batch, and not the other trick
+        self._lambda = 1.0
+
+    @abstractmethod
+    def mix(
+        self, inputs: dict[Path, Tensor], target: Target, permutation: Tensor, generator: Generator
+    ) -> tuple[dict[Path, Tensor], Target, float]:
+        """Mix a batch with its permutation; also return the mean share that an item keeps of itself."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Seed the random numbers of a new run. One that goes on, or is resumed, goes on with its own."""
+        if stage == "fit" and trainer.global_step == 0:
+            seed: int = trainer.strategy.broadcast(torch.initial_seed())
+            self._seeds.manual_seed(seed ^ zlib.crc32(type(self).__name__.encode()))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it to work, and say so.
+
+        Raises:
+            RuntimeError: if the last epochs can not be told, or are all there are.
+        """
+        super().on_fit_start(trainer, pl_module)
+        epochs, name = trainer.max_epochs, type(self).__name__
+        if self.off_epochs and (epochs is None or epochs < 0):
+            raise RuntimeError(
+                f"{name}(off_epochs={self.off_epochs}) must know the last epoch: give Trainer(max_epochs=...)."
+            )
+        if epochs is not None and 0 <= epochs <= self.off_epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{name}(off_epochs={self.off_epochs}) leaves all of max_epochs={epochs} epochs unmixed: lower it."
+            )
+        rivals = [trick for trick in _mixers(trainer) if trick is not self]
+        odds = self.prob / (self.prob + sum(rival.prob for rival in rivals)) if rivals else self.prob
+        share = "each batch" if odds == 1 else f"{odds:.3g} of the batches"
+        others = "".join(f", {type(rival).__name__} the others" for rival in rivals)
+        off = f", none in the last {self.off_epochs} epochs" if self.off_epochs else ""
+        self._say(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
+
+    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+        """Draw the random numbers of the batch, and mix it if it is its turn."""
+        assert self._trainer is not None
+        if not inputs:
+            raise RuntimeError(
+                f"{type(self).__name__} found the target of the training batch, {describe(target)}, and no input to "
+                f"mix: no tensor of floats or uint8 with {len(target)} items."
+            )
+        seed = int(torch.randint(2**62, (), generator=self._seeds))
+        self._draws.manual_seed(seed + self._trainer.global_rank)
+        mixers = [trick for trick in _mixers(self._trainer) if trick.is_on(self._trainer)]
+        if mixers and mixers[0] is self:
+            self._draw_turns(mixers)
+        self._lambda = 1.0
+        if self._turn and self in mixers:
+            permutation = torch.randperm(len(target), generator=self._draws).to(target.device)
+            inputs, target, self._lambda = self.mix(inputs, target, permutation, self._draws)
+        return inputs, target
+
+    def is_on(self, trainer: Trainer) -> bool:
+        """Whether this is not one of the last epochs."""
+        if not self.off_epochs or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return True
+        return trainer.current_epoch < (trainer.max_epochs or 0) - self.off_epochs
+
+    def _draw_turns(self, mixers: list[Mixing]) -> None:
+        """Of several, one mixes a batch, by the odds of their ``prob``; a single one mixes with this probability."""
+        draw = float(torch.rand((), generator=self._draws, dtype=torch.float64))
+        if len(mixers) > 1:
+            draw *= sum(trick.prob for trick in mixers)
+        for trick in mixers:
+            trick._turn = 0 <= draw < trick.prob
+            draw -= trick.prob
+
+    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+        """The share that items kept of themselves, 1 in a batch that was not mixed."""
+        return {f"{type(self).__name__.lower()}/lambda": self._lambda}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator of the seeds."""
+        return {"seeds": self._seeds.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the generator of the seeds."""
+        self._seeds.set_state(state_dict["seeds"].cpu())
+
+
+def _mixers(trainer: Trainer) -> list[Mixing]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return sorted((c for c in callbacks if isinstance(c, Mixing)), key=lambda trick: type(trick).__name__)

@@ -1,0 +1,130 @@
+"""Where the residual branches of a network end, found by tracing what its modules compute."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import operator
+import random
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from lit_tricks.callbacks._layers import is_norm
+
+__all__ = ["last_norms"]
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+
+
+def last_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """The norm layers that end a residual branch, by name.
+
+    Where two values are added, the one that came through more layers with weights is the branch, if the other one
+    passed one at most (a projection). Between norm and addition may stand what keeps 0 at 0: dropout, drop path, a
+    gate. A norm before a convolution or an activation is not the end of its branch (from scale 0, a ReLU lets no
+    gradient back).
+
+    The network is traced with ``torch.fx``, on a copy that shares its tensors, as a whole or in the largest parts that
+    can be traced. Neither the module nor the random state changes.
+    """
+    found: dict[str, nn.Module] = {}
+    for name in dict.fromkeys(_search(module, "")):
+        norm = module.get_submodule(name)
+        if all(norm is not other for other in found.values()):
+            found[name] = norm
+    return found
+
+
+class _Tracer(fx.Tracer):
+    """Goes into every module but torch's own and norm layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or is_norm(m)
+
+
+def _search(module: nn.Module, path: str) -> Iterator[str]:
+    if is_norm(module) or not any(map(is_norm, module.modules())):
+        return
+    prefix = f"{path}." if path else ""
+    graph, twin = _trace(module)
+    if graph is None:
+        for name, child in module.named_children():
+            yield from _search(child, prefix + name)
+        return
+    yield from (prefix + name for name in _ends(graph, dict(twin.named_modules())))
+
+
+def _ends(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Names of the norm layers that end the residual branches of a graph."""
+    bits: dict[fx.Node, int] = {}  # one for each node
+    above: dict[fx.Node, int] = {}  # those of the node itself and all that it is computed from
+    layers = 0  # those of the layers with weights, norm layers aside
+    for i, node in enumerate(graph.nodes):
+        bits[node] = above[node] = 1 << i
+        for source in node.all_input_nodes:
+            above[node] |= above[source]
+        if node.op == "call_module" and not is_norm(module := modules[node.target]):
+            layers |= bits[node] if any(True for _ in module.parameters()) else 0
+        terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
+        if node.target in _ADDITIONS and len(terms) == 2:
+            for branch, shortcut in itertools.permutations(terms):
+                depth = (above[branch] & ~above[shortcut] & layers).bit_count()
+                others = (above[shortcut] & ~above[branch] & layers).bit_count()
+                norm = _last_norm(branch, modules, bits, above)
+                if norm and depth > others <= 1:
+                    yield norm
+
+
+def _trace(module: nn.Module) -> tuple[fx.Graph | None, nn.Module]:
+    tensors = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    try:
+        with _random_state_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            twin = copy.deepcopy(module, tensors).eval()
+            for part in twin.modules():
+                part._forward_hooks.clear()
+                part._forward_pre_hooks.clear()
+            parameters = inspect.signature(twin.forward).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+            return _Tracer().trace(twin, defaults), twin
+    except Exception:  # whatever the code of others raises when it gets symbols for tensors
+        return None, module
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+
+
+def _last_norm(
+    node: fx.Node, modules: dict[str, nn.Module], bits: dict[fx.Node, int], above: dict[fx.Node, int]
+) -> str | None:
+    """Name of the norm layer that a value comes from, but for what keeps 0 at 0."""
+    while True:
+        inputs = node.all_input_nodes
+        if node.op == "call_module":
+            name = str(node.target)
+            if is_norm(modules[name]):
+                activation = getattr(modules[name], "act", None)  # timm has layers that do both
+                return name if activation is None or isinstance(activation, nn.Identity) else None
+            if not isinstance(modules[name], nn.Identity | nn.modules.dropout._DropoutNd):
+                return None
+        elif node.target in _PRODUCTS:  # with a number, a parameter, or a gate that is computed from the value
+            factors = [factor for factor in inputs if factor.op != "get_attr"]
+            inputs = [factor for factor in factors if all(bits[factor] & above[other] for other in factors)]
+        elif getattr(node.target, "__name__", "") not in ("dropout", "stochastic_depth"):
+            return None
+        if len(inputs) != 1:
+            return None
+        [node] = inputs

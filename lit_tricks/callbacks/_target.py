@@ -1,0 +1,189 @@
+"""The target that carries its loss: integer labels to everything, and to a loss the distribution that tricks made.
+
+A training batch gets such labels in the place of its own. Metrics, indexing and printing see plain labels. What the
+loss needs besides follows them through ``.long()``, ``.view(-1)``, ``[mask]`` and the like, until a loss of
+``_loss.py`` finds it. It is tensors, and not numbers, so that torch.compile need not compile again for each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_tricks.callbacks._loss import LOSSES
+from lit_tricks.callbacks._recipe import Recipe
+
+__all__ = ["Target", "carrying"]
+
+
+class Target(Tensor):
+    """Labels, with all that makes their loss."""
+
+    recipe: Recipe
+    # "value": what this tensor shows, plain. "labels" that are mixed: "other", the labels they are mixed with, and
+    # "weight", the share of "value". "one-hot": "soft", the distribution. All are of one shape, and stay so.
+    parts: dict[str, Tensor]
+    kind: str  # "labels"; "one-hot", made of them; "soft", the distribution itself, in floats
+    lost: str  # name of the function after which the parts do not belong to the value any more
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in LOSSES and isinstance(_second(args, kwargs), Target):
+            with torch._C.DisableTorchFunctionSubclass():
+                return LOSSES[func](*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            if args and isinstance(args[0], Target):
+                if func in MOVES:
+                    return _move(func, *args, **kwargs)
+                if func in CASTS:
+                    return _cast(func, *args, **kwargs)
+                if func is F.one_hot and args[0].kind == "labels":
+                    return _one_hot(*args, **kwargs)
+            if func in JOINS:
+                return _join(func, *args, **kwargs)
+            return _other(func, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # in files, and in other processes, plain labels
+        return self.parts["value"].__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+if torch.__version__ < "2.15":  # torch.compile can not trace it there: the graph breaks, and the loss runs in between
+    Target.__torch_function__ = classmethod(torch.compiler.disable(Target.__torch_function__.__func__))  # type: ignore
+
+
+def carrying(labels: Tensor, recipe: Recipe, other: Tensor | None = None, share: Tensor | None = None) -> Target:
+    """Labels that carry a recipe.
+
+    Args:
+        labels: integers.
+        recipe: of their loss.
+        other: labels of the same shape that they are mixed with.
+        share: of ``labels`` in the mixture, (N,). The one that has more is shown, so that accuracy keeps its meaning.
+    """
+    if other is None or share is None:
+        return _target({"value": labels}, recipe)
+    share = share.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)
+    mine = share >= 0.5
+    parts = {
+        "value": torch.where(mine, labels, other),
+        "other": torch.where(mine, other, labels),
+        "weight": torch.where(mine, share, 1 - share),
+    }
+    return _target(parts, recipe)
+
+
+def _target(parts: dict[str, Tensor], recipe: Recipe, kind: str = "labels", lost: str = "") -> Target:
+    target = parts["value"].as_subclass(Target)
+    target.recipe, target.parts, target.kind, target.lost = recipe, parts, kind, lost
+    return target
+
+
+def _second(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("target")
+
+
+def _move(func: Callable[..., Any], target: Target, *args: Any, **kwargs: Any) -> Any:
+    """What only moves elements: all parts go along."""
+    moved = {name: func(part, *args, **kwargs) for name, part in target.parts.items()}
+    if isinstance(moved["value"], Tensor):
+        return _target(moved, target.recipe, target.kind, target.lost)
+    pieces = [dict(zip(moved, piece, strict=True)) for piece in zip(*moved.values(), strict=True)]
+    return tuple(_target(piece, target.recipe, target.kind, target.lost) for piece in pieces)
+
+
+def _cast(func: Callable[..., Any], target: Target, *args: Any, **kwargs: Any) -> Any:
+    """What changes dtype or device: labels change both, shares the device only."""
+    value = func(target.parts["value"], *args, **kwargs)
+    if not isinstance(value, Tensor):
+        return value  # the name of its type
+    if "soft" in target.parts and value.is_floating_point():
+        return _target({"value": target.parts["soft"].to(value)}, target.recipe, "soft", target.lost)
+    cast = {
+        name: func(part, *args, **kwargs) if name in ("value", "other") else part.to(value.device)
+        for name, part in target.parts.items()
+    }
+    return _target(cast, target.recipe, target.kind, target.lost)
+
+
+def _one_hot(target: Target, num_classes: int = -1) -> Target:
+    """One-hot integers, which turn into the soft distribution when they are cast to floats."""
+    labels = [target.parts[name] for name in ("value", "other") if name in target.parts]
+    if num_classes == -1:
+        num_classes = int(torch.stack(labels).max()) + 1
+    hard, *others = [F.one_hot(each, num_classes) for each in labels]
+    soft = hard.to(torch.get_default_dtype())
+    if others:
+        soft = others[0].to(soft).lerp_(soft, target.parts["weight"].to(soft).unsqueeze(-1))
+    if target.recipe.smoothing:
+        smoothing = target.recipe.smoothing(num_classes)
+        soft = soft * (1 - smoothing) + smoothing / num_classes
+    return _target({"value": hard, "soft": soft}, target.recipe, "one-hot", target.lost)
+
+
+def _join(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+    targets = [each for each in tensors if isinstance(each, Target)]
+    joined = func([each.parts["value"] if isinstance(each, Target) else each for each in tensors], *args, **kwargs)
+    first = targets[0]
+    if any(each.recipe is not first.recipe for each in targets):
+        return joined  # of several batches, as metrics keep them
+    lost = next((each.lost for each in targets if each.lost), "")
+    parts = {"value": joined}
+    if len(targets) == len(tensors) and all(each.parts.keys() == first.parts.keys() for each in targets):
+        parts |= {name: func([t.parts[name] for t in targets], *args, **kwargs) for name in first.parts}
+    elif any(len(each.parts) > 1 for each in targets):
+        lost = lost or _name(func)
+    return _target(parts, first.recipe, first.kind, lost)
+
+
+def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Any other function sees plain tensors. Where its result may still be meant for a loss, it is a target, too."""
+    result = func(*args, **kwargs)
+    if func is Tensor.__setitem__ and isinstance(args[0], Target):
+        result = args[0]
+    if not isinstance(result, Tensor) or _name(func) == "__get__":  # of an attribute
+        return result
+    target = next((each for each in (*args, *kwargs.values()) if isinstance(each, Target)), None)
+    if target is None:
+        return result
+    whole = target.kind == "soft" or len(target.parts) == 1  # a new value is as good as the old one
+    if target.kind == "soft" and target.recipe.modulates:
+        whole = False  # but the factor is for a loss that is known
+    lost = target.lost or ("" if whole else _name(func))
+    if result is target:  # in place
+        target.lost = lost
+    elif result.requires_grad:  # it met the network, in a loss that is written out
+        if target.kind == "soft" or (target.kind == "one-hot" and target.lost):
+            target.recipe.require(not lost, lost)
+            target.recipe.used = True
+    elif result.shape == target.shape and result.dtype != torch.bool:
+        if target.kind == "labels" and result.is_floating_point():
+            lost = lost or _name(func)
+        return _target({"value": result}, target.recipe, target.kind, lost)
+    return result
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func))
+
+
+def _functions(names: str) -> set[Callable[..., Any]]:
+    """Methods of tensors, and functions of torch."""
+    return {getattr(owner, name) for owner in (Tensor, torch) for name in names.split() if hasattr(owner, name)}
+
+
+MOVES = _functions(
+    "view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze expand expand_as permute transpose "
+    "movedim t contiguous clone detach cpu cuda pin_memory __getitem__ __deepcopy__ index_select masked_select narrow "
+    "select take chunk split unbind tensor_split flip roll repeat repeat_interleave tile"
+)
+MOVES.add(Tensor.data.__get__)  # type: ignore[attr-defined]
+CASTS = _functions("to type type_as long int short byte float double half bfloat16")
+JOINS = _functions("cat concat concatenate stack")

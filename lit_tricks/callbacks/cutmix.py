@@ -1,0 +1,102 @@
+"""CutMix: training on images with a rectangle of another one, and labels mixed by area (Yun et al., 2019).
+
+One caveat: for a dense target the mask is cut as the image is, so that its labels stay exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from lit_tricks.callbacks._batch import Path, describe
+from lit_tricks.callbacks._mixing import Mixing, beta
+from lit_tricks.callbacks._target import Target, carrying
+
+__all__ = ["CutMix", "cutmix", "cutmix_box"]
+
+Box = tuple[int, int, int, int]
+
+
+def cutmix_box(height: int, width: int, lam: float, center: tuple[int, int]) -> Box:
+    """The rectangle of area ``1 - lam`` with the image's proportions, clipped to it: top, bottom, left and right.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        lam: share of the image to keep. What the clipped rectangle keeps is more, see ``kept_area``.
+        center: row and column.
+    """
+    side = (1 - lam) ** 0.5
+    down, across = int(height * side) // 2, int(width * side) // 2  # half of it
+    row, column = center
+    return max(row - down, 0), min(row + down, height), max(column - across, 0), min(column + across, width)
+
+
+def kept_area(height: int, width: int, box: Box) -> float:
+    """Share of the image outside of the box: the true lambda."""
+    top, bottom, left, right = box
+    return 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def cutmix(x: Tensor, permutation: Tensor, box: Box) -> Tensor:
+    """``x`` with the pixels of ``x[permutation]`` in the box.
+
+    Args:
+        x: images or masks (N, ..., H, W).
+        permutation: of the items, (N,).
+        box: top, bottom, left and right.
+    """
+    top, bottom, left, right = box
+    mixed = x.clone()
+    mixed[..., top:bottom, left:right] = x[..., top:bottom, left:right][permutation]
+    return mixed
+
+
+class CutMix(Mixing):
+    """Paste a rectangle of another training image, and mix the labels by area ([Yun et al., 2019](https://arxiv.org/abs/1905.04899)).
+
+    The rectangle has the image's proportions, a random centre, and an area of ``1 - lambda``, drawn from Beta(alpha,
+    alpha); the labels are mixed by the area that is left of it within the image. The partner comes from the same batch
+    in random order. Masks, the targets (N, H, W), are cut like the images. Metrics in training see the label with the
+    larger share. Beside MixUp, each batch gets one of the two, with the odds of their ``prob``.
+
+    Cost: one copy of the images, and a second look-up in the loss. Use it for long runs of large networks. Not where a
+    small part of the image decides the label; training losses and accuracies are not those of plain runs.
+
+    Args:
+        alpha: above 0. Near 0 images are whole or replaced, 1 is uniform and usual, and large cuts half of each.
+        off_epochs: last epochs without it, 0 or more: the network ends on real images. Needs ``Trainer(max_epochs)``.
+        prob: share of the batches that are mixed, in (0, 1]; the paper takes 1 for ImageNet and 0.5 for CIFAR.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training step,
+            if the batch has no images of one size or no target that it can find, or no loss saw the target.
+
+    Example:
+        ``- {class_path: CutMix, init_args: {alpha: 1.0}}``
+    """
+
+    def __init__(self, alpha: float = 1.0, off_epochs: int = 0, prob: float = 1.0) -> None:
+        super().__init__(alpha, off_epochs, prob)
+
+    def mix(
+        self, inputs: dict[Path, Tensor], target: Target, permutation: Tensor, generator: Generator
+    ) -> tuple[dict[Path, Tensor], Target, float]:
+        """Cut all inputs, and a dense target, by the same box."""
+        labels = target.parts["value"]
+        dense = labels.dim() > 2
+        sizes = {tuple(x.shape[-2:]) if x.dim() > 2 else () for x in (*inputs.values(), *[labels] * dense)}
+        if len(sizes) > 1 or () in sizes:
+            seen = ", ".join(map(describe, (*inputs.values(), labels)))
+            raise RuntimeError(f"CutMix cuts images (N, ..., H, W) of one size, also the masks, and found {seen}.")
+        [(height, width)] = sizes
+        lam = float(beta(self.alpha, 1, generator))
+        row, column = (int(torch.randint(size, (), generator=generator)) for size in (height, width))
+        box = cutmix_box(height, width, lam, (row, column))
+        lam = kept_area(height, width, box)
+        mixed = {path: cutmix(x, permutation, box) for path, x in inputs.items()}
+        if dense:
+            return mixed, carrying(cutmix(labels, permutation, box), target.recipe), lam
+        share = torch.full((len(labels),), lam, device=labels.device)
+        return mixed, carrying(labels, target.recipe, labels[permutation], share), lam

@@ -1,0 +1,120 @@
+"""Focal loss: cross entropy that fades out for what the network knows already (Lin et al., 2017).
+
+One caveat: gamma handles easy and hard, alpha handles rare and frequent; they are tuned together. The paper trains
+sigmoids; for a softmax over classes the same factor takes the probability of the true class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_tricks.callbacks._batch import Path
+from lit_tricks.callbacks._loss_trick import LossTrick
+from lit_tricks.callbacks._recipe import Recipe
+from lit_tricks.callbacks._target import Target
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["FocalLoss", "class_weights", "focal_factor"]
+
+
+def focal_factor(p: Tensor, gamma: float) -> Tensor:
+    """``(1 - p) ** gamma``, whose gradient is finite at p = 1.
+
+    Args:
+        p: probability that the network gives to the target.
+        gamma: how fast the factor falls.
+    """
+    return (1 - p).clamp(min=torch.finfo(p.dtype).eps) ** gamma
+
+
+def class_weights(num_classes: int, alpha: float | Tensor) -> Tensor:
+    """Weight of each class in a softmax: of a list its numbers, of one number that of class 1 of two.
+
+    Raises:
+        RuntimeError: if there are other classes than weights.
+    """
+    weights = alpha if isinstance(alpha, Tensor) else torch.tensor([1 - alpha, alpha])
+    if len(weights) != num_classes:
+        given = (
+            f"a list of {len(weights)}" if isinstance(alpha, Tensor) else f"{alpha}, which weighs one of two classes"
+        )
+        raise RuntimeError(
+            f"FocalLoss: alpha is {given}, and the loss has {num_classes} classes: give a list of {num_classes}."
+        )
+    return weights
+
+
+def positive_weight(alpha: float | Tensor) -> float:
+    """Weight of the positives of a binary loss.
+
+    Raises:
+        RuntimeError: if alpha is a list.
+    """
+    if isinstance(alpha, Tensor):
+        raise RuntimeError(
+            "FocalLoss: alpha is a list, and the loss is binary: give one number, that of the positives."
+        )
+    return alpha
+
+
+class FocalLoss(LossTrick):
+    """Weigh down what is classified well already ([Lin et al., 2017](https://arxiv.org/abs/1708.02002)).
+
+    Cross entropy becomes ``-alpha_t (1 - p_t)^gamma log(p_t)``, with ``p_t`` the probability of the true class in the
+    softmax; of mixed or smoothed targets, the mean over their distribution. A binary cross entropy of one-hot or binary
+    targets becomes the paper's loss of sigmoids. ``ignore_index``, class weights and reductions keep their meaning: a
+    mean divides by the same as without the trick, neither by the factor nor by alpha.
+
+    Cost: a few operations on the logits. Use it where easy examples drown the others, as background does. Not against
+    a plain imbalance of classes (use weights), nor where probabilities must be calibrated without checking them.
+
+    Args:
+        gamma: 0 or more. 0 is cross entropy, 2 the paper's, and from 5 on only errors count.
+        alpha: weight of the classes in the sum: None for none; one number in (0, 1) for the positives of a binary loss,
+            or class 1 of two, the rest to 1 being for the others; a list with a positive number for each class.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: in the first training step, if no loss saw the target, or alpha does not fit its classes.
+
+    Example:
+        ``- {class_path: FocalLoss, init_args: {gamma: 2.0}}``
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float | Sequence[float] | None = None) -> None:
+        if gamma < 0:
+            raise ValueError(f"gamma={gamma} is below 0, and would weigh down what is hard; 2 is usual.")
+        numbers = [alpha] if isinstance(alpha, int | float) else list(alpha or [])
+        if isinstance(alpha, int | float) and not 0 < alpha < 1:
+            raise ValueError(f"alpha={alpha} must lie in (0, 1); give None for no weights, or a list of one a class.")
+        if alpha is not None and (not numbers or min(numbers) <= 0):
+            raise ValueError(f"alpha={alpha} must have a number above 0 for each class.")
+        self.gamma = gamma
+        self.alpha = alpha if isinstance(alpha, int | float | None) else list(alpha)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it to work, and say so."""
+        super().on_fit_start(trainer, pl_module)
+        weights = "" if self.alpha is None else f", classes weighed by alpha={self.alpha}"
+        self._say(f"the loss times (1 - p)^{self.gamma:g}{weights}")
+
+    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+        """Put the factors on the loss."""
+        if self.gamma:
+            target.recipe.factor = partial(focal_factor, gamma=self.gamma)
+        if self.alpha is not None:
+            alpha = torch.tensor(self.alpha, device=target.device) if isinstance(self.alpha, list) else self.alpha
+            target.recipe.class_weight = partial(class_weights, alpha=alpha)
+            target.recipe.positive_weight = partial(positive_weight, alpha)
+        return inputs, target
+
+    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+        """The mean factor: near 1 nothing is easy, near 0 almost all is."""
+        return {"focal_loss/factor": 1.0 if recipe.mean_factor is None else recipe.mean_factor}

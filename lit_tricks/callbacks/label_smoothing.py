@@ -1,0 +1,93 @@
+"""Label smoothing: targets of cross entropy that leave some probability to the wrong classes (Szegedy et al., 2016).
+
+One caveat: the paper shares the probability among the other classes, torch and most libraries among all of them. At
+1000 classes that is the same; at 10 the true class keeps 0.9 or 0.91.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from lit_tricks.callbacks._batch import Path
+from lit_tricks.callbacks._loss_trick import LossTrick
+from lit_tricks.callbacks._recipe import Recipe
+from lit_tricks.callbacks._target import Target
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["LabelSmoothing", "torch_smoothing"]
+
+
+def torch_smoothing(num_classes: int, smoothing: float, convention: Literal["torch", "paper"] = "torch") -> float:
+    """The ``label_smoothing`` of torch's cross entropy that gives the targets of a convention.
+
+    torch mixes the one-hot target with the uniform distribution: ``1 - s + s / K`` for the true class, ``s / K`` for
+    each other one. The paper's ``1 - smoothing`` and ``smoothing / (K - 1)`` have ``s = smoothing * K / (K - 1)``.
+
+    Args:
+        num_classes: classes of the loss, ``K``.
+        smoothing: probability to share.
+        convention: who shares it: all classes ("torch"), or the wrong ones ("paper").
+
+    Raises:
+        RuntimeError: where the convention has no such target.
+    """
+    if convention == "torch":
+        return smoothing
+    if num_classes < 2 or smoothing * num_classes > num_classes - 1:
+        raise RuntimeError(
+            f"LabelSmoothing(smoothing={smoothing}, convention='paper') leaves the true one of {num_classes} classes "
+            f"less than the others: take a smoothing below {1 - 1 / num_classes:g}, or convention='torch'."
+        )
+    return smoothing * num_classes / (num_classes - 1)
+
+
+class LabelSmoothing(LossTrick):
+    """Soften the targets of cross entropy ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
+
+    The true class keeps ``1 - smoothing``; the rest is shared among the others, which bounds the gap between logits.
+    ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and ``F.nll_loss`` of training are smoothed, and the floats made of
+    ``F.one_hot(target, num_classes)`` or of binary labels. The losses of validation and test are plain.
+
+    Cost: none measurable. Use it from scratch, for many classes and long runs. Not for a model that will teach
+    another one (its logits lose what distillation needs), and expect little at 10 classes.
+
+    Args:
+        smoothing: probability taken from the true class, in [0, 1). 0 is plain cross entropy, near 1 is uniform.
+        convention: who shares it: all K classes ("torch"), or the K - 1 others ("paper").
+
+    Raises:
+        ValueError: for a smoothing out of its range.
+        RuntimeError: in the first training step, if no loss saw the target, or the module smooths it already.
+
+    Example:
+        ``- {class_path: LabelSmoothing, init_args: {smoothing: 0.1}}``
+    """
+
+    def __init__(self, smoothing: float = 0.1, convention: Literal["torch", "paper"] = "torch") -> None:
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} must lie in [0, 1): it is a probability; 0.1 is usual.")
+        if convention not in ("torch", "paper"):
+            raise ValueError(f"convention={convention!r} is unknown: write 'torch' or 'paper'.")
+        self.smoothing = smoothing
+        self.convention = convention
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it to work, and say so."""
+        super().on_fit_start(trainer, pl_module)
+        shared = "all classes" if self.convention == "torch" else "the wrong classes"
+        self._say(f"{self.smoothing:g} of the target's probability shared by {shared}")
+
+    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+        """Smooth the target's distribution."""
+        if self.smoothing:
+            target.recipe.smoothing = partial(torch_smoothing, smoothing=self.smoothing, convention=self.convention)
+        return inputs, target
+
+    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+        """The probability that is shared."""
+        return {"label_smoothing/smoothing": self.smoothing}

@@ -1,0 +1,205 @@
+"""The linear scaling rule: learning rates in proportion to the batch that makes a step (Goyal et al., 2017).
+
+One caveat: a large rate needs a warm-up, and from some batch on (8192 images in the paper) no warm-up helps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._batch import describe
+from lit_tricks.callbacks._optimizers import Group, on_each_group, optimizers_in
+from lit_tricks.callbacks._true_batch import TrueBatch, true_batch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["LinearScaling", "scaling_factor"]
+
+# where a new parameter group has its rate: timm's optimizers also note the highest one, for their weight decay
+_RATES = {"lr", "initial_lr", "max_lr_snapshot"}
+_MARK = "lit_tricks: rate before scaling"  # in a parameter group, until configure_optimizers is done
+
+
+def scaling_factor(batch_size: int, base_batch_size: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
+    """What to multiply learning rates by.
+
+    Args:
+        batch_size: samples that make a step of the optimizer.
+        base_batch_size: samples that made a step where the rates come from.
+        rule: "linear" or "sqrt".
+    """
+    ratio = batch_size / base_batch_size
+    return ratio if rule == "linear" else math.sqrt(ratio)
+
+
+class LinearScaling(Trick):
+    """Scale learning rates with the batch that makes a step ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
+
+    Every learning rate becomes ``lr * batch / base_batch_size``, with the true batch: batch size times processes that
+    see different data times accumulated batches. It happens as the optimizers are built, so schedulers and schedules
+    start from the scaled rate. Rates that a scheduler is given itself (as ``OneCycleLR(max_lr=...)``) are refused.
+
+    Cost: none. Use it to take a recipe to another batch size, with a warm-up if the batch grows. Leave it out where
+    the rate was found at the batch size of the run, as a learning rate finder does.
+
+    Args:
+        base_batch_size: batch that the learning rates were meant for, at least 1. The paper's 0.1 goes with 256.
+        rule: "linear" for SGD; "sqrt", ``lr * sqrt(batch / base_batch_size)``, for Adam and other adaptive optimizers.
+        batch_size: samples in a batch of one process, at least 1. Needed only where neither the loader nor a
+            ``batch_size`` (attribute or hyperparameter) of the module or datamodule that makes it says so.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if the batch size is unknown, nothing was scaled, something else sets the
+            rates, or a resumed checkpoint comes from another factor; in the first batch, if its size is another.
+
+    Example:
+        ``- {class_path: LinearScaling, init_args: {base_batch_size: 256}}``
+    """
+
+    _base: list[float]  # rates of the parameter groups before scaling
+    _restored: float | None  # factor of the run that is resumed
+    _is_seen: bool  # a batch of the assumed size was
+
+    def __init__(
+        self,
+        base_batch_size: int = 256,
+        rule: Literal["linear", "sqrt"] = "linear",
+        batch_size: int | None = None,
+    ) -> None:
+        for name, size in {"base_batch_size": base_batch_size, "batch_size": batch_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size} is below 1; give a number of samples.")
+        if rule not in ("linear", "sqrt"):
+            raise ValueError(f"rule={rule!r} is unknown: write 'linear', or 'sqrt' for adaptive optimizers.")
+        self.base_batch_size = base_batch_size
+        self.rule = rule
+        self.batch_size = batch_size
+        self._forget()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be there when the module builds its optimizers."""
+        if stage == "fit":
+            self._forget()
+            self._wrap(pl_module, "configure_optimizers", partial(self._scale, pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that the optimizers still have the scaled rates, and say which.
+
+        Raises:
+            RuntimeError: if they have others.
+        """
+        schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        found = [rate for optimizer in trainer.optimizers for rate in _rates(optimizer)]
+        scaled = [lr * self._factor for lr in self._base]
+        same = len(found) == len(scaled) and all(map(partial(math.isclose, rel_tol=1e-6), found, scaled))
+        if not same and self._restored is None:  # a resumed finetuning callback has brought the rates of its checkpoint
+            rival = f"the {schedulers[0]}" if schedulers else "something else"
+            raise RuntimeError(
+                f"LinearScaling made the learning rates {_text(scaled)}, and {rival} put {_text(found)} in their "
+                f"place. Multiply these by {self._factor:g} and remove LinearScaling, or take a schedule that starts "
+                "from the optimizer's rate, as WarmupCosine."
+            )
+        ratio = f"{self._batch.total}/{self.base_batch_size}"
+        times = ratio if self.rule == "linear" else f"sqrt({ratio})"
+        product = f" ({self._batch.total} = {self._batch})" if self._batch.total > self._batch.size else ""
+        self._say(f"{_text(self._base)} x {times} = {_text(scaled)}{product}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """See, once, that a batch is as large as was assumed, and log the factor.
+
+        Raises:
+            RuntimeError: if it is not.
+        """
+        if not self._is_seen:
+            sizes = [leaf.size(0) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+            self._is_seen = self._batch.size in sizes or not sizes
+            is_last = batch_idx + 1 == trainer.num_training_batches  # it may be smaller
+            if not self._is_seen and (not is_last or min(sizes) > self._batch.size):
+                raise RuntimeError(
+                    f"LinearScaling scaled the learning rate for batches of {self._batch.size} samples, and the first "
+                    f"one is {describe(batch)}. Give LinearScaling(batch_size=...), the samples in a batch of one "
+                    "process."
+                )
+        if self._is_logged(trainer):
+            pl_module.log("linear_scaling/factor", self._factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The factor that the rates in the checkpoint have."""
+        return {"factor": self._factor}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the factor of the run that is resumed: its optimizers and schedulers come with their rates."""
+        if checkpoint.get("optimizer_states") == []:
+            return  # saved before there were optimizers
+        restored = checkpoint["callbacks"].get(self.state_key, {"factor": 1.0})["factor"]
+        if self._base:
+            self._compare(restored)
+        else:  # the usual order: the optimizers come later
+            self._restored = restored
+
+    def _compare(self, restored: float | None) -> None:
+        if restored not in (None, self._factor):
+            raise RuntimeError(
+                f"LinearScaling multiplies the learning rates by {self._factor:g}, and the checkpoint brings rates "
+                f"multiplied by {restored:g}. Resume with the same rule and true batch, which is now {self._batch} "
+                "(Trainer(accumulate_grad_batches=...) can make up for devices), or start from its weights alone."
+            )
+
+    def _scale(
+        self, pl_module: LightningModule, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self._base = []
+        self._batch = true_batch(pl_module.trainer, pl_module, self.batch_size, "LinearScaling")
+        self._factor = scaling_factor(self._batch.total, self.base_batch_size, self.rule)
+        with on_each_group(self._scale_group):
+            configured = configure_optimizers(*args, **kwargs)
+        for optimizer in optimizers_in(configured):
+            base = [group.pop(_MARK, None) for group in optimizer.param_groups]
+            if None in base:
+                raise RuntimeError(
+                    f"LinearScaling found a {type(optimizer).__name__} without a learning rate that it could scale: "
+                    f"build it in configure_optimizers of {type(pl_module).__name__}, with an lr, or remove "
+                    "LinearScaling."
+                )
+            self._base += base
+        if not self._base:
+            raise RuntimeError(f"LinearScaling found no optimizer to scale: {type(pl_module).__name__} has none.")
+        self._compare(self._restored)
+        return configured
+
+    def _scale_group(self, optimizer: Optimizer, group: Group, add_param_group: Callable[[Group], None]) -> None:
+        before = len(optimizer.param_groups)
+        add_param_group(group)
+        for new in optimizer.param_groups[before:]:
+            if new.get("lr") is None or _MARK in new:  # an optimizer round another one may hand it its own groups
+                continue
+            new[_MARK] = float(new["lr"])
+            for name in _RATES & new.keys():
+                new[name] = new[name] * self._factor  # a new tensor, where it is one: groups share that of the default
+
+    def _forget(self) -> None:
+        self._factor = 1.0
+        self._batch = TrueBatch()
+        self._base = []
+        self._restored = None
+        self._is_seen = False
+
+
+def _rates(optimizer: Optimizer) -> list[float]:
+    """The rates that a schedule starts from."""
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+
+
+def _text(rates: list[float]) -> str:
+    distinct = list(dict.fromkeys(rates))
+    return ", ".join(f"{lr:g}" for lr in distinct) if len(distinct) < 4 else f"{min(distinct):g} to {max(distinct):g}"

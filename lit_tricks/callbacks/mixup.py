@@ -1,0 +1,70 @@
+"""MixUp: training on convex combinations of two images and of their labels (Zhang et al., 2018).
+
+One caveat: at the usual alpha of 0.2 most images are nearly unmixed. Results are as sensitive to the length of the run:
+"Bag of Tricks" (section 5.4) trains 200 epochs with it, where 120 are enough without.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from lit_tricks.callbacks._batch import Path
+from lit_tricks.callbacks._mixing import Mixing, beta
+from lit_tricks.callbacks._target import Target, carrying
+
+__all__ = ["MixUp", "mixup"]
+
+
+def mixup(x: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
+    """``lam * x + (1 - lam) * x[permutation]``, in the dtype of ``x``; integers are rounded.
+
+    Args:
+        x: inputs (N, ...), floats or uint8.
+        lam: share that each item keeps of itself, (N,) or a single one.
+        permutation: of the items, (N,).
+    """
+    exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    mixed = exact[permutation].lerp_(exact, lam.to(exact).view(-1, *[1] * (x.dim() - 1)))
+    return (mixed if x.is_floating_point() else mixed.round_()).to(x.dtype)
+
+
+class MixUp(Mixing):
+    """Mix pairs of training images and their labels ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412)).
+
+    An image becomes ``lambda * image + (1 - lambda) * partner``, the partner coming from the same batch in random
+    order, and its loss that of the labels mixed alike. Lambda is drawn from Beta(alpha, alpha). Metrics in training see
+    the label with the larger share. Beside CutMix, each batch gets one of the two, with the odds of their ``prob``.
+
+    Cost: one pass over the images, and a second look-up in the loss. Use it for long runs of large networks. Not for
+    short ones, or networks that underfit; training losses and accuracies are not comparable with those of plain runs.
+
+    Args:
+        alpha: above 0. Near 0 images stay as they are, 0.2 is usual for ImageNet, 1 is uniform, and large is half-half.
+        off_epochs: last epochs without it, 0 or more: the network ends on real images. Needs ``Trainer(max_epochs)``.
+        per_sample: whether each image has a lambda of its own, and not each batch.
+        prob: share of the batches that are mixed, in (0, 1].
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training step,
+            if the batch has no input or target that it can find, or no loss saw the target.
+
+    Example:
+        ``- {class_path: MixUp, init_args: {alpha: 0.2}}``
+    """
+
+    def __init__(self, alpha: float = 0.2, off_epochs: int = 0, per_sample: bool = False, prob: float = 1.0) -> None:
+        super().__init__(alpha, off_epochs, prob)
+        self.per_sample = per_sample
+
+    def mix(
+        self, inputs: dict[Path, Tensor], target: Target, permutation: Tensor, generator: Generator
+    ) -> tuple[dict[Path, Tensor], Target, float]:
+        """Mix all inputs by the same lambdas."""
+        n = len(target)
+        drawn = beta(self.alpha, n if self.per_sample else 1, generator)
+        lam = drawn.float().expand(n).to(target.device)
+        labels = target.parts["value"]
+        mixed = {path: mixup(x, lam, permutation) for path, x in inputs.items()}
+        return mixed, carrying(labels, target.recipe, labels[permutation], lam), float(drawn.mean())

@@ -1,0 +1,195 @@
+"""Weight decay for weights alone: biases and the parameters of norm layers go without ("Bag of Tricks", section 3.1).
+
+One caveat: with timm's Lars and Lamb, parameters without weight decay also go without layer-wise adaptation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._layers import check_shapes, is_norm
+from lit_tricks.callbacks._optimizers import Group, groups_of, on_each_group, optimizers_in, split_group
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["NoBiasDecay", "kinds"]
+
+Kind = Literal["bias", "norm", "embedding"]
+
+
+def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
+    """What a parameter is, that weight decay may leave alone. A bias of a norm layer is both.
+
+    Args:
+        name: its name in the module that owns it.
+        parameter: the parameter; if it is sharded, with its logical shape.
+        owner: that module.
+    """
+    found: set[Kind] = set()
+    if "bias" in name.split("_"):  # also in_proj_bias, bias_ih_l0, relative_position_bias_table
+        found.add("bias")
+    if is_norm(owner) or (parameter.ndim < 2 and not found):
+        found.add("norm")
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        found.add("embedding")
+    return found
+
+
+class NoBiasDecay(Trick):
+    """Keep weight decay off biases and norm layers ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
+
+    Only the weights of convolutions, linear layers and embeddings decay. Each parameter group with a weight decay is
+    split as the optimizer takes it in; both parts keep its other options (rate, betas, ...), and schedulers see the
+    result. Parameters that the module itself groups with ``weight_decay=0`` stay as they are.
+
+    Cost: none. Use it with large batches and networks with norm layers. Leave it out to reproduce a recipe that
+    decayed all parameters (that of torchvision's first weights), and at small batches expect no difference.
+
+    Args:
+        skip: what does not decay. "bias": all biases. "norm": scales and biases of norm layers, and whatever else is a
+            vector or a scalar (layer scales, PReLU slopes, temperatures). "embedding": tables of embeddings, and what
+            the network lists in ``no_weight_decay()``, as timm's transformers do with their positions and tokens.
+
+    Raises:
+        ValueError: if ``skip`` is empty or has another word.
+        RuntimeError: when the fit starts, if no parameter lost its weight decay, an optimizer was not built in
+            ``configure_optimizers``, the strategy flattens parameters, or a resumed checkpoint was split otherwise;
+            later, if a group with weight decay on what should have none is added.
+
+    Example:
+        ``- {class_path: NoBiasDecay, init_args: {skip: [bias, norm]}}``
+    """
+
+    _names: list[list[str]]  # of the parameters in each group
+    _restored: list[list[str]] | None  # those of the run that is resumed
+    _group_count: int
+
+    def __init__(self, skip: Sequence[Kind] = ("bias", "norm")) -> None:
+        unknown = set(skip) - {"bias", "norm", "embedding"}
+        if isinstance(skip, str) or unknown or not skip:
+            raise ValueError(f"skip={skip!r} must be a list of one or more of 'bias', 'norm' and 'embedding'.")
+        self.skip = list(skip)
+        self._forget()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be there when the module builds its optimizers."""
+        if stage == "fit":
+            self._forget()
+            self._wrap(pl_module, "configure_optimizers", partial(self._split, pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what decays."""
+        sizes: dict[bool, list[int]] = {True: [], False: []}
+        for group in groups_of(trainer.optimizers):
+            sizes[bool(group.get("weight_decay"))] += [parameter.numel() for parameter in group["params"]]
+        decayed, free = sizes[True], sizes[False]
+        self._share = sum(free) / (sum(free) + sum(decayed))
+        self._say(
+            f"weight decay on {len(decayed)} tensors ({sum(decayed):,} parameters), "
+            f"none on {len(free)} tensors ({sum(free):,} parameters)"
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at groups that were added meanwhile, and log the share of the parameters that do not decay.
+
+        Raises:
+            RuntimeError: if such a group has weight decay on what should have none.
+        """
+        groups = len(groups_of(trainer.optimizers))
+        if groups != self._group_count:
+            self._check(trainer.optimizers, _rule(pl_module, self.skip))
+            self._group_count = groups
+        if self._is_logged(trainer):
+            pl_module.log("no_bias_decay/share", self._share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names of the parameters in each group."""
+        return {"groups": self._names}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the groups of the run that is resumed: its optimizer state goes by them, and torch sees only sizes."""
+        if checkpoint.get("optimizer_states") == []:
+            return  # saved before there were optimizers
+        restored = checkpoint["callbacks"].get(self.state_key, {"groups": []})["groups"]
+        if self._names:
+            self._compare(restored)
+        else:  # the usual order: the optimizers come later
+            self._restored = restored
+
+    def _split(
+        self, pl_module: LightningModule, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        check_shapes(pl_module, "NoBiasDecay")
+        is_free = _rule(pl_module, self.skip)
+        has_split = False
+
+        def split(optimizer: Optimizer, group: Group, add_param_group: Callable[[Group], None]) -> None:
+            nonlocal has_split
+            weight_decay = group.get("weight_decay", optimizer.defaults.get("weight_decay"))
+            for part in (parts := split_group(group, weight_decay, is_free)):
+                add_param_group(part)
+            has_split |= parts[-1] is not group
+
+        with on_each_group(split):
+            configured = configure_optimizers(*args, **kwargs)
+        optimizers = optimizers_in(configured)
+        self._check(optimizers, is_free)
+        if not has_split:
+            raise RuntimeError(
+                f"NoBiasDecay(skip={self.skip}) took no weight decay away: either configure_optimizers of "
+                f"{type(pl_module).__name__} gives its optimizers none (set their weight_decay), or only to parameters "
+                "that keep it (remove NoBiasDecay)."
+            )
+        names = {parameter: name.replace("_orig_mod.", "") for name, parameter in pl_module.named_parameters()}
+        self._names = [[names.get(p, str(tuple(p.shape))) for p in group["params"]] for group in groups_of(optimizers)]
+        self._group_count = len(self._names)
+        if self._restored is not None:
+            self._compare(self._restored)
+        return configured
+
+    def _check(self, optimizers: list[Optimizer], is_free: Callable[[Tensor], bool]) -> None:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                if group.get("weight_decay") and any(map(is_free, group["params"])):
+                    raise RuntimeError(
+                        f"NoBiasDecay could not split a parameter group of {type(optimizer).__name__}: it was added "
+                        "before or after configure_optimizers. Build the optimizer there, or give biases and norm "
+                        "layers a group of their own, with weight_decay=0."
+                    )
+
+    def _compare(self, restored: list[list[str]]) -> None:
+        if restored == self._names:
+            return
+        then, now = (
+            {name: i for i, names in enumerate(groups) for name in names} for groups in (restored, self._names)
+        )
+        moved = [name for name in {**then, **now} if then.get(name) != now.get(name)] or ["their order"]
+        remedy = f"was made with another skip or network: {moved[0]!r} differs. Resume with the same ones"
+        if not restored:
+            remedy = "was made without it. Remove it"
+        raise RuntimeError(f"NoBiasDecay(skip={self.skip}): the checkpoint {remedy}, or start from its weights alone.")
+
+    def _forget(self) -> None:
+        self._names = []
+        self._restored = None
+        self._group_count = 0
+        self._share = 0.0
+
+
+def _rule(module: nn.Module, skip: Sequence[str]) -> Callable[[Tensor], bool]:
+    """Whether a parameter goes without weight decay. Of one that the module does not have, only the shape is known."""
+    free: dict[Tensor, bool] = {}
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):  # shared ones come more than once
+            free[parameter] = free.get(parameter, False) or not kinds(name, parameter, owner).isdisjoint(skip)
+        if "embedding" in skip and callable(listed := getattr(owner, "no_weight_decay", None)):
+            names = set(listed())
+            free |= {parameter: True for name, parameter in owner.named_parameters() if name in names}
+    return lambda parameter: free.get(parameter, parameter.ndim < 2 and "norm" in skip)

@@ -1,0 +1,119 @@
+"""Xavier initialisation of convolutions and linear layers, as "Bag of Tricks" starts its networks (section 2.1).
+
+One caveat: the published code of the paper starts from Kaiming normal; Xavier is what its text says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_tricks.callbacks._initializer import Initializer, local
+from lit_tricks.callbacks._layers import check_shapes, has_matrix
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["XavierInit", "xavier_uniform"]
+
+
+def xavier_uniform(shape: Iterable[int], generator: torch.Generator | None = None) -> Tensor:
+    """A weight drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, on the CPU and in fp32.
+
+    Args:
+        shape: of the weight, outputs and inputs first; ``d_in`` and ``d_out`` count the kernel's area too.
+        generator: source of the random numbers, torch's global one by default.
+    """
+    weight = torch.empty(*shape, dtype=torch.float32, device="cpu")
+    return nn.init.xavier_uniform_(weight, generator=generator)
+
+
+class XavierInit(Initializer):
+    """Start convolutions and linear layers from Xavier's uniform distribution ([Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)).
+
+    Their weights are drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, which keeps the variance of both
+    activations and gradients, and their biases start at 0. All that is trained is drawn anew when a run starts from
+    scratch, never in a resumed one; norm layers and frozen weights are left as they are. The random numbers are its
+    own: the seed of ``seed_everything`` gives the same weights on any number and kind of devices.
+
+    Cost: none. Use it to follow "Bag of Tricks" to the letter, or to make networks of different libraries start
+    alike. Leave it out with ReLU networks that train well from their own (Kaiming) start, and with transformers.
+
+    Args:
+        seed: of the random numbers, 0 or more; another one gives other weights. None takes that of ``seed_everything``.
+
+    Raises:
+        ValueError: for a seed out of its range.
+        RuntimeError: when the fit starts, if the norm layers show that weights were loaded (a network without norm
+            layers can not show it), there is nothing to set, or a weight is parametrized.
+
+    Example:
+        ``- {class_path: XavierInit}``
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed={seed} is below 0; give a number from 0 on, or None for that of seed_everything.")
+        self.seed = seed
+        self._weights: list[str] = []
+        self._biases: list[str] = []
+        self._expected = 0.0
+
+    def select(self, pl_module: LightningModule, trained: set[Tensor], found: Any) -> None:
+        """Choose the convolutions and linear layers that are trained."""
+        check_shapes(pl_module, "XavierInit")
+        layers = {name: part for name, part in pl_module.named_modules() if has_matrix(part)}
+        names = {parameter: name for name, parameter in pl_module.named_parameters() if parameter in trained}
+        for name, layer in layers.items():
+            parametrized = getattr(layer, "parametrizations", {})
+            if any(parameter in trained for part in parametrized for parameter in parametrized[part].parameters()):
+                raise RuntimeError(
+                    f"XavierInit cannot set the weight of {name}: it is parametrized (weight or spectral norm). Remove "
+                    "XavierInit, and draw the weights before they are parametrized."
+                )
+        weights = dict.fromkeys(layer._parameters.get("weight") for layer in layers.values())  # shared ones once
+        biases = dict.fromkeys(layer._parameters.get("bias") for layer in layers.values())
+        self._weights = [names[weight] for weight in weights if weight in names]
+        self._biases = [names[bias] for bias in biases if bias in names]
+        if not self._weights:
+            raise RuntimeError(
+                f"XavierInit found no convolution and no linear layer that is trained in {type(pl_module).__name__}: "
+                "remove XavierInit."
+            )
+        self._expected = sum(_variance(w) * local(w).numel() for w in map(pl_module.get_parameter, self._weights))
+
+    def initialize(self, pl_module: LightningModule) -> str:
+        """Draw the weights, layer by layer, and set the biases to 0."""
+        seed = pl_module.trainer.strategy.broadcast(torch.initial_seed() if self.seed is None else self.seed)
+        generator = torch.Generator().manual_seed(seed)
+        for name in self._weights:
+            _copy(xavier_uniform(pl_module.get_parameter(name).shape, generator), pl_module.get_parameter(name))
+        for name in self._biases:
+            pl_module.get_parameter(name).zero_()
+        return f"{len(self._weights)} weights drawn with seed {seed}, {len(self._biases)} biases at 0"
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the norm of all these weights, of this process's shards, as a multiple of what it is at the start."""
+        if not self._is_logged(trainer):
+            return
+        norms = torch._foreach_norm([local(pl_module.get_parameter(name)) for name in self._weights])
+        pl_module.log("xavier_init/growth", torch.stack(norms).norm() / math.sqrt(self._expected))
+
+
+def _variance(weight: Tensor) -> float:
+    """Variance of Xavier's distribution: ``a**2 / 3``."""
+    fan_out, fan_in = (size * math.prod(weight.shape[2:]) for size in weight.shape[:2])
+    return 2 / (fan_in + fan_out)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    if hasattr(target, "device_mesh"):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    target.copy_(source)

@@ -1,0 +1,127 @@
+"""Zero gamma: the last norm of every residual block starts at scale 0 ("Bag of Tricks", section 3.1).
+
+One caveat: timm's ResNets start that way by default; build them with ``zero_init_last=False`` to see the trick act.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+from lit_tricks.callbacks._initializer import Initializer, local, whole
+from lit_tricks.callbacks._layers import is_norm
+from lit_tricks.callbacks._residual import last_norms
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["ZeroGamma"]
+
+
+class ZeroGamma(Initializer):
+    """Start every residual block as its shortcut ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
+
+    The scale of the last norm layer of each residual branch starts at 0, so that a deep network begins as a shallow
+    one and is easier to train at first. Blocks are found by what they compute: wherever a branch that ends with a norm
+    layer is added to a shortcut. Only a run from scratch is touched, never a resumed one.
+
+    Cost: none. Use it for ResNets from scratch, above all at a large learning rate. It is not for transformers and
+    blocks with pre-activation, whose branches do not end with a norm. timm's ResNets start that way by default: build
+    them with ``zero_init_last=False``, or be warned that nothing was changed.
+
+    Args:
+        layers: patterns of the names of the norm layers, as ``["*.bn3"]``, where they are not found by themselves.
+            A pattern that goes too far, to layers that no shortcut passes by, cuts the network there.
+
+    Raises:
+        ValueError: if ``layers`` is empty.
+        RuntimeError: when the fit starts, if no layers are found, they were trained before, or there is another
+            ZeroGamma in the list.
+
+    Example:
+        ``- {class_path: ZeroGamma}``
+    """
+
+    def __init__(self, layers: Sequence[str] | None = None) -> None:
+        super().__init__()
+        if layers is not None and (isinstance(layers, str) or not layers):
+            raise ValueError(f"layers={layers!r} must be a list of patterns, as ['*.bn3'], or None to find them.")
+        self.layers = None if layers is None else list(layers)
+        self._names: list[str] = []  # of the scales
+        self._zeroed: list[str] = []  # names of those that this object has set to 0, in this run or one before
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be there when the module builds its optimizers.
+
+        Raises:
+            RuntimeError: if another one is, too.
+        """
+        if any(isinstance(c, ZeroGamma) and c is not self for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise RuntimeError("ZeroGamma is in the list of callbacks twice: keep one, with all layers.")
+        super().setup(trainer, pl_module, stage)
+
+    def find(self, pl_module: LightningModule) -> list[nn.Module]:
+        """Find the layers while they are whole: of shards nothing can be traced."""
+        parts = [] if self.layers else pl_module.children()  # the module's own forward need not be the network's
+        return [norm for part in parts for norm in last_norms(part).values()]
+
+    def select(self, pl_module: LightningModule, trained: set[Tensor], found: list[nn.Module]) -> None:
+        """Choose the layers: those that were found, or that the patterns name."""
+        modules = {name: part for name, part in pl_module.named_modules() if _scale(part) in trained}
+        matches = {pattern: fnmatch.filter(modules, pattern) for pattern in self.layers or []}
+        norms = {id(norm) for norm in found}
+        if self.layers is None and norms.isdisjoint(map(id, modules.values())):  # built meanwhile, in configure_model
+            norms = {id(norm) for norm in self.find(pl_module)}
+        named = {name for names in matches.values() for name in names}
+        chosen = [name for name, part in modules.items() if id(part) in norms or name in named]
+        missed = [pattern for pattern, names in matches.items() if not names]
+        if missed or not chosen:
+            what = f"layers like {missed}" if missed else "residual branches that end with a norm layer"
+            there = [name for name, part in modules.items() if is_norm(part)]
+            raise RuntimeError(
+                f"ZeroGamma found no {what} in {type(pl_module).__name__}. Name the last norm layer of each residual "
+                "block, as ZeroGamma(layers=['*.bn2']), or remove ZeroGamma: transformers and blocks with "
+                f"pre-activation have none. The norm layers that are trained: {_few(there)}."
+            )
+        self._names = [f"{name}.weight" for name in chosen]
+
+    def initialize(self, pl_module: LightningModule) -> str:
+        """Set the scales to 0."""
+        scales = [pl_module.get_parameter(name) for name in self._names]
+        which = f"{len(scales)} ({_few([name.removesuffix('.weight') for name in self._names])})"
+        if any(whole(scale).any() for scale in scales):
+            for scale in scales:
+                scale.zero_()
+            self._zeroed = self._names
+            return f"residual branches that start at scale 0: {which}"
+        if self._zeroed != self._names:
+            rank_zero_only(warnings.warn)(
+                f"ZeroGamma changes nothing: the residual branches of {type(pl_module).__name__} start at scale 0 "
+                "already, as those of timm do. To compare, build the network with zero_init_last=False.",
+                stacklevel=2,
+            )
+        return f"residual branches that start at scale 0 already: {which}"
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the mean absolute scale, of this process's shards: how far the branches have opened."""
+        if not self._is_logged(trainer):
+            return
+        scales = [local(pl_module.get_parameter(name)) for name in self._names]
+        total = torch.stack(torch._foreach_norm(scales, 1)).sum()
+        pl_module.log("zero_gamma/scale", total / sum(scale.numel() for scale in scales))
+
+
+def _scale(module: nn.Module) -> Tensor | None:
+    """The weight of a layer, if it is a vector or of a norm layer."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and (weight.ndim < 2 or is_norm(module)) else None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
