@@ -96,7 +96,8 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None) -> None:
             continue
         settings = logger.init_args
         settings.name = settings.name or f"{run.name}-{run.version}"
-        settings.save_dir = str(run.path) if settings.save_dir in (None, ".") else settings.save_dir
+        if settings.save_dir in (None, "."):  # absolute, for W&B's process, which does not follow ours to other folders
+            settings.save_dir = str(Path(run.root, run.name, run.version).resolve())
         if checkpoint and not (settings.id or settings.version):
             stopped = sorted(Path(checkpoint).resolve().parent.parent.glob("wandb/*run-*-*"), key=os.path.getmtime)
             if stopped:

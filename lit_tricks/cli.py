@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import tempfile
@@ -85,7 +86,7 @@ class TricksCLI(LightningCLI):
         subcommand = next((arg for arg in args if arg in self.subcommands()), None)
         path = given(args, "--ckpt_path")
         settings: dict[str, Any] = {}
-        if path and "://" not in path and path not in ("best", "last", "hpc"):
+        if path and "://" not in path and path not in ("best", "last", "hpc", "null"):
             settings = _settings_of(Path(path), predict=subcommand == "predict")
         if subcommand in (None, "fit"):  # a resumed run has settings of its own, which may differ on purpose
             settings = {}
@@ -106,6 +107,7 @@ class TricksCLI(LightningCLI):
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             config.name = config.name or self.run.name
             self.run.create(config.trainer.default_root_dir or "runs", config.name)
+            self.logger_config = copy.deepcopy(config.trainer.logger)
             prepare_wandb(config.trainer.logger, self.run, config.ckpt_path)
             return
         self.save_config_callback = None
@@ -126,6 +128,8 @@ class TricksCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.run.path:
+            # saved as it was asked for: who repeats the configuration wants another W&B run
+            self.config[self.subcommand].trainer.logger = self.logger_config
             loggers = config.logger if isinstance(config.logger, list) else [config.logger]
             csv = CSVLogger(self.run.root, self.run.name, self.run.version)
             _ = csv.experiment  # while the folder is empty: it warns of files, and other loggers write some there
@@ -140,7 +144,7 @@ class TricksCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _check_links(self) -> None:
-        asked = self.config[self.subcommand].model.init_args
+        asked = self.config[self.subcommand].model.get("init_args", {})
         known = inspect.signature(type(self.model)).parameters
         for source, target in LINKS.items():
             if self.subcommand == "predict" or target not in known or target not in asked:

@@ -28,16 +28,18 @@ def report_fit(run: Path, best: str) -> dict[str, Any]:
 
     Returns:
         What ``results.json`` holds: the best checkpoint, its epoch, and the metrics of ``train``, ``val`` and
-        ``test`` there, under ``raw``: the weights as they were trained.
+        ``test`` there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of
+        the average that the checkpoint has).
     """
     rows = read_metrics(run)
-    epoch = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["epoch"] if best else _last_epoch(rows)
-    raw = {split: _metrics(rows, split, epoch) for split in SPLITS}
-    results = {"best_checkpoint": best, "epoch": epoch, "raw": {split: m for split, m in raw.items() if m}}
+    checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True) if best else {}
+    epoch = checkpoint.get("epoch", _last_epoch(rows))
+    metrics = {split: found for split in SPLITS if (found := _metrics(rows, split, epoch))}
+    results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png")
     console = Console()
-    console.print(_table(results))
+    console.print(_table(epoch, _kind(checkpoint), metrics))
     for what, path in {"best checkpoint": best, "curves": curves, "run": run}.items():
         if path:
             console.print(f"{what:>15}  {path}", highlight=False, soft_wrap=True)
@@ -67,15 +69,20 @@ def _metrics(rows: list[dict[str, float]], split: str, epoch: int) -> dict[str, 
     return {name: found[key] for key, name in names.items()}
 
 
-def _table(results: dict[str, Any]) -> Table:
-    raw = results["raw"]
-    names = {name for metrics in raw.values() for name in metrics}
+def _kind(checkpoint: dict[str, Any]) -> str:
+    """Which weights are in the ``state_dict``: where they are averaged, the raw ones are in a callback's state."""
+    states = checkpoint.get("callbacks", {}).values()
+    return "averaged" if any(isinstance(state, dict) and state.get("raw") for state in states) else "raw"
+
+
+def _table(epoch: int, kind: str, metrics: dict[str, dict[str, float]]) -> Table:
+    names = {name for of_split in metrics.values() for name in of_split}
     columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
-    table = Table(title=f"epoch {results['epoch']}, raw weights", title_justify="left")
+    table = Table(title=f"epoch {epoch}, {kind} weights", title_justify="left")
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left")
-    for split, metrics in raw.items():
-        table.add_row(split, *(_cell(name, metrics.get(name)) for name in columns))
+    for split, of_split in metrics.items():
+        table.add_row(split, *(_cell(name, of_split.get(name)) for name in columns))
     return table
 
 
