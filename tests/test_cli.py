@@ -211,6 +211,15 @@ def test_a_run_without_checkpoints_or_validation() -> None:
     )
 
 
+def test_averaged_weights_are_tested_and_reported_as_such() -> None:
+    out = done(*FIT, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5", "--trainer.max_epochs=2").out
+    assert "averaged weights" in out
+    content = results("runs/tiny/v0")
+    images, labels = digits("test")
+    found = {f"test/{name}": value for name, value in content["averaged"]["test"].items() if name != "ece"}
+    assert found == expected(content["best_checkpoint"], images[:64], labels[:64], "test")
+
+
 FOREIGN = """
 import torch
 from lightning.pytorch import LightningModule

@@ -283,6 +283,20 @@ def test_smaller_last_batch_is_none():
     assert lrs(scaled(LinearScaling(16), loader=loader(batch_size=8, samples=5)).trainer) == [0.05]
 
 
+def test_each_fit_looks_at_its_batches():
+    trick = LinearScaling(16, batch_size=4)
+    scaled(trick)
+    with pytest.raises(RuntimeError, match="batches of 4 samples"):
+        scaled(trick, loader=loader(batch_size=8))
+
+
+def test_looking_for_a_batch_size_leaves_nothing_behind():
+    datamodule = datamodule_class("lightning")()
+    with pytest.raises(RuntimeError, match="cannot tell the batch size"):
+        make_trainer(LinearScaling()).fit(module_class("lightning")(), datamodule=datamodule)
+    assert not [name for name in vars(datamodule) if "hparams" in name]
+
+
 def test_larger_last_batch_is_an_error():
     with pytest.raises(RuntimeError, match="batches of 8 samples"):
         scaled(LinearScaling(batch_size=8), loader=loader(batch_size=16))

@@ -80,6 +80,15 @@ def test_results_at_the_best_checkpoint(run: Path, capsys: pytest.CaptureFixture
     assert [line.split()[-1] for line in out.splitlines()[-3:]] == [str(best), str(run / "curves.png"), str(run)]
 
 
+def test_averaged_weights_are_called_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = run / "best.ckpt"
+    states = {"EMA": {"raw": {"w": torch.ones(3)}, "steps": 4}, "ModelCheckpoint{}": {"raw": None}}
+    torch.save({"epoch": 2, "state_dict": {"w": torch.zeros(3)}, "callbacks": states}, best)
+    found = report_fit(run, str(best))
+    assert found == {"best_checkpoint": str(best), "epoch": 2, "averaged": OF_EPOCH[2] | TEST}
+    assert capsys.readouterr().out.startswith("epoch 2, averaged weights")
+
+
 def test_without_a_best_checkpoint_the_last_epoch_counts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(METRICS.splitlines()[:-1]) + "\n"  # and so there was no test
     (run / "metrics.csv").write_text(text)
@@ -163,7 +172,10 @@ def quickstart(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_good_quickstart(quickstart: Path) -> None:
+@pytest.mark.parametrize("weights", ["raw", "averaged"])
+def test_a_good_quickstart(quickstart: Path, weights: str) -> None:
+    path = quickstart / "quickstart" / "v10" / "results.json"
+    path.write_text(path.read_text().replace("raw", weights))
     assert check(quickstart) == f"{quickstart}/quickstart/v10: test top-1 is 0.9800"
 
 
@@ -189,10 +201,3 @@ def test_a_quickstart_that_lacks_a_file(quickstart: Path, file: str) -> None:
 def test_no_quickstart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run in"):
         check(tmp_path)
-
-
-def test_averaged_weights_are_called_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    best = run / "best.ckpt"
-    torch.save({"epoch": 1, "callbacks": {"EMA": {"raw": {"w": torch.zeros(3)}}, "Other": {"raw": {}}}}, best)
-    assert report_fit(run, str(best))["averaged"] == OF_EPOCH[1] | TEST
-    assert capsys.readouterr().out.startswith("epoch 1, averaged weights")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -59,7 +59,12 @@ def _configured(trainer: Trainer, pl_module: LightningModule) -> int | None:
     # where the Trainer takes the loader from: the object itself, or the module or datamodule that will make it
     source = getattr(getattr(trainer.fit_loop, "_data_source", None), "instance", None)
     if source is trainer.datamodule or source is pl_module:  # type: ignore[attr-defined]  # a connector sets it
-        sizes = [getattr(source, "batch_size", None), getattr(source, "hparams", {}).get("batch_size")]
+        sizes = [getattr(source, "batch_size", None), _hparams(source).get("batch_size")]
     else:
         sizes = [getattr(loader, "batch_size", None) for loader in (source, getattr(source, "batch_sampler", None))]
     return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _hparams(owner: Any) -> dict[str, Any]:
+    """What ``save_hyperparameters`` saved; asking for ``owner.hparams`` would leave an empty one there."""
+    return vars(owner).get("_hparams") or {}
