@@ -250,7 +250,7 @@ def test_compiled_module(name):
 
 def other_sgd(module: Any) -> Any:
     """Without momentum, with another learning rate and two groups."""
-    return torch.optim.SGD([{"params": part.parameters()} for part in module.net], lr=0.2)
+    return torch.optim.SGD([{"params": part.parameters()} for part in module.net], lr=0.2, weight_decay=0.02)
 
 
 COPIES = {"deepcopy": deepcopy, "pickle": lambda trick: pickle.loads(pickle.dumps(trick))}
