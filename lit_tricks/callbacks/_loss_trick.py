@@ -30,6 +30,7 @@ class LossTrick(Trick):
     _trainer: Trainer | None = None
     _recipe: Recipe | None = None  # of the batch in work
     _seen = False  # a loss has seen the target, in this fit
+    _begun = False  # the loop over training batches, in this fit
 
     def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
         """Change inputs, or target, or the recipe of its loss. The inputs that were given are not changed in place."""
@@ -53,15 +54,20 @@ class LossTrick(Trick):
                 f"{name} can not reach the batches that {type(pl_module).__name__}.training_step takes from "
                 "`dataloader_iter`: let it take `batch`."
             )
-        self._trainer, self._seen = trainer, False
+        self._trainer, self._seen, self._begun = trainer, False, False
         if team[0] is self:
             connector: Any = trainer._data_connector
             hook = "on_after_batch_transfer"
             self._wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect training batches from now on."""
+        self._begun = True
+
     def _transferred(self, hook: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         batch = hook(batch, *args, **kwargs)
-        if self._trainer is None or not self._trainer.training:  # the same hook serves all other loops
+        # the same hook serves all other loops, and the example input of the summary
+        if self._trainer is None or not self._trainer.training or not self._begun:
             return batch
         team = _team(self._trainer)
         names = tuple(sorted(type(trick).__name__ for trick in team))
