@@ -30,6 +30,14 @@ from lit_tricks.reports import report_fit
 
 __all__ = ["TricksCLI", "main"]
 
+# Lightning's own use of torch, a loader of images in memory, callbacks that only training needs, a resumed run in a
+# folder of its own: nothing to do about any of these warnings.
+NO_ADVICE = (
+    ".*LeafSpec.*is deprecated",
+    ".*does not have many workers",
+    ".*callbacks used to create the checkpoint",
+    "The dirpath has changed from",
+)
 LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
 
 
@@ -183,19 +191,12 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in words
     run = RunFolder()
-    # Lightning's own use of torch, a loader of images in memory, callbacks that only training needs, a resumed run in
-    # a folder of its own: nothing to do about any of them.
-    for message in (
-        ".*LeafSpec.*is deprecated",
-        ".*does not have many workers",
-        ".*callbacks used to create the checkpoint",
-        "The dirpath has changed from",
-    ):
-        warnings.filterwarnings("ignore", message=message)
     try:
         words, configs = resolve_configs([word for word in words if word != "--debug"])
         run.name = configs[0].stem if configs else run.name
-        with own_wandb_run():
+        with own_wandb_run(), warnings.catch_warnings():
+            for message in NO_ADVICE:
+                warnings.filterwarnings("ignore", message=message)
             TricksCLI(words, run)
     except KeyboardInterrupt:
         run.discard_if_empty()

@@ -34,7 +34,6 @@ trainer:
   limit_val_batches: 1
   limit_test_batches: 1
   log_every_n_steps: 1
-  num_sanity_val_steps: 0
   enable_progress_bar: false
   enable_model_summary: false
 model:

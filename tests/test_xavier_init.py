@@ -305,8 +305,10 @@ def test_checkpoint_from_before_the_first_fit(tmp_path):
     trainer.strategy.connect(module_class("lightning")())
     trainer.save_checkpoint(tmp_path / "new.ckpt", weights_only=False)
     tricks = [XavierInit(), ZeroGamma(["net.0.1"])]
-    end = run(*tricks, max_epochs=1, ckpt_path=tmp_path / "new.ckpt")
-    assert not differences(end.weights, run(*tricks, max_epochs=1).weights)
+    first = run(*tricks, max_epochs=1, ckpt_path=tmp_path / "new.ckpt")
+    assert not differences(first.weights, run(*tricks, max_epochs=1).weights)
+    first.trainer.fit(first.module, train_loader(), eval_loader(), ckpt_path=tmp_path / "new.ckpt", weights_only=True)
+    assert not differences(weights_of(first.module), first.weights)
 
 
 def test_resume_where_the_checkpoint_comes_last():

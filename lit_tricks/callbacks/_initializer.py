@@ -31,7 +31,7 @@ class Initializer(Trick):
 
     def __init__(self) -> None:
         self._effect = ""
-        self._resumed = False  # a checkpoint of a run that had begun
+        self._begun: bool | None = None  # whether the run of the checkpoint had; None without a checkpoint
 
     @abstractmethod
     def select(self, pl_module: LightningModule, trained: set[Tensor], found: Any) -> None:
@@ -53,13 +53,13 @@ class Initializer(Trick):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Be there when the module builds its optimizers."""
         if stage == "fit":
-            self._resumed = False
+            self._begun = None
             self._wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Know that the weights are those of a run that had begun; some strategies restore them last."""
-        if checkpoint["global_step"]:
-            self._resumed = True
+        """Know whether the weights are those of a run that had begun; some strategies restore them last."""
+        self._begun = checkpoint["global_step"] > 0
+        if self._begun:
             self._effect = _LEFT_ALONE
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,7 +78,8 @@ class Initializer(Trick):
         trained = {p for opt in optimizers_in(configured) for group in opt.param_groups for p in group["params"]}
         self.select(pl_module, trained, found)
         self._effect = _LEFT_ALONE
-        if self._resumed or pl_module.trainer.global_step:
+        # the Trainer still counts the steps of its last fit, where a checkpoint is to set them
+        if pl_module.trainer.global_step if self._begun is None else self._begun:
             return configured
         sign = _sign_of_training(pl_module, trained)
         if sign:
