@@ -14,7 +14,7 @@ import pytest
 import timm.optim
 import torch
 import yaml
-from _cli import built, cli, done, metrics, workplace, write_image_folder
+from _cli import QUIET, built, cli, done, metrics, workplace, write_image_folder
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 import lit_tricks
@@ -30,6 +30,7 @@ STACKS: dict[str, tuple[str, ...]] = {
     "data": ("--config=models/resnet18_d_small", "--model.model_args.width=0.125"),
     "models": ("--config=data/digits",),
     "optimizers": ("--config=data/digits", "--config=models/resnet18_d_small", "--model.model_args.width=0.125"),
+    "recipes": ("--trainer.precision=32-true",),  # no fp16 on the CPU
     "tricks": ("--config=data/digits", "--config=models/resnet18_d_small", "--model.model_args.width=0.125"),
     "loggers": ("--config=data/digits", "--config=models/resnet18_d_small", "--model.model_args.width=0.125"),
 }
@@ -64,6 +65,25 @@ def test_every_configuration_builds_what_it_says(monkeypatch: pytest.MonkeyPatch
     if "max_epochs" in trainer:
         assert made.trainer.max_epochs == trainer["max_epochs"]
     assert written.get("seed_everything", 0) == made.config.fit.seed_everything
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("recipes/")])
+def test_a_recipe_makes_two_steps(cifar: Path, name: str) -> None:
+    small = ("--model.model_args.width=0.125", "--data.batch_size=4", "--data.num_workers=0")
+    if name.startswith("recipes/imagenet"):
+        small += ("--data.root=imagenet", "--data.image_size=32")
+    else:
+        small += (f"--data.root={cifar}", "--data.val_size=10")
+    done("fit", "--config", name, *small, *QUIET, "--trainer.precision=32-true", "--trainer.fast_dev_run=2")
+
+
+def test_a_recipe_says_what_it_costs_and_reaches() -> None:
+    for name in NAMES:
+        if name.startswith("recipes/"):
+            header = (CONFIGS / f"{name}.yaml").read_text().partition("seed_everything")[0]
+            assert f"#   lit-tricks fit --config {name}" in header
+            assert re.search(r"^# Expected: top-1 .*\d+\.?\d* .*%", header, re.MULTILINE), name
+            assert re.search(r"^# Cost: .*GPU hours?", header, re.MULTILINE), name
 
 
 def test_every_trick_has_a_configuration() -> None:
