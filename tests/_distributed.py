@@ -27,10 +27,7 @@ def fit(strategy: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[s
     else:
         module = module_class("lightning")()
         plan = lightning().strategies.DDPStrategy()
-    # no summary: it would run its example through the first process alone, and FSDP2 then waits for the others' shards
-    trainer = make_trainer(
-        *callbacks, strategy=plan, devices=2, use_distributed_sampler=False, enable_model_summary=False
-    )
+    trainer = make_trainer(*callbacks, strategy=plan, devices=2, use_distributed_sampler=False)
     torch.manual_seed(0)
     trainer.fit(module, train_loader(rank=RANK, world_size=2), eval_loader(), ckpt_path=ckpt_path)
     assert trainer.world_size == 2

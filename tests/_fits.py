@@ -37,7 +37,7 @@ def logger_class(namespace: str) -> type[Any]:
 
 
 def make_trainer(*callbacks: Any, namespace: str = "lightning", **kwargs: Any) -> Any:
-    """A Trainer on the CPU, with summary and sanity check as any run has: 3 epochs, every step logged, in memory."""
+    """A quiet Trainer on the CPU: 3 epochs, every step logged, in memory."""
     precision = kwargs.pop("precision", None)
     if precision == "16-mixed":  # on the CPU it wants a scaler of the CPU; this one's first steps overflow: skipped
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
@@ -51,9 +51,10 @@ def make_trainer(*callbacks: Any, namespace: str = "lightning", **kwargs: Any) -
         "devices": 1,
         "logger": logger_class(namespace)(),
         "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
-        "enable_model_summary": precision is None,  # it warns that it cannot tell the size of others
+        "enable_model_summary": False,
     }
     return lightning(namespace).Trainer(callbacks=list(callbacks), **(defaults | kwargs))
 
@@ -149,8 +150,7 @@ class Saver(lightning().Callback):
             self.save(trainer, "batch")
 
     def on_validation_end(self, trainer: Any, *args: Any) -> None:
-        if not trainer.sanity_checking:
-            self.save(trainer, "validation")
+        self.save(trainer, "validation")
 
     def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
         self.save(trainer, "epoch")

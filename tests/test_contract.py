@@ -156,6 +156,9 @@ def test_print_config_round_trip(name, tmp_path, capsys):
 # Any module, any batch
 
 
+AS_BY_DEFAULT = {"enable_model_summary": True, "num_sanity_val_steps": 2}  # both send batches through the hooks
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_runs_without_a_trick_are_repeatable(namespace):  # what all comparisons here rest on
     assert_equal(run(namespace=namespace), without_trick(namespace="lightning"))
@@ -166,7 +169,7 @@ def test_runs_without_a_trick_are_repeatable(namespace):  # what all comparisons
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_has_an_effect_on_any_module_and_batch(name, namespace, layout, loss):
-    how = {"namespace": namespace, "layout": layout, "criterion": loss == "criterion"}
+    how = {"namespace": namespace, "layout": layout, "criterion": loss == "criterion"} | AS_BY_DEFAULT
     if not refused(name, layout, loss, **how):
         assert_effect(with_trick(name, **how), without_trick(**how))
 
