@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -136,6 +136,8 @@ class TricksCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.run.path:
+            self.timer = Timer()
+            callbacks.append(self.timer)
             # saved as it was asked for: who repeats the configuration wants another W&B run
             self.config[self.subcommand].trainer.logger = self.logger_config
             loggers = config.logger if isinstance(config.logger, list) else [config.logger]
@@ -174,7 +176,7 @@ class TricksCLI(LightningCLI):
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         if trainer.is_global_zero:
-            report_fit(self.run.path, best)
+            report_fit(self.run.path, best, self.timer.time_elapsed("train"))
 
 
 def main(args: list[str] | None = None) -> None:
