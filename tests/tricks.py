@@ -80,6 +80,11 @@ TRICKS = {
         tests="test_no_bias_decay.py",
         logs=("no_bias_decay/share",),
     ),
+    "PreciseBN": Row(
+        make=lambda: callbacks.PreciseBN(num_samples=8),
+        tests="test_precise_bn.py",
+        logs=("precise_bn/shift",),
+    ),
     "WarmupCosine": Row(
         make=lambda: callbacks.WarmupCosine(warmup_epochs=1),
         tests="test_schedules.py",

@@ -7,6 +7,7 @@ from lit_tricks.callbacks.label_smoothing import LabelSmoothing
 from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.mixup import MixUp
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
+from lit_tricks.callbacks.precise_bn import PreciseBN
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
 from lit_tricks.callbacks.warmup_exponential import WarmupExponential
 from lit_tricks.callbacks.warmup_step import WarmupStep
@@ -21,6 +22,7 @@ __all__ = [
     "LinearScaling",
     "MixUp",
     "NoBiasDecay",
+    "PreciseBN",
     "WarmupCosine",
     "WarmupExponential",
     "WarmupStep",

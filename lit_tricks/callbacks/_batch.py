@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["describe", "find", "replace"]
+__all__ = ["describe", "find", "inputs_of", "replace"]
 
 Path = tuple[Any, ...]  # keys, indices or field names, from the outside in
 
@@ -59,6 +59,27 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
     if not inputs:
         inputs = {path: t for path, t in tensors.items() if t.is_floating_point() and t.dim() == 2 and t.size(0) == n}
     return inputs, where, target
+
+
+def inputs_of(batch: Any, trick: str) -> list[Tensor]:
+    """Find the inputs of a batch that may have a target or not: in their order, as ``find`` tells them.
+
+    Without a target they are all floats, or uint8, of at least 3 dimensions, or where there are none all matrices.
+
+    Raises:
+        RuntimeError: if there are none.
+    """
+    try:
+        inputs = list(find(batch, trick)[0].values())
+    except RuntimeError:
+        floats = [t for _, t in _tensors(batch) if t.is_floating_point() or (t.dtype == torch.uint8 and t.dim() >= 3)]
+        inputs = [t for t in floats if t.dim() >= 3] or [t for t in floats if t.dim() == 2]
+    if not inputs:
+        raise RuntimeError(
+            f"{trick} found no inputs in the training batch: {describe(batch)}. It looks for tensors of floats, or "
+            "uint8 images, with a dimension for the samples. Let the collate_fn of the loader return such."
+        )
+    return inputs
 
 
 def replace(batch: Any, path: Path, value: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,7 +17,7 @@ from lit_tricks.callbacks._target import Target, carrying
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["LossTrick"]
+__all__ = ["LossTrick", "without_loss_tricks"]
 
 
 class LossTrick(Trick):
@@ -122,3 +124,16 @@ class LossTrick(Trick):
 def _team(trainer: Trainer) -> list[LossTrick]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
     return [callback for callback in callbacks if isinstance(callback, LossTrick)]
+
+
+@contextlib.contextmanager
+def without_loss_tricks(trainer: Trainer) -> Iterator[None]:
+    """Let training batches pass as they are, for a while."""
+    begun = {trick: trick._begun for trick in _team(trainer)}
+    try:
+        for trick in begun:
+            trick._begun = False
+        yield
+    finally:
+        for trick, before in begun.items():
+            trick._begun = before

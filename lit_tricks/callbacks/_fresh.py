@@ -1,0 +1,181 @@
+"""A second pass over the training data beside the one in progress, which is not disturbed by it.
+
+One caveat: what a data set draws with a generator that is hidden from Python's attributes (in C, or in a closure) is
+drawn for good, where it is loaded in the main process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["fresh_loader", "isolated_random_state"]
+
+
+def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) -> Any:
+    """A copy of the training loaders that starts anew, with workers of its own.
+
+    Samplers are copied with their state, and data sets are shared, except for iterable ones that the main process
+    goes through.
+
+    Args:
+        trainer: in a fit, its loaders set up.
+        trick: who asks, for messages.
+        like_validation: load with the ``transform`` of the validation data set.
+
+    Raises:
+        RuntimeError: if a loader can not be copied, or a data set has no ``transform`` to replace.
+    """
+    combined: Any = trainer.fit_loop._combined_loader
+    fresh = copy.copy(combined)
+    fresh._iterator = None
+    loaders = [_copied(loader, trick) for loader in combined.flattened]
+    if like_validation:
+        transforms = _transforms_of(trainer, trick)
+        for loader in loaders:
+            if isinstance(loader, DataLoader):
+                vars(loader)["dataset"] = _with(transforms, loader.dataset, trick)
+            else:
+                raise RuntimeError(_no_transform(trick, f"the {type(loader).__name__} of the training batches"))
+    fresh.flattened = loaders
+    return fresh
+
+
+@contextlib.contextmanager
+def isolated_random_state(device: torch.device, loaders: Sequence[Any]) -> Iterator[None]:
+    """Put all random states back afterwards: Python's, NumPy's, torch's, and those that data sets have of their own."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    here = [loader for loader in loaders if not getattr(loader, "num_workers", 0)]  # workers have copies
+    owners = [(getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)) for loader in here]
+    own = {id(generator): generator for generator in _generators(owners, set())}
+    states = [(generator, _state_of(generator)) for generator in own.values()]
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        for generator, state in states:
+            _set_state(generator, state)
+
+
+def _copied(loader: Any, trick: str) -> Any:
+    if isinstance(loader, Iterator) and not isinstance(loader, DataLoader):
+        raise RuntimeError(
+            f"{trick} reads training data a second time, and a {type(loader).__name__} can be read once only: give the "
+            "Trainer a DataLoader, or an object whose __iter__ starts anew."
+        )
+    shared: list[Any] = []
+    twin = loader
+    if isinstance(loader, DataLoader):
+        twin = copy.copy(loader)
+        vars(twin).update(_iterator=None, persistent_workers=False)
+        context = vars(loader).get("_DataLoader__multiprocessing_context")
+        shared = [loader.collate_fn, loader.worker_init_fn, context]
+        if loader.num_workers or not isinstance(loader.dataset, IterableDataset):
+            shared += _nested(loader.dataset)
+    elif isinstance(loader, list | tuple):  # of batches
+        return loader
+    else:
+        shared = [value for value in getattr(loader, "__dict__", {}).values() if isinstance(value, Tensor | Dataset)]
+    try:
+        return copy.deepcopy(twin, {id(thing): thing for thing in shared if thing is not None})
+    except Exception as error:  # whatever an object says that can not be copied
+        what = type(loader.dataset if isinstance(loader, DataLoader) and not loader.num_workers else loader).__name__
+        raise RuntimeError(
+            f"{trick} reads training data a second time, through a copy of the {type(loader).__name__}, and that can "
+            f"not be copied ({type(error).__name__}: {error}): keep what is open (files, connections, locks) out of "
+            f"the attributes of {what} and its samplers, or give them a __deepcopy__; or load with num_workers=1."
+        ) from error
+
+
+def _nested(dataset: Any) -> list[Any]:
+    """A data set and those that it is made of."""
+    inner = [getattr(dataset, "dataset", None), *_sequence(getattr(dataset, "datasets", ()))]
+    return [dataset, *(part for child in inner if child is not None for part in _nested(child))]
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+# The transform of the validation data
+
+
+def _transforms_of(trainer: Trainer, trick: str) -> dict[str, Any]:
+    combined: Any = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    loaders = combined.flattened if combined is not None else []
+    for loader in loaders:
+        for dataset in _nested(getattr(loader, "dataset", None)):
+            if hasattr(dataset, "transform"):
+                return {name: getattr(dataset, name) for name in ("transform", "transforms") if hasattr(dataset, name)}
+    raise RuntimeError(_no_transform(trick, "the validation data set" if loaders else "a run without validation"))
+
+
+def _with(transforms: dict[str, Any], dataset: Any, trick: str) -> Any:
+    """A copy of a data set, as shallow as can be, with another transform in the place of its own."""
+    changed = copy.copy(dataset)
+    if hasattr(dataset, "transform"):
+        vars(changed).update({name: value for name, value in transforms.items() if hasattr(dataset, name)})
+    elif hasattr(dataset, "dataset"):
+        changed.dataset = _with(transforms, dataset.dataset, trick)
+    elif _sequence(getattr(dataset, "datasets", None)):
+        changed.datasets = [_with(transforms, part, trick) for part in dataset.datasets]
+    else:
+        raise RuntimeError(_no_transform(trick, type(dataset).__name__))
+    return changed
+
+
+def _no_transform(trick: str, what: str) -> str:
+    return (
+        f'{trick}(transform="eval") puts the `transform` of the validation data set in the place of that of the '
+        f'training data, and {what} has no such attribute: use transform="train", or name it so.'
+    )
+
+
+# Generators that a data set has of its own
+
+
+def _generators(thing: Any, seen: set[int], depth: int = 8) -> Iterator[Any]:
+    if id(thing) in seen or depth == 0 or isinstance(thing, Tensor | type | str | bytes | int | float | None):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Generator | random.Random) or type(thing).__module__.startswith("numpy.random"):
+        yield thing
+    elif isinstance(thing, list | tuple | dict):
+        if len(thing) <= 100:  # transforms, parts; not samples
+            for child in thing.values() if isinstance(thing, dict) else thing:
+                yield from _generators(child, seen, depth - 1)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, type(sys)):
+        for child in list(vars(thing).values()):
+            yield from _generators(child, seen, depth - 1)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return copy.deepcopy(generator.bit_generator.state)
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

@@ -1,0 +1,153 @@
+"""The pass over the training data of a Trainer from which the statistics of BatchNorm are estimated."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_tricks.callbacks._batch import inputs_of
+from lit_tricks.callbacks._batch_norm import Statistics, estimate
+from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
+from lit_tricks.callbacks._loss_trick import without_loss_tricks
+from lit_tricks.callbacks._shards import is_sharded, local_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["check", "go_through"]
+
+
+def check(trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
+    """See, before anything is trained, that there can be such a pass.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+    names = [cls.__name__ for callback in callbacks for cls in type(callback).__mro__]
+    if names.count("PreciseBN") > 1:
+        raise RuntimeError("PreciseBN is there twice: leave one of them in the list of callbacks.")
+    for other in {"WeightAveraging", "StochasticWeightAveraging"}.intersection(names):
+        raise RuntimeError(
+            f"PreciseBN and {other} do not know of each other's swaps of the weights: average with EMA or SWA of "
+            "lit_tricks, or remove PreciseBN."
+        )
+    name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
+    model = trainer.strategy.model or pl_module
+    flat = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
+    if flat or any(hasattr(param, "ds_id") for param in pl_module.parameters()):
+        raise RuntimeError(f"PreciseBN can not run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
+    if type(pl_module).forward.__qualname__ == "LightningModule.forward" and "forward" not in vars(pl_module):
+        raise RuntimeError(
+            f"PreciseBN runs `forward` of {name}, which has none: give it one that takes the inputs of a batch, such "
+            "as `def forward(self, images): return self.net(images)`."
+        )
+    fresh_loader(trainer, "PreciseBN", transform == "eval")
+
+
+def go_through(
+    trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
+) -> tuple[Statistics, int | None]:
+    """Estimate the statistics of layers from training data. Everything else is as before.
+
+    Args:
+        trainer: in a fit.
+        pl_module: its module, showing the weights.
+        layers: BatchNorm layers to estimate, by name.
+        num_samples: how many samples to go through, in all processes together.
+        transform: "train" or "eval".
+
+    Returns:
+        The statistics, and if there were fewer samples, how many.
+    """
+    sharded = any(map(is_sharded, pl_module.parameters()))
+    in_step = sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
+    wanted = math.ceil(num_samples / trainer.world_size)
+    seen = 0
+
+    def inputs() -> Generator[list[Tensor]]:
+        nonlocal seen
+        for batch in _batches(trainer, loader, in_step):
+            tensors = _inputs(trainer, pl_module, batch)
+            yield tensors
+            seen += len(tensors[0])
+            if seen >= wanted:
+                return
+
+    def forward(tensors: Sequence[Tensor]) -> None:
+        try:
+            with trainer.precision_plugin.forward_context():
+                pl_module(*tensors)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise RuntimeError(
+                f"PreciseBN runs `forward` of {type(pl_module).__name__} on the inputs of training batches, here "
+                f"{shapes}, and it failed ({type(error).__name__}: {error}). Let it take these, in their order, and "
+                "nothing else that has no default."
+            ) from error
+
+    stage = trainer.state.stage
+    loader = fresh_loader(trainer, "PreciseBN", transform == "eval")
+    device = trainer.strategy.root_device
+    with isolated_random_state(device, loader.flattened), without_loss_tricks(trainer):
+        try:
+            if transform == "train":  # hooks that augment on the device go by this
+                trainer.training = True
+            else:
+                trainer.validating = True
+            with contextlib.closing(inputs()) as batches:
+                # an exception in the middle of a forward pass would leave FSDP2's shards gathered
+                statistics = estimate(pl_module, layers, batches, forward, stop=not sharded, reduce=_sum(trainer))
+        finally:
+            trainer.state.stage = stage
+            loader.reset()
+    total = int(trainer.strategy.reduce(torch.tensor(float(seen), device=device), reduce_op="sum"))
+    return statistics, total if total < num_samples else None
+
+
+def _sum(trainer: Trainer) -> Any:
+    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
+
+
+def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
+    """The batches of an epoch.
+
+    Args:
+        trainer: whose loader it is a copy of.
+        loader: a CombinedLoader.
+        in_step: end when that of any process has come to its end, because processes wait for each other in a batch.
+    """
+    expected = trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 1
+    for _ in range(2):  # a loader that was resumed has the rest of its epoch to give first
+        given = 0
+        iterator = iter(loader)
+        while True:
+            item = next(iterator, None)
+            if in_step and not trainer.strategy.reduce_boolean_decision(item is not None):
+                return
+            if item is None:
+                break
+            given += 1
+            yield item[0]
+        if given >= expected:
+            return
+
+
+def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Tensor]:
+    """Let a batch go the way of those of training, and take its inputs."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    tensors = inputs_of(batch, "PreciseBN")
+    if any(_is_channels_last(local_of(param.detach())) for param in pl_module.parameters()):
+        return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+    return tensors
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
