@@ -97,16 +97,19 @@ class PreciseBN(Trick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the brackets around validation: outside of those of averages, which are made earlier."""
-        fit = self._now
-        check(trainer, pl_module, self.transform)
-        fit.handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
-        self._wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
-        self._wrap(pl_module, "on_validation_end", self._around_validation_end)
-        number = len(set(layers_of(pl_module).values()))
+        fit, number = self._now, len(set(layers_of(pl_module).values()))
+        if fit.begun:  # a tuner trains within the fit
+            return
+        fit.begun = True
         if not number:
             name = type(pl_module).__name__
             text = f"PreciseBN has no effect: {name} has no BatchNorm with running statistics. Leave it out."
             rank_zero_only(warnings.warn)(text, stacklevel=2)
+            return
+        check(trainer, pl_module, self.transform)
+        fit.handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
+        self._wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
+        self._wrap(pl_module, "on_validation_end", self._around_validation_end)
         epochs = "" if self.when == "validation" else f" of every {self.when} epochs"
         moments = "" if self.when == "end" else f"before the validations{epochs} and "
         then = "" if self.restore else "; training goes on from them"
@@ -123,7 +126,7 @@ class PreciseBN(Trick):
         fit = self._now
         if fit.estimate is None or fit.norms != _norms(pl_module):
             self._estimate(trainer, pl_module)
-            if fit.shift is not None:
+            if fit.shift is not None and (self.when == "end" or not trainer.enable_validation):
                 for logger in trainer.loggers:
                     logger.log_metrics({_SHIFT: fit.shift}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         self._show(pl_module)
@@ -178,7 +181,7 @@ class PreciseBN(Trick):
     def _around_teardown(self, teardown: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = teardown(*args, **kwargs)
         fit = self._now
-        if fit.estimate and not fit.handles:  # a resumed run that was over already did not come by its end
+        if fit.estimate and not fit.begun:  # a resumed run that was over already did not come by its end
             self._show(fit.module())
         self._end_fit()
         return result
@@ -254,6 +257,7 @@ class _Fit:
     norms: list[float] | None = None  # of those weights
     shift: float | None = None  # to be logged
     handles: list[Any] = field(default_factory=list)
+    begun: bool = False
     said: bool = False
 
 
