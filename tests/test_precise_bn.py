@@ -278,7 +278,8 @@ class History(pl.Callback):
         self.trained.append([weights_of(module), batch, *randomness, [part.training for part in module.modules()]])
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
-        self.validated.append(weights_of(module))
+        if not trainer.sanity_checking:
+            self.validated.append(weights_of(module))
 
 
 class Stream(IterableDataset):
@@ -309,6 +310,21 @@ class Noisy(Dataset):
         return image + own + self.legacy.rand() + random.random() + np.random.rand() + torch.rand(1), label
 
 
+class Batches:
+    """What is no DataLoader, but starts anew whenever it is iterated over."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[Any]:
+        for image, label in DataLoader(images(16), 4):
+            self.given += 1
+            yield [image + self.given, label]
+
+
 def loaders(kind: str) -> Any:
     data, shuffled = images(16), {"batch_size": 4, "shuffle": True}
     if kind == "shuffled":
@@ -320,7 +336,7 @@ def loaders(kind: str) -> Any:
     if kind == "persistent workers":
         return DataLoader(data, **shuffled, num_workers=1, persistent_workers=True)
     if kind == "weighted":
-        return DataLoader(data, 4, sampler=torch.utils.data.WeightedRandomSampler(torch.rand(16), 16))
+        return DataLoader(data, 4, sampler=torch.utils.data.WeightedRandomSampler(torch.arange(1.0, 17), 16))
     if kind == "stateful":
         return train_loader()
     if kind == "stream":
@@ -332,7 +348,7 @@ def loaders(kind: str) -> Any:
     if kind == "parts":
         return DataLoader(ConcatDataset([Subset(data, range(10)), Subset(data, range(4, 10))]), **shuffled)
     if kind == "batches":
-        return [batch for batch in DataLoader(data, 4)]
+        return Batches()
     raise KeyError(kind)
 
 
@@ -464,9 +480,9 @@ def test_a_model_without_batchnorm_is_warned_of_once():
             self.net[0][1] = nn.GroupNorm(1, 4)
 
     trainer = make_trainer(PreciseBN())
-    with pytest.warns(UserWarning, match=r"PreciseBN has no effect: Module has no BatchNorm") as caught:
+    with pytest.warns(UserWarning, match="PreciseBN has no effect: Module has no BatchNorm") as caught:
         trainer.fit(Module(), train_loader(), eval_loader())
-    assert len(caught) == 1
+    assert len([warning for warning in caught if "PreciseBN" in str(warning.message)]) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +492,8 @@ def test_a_model_without_batchnorm_is_warned_of_once():
 def test_mixing_is_off_and_hooks_of_the_module_are_on():
     class Module(module_class("lightning")):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return [batch[0] + 7, batch[1]] if self.trainer.training else batch  # as one augments on the device
+            training = self.trainer.training and isinstance(batch, list)
+            return [batch[0] + 7, batch[1]] if training else batch  # as one augments on the device
 
     history = History()
     torch.manual_seed(0)
@@ -564,3 +581,286 @@ def test_a_loader_that_was_resumed_has_the_rest_of_its_epoch_to_give_first():
     )
     [weights] = history.validated
     assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With averages, in checkpoints, and after the fit
+
+
+def average_history(*callbacks: Any, **kwargs: Any) -> tuple[Any, History]:
+    history = History()
+    return run(*callbacks, history, **kwargs), history
+
+
+@pytest.mark.parametrize("order", ["EMA first", "EMA last"])
+def test_statistics_are_those_of_the_average(order):
+    callbacks = [EMA(0.8), PreciseBN(ALL)]
+    result, history = average_history(*(callbacks if order == "EMA first" else callbacks[::-1]), val_check_interval=2)
+    average, _ = average_history(EMA(0.8), val_check_interval=2)
+    _, plain = average_history(val_check_interval=2)
+    assert not differences(history.trained, plain.trained)
+    for weights in [*history.validated, result.weights]:
+        assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
+    names = {path.split(":")[0] for path in differences(result.weights, average.weights)}
+    assert names == {"/net.0.1.running_mean", "/net.0.1.running_var"}
+
+
+def loaded(path: Any) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+MIXES: dict[str, Callable[[], list[Any]]] = {
+    "alone": lambda: [PreciseBN(ALL)],
+    "before EMA": lambda: [PreciseBN(ALL), EMA(0.8)],
+    "after EMA": lambda: [EMA(0.8), PreciseBN(ALL)],
+    "late EMA": lambda: [PreciseBN(ALL), EMA(0.8, start_step=6)],
+    "EMA copies": lambda: [PreciseBN(ALL), EMA(0.8, buffers="copy")],
+    "EMA aside": lambda: [EMA(0.8, validate=False), PreciseBN(ALL)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+def test_what_was_validated_is_what_is_saved(mix, weights_only, tmp_path):
+    saver = pl.callbacks.ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}", save_weights_only=weights_only
+    )
+    run(*MIXES[mix](), saver, enable_checkpointing=True, val_check_interval=2)
+    assert len(saver.best_k_models) == 6
+    for path, score in saver.best_k_models.items():
+        weights = loaded(path)["state_dict"]
+        assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
+        [metrics] = make_trainer().validate(
+            module_class("lightning")(), eval_loader(), ckpt_path=path, verbose=False, weights_only=True
+        )
+        assert metrics["val_loss"] == score
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_resumes_bitwise_from_every_checkpoint_in_any_order(mix, tmp_path):
+    saver = Saver(tmp_path)
+    full = run(*MIXES[mix](), saver)
+    precise = [path.name for path in saver.paths if "PreciseBN" in loaded(path)["callbacks"]]
+    assert precise == [f"{step}-{moment}.ckpt" for step in (4, 8, 12) for moment in ("validation", "epoch")]
+    for path in saver.paths:
+        resumed = run(*MIXES[mix](), ckpt_path=path)
+        assert not differences(resumed.weights, full.weights), path.name
+        assert not differences(resumed.optimizers, full.optimizers), path.name
+        tricks = [sorted(map(str, result.tricks)) for result in (resumed, full)]
+        assert not differences(*tricks), path.name
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_after_the_fit(mix, tmp_path):
+    """The model and what is saved of it have the estimate; what goes on trains as if it had never been."""
+    how = {"optimizers": lambda module: torch.optim.SGD(module.parameters(), lr=0.1)}  # Lightning drops momentum
+    plain = [type(callback)(0.8) for callback in MIXES[mix]() if mix == "before EMA" and isinstance(callback, EMA)]
+    first = run(*MIXES[mix](), max_epochs=2, **how)
+    assert_precise(of(first.weights), first_layer(first.weights, images(16).tensors[0]))
+    first.trainer.test(first.module, eval_loader(), verbose=False)
+    for weights_only in (True, False):
+        first.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
+        assert not differences(dict(loaded(tmp_path / "x.ckpt")["state_dict"]), first.weights)
+    resumed, full = (run(*MIXES[mix](), ckpt_path=path, **how) for path in (tmp_path / "x.ckpt", None))
+    assert not differences(resumed.weights, full.weights)
+    history = History()
+    first.trainer.callbacks.append(history)
+    first.trainer.fit_loop.max_epochs = 3
+    first.trainer.fit(first.module, train_loader(), eval_loader())
+    assert not differences(weights_of(first.module), full.weights)
+    if plain:
+        reference = History()
+        run(*plain, reference, **how)
+        trained = [weights for weights, *_ in reference.trained[-len(history.trained) :]]
+        assert not differences([weights for weights, *_ in history.trained], trained)
+
+
+def test_resume_of_a_run_that_was_over_hands_back_the_estimate(tmp_path):
+    for mix in ("alone", "before EMA", "after EMA"):
+        full = run(*MIXES[mix]())
+        full.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+        again = run(*MIXES[mix](), ckpt_path=tmp_path / "x.ckpt")
+        assert not differences(again.weights, full.weights)
+
+
+def test_weights_that_were_loaded_after_the_fit_are_kept(tmp_path):
+    first, other = run(PreciseBN(ALL), max_epochs=1), module_class("lightning")()
+    first.module.load_state_dict(other.state_dict())
+    first.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    assert not differences(dict(loaded(tmp_path / "x.ckpt")["state_dict"]), weights_of(other))
+    assert "PreciseBN" not in loaded(tmp_path / "x.ckpt")["callbacks"]
+    first.trainer.callbacks.append(history := History())
+    first.trainer.fit_loop.max_epochs = 2
+    first.trainer.fit(first.module, train_loader(), eval_loader())
+    assert history.trained[0][0]["net.0.1.num_batches_tracked"] == 1
+
+
+def test_module_that_writes_its_own_keys_sees_the_estimate_in_the_checkpoint(tmp_path):
+    class Module(module_class("lightning")):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["mine"] = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+
+    saver = Saver(tmp_path, steps=(4,))
+    make_trainer(EMA(0.8), PreciseBN(ALL), saver, max_epochs=1).fit(Module(), train_loader(), eval_loader())
+    assert len(saver.paths) == 3
+    for path in saver.paths:
+        assert not differences(loaded(path)["mine"], dict(loaded(path)["state_dict"]))
+
+
+class Interrupt(pl.Callback):
+    """Raises in the second epoch, in a hook."""
+
+    def __init__(self, hook: str, error: BaseException) -> None:
+        self.error: BaseException | None = error
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step >= BATCHES + 2 and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+STOPS = ("on_train_batch_start", "on_validation_batch_end", "on_validation_end", "on_train_end")
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("hook", STOPS)
+@pytest.mark.parametrize("mix", ["alone", "before EMA", "after EMA"])
+def test_an_error_leaves_the_statistics_of_training_and_nothing_patched(mix, hook, kind, restored_interrupts):
+    def stopped(*callbacks: Any) -> Any:
+        module, trainer = module_class("lightning")(), make_trainer(*callbacks, Interrupt(hook, kind()))
+        torch.manual_seed(0)
+        with pytest.raises((ZeroDivisionError, SystemExit)):
+            trainer.fit(module, train_loader(), eval_loader())
+        for owner in (module, trainer.strategy):
+            assert not any(type(value).__name__ == "Wrapped" for value in vars(owner).values())
+        assert not any(optimizer._optimizer_step_post_hooks for optimizer in trainer.optimizers)
+        return weights_of(module)
+
+    assert not differences(stopped(*MIXES[mix]()), stopped())
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_in_the_pass(kind, restored_interrupts):
+    class Module(module_class("lightning")):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            image = super().forward(image)
+            if self.trainer.global_step == 8 and not torch.is_grad_enabled():
+                torch.rand(1)
+                raise kind
+            return image
+
+        def on_validation_model_eval(self) -> None:
+            super().on_validation_model_eval()
+            self.before = weights_of(self), torch.get_rng_state()
+
+    module = Module()
+    error = "`forward` of Module on the inputs .* failed" if kind is ZeroDivisionError else None
+    with pytest.raises((RuntimeError, SystemExit), match=error):
+        make_trainer(PreciseBN(ALL)).fit(module, train_loader(), eval_loader())
+    assert module.trainer.global_step == 8
+    assert not differences((weights_of(module), torch.get_rng_state()), module.before)
+    assert not any(part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
+@pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model")
+@pytest.mark.filterwarnings('ignore:.fit.ckpt_path="last". is set, but there is no last checkpoint')
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_checkpoint_on_exception_is_right_and_resumes_bitwise(place, tmp_path):
+    def callbacks() -> list[Any]:
+        save = pl.callbacks.OnExceptionCheckpoint(tmp_path)
+        stop = Interrupt("on_validation_end", ZeroDivisionError())
+        return [save, EMA(0.8), PreciseBN(ALL), stop] if place == "before" else [PreciseBN(ALL), EMA(0.8), stop, save]
+
+    with pytest.raises(ZeroDivisionError):
+        run(*callbacks(), enable_checkpointing=True)
+    path = tmp_path / "on_exception.ckpt"
+    weights = loaded(path)["state_dict"]
+    assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
+    assert not differences(run(*MIXES["before EMA"](), ckpt_path=path).weights, run(*MIXES["before EMA"]()).weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, with a remedy
+
+
+class Opened:
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("cannot pickle 'socket' object")
+
+
+def refusal(loader: Any = None, module: Any = None, trick: Any = None, *others: Any, **kwargs: Any) -> str:
+    trainer = make_trainer(trick or PreciseBN(), *others, max_epochs=1, num_sanity_val_steps=0, **kwargs)
+    with pytest.raises(RuntimeError) as caught:
+        trainer.fit(module or module_class("lightning")(), train_loader() if loader is None else loader, eval_loader())
+    assert trainer.global_step == 0 or "forward" in str(caught.value)
+    return str(caught.value)
+
+
+def test_refuses_what_it_can_not_rebuild():
+    loader = DataLoader(Stream(), batch_size=4)
+    loader.dataset.connection = Opened()
+    assert "a copy of the DataLoader, and that can not be copied (TypeError: cannot pickle" in refusal(loader)
+    assert "can be read once only: give the Trainer a DataLoader" in refusal(iter(train_loader()))
+    shared = DataLoader(images(16), 4)
+    shared.dataset.connection = Opened()  # it is not copied
+    make_trainer(PreciseBN(), max_epochs=1).fit(module_class("lightning")(), shared, eval_loader())
+    del shared.dataset.connection
+
+
+def test_refuses_a_transform_that_it_can_not_find():
+    trick = PreciseBN(transform="eval")
+    assert "the validation data set has no such attribute" in refusal(trick=trick)
+    assert "a run without validation has no such attribute" in refusal(trick=trick, limit_val_batches=0)
+    trainer = make_trainer(trick, num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError, match="and TensorDataset has no such attribute"):
+        trainer.fit(module_class("lightning")(), train_loader(), DataLoader(Transformed(plus(0.0)), 4))
+
+
+def test_refuses_modules_that_it_can_not_run():
+    class NoForward(module_class("lightning")):
+        forward = pl.LightningModule.forward
+        loss = lambda self, batch: self.net(batch[0]).square().mean()  # noqa: E731
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = None
+
+    class Other(module_class("lightning")):
+        def forward(self, image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            if not torch.is_grad_enabled() and self.trainer.global_step:
+                raise TypeError("forward() missing 1 required positional argument: 'mask'")
+            return super().forward(image)
+
+    assert "PreciseBN runs `forward` of NoForward, which has none" in refusal(module=NoForward())
+    assert "here (4, 1, 8, 8), and it failed (TypeError: forward() missing 1" in refusal(module=Other())
+
+
+@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_refuses_lightnings_averages(name):
+    other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
+    assert "average with EMA or SWA" in refusal(None, None, None, other)
+
+
+@pytest.mark.parametrize("strategy", ["FSDP1", "DeepSpeed"])
+def test_strategies_that_hide_the_layers_are_refused(strategy):
+    module = module_class("lightning")()
+    if strategy == "FSDP1":
+        module.other = type("FullyShardedDataParallel", (nn.Linear,), {})(1, 1)
+    else:
+        module.net[1].weight.ds_id = 0
+    assert "PreciseBN can not run the layers under SingleDeviceStrategy: use FSDP2" in refusal(module=module)
+
+
+def test_batches_without_inputs_are_refused():
+    from lit_tricks.callbacks._batch import inputs_of
+
+    images_, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    assert [tuple(t.shape) for t in inputs_of([images_, images_, labels, labels], "PreciseBN")] == 2 * [(4, 3, 8, 8)]
+    assert [tuple(t.shape) for t in inputs_of(images_, "PreciseBN")] == [(4, 3, 8, 8)]
+    assert [tuple(t.shape) for t in inputs_of({"x": torch.zeros(4, 5)}, "PreciseBN")] == [(4, 5)]
+    with pytest.raises(RuntimeError, match=r"PreciseBN found no inputs in the training batch: list\(int64 \(4,\)\)"):
+        inputs_of([labels], "PreciseBN")

@@ -87,8 +87,6 @@ def _copied(loader: Any, trick: str) -> Any:
         shared = [loader.collate_fn, loader.worker_init_fn, context]
         if loader.num_workers or not isinstance(loader.dataset, IterableDataset):
             shared += _nested(loader.dataset)
-    elif isinstance(loader, list | tuple):  # of batches
-        return loader
     else:
         shared = [value for value in getattr(loader, "__dict__", {}).values() if isinstance(value, Tensor | Dataset)]
     try:
