@@ -53,15 +53,15 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
     return words, paths
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """One message, and the exit code, for whatever a command raised."""
+def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
+    """One message, and the exit code, for whatever a command raised that takes these arguments."""
     if str(error).startswith("Error(s) in loading state_dict for "):
         key = re.search(r'"([\w.]+)"|size mismatch for ([\w.]+)', str(error))
         first = f"; they differ in {key[1] or key[2]!r} first" if key else ""
         text = f"the checkpoint is of another architecture than the model{first}. Give the settings it was made with."
         return text, 1
     if isinstance(error, argparse.ArgumentError):
-        return _shorten(error.message), 2
+        return _shorten(error.message, arguments), 2
     while error.__cause__ and "Does not validate against any of the Union subtypes" in str(error):
         error = error.__cause__  # type: ignore[assignment]  # what a class said of its arguments
     text = str(error).strip() or type(error).__name__
@@ -93,7 +93,7 @@ def _check_yaml(path: Path) -> None:
         raise ValueError(f"--config {path} holds no settings, but {content!r}.")
 
 
-def _shorten(message: str) -> str:
+def _shorten(message: str, arguments: Iterable[str]) -> str:
     """The heart of one of jsonargparse's messages, and the nearest valid name where one is unknown."""
     # a flag of a callback is tried on the base of all callbacks as well, which takes none
     shorter = re.sub(r"- Problem with given class_path 'lightning[\w.]*\.Callback':\n.*is not accepted", "", message)
@@ -114,7 +114,7 @@ def _shorten(message: str) -> str:
         return f"{argument}: {match[1]} needs {match[2]}."
     if match := re.search(r"nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         name = match[1] or match[2]
-        return f"there is no argument {name!r}{_nearest(name, _arguments())}"
+        return f"there is no argument {name!r}{_nearest(name, list(arguments) or _arguments())}"
     if match := re.search(r"following arguments are required: (\w+)\.([\w.]+)", message):
         remedy = (
             "" if match[1] == "fit" or match[2] != "data" else ", or --ckpt_path, the checkpoint of a run on such data"

@@ -1,4 +1,7 @@
-"""The command line: ``lit-tricks fit``, ``validate``, ``test`` and ``predict``, one LightningCLI behind ``main``."""
+"""The command line: ``lit-tricks fit``, ``validate``, ``test`` and ``predict``, one LightningCLI behind ``main``.
+
+The other commands, ``lit-tricks average``, are functions in ``lit_tricks.commands``.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
 import lit_tricks.data
-from lit_tricks import __version__
+from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
 from lit_tricks.classifier import Classifier
+from lit_tricks.commands._command import run_command, summary
 from lit_tricks.predictions import PredictionWriter
 from lit_tricks.reports import report_fit
 
@@ -72,6 +76,13 @@ class TricksCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
         )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
+        for name in commands.__all__:  # for --help, and for messages: `main` runs them itself
+            text = summary(getattr(commands, name))
+            parser._subcommands_action.add_subcommand(name, LightningArgumentParser(description=text), help=text)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -193,13 +204,17 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in words
     run = RunFolder()
+    command = getattr(commands, words[0]) if words and words[0] in commands.__all__ else None
     try:
         words, configs = resolve_configs([word for word in words if word != "--debug"])
         run.name = configs[0].stem if configs else run.name
         with own_wandb_run(), warnings.catch_warnings():
             for message in NO_ADVICE:
                 warnings.filterwarnings("ignore", message=message)
-            TricksCLI(words, run)
+            if command:
+                run_command(command, words[1:])
+            else:
+                TricksCLI(words, run)
     except KeyboardInterrupt:
         run.discard_if_empty()
         print("lit-tricks: interrupted", file=sys.stderr)  # noqa: T201
@@ -208,7 +223,7 @@ def main(args: list[str] | None = None) -> None:
         run.discard_if_empty()
         if debug:
             raise
-        message, code = explain(error)
+        message, code = explain(error, inspect.signature(command).parameters if command else ())
         print(f"lit-tricks: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(code)
 

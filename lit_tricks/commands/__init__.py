@@ -1,0 +1,7 @@
+"""What ``lit-tricks`` can do besides training: each command is one typed function, in the file of its name."""
+
+from __future__ import annotations
+
+from lit_tricks.commands.average import average
+
+__all__ = ["average"]

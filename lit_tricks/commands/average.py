@@ -1,0 +1,271 @@
+"""``lit-tricks average``: one model out of several checkpoints, without a step of training.
+
+One caveat: a uniform average is good where the checkpoints lie in one basin: of one run, or of runs that started from
+the same weights. The average of runs from different random weights is worthless.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
+from lit_tricks.callbacks._batch import inputs_of
+from lit_tricks.callbacks._batch_norm import estimate, layers_of
+from lit_tricks.callbacks._fresh import isolated_random_state
+
+__all__ = ["average", "mean_of"]
+
+log = logging.getLogger("lit_tricks")
+
+# What only a run that goes on needs.
+RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
+
+State = dict[str, Tensor]
+
+
+def mean_of(states: Iterable[State]) -> State:
+    """Average state dicts in float64; integers and booleans are those of the first."""
+    sums: State = {}
+    first: State = {}
+    count = 0
+    for state in states:
+        first = first or state
+        for name, tensor in state.items():
+            if _is_averaged(first[name]):
+                precise = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+                sums[name] = sums[name].add_(precise) if name in sums else precise.clone()
+        count += 1
+    return {name: (sums[name] / count).to(value.dtype) if name in sums else value for name, value in first.items()}
+
+
+def average(
+    checkpoints: list[str],
+    output: str,
+    greedy: bool = False,
+    metric: str = "val/top1",
+    mode: Literal["max", "min"] = "max",
+    data: LightningDataModule | None = None,
+    module: LightningModule | None = None,
+    num_samples: int = 8192,
+    overwrite: bool = False,
+) -> Path:
+    """Average finished checkpoints into one that loads like any other.
+
+    These are the soups of [Wortsman et al., 2022](https://arxiv.org/abs/2203.05482), uniform or greedy. The weights are
+    those of ``state_dict``: the averaged ones of a run with EMA. What belongs to a run, such as its optimizer, is left
+    out. With ``data`` the statistics of BatchNorm are re-estimated for the new weights; without it they are averaged
+    too, and a network with BatchNorm may lose most of its accuracy.
+
+    Args:
+        checkpoints: two or more of the same model.
+        output: file to write.
+        greedy: start from the checkpoint with the best ``metric``, and add the others in the order of theirs, each only
+            if the average does not get worse. Needs ``data``.
+        metric: what is compared, one of those that the model logs in validation.
+        mode: whether more of it is better ("max"), or less ("min").
+        data: training data to re-estimate BatchNorm from, and validation data for ``greedy``.
+        module: what the weights are of; by default the checkpoints say what it is.
+        num_samples: training samples to re-estimate BatchNorm from, 1 or more.
+        overwrite: replace ``output`` if it exists.
+
+    Returns:
+        The path of the new checkpoint.
+
+    Raises:
+        FileNotFoundError: if a checkpoint, or the folder of ``output``, does not exist.
+        FileExistsError: if ``output`` exists, unless it is to be replaced.
+        ValueError: if a file is no checkpoint, or of another model; or for arguments that go not together.
+    """
+    paths = _check(checkpoints, output, greedy, data, num_samples, overwrite)
+    first = _read(paths[0])
+    for path in paths[1:]:
+        _check_same(first, _read(path), paths[0], path)
+    has_statistics = any(name.endswith(".running_var") for name in first["state_dict"])
+    if data is None and has_statistics:
+        log.warning("the statistics of BatchNorm are averaged, not re-estimated: give --data to do that")
+    workshop = None
+    if data is not None:
+        workshop = _Workshop(_module_of(paths[0]) if module is None else module, data, num_samples)
+    chosen = _greedy(paths, workshop, metric, mode) if greedy and workshop else paths
+    state = _soup(chosen, workshop)
+    kept = {key: value for key, value in first.items() if key not in RUN}
+    with _written_whole(Path(output)) as part:
+        torch.save(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, part)
+    log.info("%s: the average of %s", output, ", ".join(map(str, chosen)))
+    return Path(output)
+
+
+class _Workshop:
+    """A model and data, to fill in weights and see what they are worth."""
+
+    def __init__(self, model: LightningModule, data: LightningDataModule, num_samples: int) -> None:
+        self.model, self.data, self.num_samples = model, data, num_samples
+        self.trainer = Trainer(
+            devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False
+        )
+        data.prepare_data()
+
+    def score(self, state: State, metric: str) -> float:
+        """The metric of weights."""
+        self.model.load_state_dict(state)
+        [metrics, *_] = self.trainer.validate(self.model, datamodule=self.data, verbose=False)
+        if metric not in metrics:
+            raise ValueError(f"metric={metric!r} is not logged in validation; there are {', '.join(sorted(metrics))}.")
+        return float(metrics[metric])
+
+    def with_statistics(self, state: State) -> State:
+        """The weights with the statistics of BatchNorm that belong to them."""
+        self.model.load_state_dict(state)
+        layers = layers_of(self.model)
+        if not layers:
+            return state
+        self.data.setup("fit")
+        loader = self.data.train_dataloader()
+        device = self.trainer.strategy.root_device
+        self.model.to(device)
+        with isolated_random_state(device, [loader]):
+            batches = self._batches(loader, device)
+            statistics = estimate(self.model, layers, batches, lambda inputs: self.model(*inputs))
+        self.model.cpu()
+        new = dict(state)
+        for name, values in statistics.items():
+            for kind, value in zip(("running_mean", "running_var"), values, strict=True):
+                new[f"{name}.{kind}"] = value.to("cpu", state[f"{name}.{kind}"].dtype)
+        return new
+
+    def _batches(self, loader: Any, device: torch.device) -> Iterator[list[Tensor]]:
+        seen = 0
+        for given in loader:
+            batch = self.data.on_before_batch_transfer(given, 0)
+            batch = self.data.transfer_batch_to_device(batch, device, 0)
+            inputs = inputs_of(self.data.on_after_batch_transfer(batch, 0), "average")
+            yield inputs
+            seen += len(inputs[0])
+            if seen >= self.num_samples:
+                return
+
+
+def _soup(paths: Sequence[Path], workshop: _Workshop | None) -> State:
+    if len(paths) == 1:  # as it is, and as it was scored
+        return dict(_read(paths[0])["state_dict"])
+    state = mean_of(_read(path)["state_dict"] for path in paths)
+    return workshop.with_statistics(state) if workshop else state
+
+
+def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> list[Path]:
+    """The checkpoints of the greedy soup."""
+    sign = 1 if mode == "max" else -1
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("greedy soup", total=2 * len(paths) - 1)
+        scores = {}
+        for path in paths:
+            scores[path] = sign * workshop.score(_read(path)["state_dict"], metric)
+            progress.advance(task)
+        best, *others = sorted(paths, key=lambda path: -scores[path])
+        chosen, highest = [best], scores[best]
+        log.info("%s: %s %.6g, alone", best, metric, sign * highest)
+        for path in others:
+            score = sign * workshop.score(_soup([*chosen, path], workshop), metric)
+            better = score >= highest
+            if better:
+                chosen, highest = [*chosen, path], score
+            log.info(
+                "%s: %s %.6g, alone %.6g: %s",
+                path,
+                metric,
+                sign * score,
+                sign * scores[path],
+                "taken" if better else "left out",
+            )
+            progress.advance(task)
+    return chosen
+
+
+def _check(
+    checkpoints: list[str], output: str, greedy: bool, data: object, num_samples: int, overwrite: bool
+) -> list[Path]:
+    paths = [Path(checkpoint) for checkpoint in checkpoints]
+    if len(paths) < 2:
+        raise ValueError("average needs two checkpoints or more: one alone is its own average.")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file.")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("a checkpoint is given twice: it would count double. Give each once.")
+    if Path(output).exists() and not overwrite:
+        raise FileExistsError(f"--output {output} exists: choose another name, or give --overwrite to replace it.")
+    if not Path(output).resolve().parent.is_dir():
+        raise FileNotFoundError(f"--output {output} lies in a folder that does not exist: make it first.")
+    if greedy and data is None:
+        raise ValueError("--greedy compares metrics of validation data: give --data, such as --data Digits.")
+    if num_samples < 1:
+        raise ValueError(f"--num_samples={num_samples} is below 1; 1,000 to 10,000 do.")
+    return paths
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content["pytorch-lightning_version"], content["state_dict"].items()
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged.") from error
+    return content
+
+
+def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, path: Path) -> None:
+    """See that two checkpoints are of one model, also where layers of the same shapes are put together otherwise."""
+    ours, theirs = first["state_dict"], other["state_dict"]
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs:
+            has, lacks = (path, first_path) if name in theirs else (first_path, path)
+            raise ValueError(f"{path} is of another model than {first_path}: {has} has {name!r}, and {lacks} has not.")
+        shapes = tuple(theirs[name].shape), tuple(ours[name].shape)
+        if shapes[0] != shapes[1] or _is_averaged(theirs[name]) != _is_averaged(ours[name]):
+            raise ValueError(
+                f"{path} is of another model than {first_path}: {name!r} is {theirs[name].dtype} of shape {shapes[0]} "
+                f"there, and {ours[name].dtype} of shape {shapes[1]} here."
+            )
+    for key in ("model", "model_args"):
+        settings = [content.get("hyper_parameters", {}).get(key) for content in (first, other)]
+        if settings[0] != settings[1]:
+            raise ValueError(
+                f"{path} is of another model than {first_path}: {key} is {settings[1]}, not {settings[0]}."
+            )
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _module_of(path: Path) -> LightningModule:
+    settings = _read(path).get("hyper_parameters", {})
+    name = settings.get("_class_path", "lit_tricks.Classifier" if "num_classes" in settings else "")
+    if not name:
+        raise ValueError(f"{path} does not say what module its weights are of: give --module.")
+    package, _, cls = name.rpartition(".")
+    module: type[LightningModule] = getattr(importlib.import_module(package), cls)
+    return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A file beside another one, that takes its place once it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
