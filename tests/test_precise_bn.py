@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -467,7 +468,7 @@ def test_number_of_samples_and_one_pass_if_there_are_fewer():
             make_trainer(PreciseBN(samples), max_epochs=2, limit_val_batches=1, num_sanity_val_steps=0).fit(
                 module, train_loader(), eval_loader()
             )
-        assert module.count == 2 * (counted + 4) + 2  # and the images of two validations, and of the summary
+        assert module.count == 2 * (counted + 4)  # and the images of two validations
         lines = [record.getMessage() for record in records][1:]
         more = "PreciseBN: num_samples=17 is more than there are; all 16 are used, in one pass"
         assert lines == ([more] if samples == 17 else [])
@@ -707,6 +708,79 @@ def test_module_that_writes_its_own_keys_sees_the_estimate_in_the_checkpoint(tmp
     assert len(saver.paths) == 3
     for path in saver.paths:
         assert not differences(loaded(path)["mine"], dict(loaded(path)["state_dict"]))
+
+
+def test_a_copy_of_the_module_made_in_the_fit_works_alone():
+    class Copy(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            module._trainer, trainer = None, module._trainer  # as everybody does who copies a module
+            self.copy = deepcopy(module)
+            module._trainer = trainer
+
+    copy = Copy()
+    run(PreciseBN(ALL), copy)
+    before = weights_of(copy.copy)
+    make_trainer().validate(copy.copy, eval_loader(), verbose=False)
+    make_trainer(max_epochs=0).fit(copy.copy, train_loader(), eval_loader())
+    assert not differences(weights_of(copy.copy), before)
+
+
+@pytest.mark.parametrize("finder", ["lr", "batch size", "lr, within the fit"])
+def test_finders_do_not_disturb_it(finder, tmp_path):
+    class Find(pl.callbacks.LearningRateFinder):
+        def on_fit_start(self, *args: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, module)
+
+    class Module(module_class("lightning")):
+        def __init__(self) -> None:
+            super().__init__(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=m.lr))
+            self.lr, self.batch_size = 0.1, 4
+
+        def train_dataloader(self) -> Any:
+            return train_loader()
+
+        def val_dataloader(self) -> Any:
+            return eval_loader()
+
+    def fit(*callbacks: Any) -> Any:
+        module, history = Module(), History()
+        if finder == "batch size":
+            find = pl.callbacks.BatchSizeFinder(steps_per_trial=1, max_trials=1)
+        else:
+            cls = pl.callbacks.LearningRateFinder if finder == "lr" else Find
+            find = cls(num_training_steps=5, update_attr=False)
+        torch.manual_seed(0)
+        make_trainer(*callbacks, find, history, default_root_dir=tmp_path).fit(module)
+        return history.trained, weights_of(module)
+
+    for callbacks in ([PreciseBN(ALL)], [PreciseBN(ALL), EMA(0.8)], [EMA(0.8), PreciseBN(ALL)]):
+        trained, weights = fit(*callbacks)
+        assert not differences(trained, fit()[0])
+        assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
+
+
+def test_what_a_validation_does_to_the_statistics_is_undone():
+    class Module(module_class("lightning")):
+        def on_validation_epoch_end(self) -> None:
+            if self.trainer.sanity_checking:
+                return
+            self.train()
+            self(torch.full((4, 1, 8, 8), math.nan))
+            self.eval()
+
+    def fit(*callbacks: Any) -> list[Any]:
+        module, history = Module(), History()
+        torch.manual_seed(0)
+        make_trainer(*callbacks, history, max_epochs=2).fit(module, train_loader(), eval_loader())
+        return [weights for weights, *_ in history.trained]
+
+    [*_, last] = fit(PreciseBN(ALL))
+    plain = weights_of(run(max_epochs=2).module)
+    assert {path.split(":")[0] for path in differences(last, plain)} == {"/net.0.1.num_batches_tracked"}
 
 
 class Interrupt(pl.Callback):

@@ -15,45 +15,69 @@ class Overlay:
 
     They are written into the memory that the buffers have at the time, and later that memory gets back what it had,
     whoever shows it by then: weights that are averaged are swapped by exchanging pointers.
+
+    Attributes:
+        values: to be shown and saved, by their names in the ``state_dict``. Empty while none are right.
     """
 
     def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
         self._memory: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by name: where, what was there, what is shown
 
-    @torch.no_grad()
-    def show(self, module: nn.Module, values: dict[str, Tensor]) -> None:
-        """Write values into buffers, by their names in the ``state_dict``."""
+    def show(self, module: nn.Module) -> None:
+        """Write the values into the buffers."""
         self.put_back()
         written: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for name, value in values.items():
-            path, _, attribute = name.rpartition(".")
-            buffer: Any = getattr(module.get_submodule(path), attribute)
-            if id(buffer) not in written:  # a shared layer has several names
-                where = buffer.detach()
-                written[id(buffer)] = where, where.clone(), value.to(where.device, where.dtype, copy=True)
-                where.copy_(value)
-            self._memory[name] = written[id(buffer)]
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in self.values.items():
+                path, _, attribute = name.rpartition(".")
+                buffer: Any = getattr(module.get_submodule(path), attribute)
+                if id(buffer) not in written:  # a shared layer has several names
+                    where = buffer.detach()
+                    written[id(buffer)] = where, where.clone(), value.to(where.device, where.dtype, copy=True)
+                    where.copy_(value)
+                self._memory[name] = written[id(buffer)]
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        """Give the memory back what it had, unless something else was written into it meanwhile."""
-        if self.is_as_left():
-            for where, value, _ in self._memory.values():
-                where.copy_(value)
+        """Give the memory back what it had."""
+        for where, value, _ in self._memory.values():
+            where.copy_(value)
         self.forget()
+
+    def is_as_left(self) -> bool:
+        """Whether the memory still has what was written, and no other weights were loaded."""
+        return all(_same(where, shown) for where, _, shown in self._memory.values())
 
     def forget(self) -> None:
         """Leave everything as it is shown."""
         self._memory = {}
 
-    def is_as_left(self) -> bool:
-        """Whether the memory still has what was written."""
-        return all(torch.equal(where, shown) for where, _, shown in self._memory.values())
+    def save(self, checkpoint: dict[str, Any], key: str) -> None:
+        """Put the values into a checkpoint; what they replace goes into the state of a callback."""
+        saved = checkpoint["state_dict"]
+        values = {name: value for name, value in self.values.items() if name in saved}
+        covered = {name: value for name, (_, value, _) in self._memory.items()}
+        if values and "callbacks" in checkpoint:
+            checkpoint["callbacks"][key] = {"replaced": {n: covered.get(n, saved[n]).clone() for n in values}}
+        saved.update({name: value.to(saved[name].device, copy=True) for name, value in values.items()})
 
-    def covered(self) -> dict[str, Tensor]:
-        """What was in the place of the values that are shown."""
-        return {name: value for name, (_, value, _) in self._memory.items()}
+    def save_as_shown(self, checkpoint: dict[str, Any], key: str) -> None:
+        """Add what is needed to resume to a checkpoint that has what is shown, if it still has."""
+        saved = checkpoint["state_dict"]
+        known = {name: memory for name, memory in self._memory.items() if name in saved}
+        if known and all(_same(saved[name].to(shown.device), shown) for name, (_, _, shown) in known.items()):
+            checkpoint["callbacks"][key] = {"replaced": {name: value for name, (_, value, _) in known.items()}}
 
-    def shown(self) -> dict[str, Tensor]:
-        """The values that are shown."""
-        return {name: value for name, (_, _, value) in self._memory.items()}
+    def load(self, checkpoint: dict[str, Any], key: str, module: nn.Module) -> None:
+        """Take the values out of a checkpoint, and put back into it what they replaced."""
+        self.forget()
+        replaced: dict[str, Tensor] = checkpoint.get("callbacks", {}).get(key, {}).get("replaced", {})
+        # some strategies have loaded it into the module already
+        saved = checkpoint.get("state_dict", dict(module.named_buffers(remove_duplicate=False)))
+        self.values = {name: saved[name].clone() for name in replaced}
+        for name, value in replaced.items():
+            saved[name].copy_(value)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.nan_to_num(), right.nan_to_num())  # of weights that went astray

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks._batch import inputs_of
-from lit_tricks.callbacks._batch_norm import Statistics, estimate
+from lit_tricks.callbacks._batch_norm import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
 from lit_tricks.callbacks._loss_trick import without_loss_tricks
 from lit_tricks.callbacks._shards import is_sharded, local_of
@@ -19,7 +20,22 @@ from lit_tricks.callbacks._shards import is_sharded, local_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["check", "go_through"]
+__all__ = ["Found", "check", "go_through", "norms"]
+
+
+@dataclass
+class Found:
+    """What a pass has found.
+
+    Args:
+        values: the statistics, by their names in the ``state_dict``.
+        shift: how far they are from those that the layers had.
+        samples: what they are from, in all processes together.
+    """
+
+    values: dict[str, Tensor]
+    shift: float
+    samples: int
 
 
 def check(trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
@@ -52,7 +68,7 @@ def check(trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
 
 def go_through(
     trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
-) -> tuple[Statistics, int | None]:
+) -> Found:
     """Estimate the statistics of layers from training data. Everything else is as before.
 
     Args:
@@ -61,9 +77,6 @@ def go_through(
         layers: BatchNorm layers to estimate, by name.
         num_samples: how many samples to go through, in all processes together.
         transform: "train" or "eval".
-
-    Returns:
-        The statistics, and if there were fewer samples, how many.
     """
     sharded = any(map(is_sharded, pl_module.parameters()))
     in_step = sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
@@ -91,6 +104,7 @@ def go_through(
                 "nothing else that has no default."
             ) from error
 
+    _spread_as_ddp(trainer, layers)
     stage = trainer.state.stage
     loader = fresh_loader(trainer, "PreciseBN", transform == "eval")
     device = trainer.strategy.root_device
@@ -107,7 +121,29 @@ def go_through(
             trainer.state.stage = stage
             loader.reset()
     total = int(trainer.strategy.reduce(torch.tensor(float(seen), device=device), reduce_op="sum"))
-    return statistics, total if total < num_samples else None
+    kinds = ("running_mean", "running_var")
+    buffers = {name: [getattr(layers[name], kind) for kind in kinds] for name in statistics}
+    values = {
+        f"{name}.{kind}": value.to(buffer.dtype)
+        for name, pair in statistics.items()
+        for kind, value, buffer in zip(kinds, pair, buffers[name], strict=True)
+    }
+    return Found(values, shift(buffers, statistics), total)
+
+
+def norms(pl_module: LightningModule) -> list[float]:
+    """Of the parameters, to tell whether they are still the same."""
+    params = [local_of(param.detach()) for param in pl_module.parameters() if param.is_floating_point()]
+    return [float(torch.linalg.vector_norm(param)) for param in params]
+
+
+def _spread_as_ddp(trainer: Trainer, layers: dict[str, Any]) -> None:
+    """Give every process the buffers of the first, if DDP would in its next forward pass: training has them then."""
+    ddp = trainer.strategy.model
+    if getattr(ddp, "broadcast_buffers", False) and getattr(ddp, "require_forward_param_sync", False):
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer in [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]:
+                torch.distributed.broadcast(buffer, 0)
 
 
 def _sum(trainer: Trainer) -> Any:

@@ -1,0 +1,126 @@
+"""What a trick needs that shows estimates in buffers: in validation, in checkpoints, and at the end of a fit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._overlay import Overlay
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Estimating"]
+
+
+class Estimating(Trick):
+    """Keeps what training has in the buffers apart from what is estimated for the weights that are shown.
+
+    After a validation the buffers are training's again; checkpoints from then to the next step have the estimate as
+    their ``state_dict``, and training's buffers in the state of the callback. The fit ends with the estimate.
+
+    Attributes:
+        restore: False: training goes on from the estimate.
+    """
+
+    restore: bool
+    _fit: _Fit | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before a fit that goes on with the last one's module, put training's own statistics back into it."""
+        if stage != "fit":
+            return
+        last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
+        if last and last.trainer() is trainer and last.module() is pl_module and last.overlay.is_as_left():
+            last.overlay.put_back()
+        self._wrap(pl_module, "on_load_checkpoint", self._around_loading)
+        self._wrap(pl_module, "on_save_checkpoint", self._around_saving)
+        self._wrap(pl_module, "teardown", self._around_teardown)
+        self._wrap(trainer.strategy, "on_exception", self._around_exception)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With the training, begin to follow steps and validations."""
+        self._now.handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
+        self._wrap(pl_module, "on_validation_end", self._around_validation_end)
+
+    def _show(self, pl_module: LightningModule) -> None:
+        self._now.overlay.show(pl_module)
+        if not self.restore:
+            self._now.overlay.forget()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put training's statistics back. The brackets stay for checkpoints that other callbacks now write."""
+        if self._fit:
+            self._fit.overlay.put_back()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the module's own hook, which comes last, finds the weights that other callbacks leave."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Out of a fit too, save what is needed to resume."""
+        if self._fit and not self._wrappers:
+            self._fit.overlay.save_as_shown(checkpoint, self.state_key)
+
+    # The brackets: each is called in the place of a method, also in a copy of the module, whose copy of this has no fit
+
+    def _around_validation_end(self, on_validation_end: Callable[..., Any]) -> Any:
+        result = on_validation_end()  # the module's hook; those of the callbacks came before
+        if self._fit:
+            self._fit.overlay.put_back()
+        return result
+
+    def _around_saving(self, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+        if self._fit and self.restore:
+            self._fit.overlay.save(checkpoint, self.state_key)  # an average has put its weights there by now
+        return on_save_checkpoint(checkpoint)
+
+    def _around_loading(self, on_load_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+        if self._fit:
+            self._fit.overlay.load(checkpoint, self.state_key, self._fit.module())  # before anybody else reads it
+        return on_load_checkpoint(checkpoint)
+
+    def _around_teardown(self, teardown: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = teardown(*args, **kwargs)
+        if self._fit and not self._fit.begun:  # a resumed run that was over already did not come by its end
+            self._show(self._fit.module())
+        self._end_fit()
+        return result
+
+    def _around_exception(self, on_exception: Callable[..., Any], exception: BaseException) -> Any:
+        self._end_fit()
+        return on_exception(exception)
+
+    # Helpers
+
+    @property
+    def _now(self) -> _Fit:
+        assert self._fit is not None
+        return self._fit
+
+    def _on_step(self, *_: Any) -> None:
+        self._now.overlay.values = {}
+
+    def _end_fit(self) -> None:
+        for handle in self._fit.handles if self._fit else ():
+            handle.remove()
+        self._unwrap()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_fit"}
+
+
+@dataclass
+class _Fit:
+    """What a fit knows."""
+
+    trainer: Callable[[], Any]
+    module: Callable[[], Any]
+    overlay: Overlay = field(default_factory=Overlay)  # the statistics of the weights, until the next step
+    norms: list[float] | None = None  # of these weights
+    shift: float | None = None  # to be logged
+    handles: list[Any] = field(default_factory=list)
+    begun: bool = False
+    said: bool = False
