@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -938,3 +943,63 @@ def test_batches_without_inputs_are_refused():
     assert [tuple(t.shape) for t in inputs_of({"x": torch.zeros(4, 5)}, "PreciseBN")] == [(4, 5)]
     with pytest.raises(RuntimeError, match=r"PreciseBN found no inputs in the training batch: list\(int64 \(4,\)\)"):
         inputs_of([labels], "PreciseBN")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes
+
+SCRIPT = Path(__file__).parent / "_precise_bn_distributed.py"
+PLANS = ["DDP", "DDP, unequal", "FSDP2, whole", "FSDP2, in shards"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes ended with."""
+    folder = tmp_path_factory.mktemp("precise_bn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = []
+    for rank in range(2):
+        with (folder / f"{rank}.log").open("w") as output:
+            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, str(SCRIPT), str(folder)]
+            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_processes_estimate_from_the_data_of_both_and_train_as_without(plan, ranks):
+    for rank in ranks:
+        full, first = rank[plan]["full"], ranks[0][plan]["full"]
+        assert not differences(full["trained"], rank[plan]["plain"]["trained"])
+        assert len(full["validated"]) == 3
+        for weights in [*full["validated"], full["weights"]]:
+            assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
+        statistics = [of(x["weights"]) for x in (full, first)]
+        assert not differences(*statistics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_processes_resume_bitwise(plan, ranks):
+    for rank in ranks:
+        assert len(rank[plan]["resumed"]) == 3
+        for path, weights in rank[plan]["resumed"].items():
+            assert not differences(weights, rank[plan]["full"]["weights"]), path
+
+
+@pytest.mark.slow
+def test_two_processes_with_unequal_numbers_of_batches(ranks):
+    for rank in ranks:
+        assert_precise(rank["unequal numbers of batches"]["0"], population(images(16).tensors[0]))
