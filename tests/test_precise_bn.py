@@ -491,6 +491,16 @@ def test_a_model_without_batchnorm_is_warned_of_once():
     assert len([warning for warning in caught if "PreciseBN" in str(warning.message)]) == 1
 
 
+def test_frozen_layers_are_left_alone_and_warned_of_if_there_are_no_others():
+    class Freeze(pl.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            module.net[0][1].eval()
+
+    with pytest.warns(UserWarning, match="PreciseBN has no effect: all BatchNorm layers of Classifier are frozen"):
+        weights = run(Freeze(), PreciseBN(ALL)).weights
+    assert not differences(weights, run(Freeze()).weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The batches of the pass
 

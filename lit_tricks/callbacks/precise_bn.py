@@ -80,9 +80,7 @@ class PreciseBN(Estimating):
             return
         fit.begun = True
         if not number:
-            name = type(pl_module).__name__
-            text = f"PreciseBN has no effect: {name} has no BatchNorm with running statistics. Leave it out."
-            rank_zero_only(warnings.warn)(text, stacklevel=2)
+            _warn(f"{type(pl_module).__name__} has no BatchNorm with running statistics. Leave it out.")
             return
         check(trainer, pl_module, self.transform)
         self._begin(trainer, pl_module)
@@ -106,6 +104,8 @@ class PreciseBN(Estimating):
             if fit.shift is not None and (self.when == "end" or not trainer.enable_validation):
                 for logger in trainer.loggers:
                     logger.log_metrics({_SHIFT: fit.shift}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            if fit.norms is None and layers_of(pl_module):
+                _warn(f"all BatchNorm layers of {type(pl_module).__name__} are frozen, in evaluation mode in training.")
         self._show(pl_module)
 
     def _around_validation_start(self, on_validation_model_eval: Callable[..., Any]) -> Any:
@@ -121,6 +121,7 @@ class PreciseBN(Estimating):
 
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, names: set[str] | None = None) -> None:
         fit = self._now
+        fit.overlay.values = {}
         layers = {k: v for k, v in layers_of(pl_module).items() if (v.training if names is None else k in names)}
         if not layers:
             return
@@ -133,3 +134,7 @@ class PreciseBN(Estimating):
 
 
 _SHIFT = "precise_bn/shift"
+
+
+def _warn(why: str) -> None:
+    rank_zero_only(warnings.warn)(f"PreciseBN has no effect: {why}", stacklevel=3)

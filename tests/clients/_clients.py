@@ -109,7 +109,9 @@ def without_trick(fit: Fit) -> Spy:
     return spy_on(fit)
 
 
-def check(name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None = None) -> None:
+def check(
+    name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None = None, idle: dict[str, str] | None = None
+) -> None:
     """See that the trick works in the client, or raises the error that is declared.
 
     Args:
@@ -117,6 +119,7 @@ def check(name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None 
         fit: fits with the callbacks that it is given.
         layout: that of the client's batches, which the trick's row may refuse.
         refused: tricks that can not work in this client, each with a regex of the RuntimeError's message.
+        idle: tricks that have nothing to do in it, each with a regex of the warning that says so.
     """
     plain, trick = without_trick(fit), MAKE.get(name, TRICKS[name].make)()
     assert len(plain.losses) == 12 * plain.fits
@@ -128,6 +131,10 @@ def check(name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None 
     tricked = spy_on(fit, trick)
     assert len(tricked.losses) == len(plain.losses)
     assert all(math.isfinite(loss) for loss in plain.losses + tricked.losses)
+    if idle and name in idle:
+        [warning] = tricked.warnings - plain.warnings
+        assert re.match(idle[name], warning)
+        return
     assert differences(tricked.weights, plain.weights), "the fit ended with the weights of one without the trick"
     parts = RATES.get(name, [1] * 12) * plain.fits
     expected = [[part * rate for rate in step] for part, step in zip(parts, plain.rates, strict=True)]
@@ -136,7 +143,8 @@ def check(name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None 
     assert tricked.warnings <= plain.warnings
 
 
-# What else a client can lack, and the errors that say so.
+# What else a client can lack, and the errors and warnings that say so.
+NO_BATCHNORM = {"PreciseBN": "^UserWarning: PreciseBN has no effect: .+ has no BatchNorm with running statistics"}
 NO_RESIDUAL_BRANCHES = {"ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in "}
 NO_WEIGHT_DECAY = {"NoBiasDecay": r"^NoBiasDecay\(.+\) took no weight decay away: "}
 
