@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CONFIGS", "explain", "given", "resolve_configs"]
+__all__ = ["CONFIGS", "explain", "find_config", "given", "resolve_configs"]
 
 _INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -46,7 +46,7 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         flag, equals, value = word.partition("=")
         if flag not in ("-c", "--config") or not (equals or i + 1 < len(args)):
             continue
-        path = _find_config(value if equals else args[i + 1])
+        path = find_config(value if equals else args[i + 1])
         _check_yaml(path)
         paths.append(path)
         words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
@@ -72,7 +72,12 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
     return text, 1
 
 
-def _find_config(name: str) -> Path:
+def find_config(name: str) -> Path:
+    """The file of a configuration that is given by name or path.
+
+    Raises:
+        FileNotFoundError: if there is none; it tells the nearest names.
+    """
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
         if path.is_file():
             return path
@@ -147,7 +152,7 @@ def _innermost(message: str) -> tuple[list[str], str]:
     path: list[tuple[int, str]] = []
     start = 0
     for number, line in enumerate(lines, start=1):
-        if match := re.search(r'Parser key "([\w.]+)":', line):
+        if match := re.search(r'Parser key "([\w.]+)"(?: element \d+)?:', line):
             path = [step for step in path if step[0] < _indent(line)] + [(_indent(line), match[1])]
             start = number
     outer = path[-1][0] if path else -1

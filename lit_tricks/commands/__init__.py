@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_tricks.commands.ablate import ablate
 from lit_tricks.commands.average import average
 
-__all__ = ["average"]
+__all__ = ["ablate", "average"]

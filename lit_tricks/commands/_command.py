@@ -20,8 +20,10 @@ __all__ = ["run_command", "summary"]
 def run_command(function: Callable[..., Any], words: list[str]) -> None:
     """Call a command with the words after its name.
 
-    What has no default is positional, several values where it is a list; ``output`` is ``-o``. What is False by default
-    needs no value. A ``--config`` may hold more than the command knows, such as that of a run: the rest is ignored.
+    What has no default is positional, unless it is keyword-only; a list takes several values; ``output`` is ``-o``.
+    What is False by default needs no value. A ``--config`` may hold more than the command knows, such as that of a run:
+    the rest is ignored; but a function with an argument ``config`` gets the paths. What follows ``--`` is for the
+    argument ``fit_args``.
 
     Args:
         function: typed and documented. Its arguments become flags.
@@ -32,17 +34,29 @@ def run_command(function: Callable[..., Any], words: list[str]) -> None:
     """
     parser = _parser(function)
     parameters = inspect.signature(function).parameters
+    given: dict[str, Any] = {}
+    if "fit_args" in parameters and "--" in words:
+        end = words.index("--")
+        words, given = words[:end], {"fit_args": words[end + 1 :]}
+    words = [_underscored(word) for word in words]
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.default is False}
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"{word}=true" if word in flags else word for word in _reduced(words, set(parameters), folder)]
-        config = parser.parse_args(words)
-    values = parser.instantiate_classes(config).as_dict()
-    function(**{name: values[name] for name in parameters})
+        if "config" not in parameters:
+            words = _reduced(words, set(parameters), folder)
+        config = parser.parse_args([f"{word}=true" if word in flags else word for word in words])
+    values = parser.instantiate_classes(config).as_dict() | given
+    function(**{name: values[name] for name in parameters if name in values})
 
 
 def summary(function: Callable[..., Any]) -> str:
     """First line of the docstring."""
     return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def _underscored(word: str) -> str:
+    """``--as-sweep=x`` as ``--as_sweep=x``."""
+    flag, equals, value = word.partition("=")
+    return (flag[:2] + flag[2:].replace("-", "_") if flag.startswith("--") else flag) + equals + value
 
 
 _CONFIG = ("-c", "--config")
@@ -72,18 +86,39 @@ def _parser(function: Callable[..., Any]) -> ArgumentParser:
     helps = {param.arg_name: param.description for param in docstring.params}
     description = "\n\n".join(filter(None, (docstring.short_description, docstring.long_description)))
     parser = ArgumentParser(prog=f"lit-tricks {name}", description=description, exit_on_error=False)
-    parser.add_argument(
-        "-c", "--config", action="config", help="Configuration, by name or file; what else it holds is ignored."
-    )
     types = typing.get_type_hints(function)
-    required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    for argument in required:
-        if argument == "output":
-            parser.add_argument("-o", "--output", type=types[argument], required=True, help=helps[argument])
-        elif typing.get_origin(types[argument]) is list:
-            [item] = typing.get_args(types[argument])
-            parser.add_argument(argument, type=item, nargs="+", help=helps[argument])
-        else:
-            parser.add_argument(argument, type=types[argument], help=helps[argument])
-    parser.add_function_arguments(function, skip=set(required))
+    parameters = inspect.signature(function).parameters
+    if "config" not in parameters:
+        parser.add_argument(
+            "-c", "--config", action="config", help="Configuration, by name or file; what else it holds is ignored."
+        )
+    simple = []
+    for argument, parameter in parameters.items():
+        required, item = parameter.default is parameter.empty, _item(types[argument])
+        kind: dict[str, Any] = {"type": item or types[argument], "help": helps[argument]}
+        kind |= {"nargs": "+"} if item else {}
+        flag = not required or parameter.kind is parameter.KEYWORD_ONLY
+        if argument == "config":
+            parser.add_argument("-c", "--config", action="append", required=required, type=str, help=helps[argument])
+        elif argument == "output":
+            parser.add_argument("-o", "--output", required=True, **kind)
+        elif required and not flag:
+            parser.add_argument(argument, **kind)
+        elif item and argument != "fit_args":
+            parser.add_argument(
+                f"--{argument}", required=required, default=None if required else parameter.default, **kind
+            )
+        elif argument != "fit_args":
+            continue
+        simple.append(argument)
+    parser.add_function_arguments(function, skip=set(simple))
     return parser
+
+
+def _item(kind: Any) -> type | None:
+    """The type of what a list holds, also of one that may be None."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is list:
+            [item] = typing.get_args(part)
+            return item  # type: ignore[no-any-return]
+    return None

@@ -1,0 +1,137 @@
+"""The table of an ablation, from its run folders: means and deviations over seeds, and what a row adds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from scipy.special import stdtrit
+
+__all__ = ["paired_change", "read_run", "report_ablation"]
+
+Runs = Mapping[str, Mapping[int, Path | None]]  # of each row, by seed; None where a run failed
+HEADER = ("", "top-1", "top-5", "change", "time", "memory")
+
+
+def paired_change(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean of differences between runs of the same seeds, and how far its interval reaches, by Student's t.
+
+    Args:
+        differences: one a seed; of a single one the interval is infinite.
+        confidence: probability that the interval has the true mean, for normal differences.
+    """
+    n, mean = len(differences), statistics.fmean(differences)
+    if n < 2:
+        return mean, math.inf
+    return mean, float(stdtrit(n - 1, (1 + confidence) / 2)) * statistics.stdev(differences) / math.sqrt(n)
+
+
+def read_run(run: Path) -> dict[str, float]:
+    """What the table needs of a run: ``top1``, ``top5``, ``seconds`` and ``memory``, as far as the run has them.
+
+    Accuracies are those of the test data, or without any of the validation data.
+    """
+    results: dict[str, Any] = json.loads((run / "results.json").read_text())
+    metrics = results.get("averaged") or results.get("raw") or {}
+    found = metrics.get("test") or metrics.get("val") or {}
+    values = {name: found.get(name, math.nan) for name in ("top1", "top5")}
+    return values | {"seconds": results.get("seconds", math.nan), "memory": results.get("peak_memory", math.nan)}
+
+
+def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "first"]) -> None:
+    """Write ``ablation.csv``, ``ablation.md`` and ``ablation.png``, and print the table.
+
+    Args:
+        folder: where they go.
+        runs: the run folders.
+        relative_to: the row that a row is compared with: the one above it, or the first.
+    """
+    found = {name: {s: read_run(run) for s, run in seeds.items() if run} for name, seeds in runs.items()}
+    with (folder / "ablation.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["row", "seed", "top1", "top5", "seconds", "memory", "run"])
+        for name, seeds in found.items():
+            for seed, values in seeds.items():
+                writer.writerow([name, seed, *values.values(), runs[name][seed]])
+    names = list(found)
+    rows = [
+        _row(
+            name,
+            found[name],
+            found[names[i - 1] if relative_to == "above" else names[0]] if i else None,
+            found[names[0]],
+        )
+        for i, name in enumerate(names)
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ("---",) * len(HEADER), *rows)]
+    (folder / "ablation.md").write_text("\n".join([*lines, "", _legend(runs, relative_to), ""]))
+    _draw(found, folder / "ablation.png")
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(HEADER):
+        table.add_column(title, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(f"table and plot  {folder}", highlight=False, soft_wrap=True)
+
+
+def _row(
+    name: str, found: Mapping[int, Any], reference: Mapping[int, Any] | None, first: Mapping[int, Any]
+) -> tuple[str, ...]:
+    shared = sorted(found.keys() & reference.keys()) if reference else []
+    differences = [100 * (found[s]["top1"] - reference[s]["top1"]) for s in shared] if reference else []
+    change = ""
+    if differences:
+        mean, reach = paired_change(differences)
+        change = f"{mean:+.2f}" + (f" ± {reach:.2f}" if math.isfinite(reach) else "")
+    accuracies = (_spread([100 * values[key] for values in found.values()]) for key in ("top1", "top5"))
+    costs = (_ratio(found, first, key) for key in ("seconds", "memory"))
+    return (name, *accuracies, change, *costs)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values or math.isnan(values[0]):
+        return "-"
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _ratio(found: Mapping[int, Any], first: Mapping[int, Any], key: str) -> str:
+    ratios = [found[s][key] / first[s][key] for s in sorted(found.keys() & first.keys())]
+    return "-" if not ratios or math.isnan(ratios[0]) else f"{statistics.median(ratios):.2f}"
+
+
+def _legend(runs: Runs, relative_to: str) -> str:
+    seeds = sorted({seed for of_row in runs.values() for seed in of_row})
+    failed = [f"{name} in seed {s}" for name, of_row in runs.items() for s, run in of_row.items() if run is None]
+    reference = "the row above" if relative_to == "above" else "the first row"
+    text = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}, in per cent. Change: points of top-1 "
+        f"against {reference}, paired by seed, ± the reach of the 95 % interval by Student's t. Time and peak memory: "
+        "medians over the seeds, relative to the first row."
+    )
+    return text + (f" Failed: {', '.join(failed)}." if failed else "")
+
+
+def _draw(found: Mapping[str, Mapping[int, Any]], path: Path) -> None:
+    figure = Figure(figsize=(7, 1.2 + 0.4 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for y, seeds in enumerate(found.values()):
+        values = [100 * values["top1"] for values in seeds.values()]
+        if values:
+            axes.plot(values, [y] * len(values), ".", color="tab:blue", alpha=0.4, markersize=9)
+            axes.plot([statistics.fmean(values)], [y], "|", color="black", markersize=16, markeredgewidth=2)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_xlabel("top-1 accuracy in %: seeds, and their mean")
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
