@@ -56,10 +56,13 @@ FLAGS = {
         "--config tricks/warmup_cosin: there is no such file; did you mean 'tricks/warmup_cosine'?",
     ),
     "command": (("fitt",), "there is no command 'fitt'; did you mean 'fit'?"),
-    "strange command": (("bake",), r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average\."),
+    "strange command": (
+        ("bake",),
+        r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average\.",
+    ),
     "no command": (
         (),
-        r"expected \"subcommand\" to be one of .fit,validate,test,predict,average., but it was not provided\.",
+        r"expected \"subcommand\" to be one of .fit,validate,test,predict,ablate,average., but it was not provided\.",
     ),
     "no data": (("fit",), r"fit needs --data\."),
     "no data to test": (("test",), r"test needs --data, or --ckpt_path, the checkpoint of a run on such data\."),
