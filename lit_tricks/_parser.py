@@ -105,6 +105,8 @@ def _shorten(message: str, arguments: Iterable[str]) -> str:
     message = shorter if "given class_path" in shorter else message
     keys, heart = _innermost(message)
     argument = f"--{'.'.join(keys)}"
+    if 'expected "subcommand"' in message:
+        return "say what to do, such as fit; `lit-tricks --help` lists the commands."
     if match := re.search(r"subcommand: invalid choice: '([^']+)'.*\(choose from (.*)\)", message):
         known = re.findall(r"\w+", match[2])
         return f"there is no command {match[1]!r}{_nearest(match[1], known) or _among(known)}"

@@ -60,10 +60,7 @@ FLAGS = {
         ("bake",),
         r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average\.",
     ),
-    "no command": (
-        (),
-        r"expected \"subcommand\" to be one of .fit,validate,test,predict,ablate,average., but it was not provided\.",
-    ),
+    "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),
     "no data": (("fit",), r"fit needs --data\."),
     "no data to test": (("test",), r"test needs --data, or --ckpt_path, the checkpoint of a run on such data\."),
     "trick": (
