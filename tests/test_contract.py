@@ -95,11 +95,11 @@ def test_has_a_config(name):
 
 
 def is_literal(annotation: Any) -> bool:
-    """Whether values of the type can be written in YAML."""
+    """Whether values of the type can be written in YAML: a module as its class_path and init_args."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType, list, tuple, Sequence):
         return all(is_literal(arg) for arg in args if arg is not ...)
-    return origin is Literal or annotation in (bool, int, float, str, type(None))
+    return origin is Literal or annotation in (bool, int, float, str, type(None), torch.nn.Module)
 
 
 @each_trick
@@ -146,7 +146,7 @@ def test_print_config_round_trip(name, tmp_path, capsys):
         return capsys.readouterr().out
 
     config = tmp_path / "config.yaml"
-    config.write_text(printed("--data", "Digits", f"--trainer.callbacks+={name}"))
+    config.write_text(printed("--data", "Digits", f"--trainer.callbacks+={name}", *TRICKS[name].flags))
     paths = [callback["class_path"] for callback in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
     assert len([path for path in paths if path.rpartition(".")[2] == name]) == 1
     assert printed("--config", str(config)) == config.read_text()

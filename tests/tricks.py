@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+from modules import network
+from torch import nn
+
 from lit_tricks import callbacks
 from lit_tricks.callbacks._base import Trick
 
@@ -36,12 +40,21 @@ class Row:
         tests: the file that tests its numbers.
         logs: names of the metrics that it logs in a run with one SGD.
         refused: cases that it refuses, each with a regex of the RuntimeError's message.
+        flags: what the command line needs besides its name.
     """
 
     make: Callable[[], Trick]
     tests: str
     logs: tuple[str, ...]
     refused: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+def teacher() -> nn.Module:
+    """A network with other random weights than any student's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return network()
 
 
 TRICKS = {
@@ -59,6 +72,12 @@ TRICKS = {
         make=lambda: callbacks.FocalLoss(gamma=2.0),
         tests="test_focal_loss.py",
         logs=("focal_loss/factor",),
+    ),
+    "KnowledgeDistillation": Row(
+        make=lambda: callbacks.KnowledgeDistillation(teacher(), temperature=4.0),
+        tests="test_knowledge_distillation.py",
+        logs=("knowledge_distillation/loss",),
+        flags=("--trainer.callbacks.teacher=resnet18",),
     ),
     "LabelSmoothing": Row(
         make=lambda: callbacks.LabelSmoothing(smoothing=0.3),

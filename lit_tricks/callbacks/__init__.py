@@ -3,6 +3,7 @@
 from lit_tricks.callbacks.cutmix import CutMix
 from lit_tricks.callbacks.ema import EMA
 from lit_tricks.callbacks.focal_loss import FocalLoss
+from lit_tricks.callbacks.knowledge_distillation import KnowledgeDistillation
 from lit_tricks.callbacks.label_smoothing import LabelSmoothing
 from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.mixup import MixUp
@@ -18,6 +19,7 @@ __all__ = [
     "EMA",
     "CutMix",
     "FocalLoss",
+    "KnowledgeDistillation",
     "LabelSmoothing",
     "LinearScaling",
     "MixUp",

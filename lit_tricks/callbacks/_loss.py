@@ -2,7 +2,8 @@
 
 Weights, ``ignore_index`` and the mean are torch's. A label weighs by its share of the mixture: an ignored one adds
 neither to the sum nor to what a mean divides by, and the mean of cross entropy divides by the class weights of the
-labels, before smoothing. Factors that tricks put on a loss act on the sum only.
+labels, before smoothing. Factors that tricks put on a loss act on the sum only. The divergence from a teacher counts
+each label as much, whatever the class weights: its mean is over the labels that are not ignored.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ def cross_entropy(
         )
     if recipe.smoothing and target.kind == "labels":  # the soft distribution is smoothed already
         label_smoothing = recipe.smoothing(input.size(dim))
-    if not recipe.modulates and len(target.parts) == 1:
-        return F.cross_entropy(
+    if not recipe.modulates and "other" not in target.parts:
+        loss = F.cross_entropy(
             input, value, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
-    low = input.dtype in (torch.float16, torch.bfloat16)
-    log_p = F.log_softmax(input, dim, dtype=torch.float32 if low else None)
-    return _of_log_p(log_p, target, weight, ignore_index, reduction, label_smoothing)
+    else:
+        low = input.dtype in (torch.float16, torch.bfloat16)
+        log_p = F.log_softmax(input, dim, dtype=torch.float32 if low else None)
+        loss = _of_log_p(log_p, target, weight, ignore_index, reduction, label_smoothing)
+    return _with_teacher(loss, input, target, ignore_index, reduction)
 
 
 def nll_loss(
@@ -62,10 +65,12 @@ def nll_loss(
 ) -> Tensor:
     """``F.nll_loss`` under the distribution of the target, the input being the logarithm of a softmax."""
     recipe, value = _begin(target, size_average, reduce)
-    if not recipe.smoothing and not recipe.modulates and len(target.parts) == 1:
-        return F.nll_loss(input, value, weight, ignore_index=ignore_index, reduction=reduction)
-    smoothing = recipe.smoothing(input.size(_class_dim(input))) if recipe.smoothing else 0.0
-    return _of_log_p(input, target, weight, ignore_index, reduction, smoothing)
+    if not recipe.smoothing and not recipe.modulates and "other" not in target.parts:
+        loss = F.nll_loss(input, value, weight, ignore_index=ignore_index, reduction=reduction)
+    else:
+        smoothing = recipe.smoothing(input.size(_class_dim(input))) if recipe.smoothing else 0.0
+        loss = _of_log_p(input, target, weight, ignore_index, reduction, smoothing)
+    return _with_teacher(loss, input, target, ignore_index, reduction)  # logits, up to a constant in each row
 
 
 def bce_with_logits(
@@ -165,6 +170,31 @@ def _of_log_p(
     return loss.sum() if reduction == "sum" else loss
 
 
+def _with_teacher(loss: Tensor, logits: Tensor, target: Target, ignore_index: int, reduction: str) -> Tensor:
+    """Add the divergence from the teacher to the loss of the labels."""
+    recipe, parts, dim = target.recipe, target.parts, _class_dim(logits)
+    if recipe.teacher is None or recipe.divergence is None:
+        return loss
+    row = parts["row"] if target.kind == "labels" else parts["row"].select(dim, 0)
+    taught, logits = recipe.teacher[row], logits.movedim(dim, -1)
+    if taught.shape != logits.shape:
+        raise RuntimeError(
+            f"KnowledgeDistillation: the teacher tells {taught.size(-1)} classes apart, and the loss of the student "
+            f"{logits.size(-1)}: take a teacher that was trained on the same classes, in the same order."
+        )
+    divergence = recipe.divergence(logits, taught)
+    known = torch.ones_like(divergence)
+    if target.kind == "labels":
+        known = (parts["value"] != ignore_index).to(divergence)
+        if "other" in parts:
+            known = torch.lerp((parts["other"] != ignore_index).to(known), known, parts["weight"].to(known))
+    divergence = divergence * known
+    mean = divergence.sum() / known.sum()
+    recipe.mean_divergence = mean.detach()
+    of_labels, of_teacher = recipe.weights
+    return of_labels * loss + of_teacher * {"none": divergence, "sum": divergence.sum()}.get(reduction, mean)
+
+
 def _pick(table: Tensor, index: Tensor, dim: int) -> Tensor:
     return table.gather(dim, index.unsqueeze(dim)).squeeze(dim)
 
@@ -172,6 +202,11 @@ def _pick(table: Tensor, index: Tensor, dim: int) -> Tensor:
 def _binary(target: Target) -> Tensor:
     """Probability of the positive class: from a distribution over classes, or from labels 0 and 1 in floats."""
     parts, smoothing = target.parts, target.recipe.smoothing
+    if target.recipe.teacher is not None:
+        raise RuntimeError(
+            f"{target.recipe.names()}: the loss is binary, and KnowledgeDistillation compares a softmax over classes. "
+            "Train with F.cross_entropy or nn.CrossEntropyLoss, or without the teacher."
+        )
     soft = parts["value"]
     if target.kind == "soft" or not soft.is_floating_point():
         return soft

@@ -27,7 +27,7 @@ class LossTrick(Trick):
     in an order of their own, so that their order in the list of callbacks has no meaning.
     """
 
-    stage = 1  # 0: changes inputs and labels; 1: changes the loss
+    stage = 1  # 0: changes inputs and labels; 1: changes the loss of the labels; 2: looks at what became of the inputs
 
     _trainer: Trainer | None = None
     _recipe: Recipe | None = None  # of the batch in work

@@ -15,7 +15,7 @@ class Recipe:
     """What the tricks make of the loss of one batch. One for the target and all that is derived from it.
 
     The meaning does not depend on the order of the tricks: the labels are mixed, then smoothed; the loss under this
-    distribution is modulated last.
+    distribution is modulated; what a teacher says comes on top, untouched by all that.
     """
 
     tricks: tuple[str, ...]
@@ -23,12 +23,16 @@ class Recipe:
     factor: Callable[[Tensor], Tensor] | None = None  # of the loss, from the probability given to the target
     class_weight: Callable[[int], Tensor] | None = None  # factor of each of K classes, in the sum only
     positive_weight: Callable[[], float] | None = None  # binary: factor of positives; that of negatives is 1 minus it
+    teacher: Tensor | None = None  # its logits, a row for each label of the batch
+    divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of a loss's logits from the teacher's, row by row
+    weights: tuple[float, float] = (1.0, 1.0)  # of the loss of the labels, and of the divergence
     used: bool = False  # a loss has seen the target
     mean_factor: Tensor | None = None  # what the factor came to
+    mean_divergence: Tensor | None = None
 
     @property
     def modulates(self) -> bool:
-        """Whether it asks for more than a distribution of the target."""
+        """Whether the loss of the labels is more than cross entropy with a distribution of the target."""
         return any(part is not None for part in (self.factor, self.class_weight, self.positive_weight))
 
     def names(self) -> str:

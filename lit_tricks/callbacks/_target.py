@@ -25,7 +25,8 @@ class Target(Tensor):
 
     recipe: Recipe
     # "value": what this tensor shows, plain. "labels" that are mixed: "other", the labels they are mixed with, and
-    # "weight", the share of "value". "one-hot": "soft", the distribution. All are of one shape, and stay so.
+    # "weight", the share of "value". "one-hot": "soft", the distribution. Beside a teacher: "row", where its logits
+    # for a label are. All are of one shape, and stay so.
     parts: dict[str, Tensor]
     kind: str  # "labels"; "one-hot", made of them; "soft", the distribution itself, in floats
     lost: str  # name of the function after which the parts do not belong to the value any more
@@ -105,7 +106,9 @@ def _cast(func: Callable[..., Any], target: Target, *args: Any, **kwargs: Any) -
     if not isinstance(value, Tensor):
         return value  # the name of its type
     if "soft" in target.parts and value.is_floating_point():
-        return _target({"value": target.parts["soft"].to(value)}, target.recipe, "soft", target.lost)
+        parts = {"value": target.parts["soft"].to(value)}
+        parts |= {"row": target.parts["row"].to(value.device)} if "row" in target.parts else {}
+        return _target(parts, target.recipe, "soft", target.lost)
     cast = {
         name: func(part, *args, **kwargs) if name in ("value", "other") else part.to(value.device)
         for name, part in target.parts.items()
@@ -125,7 +128,10 @@ def _one_hot(target: Target, num_classes: int = -1) -> Target:
     if target.recipe.smoothing:
         smoothing = target.recipe.smoothing(num_classes)
         soft = soft * (1 - smoothing) + smoothing / num_classes
-    return _target({"value": hard, "soft": soft}, target.recipe, "one-hot", target.lost)
+    parts = {"value": hard, "soft": soft}
+    if "row" in target.parts:
+        parts["row"] = target.parts["row"].unsqueeze(-1).expand_as(hard).contiguous()  # to be viewed as the others
+    return _target(parts, target.recipe, "one-hot", target.lost)
 
 
 def _join(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -154,8 +160,8 @@ def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
     if target is None:
         return result
     whole = target.kind == "soft" or len(target.parts) == 1  # a new value is as good as the old one
-    if target.kind == "soft" and target.recipe.modulates:
-        whole = False  # but the factor is for a loss that is known
+    if target.kind == "soft" and (target.recipe.modulates or target.recipe.teacher is not None):
+        whole = False  # but a factor, or a teacher, is for a loss that is known
     lost = target.lost or ("" if whole else _name(func))
     if result is target:  # in place
         target.lost = lost

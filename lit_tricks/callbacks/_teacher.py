@@ -1,0 +1,122 @@
+"""The teacher of a distillation, from a module, a checkpoint of ours or a name of timm's: a network that stays as is.
+
+One caveat: the only file of the callbacks that imports timm, or our Classifier, and only where a teacher needs them.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_tricks.callbacks._batch import describe
+
+__all__ = ["load_teacher", "logits_of", "require_apart"]
+
+_FILE_ENDINGS = (".ckpt", ".pth", ".pt", ".safetensors", ".bin")
+
+
+def load_teacher(teacher: str | nn.Module) -> nn.Module:
+    """Build a teacher, frozen and in evaluation mode; of a module a copy, so that the user's stays as it is.
+
+    Args:
+        teacher: a module, the path of a checkpoint of a Classifier, or a name with pretrained weights in timm.
+
+    Raises:
+        FileNotFoundError: if it looks like a file and none is there.
+        ValueError: if it is neither a file nor a name known to timm; the nearest names are told.
+        ConnectionError: if the download fails.
+        RuntimeError: if the file holds no Classifier.
+    """
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):  # what is drawn for its weights is none of the student's business
+            built = copy.deepcopy(teacher) if isinstance(teacher, nn.Module) else _by_name(teacher)
+    finally:
+        random.setstate(state)
+    return built.requires_grad_(False).eval()
+
+
+def require_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """See that a teacher is no part of its student, nor the other way round.
+
+    Raises:
+        RuntimeError: if they have a parameter in common.
+    """
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    shared = next((name for name, parameter in student.named_parameters() if id(parameter) in theirs), None)
+    if shared is not None:
+        raise RuntimeError(
+            f"KnowledgeDistillation: the teacher shares {shared!r} with the student, {type(student).__name__}, and "
+            "would be trained and saved with it. Give the callback a network of its own (copy.deepcopy makes one), and "
+            "the student none."
+        )
+
+
+def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The teacher's logits for a batch, (rows, K): one row for each label, in their order.
+
+    Raises:
+        RuntimeError: if the teacher fails on the images, or does not tell classes apart for each label.
+    """
+    who = f"KnowledgeDistillation: the teacher, {type(getattr(teacher, '_orig_mod', teacher)).__name__},"
+    try:
+        output: Any = teacher(images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a network raises when it does not fit
+        raise RuntimeError(
+            f"{who} fails on the images of the batch, {describe(images)}: {error}. It sees what the student is given, "
+            "mixed or not: take one for this size and these channels, or wrap it in a module that resizes."
+        ) from error
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
+        raise RuntimeError(
+            f"{who} returns {describe(logits)}, and no logits of shape (N, classes) or (N, classes, H, W): wrap it in "
+            "a module that returns them."
+        )
+    rows = logits.movedim(1, -1).flatten(0, -2)
+    if len(rows) != labels.numel():
+        raise RuntimeError(
+            f"{who} returns logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: it must "
+            "tell the classes apart for each of them."
+        )
+    return rows
+
+
+def _by_name(teacher: str) -> nn.Module:
+    path = Path(teacher).expanduser()
+    if path.is_file():
+        return _checkpoint(path)
+    if path.suffix in _FILE_ENDINGS or len(path.parts) > 1:
+        raise FileNotFoundError(f"teacher={teacher!r}: no such file (seen from {Path.cwd()}); correct the path.")
+    import timm
+
+    if not timm.is_model_pretrained(teacher):
+        nearest = difflib.get_close_matches(teacher, timm.list_pretrained(), n=3)
+        known = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
+        raise ValueError(f"teacher={teacher!r} is neither a file nor a name with pretrained weights in timm{known}")
+    try:
+        model: nn.Module = timm.create_model(teacher, pretrained=True)
+    except OSError as error:
+        raise ConnectionError(
+            f"teacher={teacher!r}: the download failed: {error}. Build it where there is a network, or give a module."
+        ) from error
+    return model
+
+
+def _checkpoint(path: Path) -> nn.Module:
+    from lit_tricks.classifier import Classifier
+
+    try:
+        return Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another kind fails in a dozen ways
+        raise RuntimeError(
+            f"teacher={str(path)!r} is no checkpoint of a Classifier that was built by name ({type(error).__name__}: "
+            f"{error}). Build the network yourself, load its weights and give it as a module."
+        ) from error
