@@ -63,6 +63,11 @@ TRICKS = {
         tests="test_cutmix.py",
         logs=("cutmix/lambda",),
     ),
+    "DropPath": Row(
+        make=lambda: callbacks.DropPath(rate=0.5, layers=["net.0.1"]),  # the network has no residual block
+        tests="test_drop_path.py",
+        logs=("drop_path/kept",),
+    ),
     "EMA": Row(
         make=lambda: callbacks.EMA(decay=0.5),
         tests="test_ema.py",

@@ -1,6 +1,7 @@
 """The tricks. ``__all__`` is their registry: tests, README and command line go by it."""
 
 from lit_tricks.callbacks.cutmix import CutMix
+from lit_tricks.callbacks.drop_path import DropPath
 from lit_tricks.callbacks.ema import EMA
 from lit_tricks.callbacks.focal_loss import FocalLoss
 from lit_tricks.callbacks.knowledge_distillation import KnowledgeDistillation
@@ -18,6 +19,7 @@ from lit_tricks.callbacks.zero_gamma import ZeroGamma
 __all__ = [
     "EMA",
     "CutMix",
+    "DropPath",
     "FocalLoss",
     "KnowledgeDistillation",
     "LabelSmoothing",

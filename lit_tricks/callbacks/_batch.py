@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["describe", "find", "inputs_of", "replace"]
+__all__ = ["describe", "find", "inputs_of", "replace", "tensors_in"]
 
 Path = tuple[Any, ...]  # keys, indices or field names, from the outside in
 
@@ -36,7 +36,7 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
     Raises:
         RuntimeError: if there is no target, or more than one.
     """
-    tensors = dict(_tensors(batch))
+    tensors = dict(tensors_in(batch))
     bytes_ = {path: t for path, t in tensors.items() if t.dtype == torch.uint8}
     images = {path: t for path, t in tensors.items() if t.dim() >= 3 and (t.is_floating_point() or path in bytes_)}
     targets = {path: t for path, t in tensors.items() if _is_integer(t) and _has_target_shape(t)}
@@ -126,11 +126,12 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(value)) if isinstance(value, list | tuple) else []
 
 
-def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """All tensors of a batch with at least one dimension, each with its path."""
     if isinstance(value, Tensor) and value.dim():
         yield path, value
     for key, child in _children(value):
-        yield from _tensors(child, (*path, key))
+        yield from tensors_in(child, (*path, key))
 
 
 def _is_integer(tensor: Tensor) -> bool:

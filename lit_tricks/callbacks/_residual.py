@@ -1,4 +1,4 @@
-"""Where the residual branches of a network end, found by tracing what its modules compute."""
+"""Where the residual branches of a network end, found by tracing what its modules compute, or by their drop path."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import itertools
 import operator
 import random
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from torch import fx, nn
 
 from lit_tricks.callbacks._layers import is_norm
 
-__all__ = ["last_norms"]
+__all__ = ["is_drop_path", "last_norms", "residual_branches"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -34,11 +35,33 @@ def last_norms(module: nn.Module) -> dict[str, nn.Module]:
     can be traced. Neither the module nor the random state changes.
     """
     found: dict[str, nn.Module] = {}
-    for name in dict.fromkeys(_search(module, "")):
+    for name in dict.fromkeys(norm for norm, _ in _search(module, "")):
         norm = module.get_submodule(name)
         if all(norm is not other for other in found.values()):
             found[name] = norm
     return found
+
+
+def residual_branches(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose output is a residual branch, by name, in their order.
+
+    They are drop-path layers, and in blocks without any what a branch ends with: its last norm (that of `last_norms`),
+    or the outermost module around it. A branch that goes on in the code of the block, after its last module, has none.
+    """
+    names = {name: part for name, part in module.named_modules() if name}
+    chosen = {name for name, part in names.items() if is_drop_path(name, part)}
+    blocks = {name.rpartition(".")[0] for name in chosen}
+    for child, part in module.named_children():  # the module's own forward need not be the network's
+        ends = (f"{child}.{end}" for _, end in _search(part, "") if end)
+        chosen |= {end for end in ends if end.rpartition(".")[0] not in blocks}
+    return {name: part for name, part in names.items() if name in chosen}
+
+
+def is_drop_path(name: str, module: nn.Module) -> bool:
+    """Whether it is a drop-path layer, or stands where timm has one that does not drop."""
+    if isinstance(module, nn.Identity):
+        return bool(re.search(r"drop_?path\d?$", name))
+    return bool(re.search(r"DropPath$|^StochasticDepth$", type(module).__name__))
 
 
 class _Tracer(fx.Tracer):
@@ -48,7 +71,8 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name) or is_norm(m)
 
 
-def _search(module: nn.Module, path: str) -> Iterator[str]:
+def _search(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    """Names of the last norm of each branch, and of the module that the branch ends with, if any."""
     if is_norm(module) or not any(map(is_norm, module.modules())):
         return
     prefix = f"{path}." if path else ""
@@ -57,11 +81,12 @@ def _search(module: nn.Module, path: str) -> Iterator[str]:
         for name, child in module.named_children():
             yield from _search(child, prefix + name)
         return
-    yield from (prefix + name for name in _ends(graph, dict(twin.named_modules())))
+    for norm, end in _ends(graph, dict(twin.named_modules())):
+        yield prefix + norm, end and prefix + end
 
 
-def _ends(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Names of the norm layers that end the residual branches of a graph."""
+def _ends(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """Names of the norm layers that end the residual branches of a graph, and of the outermost modules around."""
     bits: dict[fx.Node, int] = {}  # one for each node
     above: dict[fx.Node, int] = {}  # those of the node itself and all that it is computed from
     layers = 0  # those of the layers with weights, norm layers aside
@@ -78,7 +103,12 @@ def _ends(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[str]:
                 others = (above[shortcut] & ~above[branch] & layers).bit_count()
                 norm = _last_norm(branch, modules, bits, above)
                 if norm and depth > others <= 1:
-                    yield norm
+                    yield norm, next((name for name in _stack(branch) if name not in _stack(node)), "")
+
+
+def _stack(node: fx.Node) -> list[str]:
+    """Names of the modules in whose call a value is computed, from the outside in."""
+    return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
 def _trace(module: nn.Module) -> tuple[fx.Graph | None, nn.Module]:

@@ -148,8 +148,8 @@ class KnowledgeDistillation(LossTrick):
         size = sum(parameter.numel() for parameter in teacher.parameters())
         labels, factor = self._weights()
         self._say(
-            f"{labels:g} x loss + {factor * self.temperature**2:g} x {self.loss.upper()} from {type(teacher).__name__}, "
-            f"{size:,} parameters, at temperature {self.temperature:g}"
+            f"{labels:g} x loss + {factor * self.temperature**2:g} x {self.loss.upper()} from "
+            f"{type(teacher).__name__}, {size:,} parameters, at temperature {self.temperature:g}"
         )
         self._teacher = torch.compile(teacher) if self.compiled else teacher  # type: ignore[assignment]
 

@@ -1,0 +1,196 @@
+"""Drop path: whole residual branches are left out at random in training, for each image (Huang et al., 2016).
+
+One caveat: it is a regulariser for deep networks and long runs: "ResNet strikes back" has it at 0.05 for ResNet-50, in
+300 and 600 epochs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._batch import tensors_in
+from lit_tricks.callbacks._residual import is_drop_path, residual_branches
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["DropPath", "drop", "drop_rates"]
+
+
+def drop_rates(rate: float, branches: int, mode: Literal["linear", "constant"] = "linear") -> list[float]:
+    """The rate of each residual branch: ``rate * l / L`` for the l-th of L, or ``rate`` for all.
+
+    Args:
+        rate: that of the last one.
+        branches: how many there are, ``L``.
+        mode: "linear" or "constant".
+    """
+    return [rate * (i + 1) / branches if mode == "linear" else rate for i in range(branches)]
+
+
+def drop(x: Tensor, kept: Tensor, rate: float) -> Tensor:
+    """``x / (1 - rate)`` for the items that are kept, 0 for the others: the mean over the draws is ``x``.
+
+    Args:
+        x: (N, ...).
+        kept: booleans (N,), each true with probability ``1 - rate``.
+        rate: in [0, 1).
+    """
+    return torch.where(kept.view(-1, *[1] * (x.dim() - 1)), x / (1 - rate), 0)
+
+
+class DropPath(Trick):
+    """Leave residual branches out at random, for each image ([Huang et al., 2016](https://arxiv.org/abs/1603.09382)).
+
+    An image skips the l-th of L branches with probability ``rate * l / L``, and takes it scaled up otherwise, so that
+    the mean stays. Where the network has drop-path layers (timm's ``DropPath``, torchvision's ``StochasticDepth``, or
+    what stands in their place at rate 0), they do it, at these rates and not their own. Elsewhere branches are found by
+    what they compute: those that end with a norm layer, as in any ResNet. In one step a layer drops the same images
+    each time that it runs, so that activation checkpointing works.
+
+    Cost: one pass over the output of each branch; nothing is saved by skipping. Use it for deep networks in long runs
+    that overfit. Leave it out of short runs and shallow networks, where every branch is needed.
+
+    Args:
+        rate: probability to skip the last branch, in [0, 1). 0 changes nothing; 0.05 to 0.2 are usual.
+        mode: "linear": deeper branches are skipped more often. "constant": all at ``rate``.
+        layers: patterns of the names of the modules whose output is a branch, as ``["*.bn3"]``, where they are not
+            found by themselves. What no shortcut passes by is lost when it is dropped.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if there are no such layers; in the first training step, if none of them ran.
+
+    Example:
+        ``- {class_path: DropPath, init_args: {rate: 0.05}}``
+    """
+
+    _found: dict[str, nn.Module]
+    _rates: list[float]
+    _kept: dict[int, Tensor]  # which items take which branches, by the size of a batch; only while it is trained on
+
+    def __init__(
+        self,
+        rate: float = 0.1,
+        mode: Literal["linear", "constant"] = "linear",
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate={rate} must lie in [0, 1): it is a probability; 0.05 to 0.2 are usual.")
+        if mode not in ("linear", "constant"):
+            raise ValueError(f"mode={mode!r} is unknown: write 'linear' or 'constant'.")
+        if layers is not None and (isinstance(layers, str) or not layers):
+            raise ValueError(f"layers={layers!r} must be a list of patterns, as ['*.bn3'], or None to find them.")
+        self.rate = rate
+        self.mode = mode
+        self.layers = None if layers is None else list(layers)
+        self._seeds, self._draws = Generator(), Generator()
+        self._forget()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the branches while the module is whole, and seed the random numbers of a new run."""
+        if stage != "fit":
+            return
+        self._forget()
+        self._found = self._find(pl_module)
+        if trainer.global_step == 0:
+            seed: int = trainer.strategy.broadcast(torch.initial_seed())
+            self._seeds.manual_seed(seed ^ zlib.crc32(b"DropPath"))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it around the layers, and say so.
+
+        Raises:
+            RuntimeError: if there are none.
+        """
+        found = self._found or self._find(pl_module)  # or built meanwhile, in configure_model
+        if not found:
+            what = (
+                f"layers like {self.layers}" if self.layers else "drop-path layers, nor branches that end with a norm"
+            )
+            raise RuntimeError(
+                f"DropPath found no {what}, in {type(pl_module).__name__}. Name the modules whose output is added to a "
+                "shortcut, as DropPath(layers=['*.bn2']), or remove DropPath."
+            )
+        self._rates = drop_rates(self.rate, len(found), self.mode)
+        for i, (name, layer) in enumerate(found.items()):
+            block = pl_module.get_submodule(name.rpartition(".")[0])
+            self._wrap(layer, "forward", partial(self._run, i, block, is_drop_path(name, layer)))
+        self._say(f"{len(found)} residual branches, skipped at rates of {self._rates[0]:.3g} to {self._rates[-1]:.3g}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draw which images skip which branches, and log the share of branches that they take."""
+        seed = int(torch.randint(2**62, (), generator=self._seeds))
+        self._draws.manual_seed(seed + trainer.global_rank)  # other images, other draws
+        size = next((tensor.size(0) for _, tensor in tensors_in(batch)), 1)
+        kept = self._draw(size)
+        self._kept = {size: kept.to(pl_module.device, non_blocking=True)}
+        if self._is_logged(trainer):
+            pl_module.log("drop_path/kept", kept.float().mean())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop until the next batch.
+
+        Raises:
+            RuntimeError: if no layer ran in the first one.
+        """
+        self._kept = {}
+        if not self._ran:
+            raise RuntimeError(
+                f"DropPath has no effect: in the first training step of {type(pl_module).__name__}, none of its layers "
+                "ran in training mode. Name those that do, as DropPath(layers=['*.bn2']), or remove DropPath."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator of the seeds."""
+        return {"seeds": self._seeds.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the generator of the seeds."""
+        self._seeds.set_state(state_dict["seeds"].cpu())
+
+    def _find(self, module: nn.Module) -> dict[str, nn.Module]:
+        if self.layers is None:
+            return residual_branches(module)
+        named = dict(module.named_modules())
+        return {n: part for n, part in named.items() if n and any(fnmatch.fnmatch(n, p) for p in self.layers)}
+
+    def _draw(self, size: int) -> Tensor:
+        """Which of so many images take which branch, (branches, size)."""
+        taken = 1 - torch.tensor(self._rates, dtype=torch.float64)
+        return torch.rand(len(taken), size, generator=self._draws, dtype=torch.float64) < taken[:, None]
+
+    def _run(
+        self, i: int, block: nn.Module, drops: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self._kept or not block.training:  # a frozen norm layer evaluates in a block that trains
+            return forward(*args, **kwargs)
+        self._ran = True
+        x = next(iter((*args, *kwargs.values()))) if drops else forward(*args, **kwargs)
+        if not isinstance(x, Tensor):
+            raise RuntimeError(
+                f"DropPath can drop a tensor, not the {type(x).__name__} of a layer that `layers` names."
+            )
+        if x.size(0) not in self._kept:  # several crops of an image, or parts of the batch
+            self._kept[x.size(0)] = self._draw(x.size(0)).to(x.device)
+        return drop(x, self._kept[x.size(0)][i], self._rates[i])
+
+    def _forget(self) -> None:
+        self._found = {}
+        self._rates = []
+        self._kept = {}
+        self._ran = False
+
+    def _unwrap(self) -> None:  # at any end of the fit
+        super()._unwrap()
+        self._forget()
