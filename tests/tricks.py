@@ -84,6 +84,11 @@ TRICKS = {
         logs=("knowledge_distillation/loss",),
         flags=("--trainer.callbacks.teacher=resnet18",),
     ),
+    "L1Penalty": Row(
+        make=lambda: callbacks.L1Penalty(strength=0.01, threshold=0.1),
+        tests="test_l1_penalty.py",
+        logs=("l1_penalty/sparsity",),
+    ),
     "LabelSmoothing": Row(
         make=lambda: callbacks.LabelSmoothing(smoothing=0.3),
         tests="test_label_smoothing.py",

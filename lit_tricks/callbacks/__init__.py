@@ -5,6 +5,7 @@ from lit_tricks.callbacks.drop_path import DropPath
 from lit_tricks.callbacks.ema import EMA
 from lit_tricks.callbacks.focal_loss import FocalLoss
 from lit_tricks.callbacks.knowledge_distillation import KnowledgeDistillation
+from lit_tricks.callbacks.l1_penalty import L1Penalty
 from lit_tricks.callbacks.label_smoothing import LabelSmoothing
 from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.mixup import MixUp
@@ -22,6 +23,7 @@ __all__ = [
     "DropPath",
     "FocalLoss",
     "KnowledgeDistillation",
+    "L1Penalty",
     "LabelSmoothing",
     "LinearScaling",
     "MixUp",

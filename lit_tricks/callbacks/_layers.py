@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["check_shapes", "has_matrix", "is_norm"]
+__all__ = ["Kind", "check_shapes", "has_matrix", "is_norm", "kinds"]
+
+Kind = Literal["bias", "norm", "embedding"]
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _MATRICES = (nn.modules.conv._ConvNd, nn.Linear)
@@ -20,6 +23,24 @@ def is_norm(module: nn.Module) -> bool:
 def has_matrix(module: nn.Module) -> bool:
     """Whether a layer is a convolution or linear."""
     return isinstance(module, _MATRICES)
+
+
+def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
+    """What a parameter is, if not the weight of a convolution or linear layer. A bias of a norm layer is both.
+
+    Args:
+        name: its name in the module that owns it.
+        parameter: the parameter; if it is sharded, with its logical shape.
+        owner: that module.
+    """
+    found: set[Kind] = set()
+    if "bias" in name.split("_"):  # also in_proj_bias, bias_ih_l0, relative_position_bias_table
+        found.add("bias")
+    if is_norm(owner) or (parameter.ndim < 2 and not found):
+        found.add("norm")
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        found.add("embedding")
+    return found
 
 
 def check_shapes(module: nn.Module, trick: str) -> None:

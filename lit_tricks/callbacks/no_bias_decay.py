@@ -7,39 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lit_tricks.callbacks._base import Trick
-from lit_tricks.callbacks._layers import check_shapes, is_norm
+from lit_tricks.callbacks._layers import Kind, check_shapes, kinds
 from lit_tricks.callbacks._optimizers import Group, groups_of, on_each_group, optimizers_in, split_group
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["NoBiasDecay", "kinds"]
-
-Kind = Literal["bias", "norm", "embedding"]
-
-
-def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
-    """What a parameter is, that weight decay may leave alone. A bias of a norm layer is both.
-
-    Args:
-        name: its name in the module that owns it.
-        parameter: the parameter; if it is sharded, with its logical shape.
-        owner: that module.
-    """
-    found: set[Kind] = set()
-    if "bias" in name.split("_"):  # also in_proj_bias, bias_ih_l0, relative_position_bias_table
-        found.add("bias")
-    if is_norm(owner) or (parameter.ndim < 2 and not found):
-        found.add("norm")
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        found.add("embedding")
-    return found
+__all__ = ["NoBiasDecay"]
 
 
 class NoBiasDecay(Trick):

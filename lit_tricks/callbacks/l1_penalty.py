@@ -1,0 +1,152 @@
+"""L1 penalty: weights pay for their size, so that those of little use shrink to about 0 (Tibshirani, 1996).
+
+One caveat: gradient steps do not reach 0. The gradient of ``|w|`` is as large near 0 as far from it, so a weight
+oscillates around 0, by up to ``lr * strength``; only a proximal step, or pruning afterwards, gives exact zeros.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._layers import check_shapes, kinds
+from lit_tricks.callbacks._shards import local_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["L1Penalty", "penalize", "sparsity"]
+
+
+def penalize(weights: list[Tensor], gradients: list[Tensor], strength: float | Tensor) -> None:
+    """Add ``strength * sign(weight)``, the gradient of ``strength * |weight|``, to gradients in place.
+
+    Args:
+        weights: at 0, where the gradient is anything from -1 to 1, it is taken as 0.
+        gradients: theirs.
+        strength: 0 or more.
+    """
+    signs = torch._foreach_sign(weights)
+    torch._foreach_mul_(signs, strength)
+    torch._foreach_add_(gradients, signs)
+
+
+def sparsity(weights: list[Tensor], threshold: float) -> Tensor:
+    """Share of the weights whose absolute value is below a threshold."""
+    small = torch.stack([(weight.abs() < threshold).sum() for weight in weights]).sum()
+    return small / max(1, sum(weight.numel() for weight in weights))
+
+
+class L1Penalty(Trick):
+    """Make weights pay for their size, so that few remain large ([Tibshirani, 1996](https://www.jstor.org/stable/2346178)).
+
+    The gradient of ``strength * sum(|w|)`` is added before each optimizer step to that of the loss: unscaled, summed
+    over accumulated batches and over processes, and not yet clipped, so that clipping sees both. Only weights of
+    convolutions, linear and other layers pay, neither biases nor norm layers. The logged loss stays that of the module.
+
+    Cost: three passes over the weights in each step. Use it before pruning, with SGD. Adam divides it by the size of
+    the gradients, as it does with coupled weight decay. It gives small weights, not zeros: near 0 a step overshoots,
+    and comes back, so prune below a threshold, of about ``lr * strength``, at the end.
+
+    Args:
+        strength: 0 or more. 0 changes nothing; 1e-5 is gentle; where it is above the gradients, all weights go to 0.
+        threshold: below which an absolute value counts as zero in the log, above 0.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if the strategy flattens parameters; after the first step, or at the end, if
+            no gradient of a weight was there to add to.
+
+    Example:
+        ``- {class_path: L1Penalty, init_args: {strength: 1.0e-05}}``
+    """
+
+    _weights: dict[Tensor, None]  # in the order of the module
+
+    def __init__(self, strength: float = 1e-5, threshold: float = 1e-3) -> None:
+        if not strength >= 0:
+            raise ValueError(f"strength={strength} is below 0, and would make weights grow; 1e-5 is usual.")
+        if not threshold > 0:
+            raise ValueError(f"threshold={threshold} must be above 0: no weight is below it else; take 1e-3.")
+        self.strength = strength
+        self.threshold = threshold
+        self._forget()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the weights, and say so.
+
+        Raises:
+            RuntimeError: if the strategy flattens parameters.
+        """
+        check_shapes(pl_module, "L1Penalty")
+        self._forget()
+        for owner in pl_module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if parameter.requires_grad and kinds(name, parameter, owner) <= {"embedding"}:
+                    self._weights[parameter] = None
+        size = sum(weight.numel() for weight in self._weights)
+        self._say(f"{self.strength:g} x |w| on {len(self._weights)} tensors ({size:,} weights)")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know where the run begins, or goes on."""
+        self._first_step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Add to the gradients of this optimizer's weights."""
+        there = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        chosen = [parameter for parameter in there if parameter in self._weights]
+        if any(parameter.grad.is_sparse for parameter in chosen):
+            raise RuntimeError("L1Penalty can not add to sparse gradients: build the embedding with sparse=False.")
+        if not chosen:
+            return
+        strength: float | Tensor = self.strength
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales in its step
+            strength = scaler.scale(torch.tensor(strength, device=chosen[0].device))
+        with torch.no_grad():
+            penalize([local_of(p) for p in chosen], [local_of(p.grad) for p in chosen], strength)
+        self._acted = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the share of small weights, of this process's shards.
+
+        Raises:
+            RuntimeError: if there was a step, and nothing to add to.
+        """
+        if trainer.global_step > self._first_step and pl_module.automatic_optimization:
+            self._require_act(pl_module)
+        if self._weights and self._is_logged(trainer):
+            with torch.no_grad():
+                share = sparsity([local_of(weight) for weight in self._weights], self.threshold)
+            pl_module.log("l1_penalty/sparsity", share)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that it has acted.
+
+        Raises:
+            RuntimeError: if it has not.
+        """
+        if trainer.global_step > self._first_step:
+            self._require_act(pl_module)
+
+    def _require_act(self, pl_module: LightningModule) -> None:
+        if not self._acted:
+            raise RuntimeError(
+                f"L1Penalty has no effect: no optimizer step of {type(pl_module).__name__} came with a gradient of a "
+                "weight. Step the optimizers of self.optimizers(), train the weights, or remove L1Penalty."
+            )
+
+    def _forget(self) -> None:
+        self._weights = {}
+        self._acted = False
+        self._first_step = 0
+
+    def _unwrap(self) -> None:  # at any end of the fit
+        super()._unwrap()
+        self._forget()
