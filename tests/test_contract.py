@@ -52,9 +52,13 @@ def refused(name: str, *cases: str, **kwargs: Any) -> bool:
     return False
 
 
-def assert_effect(tricked: Result, plain: Result) -> None:
-    assert all(weight.isfinite().all() for weight in tricked.weights.values())
-    assert differences(tricked.weights, plain.weights), "the run ended with the weights of one without the trick"
+def assert_effect(name: str, tricked: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> None:
+    """See that the weights are others than without the trick, or for one that is about speed the same."""
+    assert all(weight.isfinite().all() for weight in tricked.values())
+    if TRICKS[name].same_numbers:
+        torch.testing.assert_close(tricked, plain, rtol=1e-2, atol=1e-2)
+    else:
+        assert differences(tricked, plain), "the run ended with the weights of one without the trick"
 
 
 def assert_equal(left: Result, right: Result) -> None:
@@ -171,7 +175,7 @@ def test_runs_without_a_trick_are_repeatable(namespace):  # what all comparisons
 def test_has_an_effect_on_any_module_and_batch(name, namespace, layout, loss):
     how = {"namespace": namespace, "layout": layout, "criterion": loss == "criterion"} | AS_BY_DEFAULT
     if not refused(name, layout, loss, **how):
-        assert_effect(with_trick(name, **how), without_trick(**how))
+        assert_effect(name, with_trick(name, **how).weights, without_trick(**how).weights)
 
 
 @each_trick
@@ -181,13 +185,13 @@ def test_has_an_effect_with_a_datamodule_that_has_its_own_transfer_hook(name):
         trainer.fit(module, datamodule=datamodule_class("lightning")())
         return weights_of(module)
 
-    assert differences(fit(TRICKS[name].make()), fit())
+    assert_effect(name, fit(TRICKS[name].make()), fit())
 
 
 @each_trick
 def test_manual_optimization_with_two_optimizers(name):
     if not refused(name, "manual optimization", manual=True):
-        assert_effect(with_trick(name, manual=True), without_trick(manual=True))
+        assert_effect(name, with_trick(name, manual=True).weights, without_trick(manual=True).weights)
 
 
 @each_trick
@@ -196,13 +200,15 @@ def test_gradient_accumulation(name):
     if not refused(name, "accumulation", **how):
         tricked = with_trick(name, **how)
         assert tricked.trainer.global_step == 6
-        assert_effect(tricked, without_trick(**how))
+        assert_effect(name, tricked.weights, without_trick(**how).weights)
 
 
 @each_trick
 def test_bf16_mixed(name):
     if not refused(name, "bf16-mixed", precision="bf16-mixed"):
-        assert_effect(with_trick(name, precision="bf16-mixed"), without_trick(precision="bf16-mixed"))
+        assert_effect(
+            name, with_trick(name, precision="bf16-mixed").weights, without_trick(precision="bf16-mixed").weights
+        )
 
 
 @each_trick
@@ -211,7 +217,7 @@ def test_16_mixed_with_skipped_steps(name):
         tricked = with_trick(name, precision="16-mixed")
         scaler = tricked.trainer.precision_plugin.scaler
         assert scaler.get_scale() < scaler._init_scale, "no step was skipped"
-        assert_effect(tricked, without_trick(precision="16-mixed"))
+        assert_effect(name, tricked.weights, without_trick(precision="16-mixed").weights)
 
 
 def compiled_run(*tricks: Any) -> tuple[Result, list[int]]:
@@ -241,7 +247,7 @@ def test_compiled_module(name):
             compiled_run(TRICKS[name].make())
         return
     tricked, steps = compiled_run(TRICKS[name].make())
-    assert_effect(tricked, compiled_without_trick())
+    assert_effect(name, tricked.weights, compiled_without_trick().weights)
     torch.testing.assert_close(tricked.weights, with_trick(name, quiet=True, limit_val_batches=0).weights)
     assert steps
     assert max(steps) <= 2, f"compiled again and again, in steps {steps}"
@@ -372,7 +378,7 @@ def test_two_processes(name, strategy, ranks):
         return
     for rank in runs:
         assert "refused" not in rank[name], rank[name]["refused"]
-        assert differences(rank[name]["weights"], rank["no trick"]["weights"]), "no effect"
+        assert_effect(name, rank[name]["weights"], rank["no trick"]["weights"])
         assert len(rank[name]["resumed"]) == 4
         for path, weights in rank[name]["resumed"].items():
             assert not differences(trained(weights), trained(rank[name]["weights"])), path

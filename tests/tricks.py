@@ -41,6 +41,7 @@ class Row:
         logs: names of the metrics that it logs in a run with one SGD.
         refused: cases that it refuses, each with a regex of the RuntimeError's message.
         flags: what the command line needs besides its name.
+        same_numbers: it changes how fast a run is, and its numbers by no more than rounding.
     """
 
     make: Callable[[], Trick]
@@ -48,6 +49,7 @@ class Row:
     logs: tuple[str, ...]
     refused: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    same_numbers: bool = False
 
 
 def teacher() -> nn.Module:
@@ -58,6 +60,19 @@ def teacher() -> nn.Module:
 
 
 TRICKS = {
+    "ChannelsLast": Row(
+        make=callbacks.ChannelsLast,
+        tests="test_channels_last.py",
+        logs=("channels_last/filters",),
+        same_numbers=True,
+    ),
+    "Compile": Row(
+        make=lambda: callbacks.Compile(backend="eager"),  # traces and guards as any, and needs no compiler
+        tests="test_compile.py",
+        logs=("compile/layers",),
+        refused={"torch.compile": "^Compile: Classifier, or a part of it, is compiled already"},
+        same_numbers=True,
+    ),
     "CutMix": Row(
         make=lambda: callbacks.CutMix(alpha=1.0),
         tests="test_cutmix.py",

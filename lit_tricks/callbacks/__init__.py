@@ -1,5 +1,7 @@
 """The tricks. ``__all__`` is their registry: tests, README and command line go by it."""
 
+from lit_tricks.callbacks.channels_last import ChannelsLast
+from lit_tricks.callbacks.compile import Compile
 from lit_tricks.callbacks.cutmix import CutMix
 from lit_tricks.callbacks.drop_path import DropPath
 from lit_tricks.callbacks.ema import EMA
@@ -19,6 +21,8 @@ from lit_tricks.callbacks.zero_gamma import ZeroGamma
 
 __all__ = [
     "EMA",
+    "ChannelsLast",
+    "Compile",
     "CutMix",
     "DropPath",
     "FocalLoss",

@@ -1,0 +1,128 @@
+"""Channels last: convolutions work on images whose channels lie side by side in memory (NHWC), as their kernels want.
+
+One caveat: it pays with mixed precision on GPUs with tensor cores, and on CPUs; in float32 on a GPU it may cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._batch import replace, tensors_in
+from lit_tricks.callbacks._shards import is_sharded, local_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["ChannelsLast"]
+
+
+class ChannelsLast(Trick):
+    """Lay images and filters out with channels last ([PyTorch](https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)).
+
+    The weights of two-dimensional convolutions and the images of training batches keep their shapes and numbers, in
+    another order in memory. What the convolutions return is in that order too, and so on through the network; also in
+    validation, whose batches are left alone. Results differ by rounding. Checkpoints load anywhere.
+
+    Cost: one copy of each batch; it saves up to a third of a step of a ResNet. Use it with ``precision="16-mixed"`` or
+    ``"bf16-mixed"`` on a GPU, or on a CPU. Leave it out for networks without convolutions. A network that calls
+    ``view`` on feature maps fails with it: let it call ``reshape`` or ``flatten``.
+
+    Args:
+        weights: whether filters are laid out so, too, which saves to do it in each step. FSDP2 leaves its shards in the
+            order that they have, and takes the images alone.
+
+    Raises:
+        RuntimeError: when the fit starts, if no two-dimensional convolution is there.
+
+    Example:
+        ``- {class_path: ChannelsLast}``
+    """
+
+    _laid_out: list[Any]  # weights
+
+    def __init__(self, weights: bool = True) -> None:
+        self.weights = weights
+        self._laid_out = []
+        self._count = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lay the weights out, before a strategy or an optimizer looks at them."""
+        if stage != "fit" or not self.weights:
+            return
+        if _is_overridden(pl_module, "configure_model"):  # which may build layers, or shard them
+            self._wrap(pl_module, "configure_model", partial(self._configured, pl_module))
+        else:
+            self._lay_out(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was done.
+
+        Raises:
+            RuntimeError: if there is nothing to do.
+        """
+        if not (filters := _filters(pl_module)):
+            raise RuntimeError(
+                f"ChannelsLast has no effect: there is no two-dimensional convolution in {type(pl_module).__name__}. "
+                "Remove it."
+            )
+        self._count = sum(local_of(weight).is_contiguous(memory_format=torch.channels_last) for weight in filters)
+        self._say(f"images of training batches, and {self._count} of {len(filters)} filters")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act on training batches, after all that others do to them."""
+        connector: Any = trainer._data_connector
+        hook = "on_after_batch_transfer"
+        self._wrap(connector._datahook_selector.get_instance(hook), hook, partial(self._transferred, trainer))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the number of filters that are in this order."""
+        if self._is_logged(trainer):
+            pl_module.log("channels_last/filters", float(self._count))
+
+    def _transferred(self, trainer: Trainer, hook: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = hook(batch, *args, **kwargs)
+        if trainer.training:  # the same hook serves all other loops
+            for path, tensor in list(tensors_in(batch)):
+                if tensor.dim() == 4 and (tensor.is_floating_point() or tensor.dtype == torch.uint8):
+                    batch = replace(batch, path, tensor.contiguous(memory_format=torch.channels_last))
+        return batch
+
+    def _configured(self, pl_module: LightningModule, configure_model: Callable[..., Any], *args: Any) -> Any:
+        configured = configure_model(*args)
+        self._lay_out(pl_module)
+        return configured
+
+    def _lay_out(self, module: nn.Module) -> None:
+        for weight in _filters(module):
+            if not is_sharded(weight) and not weight.is_contiguous(memory_format=torch.channels_last):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                self._laid_out.append(weight)
+
+    def _lay_back(self) -> None:
+        for weight in self._laid_out:
+            weight.data = weight.data.contiguous()
+        self._laid_out = []
+
+    def _unwrap(self) -> None:  # at any end of the fit
+        super()._unwrap()
+        self._lay_back()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_laid_out": []}
+
+
+def _filters(module: nn.Module) -> list[Any]:
+    layers = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
+    weights = [layer._parameters.get("weight") for layer in layers]  # a parametrized one has none
+    return [weight for weight in weights if weight is not None]
+
+
+def _is_overridden(module: Any, hook: str) -> bool:
+    classes = [cls for cls in type(module).__mro__ if hook in vars(cls)]
+    return bool(classes) and classes[0].__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")

@@ -1,0 +1,136 @@
+"""Compile: the layers of a module run as compiled graphs, in training and in validation (Ansel et al., 2024).
+
+One caveat: the first steps take minutes, and each new shape of a batch as long: let the loaders drop the last batch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lit_tricks.callbacks._base import Trick
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Compile"]
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+class Compile(Trick):
+    """Compile the network, in place ([Ansel et al., 2024](https://doi.org/10.1145/3620665.3640366)).
+
+    Each network that the module holds runs through ``torch.compile``, in training and in the validation of the fit.
+    Unlike a module that is wrapped, it keeps the names of its weights, so that checkpoints load anywhere. Afterwards it
+    runs as before. Losses, metrics and the steps of the module itself are not compiled.
+
+    Cost: minutes at the start; it saves a tenth to a third of a step, mostly with mixed precision on new GPUs. Use it
+    for long runs with batches of one shape. Leave it out while you debug, and where compiling fails.
+
+    Args:
+        mode: "default"; "reduce-overhead" for small batches (CUDA graphs); "max-autotune" tries kernels for longer, and
+            "max-autotune-no-cudagraphs" does so without the memory that CUDA graphs take.
+        layers: patterns of the names of the modules to compile, as ``["model"]`` or ``["backbone.layer?"]``; None takes
+            every child of the module that has weights.
+        backend: of ``torch.compile``: "inductor", or one that is installed. "eager" traces and compiles nothing.
+        dynamic: whether shapes are symbols from the start. None finds out which ones change, and False never does.
+        fullgraph: whether code that can not be compiled is an error, rather than run as it is.
+
+    Raises:
+        ValueError: for an unknown mode or backend, or empty ``layers``.
+        RuntimeError: when the training starts, if no such layer is there, or one is compiled already; in the first
+            training step, if none of them was called.
+
+    Example:
+        ``- {class_path: Compile, init_args: {mode: default}}``
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "default",
+        layers: Sequence[str] | None = None,
+        backend: str = "inductor",
+        dynamic: bool | None = None,
+        fullgraph: bool = False,
+    ) -> None:
+        modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+        if mode not in modes:
+            raise ValueError(f"mode={mode!r} is unknown: write one of {', '.join(map(repr, modes))}.")
+        if layers is not None and (isinstance(layers, str) or not layers):
+            raise ValueError(f"layers={layers!r} must be a list of patterns, as ['model'], or None for all networks.")
+        if not isinstance(backend, str) or not backend:
+            raise ValueError(f"backend={backend!r} must be the name of a backend of torch.compile, as 'inductor'.")
+        self.mode = mode
+        self.layers = None if layers is None else list(layers)
+        self.backend = backend
+        self.dynamic = dynamic
+        self.fullgraph = fullgraph
+        self._count = 0
+        self._ran = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compile, when all others have put around the layers what they put around them.
+
+        Raises:
+            RuntimeError: if there is nothing to compile, or it is compiled already.
+        """
+        who = type(pl_module).__name__
+        found = dict(_networks(pl_module)) if self.layers is None else _named(pl_module, self.layers)
+        if not found:
+            raise RuntimeError(
+                f"Compile found no layers like {self.layers or 'networks with weights'} in {who}: name them."
+            )
+        inside = [part for layer in found.values() for part in layer.modules()]
+        if getattr(pl_module, "_compiler_ctx", None) or any(map(_is_compiled, inside)):
+            raise RuntimeError(f"Compile: {who}, or a part of it, is compiled already. Remove one of the two.")
+        for layer in found.values():
+            compiled = torch.compile(
+                layer._call_impl, mode=self.mode, backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph
+            )
+            self._wrap(layer, "_compiled_call_impl", partial(self._run, compiled))  # as nn.Module.compile does
+        self._count, self._ran = len(found), False
+        self._say(f"{', '.join(found)} by {self.backend}, mode {self.mode}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the number of compiled layers.
+
+        Raises:
+            RuntimeError: if none of them has run.
+        """
+        if not self._ran:
+            raise RuntimeError(
+                f"Compile has no effect: in the first training step of {type(pl_module).__name__}, none of the layers "
+                "was called. Name those that are, as Compile(layers=['model.backbone'])."
+            )
+        if self._is_logged(trainer):
+            pl_module.log("compile/layers", float(self._count))
+
+    def _run(self, compiled: Callable[..., Any], _: None, *args: Any, **kwargs: Any) -> Any:
+        self._ran = True
+        return compiled(*args, **kwargs)
+
+
+def _networks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that can be called and have weights, by name."""
+    for name, child in module.named_children():
+        if type(child).forward is nn.Module.forward:  # a list or a dictionary of modules
+            yield from _networks(child, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            yield prefix + name, child
+
+
+def _named(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    parts = {name: part for name, part in module.named_modules() if name}
+    return {name: part for name, part in parts.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
