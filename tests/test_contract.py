@@ -329,6 +329,7 @@ def traces_after(ending: str, *tricks: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_leaves_nothing_behind_after(name, ending, restored_interrupts):
     without_trick()  # torch and Lightning patch classes themselves, when they are first used
+    compiled_without_trick()
     plain = traces_after(ending)
     assert not differences(traces_after(ending, TRICKS[name].make()), plain)
 

@@ -72,7 +72,7 @@ def inputs_of(batch: Any, trick: str) -> list[Tensor]:
     try:
         inputs = list(find(batch, trick)[0].values())
     except RuntimeError:
-        floats = [t for _, t in _tensors(batch) if t.is_floating_point() or (t.dtype == torch.uint8 and t.dim() >= 3)]
+        floats = [t for _, t in tensors_in(batch) if t.is_floating_point() or (t.dtype == torch.uint8 and t.dim() >= 3)]
         inputs = [t for t in floats if t.dim() >= 3] or [t for t in floats if t.dim() == 2]
     if not inputs:
         raise RuntimeError(

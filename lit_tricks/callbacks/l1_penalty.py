@@ -31,8 +31,11 @@ def penalize(weights: list[Tensor], gradients: list[Tensor], strength: float | T
         strength: 0 or more.
     """
     signs = torch._foreach_sign(weights)
-    torch._foreach_mul_(signs, strength)
-    torch._foreach_add_(gradients, signs)
+    if isinstance(strength, Tensor):
+        torch._foreach_mul_(signs, strength)
+        torch._foreach_add_(gradients, signs)
+    else:
+        torch._foreach_add_(gradients, signs, alpha=strength)
 
 
 def sparsity(weights: list[Tensor], threshold: float) -> Tensor:
@@ -48,7 +51,7 @@ class L1Penalty(Trick):
     over accumulated batches and over processes, and not yet clipped, so that clipping sees both. Only weights of
     convolutions, linear and other layers pay, neither biases nor norm layers. The logged loss stays that of the module.
 
-    Cost: three passes over the weights in each step. Use it before pruning, with SGD. Adam divides it by the size of
+    Cost: two passes over the weights in each step. Use it before pruning, with SGD. Adam divides it by the size of
     the gradients, as it does with coupled weight decay. It gives small weights, not zeros: near 0 a step overshoots,
     and comes back, so prune below a threshold, of about ``lr * strength``, at the end.
 

@@ -44,6 +44,7 @@ NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), Lo
 
 # Those that the contract's module has to be named something for, which they find by themselves in most clients.
 MAKE: dict[str, Callable[[], Trick]] = {
+    "DropPath": lambda: callbacks.DropPath(rate=0.5),
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=32),
     "ZeroGamma": callbacks.ZeroGamma,
 }
@@ -106,11 +107,17 @@ def left_by(trainer: Any, loader: Any) -> dict[str, Any]:
 @functools.cache
 def without_trick(fit: Fit) -> Spy:
     spy_on(fit)  # torch, Lightning and clients patch classes when they are first used
+    torch.compile(nn.Identity(), backend="eager")(torch.zeros(1))
     return spy_on(fit)
 
 
 def check(
-    name: str, fit: Fit, layout: str = "", refused: dict[str, str] | None = None, idle: dict[str, str] | None = None
+    name: str,
+    fit: Fit,
+    layout: str = "",
+    refused: dict[str, str] | None = None,
+    idle: dict[str, str] | None = None,
+    classes: int = 0,
 ) -> None:
     """See that the trick works in the client, or raises the error that is declared.
 
@@ -120,8 +127,11 @@ def check(
         layout: that of the client's batches, which the trick's row may refuse.
         refused: tricks that can not work in this client, each with a regex of the RuntimeError's message.
         idle: tricks that have nothing to do in it, each with a regex of the warning that says so.
+        classes: those of colour images, if there are any, for a teacher.
     """
     plain, trick = without_trick(fit), MAKE.get(name, TRICKS[name].make)()
+    if classes and isinstance(trick, callbacks.KnowledgeDistillation):
+        trick.teacher = network(classes)
     assert len(plain.losses) == 12 * plain.fits
     message = (refused or {}).get(name) or TRICKS[name].refused.get(layout)
     if message:
@@ -135,7 +145,8 @@ def check(
         [warning] = tricked.warnings - plain.warnings
         assert re.match(idle[name], warning)
         return
-    assert differences(tricked.weights, plain.weights), "the fit ended with the weights of one without the trick"
+    if not TRICKS[name].same_numbers:
+        assert differences(tricked.weights, plain.weights), "the fit ended with the weights of one without the trick"
     parts = RATES.get(name, [1] * 12) * plain.fits
     expected = [[part * rate for rate in step] for part, step in zip(parts, plain.rates, strict=True)]
     assert tricked.rates == [pytest.approx(step) for step in expected]
@@ -145,7 +156,11 @@ def check(
 
 # What else a client can lack, and the errors and warnings that say so.
 NO_BATCHNORM = {"PreciseBN": "^UserWarning: PreciseBN has no effect: .+ has no BatchNorm with running statistics"}
-NO_RESIDUAL_BRANCHES = {"ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in "}
+NO_RESIDUAL_BRANCHES = {
+    "DropPath": "^DropPath found no drop-path layers, nor branches that end with a norm, in ",
+    "ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in ",
+}
+NO_CONVOLUTIONS = {"ChannelsLast": "^ChannelsLast has no effect: there is no two-dimensional convolution in "}
 NO_WEIGHT_DECAY = {"NoBiasDecay": r"^NoBiasDecay\(.+\) took no weight decay away: "}
 
 

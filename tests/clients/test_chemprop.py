@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from _clients import (
     NO_BATCHNORM,
+    NO_CONVOLUTIONS,
     NO_RESIDUAL_BRANCHES,
     NO_WEIGHT_DECAY,
     check,
@@ -54,6 +55,7 @@ def test_mpnn(name):
         refused=own_schedule("LambdaLR", "MPNN")
         | no_labels("2 tensors that could be the target")
         | NO_RESIDUAL_BRANCHES
+        | NO_CONVOLUTIONS
         | NO_WEIGHT_DECAY,
         idle=NO_BATCHNORM,
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from _clients import (
     NO_BATCHNORM,
+    NO_CONVOLUTIONS,
     NO_RESIDUAL_BRANCHES,
     check,
     each_schedule,
@@ -47,8 +48,14 @@ def fit_with_scheduler(*callbacks: Any) -> None:
 
 @each_trick
 def test_nbeats(name):
-    no_class_labels = no_labels("no target in the training batch: TorchTrainingBatch(")
-    check(name, fit, refused=no_class_labels | NO_RESIDUAL_BRANCHES, idle=NO_BATCHNORM)
+    check(
+        name,
+        fit,
+        refused=no_labels("no target in the training batch: TorchTrainingBatch(")
+        | NO_RESIDUAL_BRANCHES
+        | NO_CONVOLUTIONS,
+        idle=NO_BATCHNORM,
+    )
 
 
 @each_schedule

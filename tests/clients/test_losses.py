@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_tricks import Classifier
-from lit_tricks.callbacks import FocalLoss, LabelSmoothing, MixUp
+from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
 from lit_tricks.callbacks._base import Trick
 from lit_tricks.callbacks._batch import find
 
@@ -184,3 +184,26 @@ def test_loss_is_that_of_the_formula(client, stack):
         assert loss == pytest.approx(
             expected(logits, label, other, share, set(map(type, tricks)), ignored), rel=1e-6, abs=1e-6
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("client", CLIENTS)
+def test_distilled_loss_is_that_of_the_formula(client):
+    torch.manual_seed(0)
+    module, net, kind, namespace = CLIENTS[client]()
+    teacher = nn.Conv2d(3, CLASSES, 1) if kind == "mask" else network(CLASSES).eval()
+    recorder, t = Recorder(net), 4.0
+    trainer = make_trainer(
+        recorder, KnowledgeDistillation(teacher, temperature=t, alpha=0.25), namespace=namespace, max_epochs=2
+    )
+    trainer.fit(module, DataLoader(Images(kind), batch_size=4), DataLoader(Images(kind), batch_size=4))
+    assert len(recorder.losses) == len(recorder.logits) == 4
+    for (_, label), image, logits, loss in zip(
+        recorder.before, recorder.after, recorder.logits, recorder.losses, strict=True
+    ):
+        with torch.no_grad():
+            log_p = teacher(image).double().div(t).log_softmax(1)
+        log_q, known = logits.double().div(t).log_softmax(1), label != (IGNORED if kind == "mask" else -100)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(1)[known].mean()
+        labels = nn.functional.cross_entropy(logits.double(), label, ignore_index=IGNORED if kind == "mask" else -100)
+        assert loss == pytest.approx(float(0.75 * labels + 0.25 * t**2 * divergence), rel=1e-6, abs=1e-6)

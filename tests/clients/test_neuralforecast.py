@@ -9,6 +9,7 @@ import pytest
 import torch
 from _clients import (
     NO_BATCHNORM,
+    NO_CONVOLUTIONS,
     NO_RESIDUAL_BRANCHES,
     check,
     each_schedule,
@@ -58,7 +59,8 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 @each_trick
 def test_mlp(name):
     no_class_labels = no_labels("no target in the training batch: dict(")
-    check(name, fit, refused=own_schedule("StepLR", "MLP") | no_class_labels | NO_RESIDUAL_BRANCHES, idle=NO_BATCHNORM)
+    refused = own_schedule("StepLR", "MLP") | no_class_labels | NO_RESIDUAL_BRANCHES | NO_CONVOLUTIONS
+    check(name, fit, refused=refused, idle=NO_BATCHNORM)
 
 
 @each_schedule

@@ -51,7 +51,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 @each_trick
 def test_classification(name):
-    check(name, fit, layout="dict", refused=own_schedule("ReduceLROnPlateau", Classification.__name__))
+    check(name, fit, layout="dict", classes=3, refused=own_schedule("ReduceLROnPlateau", Classification.__name__))
 
 
 @each_schedule
