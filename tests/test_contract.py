@@ -29,6 +29,7 @@ from lit_tricks import callbacks
 ROOT = Path(__file__).parents[1]
 
 each_trick = pytest.mark.parametrize("name", TRICKS)
+pytestmark = pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")
 
 
 @functools.cache

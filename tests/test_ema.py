@@ -12,6 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from _averages import (
+    HOOKS,
+    SAVERS,
+    STOPS,
+    TRAINING_HOOKS,
+    History,
+    Interrupt,
+    Weights,
+    all_weights,
+    assert_close,
+    loaded,
+    spy,
+    whole_average,
+)
 from _fits import Saver, differences, make_trainer, run, said, weights_of
 from modules import BATCHES, eval_loader, image_and_label, lightning, module_class, train_loader
 from torch import nn
@@ -21,25 +35,6 @@ from lit_tricks.callbacks.ema import decay_of_half_life, warmed_up
 
 pl = lightning()
 STEPS = 3 * BATCHES  # of a run of ``_fits.run``
-Weights = dict[str, torch.Tensor]
-
-
-class History(pl.Callback):
-    """Keeps the weights after each batch that stepped the optimizer, as they are while the module trains."""
-
-    def __init__(self) -> None:
-        self.weights: list[Weights] = []
-        self.last = 0
-
-    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        if trainer.global_step != self.last:
-            self.last = trainer.global_step
-            self.weights.append(all_weights(module))
-
-
-def all_weights(module: Any) -> Weights:
-    """Of a module, the non-persistent buffers too."""
-    return {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def reference(
@@ -55,22 +50,6 @@ def reference(
             updates += 1
     last = history[-1]
     return {k: v if last[k].is_floating_point() and copy not in k else last[k] for k, v in average.items()}
-
-
-def assert_close(actual: Weights, expected: Weights, **kwargs: Any) -> None:
-    """Also of parts of the weights."""
-    assert actual
-    for name, value in actual.items():
-        tolerance = kwargs or {"rtol": 1e-5, "atol": 1e-6}
-        torch.testing.assert_close(
-            value.double(), expected[name].double(), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def loaded(path: Any) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    checkpoint["state_dict"] = dict(checkpoint["state_dict"])
-    return checkpoint
 
 
 def plain_history(**kwargs: Any) -> list[Weights]:
@@ -220,7 +199,7 @@ def test_compiled(part):
     module = Module(quiet=True)
     if part == "submodule":
         module.net[0] = torch.compile(module.net[0], backend="eager")
-    trainer = make_trainer(EMA(0.8))
+    trainer = make_trainer(EMA(0.8), enable_model_summary=False)  # it warns that it can not count compiled operations
     torch.manual_seed(0)
     fitted = torch.compile(module, backend="eager") if part == "module" else module
     trainer.fit(fitted, train_loader(), eval_loader())
@@ -236,11 +215,6 @@ def bf16_state(**kwargs: Any) -> tuple[EMA, list[Weights]]:
     ema, history = EMA(0.9, warmup=False), History()
     run(ema, history, precision="bf16-true", **kwargs)
     return ema, history.weights
-
-
-def whole_average(ema: EMA) -> Weights:
-    assert ema._weights is not None
-    return dict(zip(ema._weights.names, ema._weights._average, strict=True))
 
 
 def test_bf16_true_keeps_an_fp32_average_that_validation_does_not_round():
@@ -299,36 +273,13 @@ def test_half_life_refuses_epochs_of_unknown_length():
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation: what its hooks see
 
-HOOKS = (
-    "on_validation_start",
-    "on_validation_epoch_start",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_validation_epoch_end",
-    "on_validation_end",
-)
-TRAINING_HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_train_epoch_start")
-
-
-def spy(cls: Any, seen: list[tuple[str, str, Weights]], who: str) -> Any:
-    """A subclass whose hooks note the weights that they find."""
-
-    def hook(name: str) -> Any:
-        def note(self: Any, *args: Any, **kwargs: Any) -> None:
-            module = self if isinstance(self, nn.Module) else args[1]
-            seen.append((who, name, weights_of(module)))
-
-        return note
-
-    return type("Spy", (cls,), {name: hook(name) for name in (*HOOKS, *TRAINING_HOOKS, "on_train_end")})
-
 
 def test_every_hook_around_validation_sees_the_average():
     seen: list[tuple[str, str, Weights]] = []
     history = History()
     module = spy(module_class("lightning"), seen, "module")()
     first, last = spy(pl.Callback, seen, "first")(), spy(pl.Callback, seen, "last")()
-    trainer = make_trainer(first, EMA(0.8), history, last, max_epochs=2)
+    trainer = make_trainer(first, EMA(0.8), history, last, max_epochs=2, num_sanity_val_steps=0)
     torch.manual_seed(0)
     trainer.fit(module, train_loader(), eval_loader())
     for epoch in (1, 2):
@@ -378,7 +329,7 @@ def test_monitored_metric_is_that_of_the_saved_weights(tmp_path, interval):  # d
 def test_validates_and_saves_the_weights_as_they_are_before_the_first_update(tmp_path):  # d2
     history, seen, saver = History(), [], Saver(tmp_path)
     module = spy(module_class("lightning"), seen, "module")()
-    trainer = make_trainer(EMA(0.8, start_step=6), history, saver)
+    trainer = make_trainer(EMA(0.8, start_step=6), history, saver, num_sanity_val_steps=0)
     torch.manual_seed(0)
     trainer.fit(module, train_loader(), eval_loader())
     validated = [weights for _, name, weights in seen if name == "on_validation_epoch_end"]
@@ -611,31 +562,6 @@ def test_second_trainer_trains_the_same_module_as_it_is():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and Ctrl-C
-
-
-class Interrupt(pl.Callback):
-    """Raises in the second epoch, in a hook."""
-
-    def __init__(self, hook: str, error: BaseException) -> None:
-        self.error: BaseException | None = error
-        setattr(self, hook, self.stop)
-
-    def stop(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step >= BATCHES + 2 and self.error is not None:
-            error, self.error = self.error, None
-            raise error
-
-
-STOPS = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_end", "on_validation_end", "on_train_end")
-SAVERS = {
-    "OnExceptionCheckpoint": lambda path: pl.callbacks.OnExceptionCheckpoint(path),
-    "ModelCheckpoint": lambda path: pl.callbacks.ModelCheckpoint(
-        path, "on_exception", save_on_exception=True, save_top_k=0
-    ),
-    "ModelCheckpoint, weights": lambda path: pl.callbacks.ModelCheckpoint(
-        path, "on_exception", save_on_exception=True, save_weights_only=True, save_top_k=0
-    ),
-}
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])

@@ -129,6 +129,11 @@ TRICKS = {
         tests="test_precise_bn.py",
         logs=("precise_bn/shift",),
     ),
+    "SWA": Row(
+        make=lambda: callbacks.SWA(lr=0.2, start=0.25),
+        tests="test_swa.py",
+        logs=("swa/averaged", "lr-SGD"),
+    ),
     "WarmupCosine": Row(
         make=lambda: callbacks.WarmupCosine(warmup_epochs=1),
         tests="test_schedules.py",

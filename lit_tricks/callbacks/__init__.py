@@ -13,6 +13,7 @@ from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.mixup import MixUp
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.precise_bn import PreciseBN
+from lit_tricks.callbacks.swa import SWA
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
 from lit_tricks.callbacks.warmup_exponential import WarmupExponential
 from lit_tricks.callbacks.warmup_step import WarmupStep
@@ -21,6 +22,7 @@ from lit_tricks.callbacks.zero_gamma import ZeroGamma
 
 __all__ = [
     "EMA",
+    "SWA",
     "ChannelsLast",
     "Compile",
     "CutMix",

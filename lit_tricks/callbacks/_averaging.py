@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._base import Trick, callbacks_of
 from lit_tricks.callbacks._shards import read, write
 from lit_tricks.callbacks._weights import AveragedWeights
 
@@ -29,7 +29,8 @@ class Averaging(Trick):
     one, and from before ``on_train_end``. Every checkpoint has it as its ``state_dict``; those to resume from also have
     the weights that are trained, in the state of the callback. After an error the module has its own weights.
 
-    Steps are counted in batches that stepped an optimizer; one that a gradient scaler skips is none.
+    Steps are counted in batches that stepped an optimizer; one that a gradient scaler skips is none. A subclass may
+    count otherwise, in ``_steps_done``.
 
     Args:
         buffers: "average", or "copy": the average goes with the buffers of the weights that are trained.
@@ -58,7 +59,7 @@ class Averaging(Trick):
         """Share of the weights in the average after a step, None if it is to stay as it is.
 
         Args:
-            step: batches that stepped an optimizer, this one included.
+            step: steps done, this one included.
             updates: those of them after which the average was updated. At 0 the share is 1.
         """
 
@@ -248,12 +249,17 @@ class Averaging(Trick):
         if found_inf is None or not found_inf.item():
             self._stepped = True
 
+    def _steps_done(self) -> int:
+        """Steps that are over, the last one included, whether it is counted or not."""
+        return self._steps + self._stepped
+
     def _catch_up(self) -> None:
         """Count the last step, and update the average if it is due."""
-        if not self._stepped or self._weights is None:
+        steps = self._steps_done()
+        if steps <= self._steps or self._weights is None:
             return
         self._stepped = False
-        self._steps += 1
+        self._steps = steps
         share = self.share(self._steps, self._updates)
         if share is not None:
             with self._weights.showing(False):
@@ -283,7 +289,7 @@ class Averaging(Trick):
 
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = self.state_key
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a connector of the Trainer sets it
+        for callback in callbacks_of(trainer):
             classes = {cls.__name__ for cls in type(callback).__mro__}
             ours = isinstance(callback, Averaging) and callback.validate
             if callback is self or not self.validate or not (ours or classes & _LIGHTNINGS):

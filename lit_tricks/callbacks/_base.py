@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-__all__ = ["Trick"]
+__all__ = ["Trick", "callbacks_of"]
 
 log = logging.getLogger("lit_tricks")
 
@@ -29,6 +29,11 @@ else:
     if not _bases:
         raise ModuleNotFoundError("lit_tricks needs PyTorch Lightning: pip install lightning", name="lightning")
     _Callback = type("_Callback", tuple(_bases), {})
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Those of the Trainer; a connector of it sets them, which type checkers do not see."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 class Wrapped:

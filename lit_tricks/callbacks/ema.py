@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_tricks.callbacks._averaging import Averaging
+from lit_tricks.callbacks._clock import Clock
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -114,7 +115,9 @@ class EMA(Averaging):
         """Find the decay: earlier, the loaders are not there."""
         self._decay = self.decay
         if self.half_life is not None:
-            self._decay = decay_of_half_life(self.half_life, _steps_per_epoch(trainer), self.every_n_steps)
+            clock = Clock("EMA(half_life=...)", "EMA(decay=...), or Trainer(limit_train_batches=...)")
+            clock.measure(trainer, pl_module)
+            self._decay = decay_of_half_life(self.half_life, clock.epoch, self.every_n_steps)
         what = f"decay {self._decay:.6g}" + (f" (half_life={self.half_life:g} epochs)" if self.half_life else "")
         when = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"
         start = f" after step {self.start_step}" if self.start_step else ""
@@ -137,16 +140,3 @@ class EMA(Averaging):
 
     def _why_nothing(self) -> str:
         return f"Lower start_step={self.start_step} or every_n_steps={self.every_n_steps}."
-
-
-def _steps_per_epoch(trainer: Trainer) -> float:
-    batches = trainer.num_training_batches
-    # where accumulation differs from epoch to epoch, no epoch stands for the others
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
-    uneven = any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in callbacks)
-    if uneven or not math.isfinite(batches):
-        raise RuntimeError(
-            "EMA(half_life=...) counts in epochs, and an epoch has no known number of steps here (a loader without "
-            "length, or a GradientAccumulationScheduler). Give EMA(decay=...), or Trainer(limit_train_batches=...)."
-        )
-    return math.ceil(batches / trainer.accumulate_grad_batches)

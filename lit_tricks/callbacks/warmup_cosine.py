@@ -66,8 +66,8 @@ class WarmupCosine(Schedule):
         lowest = min(lr for lrs in self._base_lrs for lr in lrs)
         if self.min_lr > lowest:
             raise ValueError(f"min_lr={self.min_lr} is above the learning rate {lowest} that it should end below.")
-        return f"half a cosine to {self.min_lr:g} at step {self._run_in_steps()}"
+        return f"half a cosine to {self.min_lr:g} at step {self._clock.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of a step, see ``warmup_cosine``."""
-        return warmup_cosine(step, base_lr, self._run_in_steps(), self._warmup_steps, self.min_lr)
+        return warmup_cosine(step, base_lr, self._clock.run, self._warmup_steps, self.min_lr)

@@ -1,0 +1,112 @@
+"""The steps of a run: how many of them an epoch and the whole run have, and how many are done.
+
+A step is an optimizer step. Under manual optimization, where only the module knows how many of them a batch makes, it
+is a batch. A step that a gradient scaler skips counts, as it does for ``max_steps``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lit_tricks.callbacks._base import callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Clock", "steps_done"]
+
+
+def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
+    """Steps that are over, in this run and the runs it resumes."""
+    if pl_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined, no-any-return]
+
+
+class Clock:
+    """Measures a run in steps. In ``on_train_start``: earlier, loaders are not there and checkpoints not restored.
+
+    Args:
+        trick: the name of who asks, for messages.
+        epoch_remedy: what to give where an epoch has no known length.
+        run_remedy: what to give where the run has none.
+        total_steps: steps of the run, if they were given.
+    """
+
+    def __init__(self, trick: str, epoch_remedy: str, run_remedy: str = "", total_steps: int | None = None) -> None:
+        self.trick = trick
+        self.epoch_remedy = epoch_remedy
+        self.run_remedy = run_remedy
+        self.total_steps = total_steps
+        self._epoch: float | None = None
+        self._run: int | None = None
+        self._first_global_step: int | None = None  # to be compared with that of the first batch's end
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the steps of an epoch and of the run, as far as they are known."""
+        batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
+        # where accumulation differs from epoch to epoch, no epoch stands for the others
+        uneven = any(type(c).__name__ == "GradientAccumulationScheduler" for c in callbacks_of(trainer))
+        self._epoch = None
+        if math.isfinite(batches) and not uneven:
+            self._epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        by_epochs = self._epoch * epochs if self._epoch and epochs > 0 else math.inf
+        by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        if not pl_module.automatic_optimization:
+            by_steps /= len(trainer.optimizers)  # if each one steps once in a batch, see ``check``
+        run = self.total_steps or min(by_epochs, by_steps)
+        self._run = math.ceil(run) if math.isfinite(run) else None
+        if self._epoch is None and self.total_steps and epochs > 0:
+            self._epoch = self.total_steps / epochs
+        guessed = not pl_module.automatic_optimization and self.total_steps is None and by_steps < by_epochs
+        self._first_global_step = trainer.global_step if guessed else None
+
+    def check(self, trainer: Trainer) -> None:
+        """At the end of a batch see, once, that it made the steps by which ``max_steps`` was turned into batches.
+
+        Raises:
+            RuntimeError: if it made more or fewer.
+        """
+        if self._first_global_step is None:
+            return
+        made, self._first_global_step = trainer.global_step - self._first_global_step, None
+        if made != len(trainer.optimizers):
+            raise RuntimeError(
+                f"max_steps={trainer.max_steps} counts the steps of all optimizers, and a batch made {made} of them, "
+                f"not one for each of {len(trainer.optimizers)} optimizers: how many batches the run has is unknown. "
+                f"Give {self.run_remedy}, in batches."
+            )
+
+    @property
+    def epoch(self) -> float:
+        """Steps of an epoch.
+
+        Raises:
+            RuntimeError: if that is unknown.
+        """
+        if self._epoch is None:
+            raise RuntimeError(
+                f"{self.trick} counts in epochs, and an epoch has no known number of steps here (a loader without "
+                f"length, or a GradientAccumulationScheduler). Give {self.epoch_remedy}."
+            )
+        return self._epoch
+
+    @property
+    def run(self) -> int:
+        """Steps of the run.
+
+        Raises:
+            RuntimeError: if that is unknown.
+        """
+        if self._run is None:
+            raise RuntimeError(
+                f"{self.trick} must know where the run ends, and neither max_steps nor max_epochs with the length of "
+                f"the loader says it. Give {self.run_remedy}."
+            )
+        return self._run
+
+    @property
+    def knows_run(self) -> bool:
+        """Whether the length of the run is known."""
+        return self._run is not None

@@ -1,0 +1,243 @@
+"""Stochastic weight averaging: a high constant learning rate at the end, and the mean of the weights that it visits.
+
+One caveat: BatchNorm statistics are averaged along with the weights, not those of the averaged weights. PreciseBN
+re-estimates them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_tricks.callbacks._averaging import Averaging
+from lit_tricks.callbacks._base import callbacks_of
+from lit_tricks.callbacks._clock import Clock, steps_done
+from lit_tricks.callbacks._rates import LentRates, configured_rates
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["SWA", "ends_cycle", "glide"]
+
+
+def glide(step: int, start: int, length: int, shape: Literal["cos", "linear"] = "cos") -> float:
+    """Part of the way from the scheduled learning rate to the constant one, at a step: 0 before, 1 from ``start`` on.
+
+    Args:
+        step: steps done before it.
+        start: steps before the rate is constant.
+        length: steps on the way, the last ones before ``start``.
+        shape: along half a cosine, or a line.
+    """
+    if step >= start:
+        return 1.0
+    progress = max(0.0, 1 - (start - step) / length) if length else 0.0
+    return progress if shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+
+
+def ends_cycle(step: int, start: int, end: int, every: int, epoch: float = 1) -> bool:
+    """Whether the weights after a step are averaged: it ends a cycle, or the run.
+
+    Args:
+        step: steps done, this one included.
+        start: steps before the first cycle.
+        end: steps of the run.
+        every: epochs of a cycle, which ends with the last one of them.
+        epoch: steps of an epoch; 1 for cycles of so many steps, from ``start`` on.
+    """
+    if step <= start:
+        return False
+    return step == end or (step % epoch == 0 and (step // epoch - start // epoch) % every == 0)
+
+
+class SWA(Averaging):
+    """Average weights that a constant learning rate visits, and keep the average ([Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)).
+
+    Up to ``start`` the learning rate is that of the run's own schedule, of any kind. From there on it is ``lr``, and
+    the weights at the end of each cycle, and of the run, are averaged, all equally, in fp32. From the first one on the
+    average is what is validated, saved and, after the fit, left in the model. There is no extra epoch. Parameter groups
+    keep the proportions of the rates that they were configured with; the highest one becomes ``lr``.
+
+    Cost: an fp32 copy of the model in memory; checkpoints up to twice as large. Use it where a schedule would end at
+    a rate near 0, with a ``lr`` of a tenth to a half of the highest one. With BatchNorm use PreciseBN too. Leave it out
+    of short runs, and take it or EMA, not both. Not under CUDA graphs (``torch.compile(mode="reduce-overhead")``).
+
+    Args:
+        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights are all alike, and far too high a rate
+            leaves the valley whose middle is looked for.
+        start: share of the run's steps before it, in [0, 1). 0 averages from the first cycle; near 1 only the end.
+        anneal_epochs: epochs before ``start`` in which the learning rate glides from the scheduled one to ``lr``, 0 or
+            more, and no more than there are. 0 jumps.
+        anneal: shape of the glide, "cos" or "linear".
+        every_n_epochs: epochs of a cycle, 1 or more. It ends with the last one of them.
+        every_n_steps: steps of a cycle, 1 or more, in the place of ``every_n_epochs``.
+        buffers: floating-point buffers (BatchNorm statistics) are averaged ("average"), or those of the trained weights
+            are used ("copy"). Integer and boolean buffers are never averaged.
+        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
+            a run can be. False: it is kept aside, in checkpoints to resume from and in ``swa.state_dict()["average"]``.
+        name: tells several averages apart, in checkpoints and logs.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if something else averages weights too, the length of the run or of an epoch
+            is unknown, the glide is longer than what is before ``start``, or there is no learning rate.
+
+    Example:
+        ``- {class_path: SWA, init_args: {lr: 0.05}}``
+    """
+
+    _plan: tuple[int, int, int] | None  # start, end and length of the glide, in steps
+    _rates: LentRates | None
+
+    def __init__(
+        self,
+        lr: float,
+        start: float = 0.75,
+        anneal_epochs: float = 0,
+        anneal: Literal["cos", "linear"] = "cos",
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        buffers: Literal["average", "copy"] = "average",
+        validate: bool = True,
+        name: str | None = None,
+    ) -> None:
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr={lr} must be above 0: the learning rate from start={start} on, such as 0.05.")
+        if not 0 <= start < 1:
+            raise ValueError(f"start={start} must lie in [0, 1): a share of the run; for 75 % write 0.75.")
+        if anneal_epochs < 0:
+            raise ValueError(f"anneal_epochs={anneal_epochs} is below 0; give 0 to jump to lr={lr}.")
+        if anneal not in ("cos", "linear"):
+            raise ValueError(f'anneal={anneal!r} must be "cos" or "linear".')
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs} is below 1; give 1 for the end of every epoch.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} is below 1; give 1 for every step, or None.")
+        if every_n_steps is not None and every_n_epochs != 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them.")
+        super().__init__(buffers, validate, name)
+        self.lr = lr
+        self.start = start
+        self.anneal_epochs = anneal_epochs
+        self.anneal = anneal
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+
+    def share(self, step: int, updates: int) -> float | None:
+        """Share of the weights in the mean: 1 of all that are averaged so far."""
+        if self._plan is None:
+            return None
+        start, end, _ = self._plan
+        every = (self.every_n_epochs, self._clock.epoch) if self.every_n_steps is None else (self.every_n_steps, 1)
+        return 1 / (updates + 1) if ends_cycle(step, start, end, *every) else None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be there when an optimizer steps, and when its learning rate is monitored.
+
+        Raises:
+            RuntimeError: if there is no learning rate.
+        """
+        super().on_fit_start(trainer, pl_module)
+        configured = configured_rates("SWA", trainer, pl_module)
+        self._rates = LentRates(trainer.optimizers, configured, self.lr, partial(self._way, trainer))
+        self._handles += self._rates.hook()
+        names = {cls.__name__: c for c in callbacks_of(trainer) for cls in type(c).__mro__}
+        for hook in ("on_train_epoch_start", "on_train_batch_start") if "LearningRateMonitor" in names else ():
+            self._wrap(names["LearningRateMonitor"], hook, self._rates.around)
+        if self.validate and "PreciseBN" not in names and any(map(_has_statistics, pl_module.modules())):
+            rank_zero_only(warnings.warn)(
+                f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}; those of the "
+                "averaged weights are others. Add the callback PreciseBN, which re-estimates them.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find start and end in steps: earlier, the loaders are not there.
+
+        Raises:
+            RuntimeError: if that can not be, or the glide would begin before the run.
+        """
+        self._clock.measure(trainer, pl_module)
+        end = self._clock.run
+        start = min(round(self.start * end), end - 1)
+        every = self.every_n_steps or self.every_n_epochs * self._clock.epoch
+        length = round(self.anneal_epochs * self._clock.epoch) if self.anneal_epochs else 0
+        if length > start and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"SWA(anneal_epochs={self.anneal_epochs}) glides for {length} steps, and there are {start} before "
+                f"start={self.start}. Lower anneal_epochs, or raise start."
+            )
+        self._plan = start, end, length
+        if self._rates:
+            self._rates.start()
+        self._steps = steps_done(trainer, pl_module)
+        if self._steps <= start:
+            self._updates = 0  # they are those of a shorter run, which this one resumes
+        before = f" after a glide of {length} steps" if length else ""
+        use = "validated and saved" if self.validate else "kept aside"
+        name = f"{self.name}: " if self.name else ""
+        rate = f"learning rate {self.lr:g} from step {start} of {end}{before}"
+        self._say(f"{name}{rate}, averaged every {every:g} steps; {use}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Log the learning rates of the step, under the names that LearningRateMonitor gives them."""
+        if self._rates:
+            pl_module.log_dict(self._rates.used(), on_step=True, on_epoch=False)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average at the end of a cycle, and log how many weights are in it."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._clock.check(trainer)
+        if self._updates:
+            key = f"swa/{self.name}/averaged" if self.name else "swa/averaged"
+            pl_module.log(key, float(self._updates), on_step=True, on_epoch=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the optimizers the scheduled rates back, and the module its own weights."""
+        if self._rates:
+            self._rates.give_back()
+        super().on_exception(trainer, pl_module, exception)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the average; the state of the optimizers, which is saved with it, has the scheduled rates."""
+        if self._rates:
+            self._rates.give_back()
+        return super().state_dict()
+
+    def _steps_done(self) -> int:
+        trainer = self._trainer
+        return steps_done(trainer, trainer.lightning_module) if trainer and self._plan else self._steps
+
+    def _way(self, trainer: Trainer) -> float:
+        if self._plan is None or self not in callbacks_of(trainer):  # a tuner fits without the callbacks
+            return 0.0
+        start, _, length = self._plan
+        return glide(steps_done(trainer, trainer.lightning_module), start, length, self.anneal)
+
+    def _end_fit(self) -> None:
+        super()._end_fit()
+        self._rates = None
+
+    def _forget(self) -> None:
+        super()._forget()
+        run_remedy = "Trainer(max_steps=...), or Trainer(max_epochs=...) with limit_train_batches=..."
+        epoch_remedy = "SWA(every_n_steps=...) without anneal_epochs, or Trainer(limit_train_batches=...)"
+        self._clock = Clock("SWA", epoch_remedy, run_remedy)
+        self._plan = None
+        self._rates = None
+
+    def _why_nothing(self) -> str:
+        return f"It ended before the first cycle after start={self.start} did."
+
+
+def _has_statistics(module: Any) -> bool:
+    """Whether it is a BatchNorm layer that is trained, and has running statistics."""
+    return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
