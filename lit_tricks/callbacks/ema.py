@@ -62,8 +62,10 @@ class EMA(Averaging):
         buffers: floating-point buffers (BatchNorm statistics) are averaged ("average"), or those of the trained weights
             are used ("copy"). Integer and boolean buffers are never averaged.
         validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
-            a run can be. False: the model is as without the callback, and the average is in checkpoints to resume from,
-            as ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in ``ema.state_dict()["average"]``.
+            a run can be. "both": each validation is preceded by one of the trained weights, which callbacks do not see,
+            and its metrics are logged as ``raw/...``. False: the model is as without the callback, and the average is
+            in checkpoints to resume from, as ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in
+            ``ema.state_dict()["average"]``.
         name: tells several averages apart, in checkpoints and logs.
 
     Raises:
@@ -83,7 +85,7 @@ class EMA(Averaging):
         start_step: int = 0,
         half_life: float | None = None,
         buffers: Literal["average", "copy"] = "average",
-        validate: bool = True,
+        validate: bool | Literal["both"] = True,
         name: str | None = None,
     ) -> None:
         if decay is not None and half_life is not None:
@@ -121,9 +123,8 @@ class EMA(Averaging):
         what = f"decay {self._decay:.6g}" + (f" (half_life={self.half_life:g} epochs)" if self.half_life else "")
         when = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"
         start = f" after step {self.start_step}" if self.start_step else ""
-        use = "validated and saved" if self.validate else "kept aside"
         name = f"{self.name}: " if self.name else ""
-        self._say(f"{name}{what}{' with warm-up' if self.warmup else ''}, {when}{start}; {use}")
+        self._say(f"{name}{what}{' with warm-up' if self.warmup else ''}, {when}{start}; {self._what_for()}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -80,7 +80,8 @@ class SWA(Averaging):
         buffers: floating-point buffers (BatchNorm statistics) are averaged ("average"), or those of the trained weights
             are used ("copy"). Integer and boolean buffers are never averaged.
         validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
-            a run can be. False: it is kept aside, in checkpoints to resume from and in ``swa.state_dict()["average"]``.
+            a run can be. "both": the trained weights are validated before it, and their metrics logged as ``raw/...``.
+            False: it is kept aside, in checkpoints to resume from and in ``swa.state_dict()["average"]``.
         name: tells several averages apart, in checkpoints and logs.
 
     Raises:
@@ -104,7 +105,7 @@ class SWA(Averaging):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         buffers: Literal["average", "copy"] = "average",
-        validate: bool = True,
+        validate: bool | Literal["both"] = True,
         name: str | None = None,
     ) -> None:
         if not 0 < lr < math.inf:
@@ -180,10 +181,9 @@ class SWA(Averaging):
         if self._steps <= start:
             self._updates = 0  # they are those of a shorter run, which this one resumes
         before = f" after a glide of {length} steps" if length else ""
-        use = "validated and saved" if self.validate else "kept aside"
         name = f"{self.name}: " if self.name else ""
         rate = f"learning rate {self.lr:g} from step {start} of {end}{before}"
-        self._say(f"{name}{rate}, averaged every {every:g} steps; {use}")
+        self._say(f"{name}{rate}, averaged every {every:g} steps; {self._what_for()}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rates of the step, under the names that LearningRateMonitor gives them."""

@@ -1,0 +1,121 @@
+"""A validation beside the one that a fit makes: its metrics, and nothing else of it.
+
+Callbacks and loggers do not see it. The random states, the module and its metrics, and the counts and results of the
+loop are afterwards as if it had not been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["validate_aside"]
+
+
+def validate_aside(trainer: Trainer, pl_module: LightningModule, run: Callable[[], Any]) -> dict[str, float]:
+    """Validate, and return the metrics that the module logs.
+
+    Args:
+        trainer: in a fit.
+        pl_module: its module.
+        run: runs the validation loop of the fit.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()  # it may load the data set
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    counts = loop.batch_progress.state_dict()
+    results = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+    with _kept(*map(vars, pl_module.modules()), vars(loop), *results), _random_states(trainer):
+        trainer.callbacks = []  # type: ignore[attr-defined]
+        trainer.loggers = [_dummy_logger(trainer) for _ in loggers]
+        try:
+            outputs = run()
+        finally:
+            trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+    loop.batch_progress.load_state_dict(counts)
+    return {name: float(value) for output in outputs for name, value in output.items()}
+
+
+@contextlib.contextmanager
+def _kept(*things: dict[str, Any]) -> Iterator[None]:
+    """Put back, afterwards, what these name: numbers, tensors, collections of them. Other objects are left alone."""
+    seen: set[int] = set()
+    with torch.no_grad():
+        put_back = [_as_now(thing, seen) for thing in things]
+    try:
+        yield
+    finally:
+        with torch.inference_mode():  # the state of a metric may be of it
+            for put in put_back:
+                put()
+
+
+def _as_now(value: Any, seen: set[int]) -> Callable[[], Any]:
+    """A function that gives a value back: the same object, with what it holds now."""
+    if id(value) in seen:
+        return lambda: value
+    if isinstance(value, Tensor):
+        seen.add(id(value))
+        return partial(value.copy_, value.clone())
+    if isinstance(value, dict):
+        seen.add(id(value))
+        # the weights, and modules, which are among these things themselves
+        items = {key: _as_now(v, seen) for key, v in value.items() if key not in ("_parameters", "_modules")}
+        return partial(_fill_dict, value, items)
+    if isinstance(value, list | deque | set):
+        seen.add(id(value))
+        return partial(_fill, value, [_as_now(item, seen) for item in value])
+    return lambda: value
+
+
+def _fill_dict(value: dict[Any, Any], items: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    for key in [key for key in value if key not in items and key not in ("_parameters", "_modules")]:
+        del value[key]
+    value.update({key: item() for key, item in items.items()})
+    return value
+
+
+def _fill(value: Any, items: list[Callable[[], Any]]) -> Any:
+    value.clear()
+    (value.update if isinstance(value, set) else value.extend)([item() for item in items])
+    return value
+
+
+@contextlib.contextmanager
+def _random_states(trainer: Trainer) -> Iterator[None]:
+    """Put the random states back afterwards: Python's, NumPy's, torch's, and those of the validation loaders."""
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    loaders = trainer.val_dataloaders
+    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+    parts = [*loaders, *(getattr(x, name, None) for x in loaders for name in ("sampler", "batch_sampler", "dataset"))]
+    attributes = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
+    states = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
+    device = trainer.strategy.root_device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _dummy_logger(trainer: Trainer) -> Any:
+    """What the Trainer itself puts in the place of a logger in a ``fast_dev_run``."""
+    [package] = {cls.__module__.partition(".trainer.")[0] for cls in type(trainer).__mro__ if cls.__name__ == "Trainer"}
+    return importlib.import_module(f"{package}.loggers.logger").DummyLogger()

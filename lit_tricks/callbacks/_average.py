@@ -1,0 +1,168 @@
+"""The average that a run keeps of its weights: when it is updated, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._shards import read, write
+from lit_tricks.callbacks._weights import AveragedWeights
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["KeptAverage"]
+
+
+class KeptAverage(Trick):
+    """Averages the weights of a run, and saves and restores the average.
+
+    Steps are counted in batches that stepped an optimizer; one that a gradient scaler skips is none. A subclass may
+    count otherwise, in ``_steps_done``.
+
+    Args:
+        buffers: "average", or "copy": the average goes with the buffers of the weights that are trained.
+        validate: whether checkpoints have the average as ``state_dict``, or only in the state of the callback.
+        name: of the average, where there are several.
+    """
+
+    _weights: AveragedWeights | None
+    _run: tuple[weakref.ref[Any], weakref.ref[Any]] | None  # Trainer and module that the weights belong to
+    _restored: dict[str, Any] | None
+    _saved_names: set[str]
+    _steps: int
+    _updates: int
+
+    def __init__(self, buffers: str, validate: bool | str, name: str | None) -> None:
+        if buffers not in ("average", "copy"):
+            raise ValueError(f'buffers={buffers!r} must be "average" or "copy".')
+        if name is not None and not name.strip():
+            raise ValueError(f"name={name!r} is empty; leave it out for the only average of a run.")
+        self.buffers = buffers
+        self.validate = validate
+        self.name = name
+        self._forget()
+
+    @abstractmethod
+    def share(self, step: int, updates: int) -> float | None:
+        """Share of the weights in the average after a step, None if it is to stay as it is.
+
+        Args:
+            step: steps done, this one included.
+            updates: those of them after which the average was updated. At 0 the share is 1.
+        """
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: class and name."""
+        return type(self).__name__ + (f"({self.name})" if self.name else "")
+
+    # Counting
+
+    def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # a gradient scaler does not call the optimizer for a step that it skips, except if that is fused: it then
+        # tells the optimizer to skip it
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            self._stepped = True
+
+    def _steps_done(self) -> int:
+        """Steps that are over, the last one included, whether it is counted or not."""
+        return self._steps + self._stepped
+
+    def _catch_up(self) -> None:
+        """Count the last step, and update the average if it is due."""
+        steps = self._steps_done()
+        if steps <= self._steps or self._weights is None:
+            return
+        self._stepped = False
+        self._steps = steps
+        share = self.share(self._steps, self._updates)
+        if share is not None:
+            with self._weights.showing(False):
+                self._weights.update(share)
+            self._updates += 1
+
+    # Saving and restoring
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, and the weights that the ``state_dict`` beside it does not hold.
+
+        With ``validate=False`` these are the averaged ones: ``state_dict()["average"]``, by name.
+        """
+        if self._weights is None or not (self._wrappers or self._weights.is_as_left()):
+            return {}
+        self._catch_up()
+        counts = {"steps": self._steps, "updates": self._updates}
+        if not self._updates:
+            return counts | {"raw": {}, "average": {}}
+        self._weights.sync()
+        if self._in_shards:  # they cannot go through the file of one process
+            return counts | {"shards": True}
+        return counts | self._weights.state(bool(self.validate), self._saved_names)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the average of the run that is resumed, or start anew if it had none."""
+        if trainer.state.fn is None or trainer.state.fn.value != "fit":
+            return
+        state = dict(checkpoint.get("callbacks", {}).get(self.state_key, {"steps": 0, "updates": 0}))
+        if state.get("shards"):
+            state["shards"] = str(trainer.ckpt_path)
+        if self._wrappers:  # the weights were restored in the middle of the fit
+            self._restore(state)
+        else:
+            self._restored = state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert self._weights is not None
+        self._restored, self._stepped = None, False
+        self._steps, self._updates = state["steps"], state["updates"]
+        if not self._updates:
+            return
+        if "shards" in state:
+            state = read(Path(state["shards"]) / self.state_key, self._weights.like_state)
+        self._weights.restore(state)
+
+    def _put_average(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        self._catch_up()
+        if not self._updates or self._weights is None:
+            return
+        self._weights.sync()
+        with self._weights.showing(True):
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            if self._in_shards:  # its tensors are views of those that are swapped now, by copying
+                checkpoint["state_dict"] = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+
+    def _around_writing(self, save_checkpoint: Callable[..., Any], checkpoint: Any, filepath: Any, **how: Any) -> Any:
+        resumable = self.state_key in checkpoint.get("callbacks", {})
+        result = save_checkpoint(checkpoint, filepath, **how)
+        if resumable and self._updates and self._weights and self._trainer:
+            state = self._weights.state(bool(self.validate), self._saved_names, whole=False)
+            write(state, Path(self._trainer.strategy.broadcast(filepath)) / self.state_key)
+        return result
+
+    # Coming and going
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        return self._run[0]() if self._run else None
+
+    def _forget(self) -> None:
+        self._weights = self._run = self._restored = None
+        self._saved_names = set()
+        self._in_shards = False
+        self._stepped = False
+        self._steps = 0  # batches that stepped an optimizer
+        self._updates = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy starts anew: the weights belong to the module of this one
+        copy = object.__new__(type(self))
+        vars(copy).update(super().__getstate__())
+        copy._forget()
+        return vars(copy)

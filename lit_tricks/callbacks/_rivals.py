@@ -1,0 +1,47 @@
+"""What an average of the weights can not go with: another one that is validated, and strategies that hide weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lit_tricks.callbacks._base import callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lit_tricks.callbacks._averaging import Averaging
+
+__all__ = ["refuse_hidden_weights", "refuse_rivals"]
+
+
+def refuse_rivals(average: Averaging, trainer: Trainer) -> None:
+    """See that nothing else decides which weights are validated and saved.
+
+    Raises:
+        RuntimeError: if something does.
+    """
+    if not average.validate:
+        return
+    for callback in callbacks_of(trainer):
+        classes = {cls.__name__ for cls in type(callback).__mro__}
+        is_ours = "Averaging" in classes and callback.validate
+        if callback is average or not (is_ours or classes & {"WeightAveraging", "StochasticWeightAveraging"}):
+            continue
+        name, other = average.state_key, callback.state_key if is_ours else type(callback).__name__
+        remedy = f"give one of them validate=False, to keep its average aside, or remove {other}."
+        raise RuntimeError(f"{name} and {other} both decide which weights are validated and saved: {remedy}")
+
+
+def refuse_hidden_weights(average: Averaging, trainer: Trainer, pl_module: LightningModule) -> None:
+    """See that the module's parameters are its weights.
+
+    Raises:
+        RuntimeError: if the strategy has them elsewhere.
+    """
+    model = trainer.strategy.model or pl_module
+    flat = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
+    if flat or any(hasattr(param, "ds_id") for param in pl_module.parameters()):
+        raise RuntimeError(
+            f"{average.state_key} cannot see the weights under {type(trainer.strategy).__name__}: use FSDP2 "
+            "(ModelParallelStrategy)."
+        )
