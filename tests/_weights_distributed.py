@@ -69,7 +69,7 @@ def fit(case: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, 
 
 
 def emas() -> list[EMA]:
-    return [EMA(0.8, validate="both"), EMA(0.5, validate=False, name="aside")]
+    return [EMA(0.8, validate="both"), EMA(0.5, validate=False, name="aside", device="cpu")]
 
 
 def main(folder: Path) -> None:

@@ -31,6 +31,7 @@ from modules import BATCHES, eval_loader, image_and_label, lightning, module_cla
 from torch import nn
 
 from lit_tricks.callbacks import EMA
+from lit_tricks.callbacks._weights import AveragedWeights
 from lit_tricks.callbacks.ema import decay_of_half_life, warmed_up
 
 pl = lightning()
@@ -74,6 +75,8 @@ def plain_history(**kwargs: Any) -> list[Weights]:
         ({"start_step": -1}, "start_step=-1 is below 0"),
         ({"buffers": "raw"}, "buffers='raw' must be"),
         ({"name": " "}, "name=' ' is empty"),
+        ({"validate": "raw"}, "validate='raw' must be"),
+        ({"device": "cuda"}, "device='cuda' must be"),
     ],
 )
 def test_refuses_arguments(arguments, message):
@@ -239,6 +242,62 @@ def test_bf16_true_resumes_bitwise(tmp_path):
         resumed = make()
         assert not differences(run(resumed, precision="bf16-true", ckpt_path=path).weights, weights), path.name
         assert not differences(whole_average(resumed), whole_average(full)), path.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the CPU
+
+
+@pytest.mark.parametrize("precision", [None, "bf16-true", "16-mixed"])
+@pytest.mark.parametrize("validate", [True, False, "both"])
+def test_average_on_the_cpu_is_the_same(validate, precision):
+    def fit(device: Any) -> Any:
+        ema = EMA(0.8, every_n_steps=2, start_step=1, validate=validate, device=device)
+        result = run(ema, precision=precision, val_check_interval=2)
+        return result.weights, ema.state_dict(), whole_average(ema), result.logged
+
+    assert not differences(fit("cpu"), fit(None))
+
+
+def test_average_on_the_cpu_resumes_bitwise(tmp_path):
+    saver, full = Saver(tmp_path), run(EMA(0.8))
+    run(EMA(0.8, device="cpu"), saver)
+    for path in saver.paths[::3]:
+        for device in ("cpu", None):  # a checkpoint of one goes on with the other
+            resumed = run(EMA(0.8, device=device), ckpt_path=path)
+            assert not differences(resumed.weights, full.weights), path.name
+            assert not differences(resumed.tricks, full.tricks), path.name
+
+
+def test_weights_on_their_way_to_the_cpu_are_averaged_in_time():
+    """They are not those that the next step makes of them."""
+    module = nn.Linear(2, 2)
+    weights = AveragedWeights(module, buffers=True, on_cpu=True)
+    first = module.weight.detach().clone()
+    weights.update(1.0)
+    with torch.no_grad():
+        module.weight.zero_()
+    weights.update(0.5)
+    with weights.showing(True):
+        torch.testing.assert_close(module.weight.detach(), first / 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_average_of_weights_on_a_gpu_is_pinned_and_the_same():
+    averages = []
+    for on_cpu in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(100, 100).cuda()
+        weights = AveragedWeights(module, buffers=True, on_cpu=on_cpu)
+        for _ in range(5):
+            weights.update(0.25)
+            with torch.no_grad():
+                module.weight.mul_(1.5)
+        weights.finish()
+        assert all(average.is_cuda != on_cpu and average.is_pinned() == on_cpu for average in weights._average)
+        with weights.showing(True):
+            averages.append(module.weight.detach().cpu())
+    torch.testing.assert_close(*averages)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,16 +33,18 @@ class Averaging(KeptAverage):
         validate: whether all this happens, or the average is only kept, in the state of the callback. "both": the
             weights that are trained are validated too, before, and their metrics logged with the prefix ``raw/``.
         name: of the average, where there are several.
+        on_cpu: keep the average on the CPU.
     """
 
     _handles: list[Any]
     _raw_metrics: dict[str, float]  # to be logged with those of the average
 
-    def __init__(self, buffers: str, validate: bool | str, name: str | None) -> None:
+    def __init__(self, buffers: str, validate: bool | str, name: str | None, on_cpu: bool = False) -> None:
         if validate not in (True, False, "both"):
             raise ValueError(f'validate={validate!r} must be true, false or "both".')
         super().__init__(buffers, bool(validate), name)
         self.validate = validate
+        self._on_cpu = on_cpu
 
     # The life of a run
 
@@ -69,7 +71,7 @@ class Averaging(KeptAverage):
         refuse_rivals(self, trainer)
         refuse_hidden_weights(self, trainer, pl_module)
         if self._weights is None or not self._weights.belongs_to(pl_module):
-            self._weights = AveragedWeights(pl_module, self.buffers == "average")
+            self._weights = AveragedWeights(pl_module, self.buffers == "average", self._on_cpu)
             self._steps = self._updates = 0
         self._weights.follow()
         self._saved_names = set(pl_module.state_dict())

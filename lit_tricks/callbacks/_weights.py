@@ -26,10 +26,13 @@ class AveragedWeights:
     Args:
         module: the module, on its final device, in its final precision, sharded if it will be.
         buffers: whether buffers are averaged; otherwise the average goes with the module's own.
+        on_cpu: keep the average there, wherever the module is. An update then copies the weights to the CPU without
+            waiting for them, and they are averaged when they are there, at the latest before the next one.
     """
 
-    def __init__(self, module: nn.Module, buffers: bool) -> None:
+    def __init__(self, module: nn.Module, buffers: bool, on_cpu: bool = False) -> None:
         self._module = module
+        self._on_cpu = on_cpu
         self._reshard()
         self._params = {name: param for name, param in module.named_parameters() if _is_averaged(param)}
         self._buffers = {  # by owner: modules put new tensors in the place of their buffers
@@ -43,7 +46,12 @@ class AveragedWeights:
         self._sharded = any(map(is_sharded, self._params.values()))
         self._raw: list[Tensor] = []  # the module's own, while it shows the average
         self._left: list[Tensor] = []
-        self._average = [_precise(local_of(tensor)) for tensor in self._live()]
+        self._average = [_precise(local_of(tensor), on_cpu) for tensor in self._live()]
+        self._arriving: list[Tensor] = []  # the weights of the last update, on their way to the CPU
+        self._arrival: torch.cuda.Event | None = None
+        self._share: float | None = None  # that of these weights, until they are averaged
+        if on_cpu:
+            self._arriving = [_on_cpu(local_of(tensor.detach())) for tensor in self._live()]
         self._group()
 
     def belongs_to(self, module: nn.Module) -> bool:
@@ -59,6 +67,27 @@ class AveragedWeights:
     def update(self, share: float) -> None:
         """Move the average: ``average += share * (weights - average)``. A share of 1 copies."""
         live = self._live() if not self._sharded else [local_of(tensor) for tensor in self._live()]
+        if not self._on_cpu:
+            self._average_in(live, share)
+            return
+        self.finish()
+        torch._foreach_copy_(self._arriving, live, non_blocking=True)
+        if any(tensor.is_cuda for tensor in live):
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record()
+        self._share = share
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Average in the weights that were on their way to the CPU."""
+        if self._share is None:
+            return
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        share, self._share, self._arrival = self._share, None, None
+        self._average_in(self._arriving, share)
+
+    def _average_in(self, live: list[Tensor], share: float) -> None:
         for indices, averages in self._groups:
             tensors = [live[i] for i in indices]
             if share == 1:
@@ -78,11 +107,13 @@ class AveragedWeights:
         dist = torch.distributed
         if not self._buffers or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return
+        self.finish()
         first = len(self._params)
-        buffers = [*self._average[first:], *(self._live()[first:] if own else [])]
+        live = self._live()[first:]
+        buffers = [*self._average[first:], *(live if own else [])]
         for dtype in {buffer.dtype for buffer in buffers}:
             same = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.reshape(-1) for buffer in same])
+            flat = torch.cat([buffer.reshape(-1).to(live[0].device) for buffer in same])
             dist.broadcast(flat, 0)
             parts = torch.split(flat, [buffer.numel() for buffer in same])
             for buffer, part in zip(same, parts, strict=True):
@@ -92,6 +123,7 @@ class AveragedWeights:
         """Let the module show the average, or its own weights again, by exchanging pointers. Shards are copied."""
         if to_average == self.swapped:
             return
+        self.finish()
         with torch.inference_mode(False), torch.no_grad():
             live, raw = self._live(), self._raw
             self._raw = []
@@ -126,16 +158,17 @@ class AveragedWeights:
             saved: names in that state_dict.
             whole: gather shards, into the first process. It is left out by the other ones.
         """
+        self.finish()
         raw: dict[str, Tensor] = {}
         average: dict[str, Tensor] = {}
         with self.showing(False):
             for name, tensor, mean in zip(self.names, self._live(), self._average, strict=True):
-                if not is_sharded(tensor) and torch.equal(tensor.to(mean.dtype), mean):
+                if not is_sharded(tensor) and torch.equal(tensor.to(mean), mean):
                     continue
                 if shown:  # a shard is swapped by copying, so a view of it would not stay what it is
                     raw[name] = tensor.detach().clone() if is_sharded(tensor) else tensor.detach()
                 if not shown or tensor.dtype != mean.dtype or name not in saved:
-                    average[name] = shard_like(tensor, mean)
+                    average[name] = shard_like(tensor, mean.to(tensor.device)) if is_sharded(tensor) else mean
             if whole and self._sharded:
                 raw, average = ({k: gathered(v) for k, v in part.items()} for part in (raw, average))
                 if torch.distributed.get_rank():
@@ -154,6 +187,7 @@ class AveragedWeights:
             self.swap(False)
             for tensor, value in zip(self._live(), given, strict=True):
                 local_of(tensor).copy_(value)
+        self._share = self._arrival = None
         live: dict[str, Tensor] = dict(zip(self.names, self._live(), strict=True))
         averages = dict(zip(self.names, self._average, strict=True))
         for name in [*state["average"], *state["raw"]]:
@@ -170,7 +204,9 @@ class AveragedWeights:
         live, averages = (dict(zip(self.names, tensors, strict=True)) for tensors in (self._live(), self._average))
         return {
             "raw": {name: torch.empty_like(live[name]) for name in names["raw"]},
-            "average": {n: shard_like(live[n], torch.empty_like(averages[n])) for n in names["average"]},
+            "average": {
+                n: shard_like(live[n], torch.empty_like(averages[n], device=live[n].device)) for n in names["average"]
+            },
         }
 
     def leave(self) -> None:
@@ -184,10 +220,11 @@ class AveragedWeights:
 
     def follow(self) -> None:
         """Move to the devices that the module has moved to."""
+        self.finish()
         live = self._live()
         self._raw = [raw.to(tensor.device) for raw, tensor in zip(self._raw, live, strict=False)]
         for i, (average, tensor) in enumerate(zip(self._average, live, strict=True)):
-            if average.device != tensor.device:
+            if average.device != tensor.device and not self._on_cpu:
                 shown = self.swapped and average.dtype == tensor.dtype and not is_sharded(tensor)
                 self._average[i] = tensor.data if shown else average.to(tensor.device)
         self._group()
@@ -201,7 +238,7 @@ class AveragedWeights:
         self._imprecise = []
         for i, (tensor, average) in enumerate(zip(self._live(), self._average, strict=True)):
             if tensor.dtype == average.dtype:
-                groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+                groups.setdefault((average.device, average.dtype), []).append(i)
             else:
                 self._imprecise.append(i)
         self._groups = [(indices, [self._average[i] for i in indices]) for indices in groups.values()]
@@ -217,9 +254,15 @@ def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def _precise(tensor: Tensor, on_cpu: bool) -> Tensor:
     """A copy in fp32, or in the tensor's own type if that is better."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return _on_cpu(tensor.detach(), dtype) if on_cpu else tensor.detach().to(dtype, copy=True)
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy there, in memory that a GPU can write to by itself if it comes from one."""
+    return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _some_values(tensor: Tensor, number: int = 16) -> Tensor:

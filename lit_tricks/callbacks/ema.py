@@ -67,6 +67,9 @@ class EMA(Averaging):
             in checkpoints to resume from, as ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in
             ``ema.state_dict()["average"]``.
         name: tells several averages apart, in checkpoints and logs.
+        device: "cpu" keeps the average on the CPU, and a copy of the weights besides; the GPU has it in validation
+            only. Nothing waits for the copy to get there, but the averaging takes the CPU's time: raise
+            ``every_n_steps``. None: where the weights are.
 
     Raises:
         ValueError: for an argument out of its range, or both ``decay`` and ``half_life``.
@@ -87,6 +90,7 @@ class EMA(Averaging):
         buffers: Literal["average", "copy"] = "average",
         validate: bool | Literal["both"] = True,
         name: str | None = None,
+        device: Literal["cpu"] | None = None,
     ) -> None:
         if decay is not None and half_life is not None:
             raise ValueError(f"decay={decay} and half_life={half_life} say the same thing: give one of them.")
@@ -98,7 +102,10 @@ class EMA(Averaging):
             raise ValueError(f"every_n_steps={every_n_steps} is below 1; give 1 for an update after every step.")
         if start_step < 0:
             raise ValueError(f"start_step={start_step} is below 0; give 0 to start with the first step.")
-        super().__init__(buffers, validate, name)
+        if device not in (None, "cpu"):
+            raise ValueError(f'device={device!r} must be "cpu", or None for that of the weights.')
+        super().__init__(buffers, validate, name, on_cpu=device == "cpu")
+        self.device = device
         self.decay = 0.9999 if decay is None and half_life is None else decay
         self.warmup = warmup
         self.every_n_steps = every_n_steps
