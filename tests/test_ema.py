@@ -31,6 +31,7 @@ from modules import BATCHES, eval_loader, image_and_label, lightning, module_cla
 from torch import nn
 
 from lit_tricks.callbacks import EMA
+from lit_tricks.callbacks._halves import join, rest_of, round_to
 from lit_tricks.callbacks._weights import AveragedWeights
 from lit_tricks.callbacks.ema import decay_of_half_life, warmed_up
 
@@ -242,6 +243,43 @@ def test_bf16_true_resumes_bitwise(tmp_path):
         resumed = make()
         assert not differences(run(resumed, precision="bf16-true", ckpt_path=path).weights, weights), path.name
         assert not differences(whole_average(resumed), whole_average(full)), path.name
+
+
+@pytest.mark.parametrize(("optimizer", "size"), [("SGD", 3.0), ("SGD with momentum", 2.0), ("AdamW", 5 / 3)])
+def test_bf16_true_checkpoint_is_as_small_as_can_be(optimizer, size, tmp_path):
+    """The rounded average, what it lacks, and the weights: 6 bytes for 2. An optimizer without state has no others."""
+
+    class Module(module_class("lightning")):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[1] = nn.Sequential(nn.Linear(16, 50000), nn.Linear(50000, 3))
+
+        def configure_optimizers(self) -> Any:
+            if optimizer == "AdamW":
+                return torch.optim.AdamW(self.parameters())
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9 if "momentum" in optimizer else 0)
+
+    sizes = []
+    for callbacks in ([], [EMA(0.8)]):
+        trainer = make_trainer(*callbacks, max_epochs=1, precision="bf16-true")
+        trainer.fit(Module(), train_loader(), eval_loader())
+        trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+        sizes.append((tmp_path / "x.ckpt").stat().st_size)
+    assert sizes[1] / sizes[0] == pytest.approx(size, rel=0.02)
+
+
+def test_halves_of_any_number():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator)
+    ties = (torch.arange(-(2**15), 2**15) << 16) + 2**15
+    whole = torch.cat([bits, ties, torch.tensor([0, 0x7F7FFFFF, -1])]).to(torch.int32).view(torch.float32)
+    whole = whole[whole.isfinite()]
+    rounded = round_to(whole, torch.bfloat16)
+    assert torch.equal(join(rounded, rest_of(whole)).view(torch.int32), whole.view(torch.int32))
+    apart = rounded != whole.to(torch.bfloat16)  # at ties only
+    assert ((whole.view(torch.int32)[apart] & 0xFFFF) == 2**15).all()
+    strange = torch.tensor([math.inf, -math.inf, math.nan])
+    torch.testing.assert_close(round_to(strange, torch.bfloat16), strange.to(torch.bfloat16), equal_nan=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_tricks.callbacks._halves import join, rest_of, round_to
 from lit_tricks.callbacks._shards import gathered, is_sharded, local_of, part_for, shard_like
 
 __all__ = ["AveragedWeights"]
@@ -135,7 +136,7 @@ class AveragedWeights:
                     local.copy_(new)
                 else:
                     self._raw += [tensor.data] if to_average else []
-                    tensor.data = new.to(tensor.device, tensor.dtype)  # itself, where nothing has to change
+                    tensor.data = round_to(new, tensor.dtype).to(tensor.device)  # itself, if nothing has to change
         self.swapped = to_average
         self._reshard()
 
@@ -162,6 +163,7 @@ class AveragedWeights:
         raw: dict[str, Tensor] = {}
         average: dict[str, Tensor] = {}
         with self.showing(False):
+            live = dict(zip(self.names, self._live(), strict=True))
             for name, tensor, mean in zip(self.names, self._live(), self._average, strict=True):
                 if not is_sharded(tensor) and torch.equal(tensor.to(mean), mean):
                     continue
@@ -173,6 +175,8 @@ class AveragedWeights:
                 raw, average = ({k: gathered(v) for k, v in part.items()} for part in (raw, average))
                 if torch.distributed.get_rank():
                     raw, average = {}, {}
+            if shown and not self._sharded:  # the state_dict tells the one half of an average of bf16 weights
+                average = {k: _half(v, live[k].dtype) if k in saved else v for k, v in average.items()}
         return {"raw": raw, "average": average}
 
     @torch.no_grad()
@@ -194,7 +198,8 @@ class AveragedWeights:
             if name not in live:
                 raise RuntimeError(f"The checkpoint has an average of {name!r}, and the module has no such weights.")
         for name, tensor in live.items():
-            averages[name].copy_(part_for(tensor, state["average"].get(name, tensor)))
+            value = part_for(tensor, state["average"].get(name, tensor))
+            averages[name].copy_(join(tensor, value.to(tensor.device)) if value.dtype == torch.int16 else value)
         for name, value in state["raw"].items():
             local_of(live[name]).copy_(part_for(live[name], value))
         self._reshard()
@@ -258,6 +263,12 @@ def _precise(tensor: Tensor, on_cpu: bool) -> Tensor:
     """A copy in fp32, or in the tensor's own type if that is better."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return _on_cpu(tensor.detach(), dtype) if on_cpu else tensor.detach().to(dtype, copy=True)
+
+
+def _half(average: Tensor, dtype: torch.dtype) -> Tensor:
+    """The half that bf16 weights lack, if it is the average of such, and all of it otherwise."""
+    halves = (average.dtype, dtype) == (torch.float32, torch.bfloat16) and bool(average.isfinite().all())
+    return rest_of(average) if halves else average
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
