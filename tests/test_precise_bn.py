@@ -22,8 +22,10 @@ from modules import BATCHES, eval_loader, image_and_label, images, lightning, mo
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from lit_tricks import Classifier
 from lit_tricks.callbacks import EMA, MixUp, PreciseBN
 from lit_tricks.callbacks._batch_norm import estimate, layers_of, pooled, shift
+from lit_tricks.data import Digits
 
 pl = lightning()
 STEPS = 3 * BATCHES  # of a run of ``_fits.run``
@@ -926,6 +928,52 @@ def test_refuses_modules_that_it_can_not_run():
 
     assert "PreciseBN runs `forward` of NoForward, which has none" in refusal(module=NoForward())
     assert "here (4, 1, 8, 8), and it failed (TypeError: forward() missing 1" in refusal(module=Other())
+
+
+@pytest.mark.parametrize("how", ["as they are", "others", "memory format", "not forward"])
+def test_warns_if_training_gives_forward_other_inputs(how, recwarn):
+    class Module(module_class("lightning")):
+        def loss(self, batch: Any) -> Any:
+            image, label = batch
+            if how == "others":
+                image = image / 255
+            if how == "memory format":
+                image = image.contiguous(memory_format=torch.channels_last).double().float()
+            return nn.functional.cross_entropy(self.net(image) if how == "not forward" else self(image), label)
+
+    module = Module()
+    make_trainer(PreciseBN(ALL), max_epochs=1).fit(module, train_loader(), eval_loader())
+    messages = [
+        str(warning.message) for warning in recwarn if "PreciseBN runs `forward` of Module" in str(warning.message)
+    ]
+    assert len(messages) == (how == "others")
+    assert not module._forward_pre_hooks
+
+
+def test_our_own_data_with_both_transforms():
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.append(nn.Linear(3, 10))
+
+    def fit(*callbacks: Any) -> Any:
+        torch.manual_seed(0)
+        model, data = Classifier(Net(), 10, input_size=(1, 8, 8)), Digits(batch_size=128)
+        make_trainer(*callbacks, max_epochs=1, val_check_interval=3, limit_train_batches=6).fit(model, data)
+        return model, data
+
+    plain, data = fit()
+    source = data.train_dataloader().dataset.source
+    for transform in ("train", "eval"):
+        model, _ = fit(PreciseBN(128 * 6, transform=transform))
+        for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(param, other), name
+        every = torch.stack([data.eval_transform(image) for image, _ in (source[i] for i in range(len(source)))])
+        mean, variance = population(
+            nn.functional.conv2d(every.double(), *(p.double() for p in model.model[0].parameters()))
+        )
+        error = ((model.model[1].running_mean - mean).abs() / variance.sqrt()).max()
+        assert error < 0.1 if transform == "eval" else error > 0.01  # of a sample of 768
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])

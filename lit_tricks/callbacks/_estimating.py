@@ -123,4 +123,6 @@ class _Fit:
     shift: float | None = None  # to be logged
     handles: list[Any] = field(default_factory=list)
     begun: bool = False
+    watched: bool = False
+    watch: Any = None  # on the first training step
     said: bool = False

@@ -20,7 +20,7 @@ from lit_tricks.callbacks._shards import is_sharded, local_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Found", "check", "go_through", "norms"]
+__all__ = ["Found", "Watch", "check", "go_through", "norms"]
 
 
 @dataclass
@@ -36,6 +36,33 @@ class Found:
     values: dict[str, Tensor]
     shift: float
     samples: int
+
+
+class Watch:
+    """Watches what ``forward`` is given: the inputs of a batch, or others."""
+
+    def __init__(self, pl_module: LightningModule, inputs: Sequence[Tensor]) -> None:
+        self.inputs = inputs
+        self.given: set[bool] = set()
+        # a hook would be compiled too
+        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        self.handle = None if compiled else pl_module.register_forward_pre_hook(self.compare)
+
+    def compare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compare the arguments of a call; one without tensors is that of a strategy."""
+        tensors = [arg.detach() for arg in args if isinstance(arg, Tensor)]
+        if tensors:
+            self.given.add(all(map(_same, tensors, self.inputs)))
+
+    def remove(self) -> bool:
+        """End it, and tell whether ``forward`` was called, and each time with other inputs."""
+        if self.handle:
+            self.handle.remove()
+        return self.given == {False}
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right.to(left.device, left.dtype))
 
 
 def check(trainer: Trainer, pl_module: LightningModule, transform: str) -> None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lit_tricks.callbacks._batch import inputs_of
 from lit_tricks.callbacks._batch_norm import layers_of
 from lit_tricks.callbacks._estimating import Estimating
-from lit_tricks.callbacks._population_pass import check, go_through, norms
+from lit_tricks.callbacks._population_pass import Watch, check, go_through, norms
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -89,6 +90,30 @@ class PreciseBN(Estimating):
         moments = "" if self.when == "end" else f"before the validations{epochs} and "
         then = "" if self.restore else "; training goes on from them"
         self._say(f"{number} BatchNorm layers, from {self.num_samples} samples, {moments}at the end{then}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch what the first training step gives ``forward``.
+
+        Raises:
+            RuntimeError: if there are no inputs in the batch.
+        """
+        fit = self._now
+        if fit.handles and not fit.watched and batch is not None:
+            fit.watched, fit.watch = True, Watch(pl_module, inputs_of(batch, "PreciseBN"))
+            fit.handles.append(fit.watch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Warn if that are not the inputs of the batch: the statistics would not be those that training has."""
+        watch, self._now.watch = self._now.watch, None
+        if watch and watch.remove():
+            rank_zero_only(warnings.warn)(
+                f"PreciseBN runs `forward` of {type(pl_module).__name__} on the inputs as they are in the batch, and "
+                "training_step gives it others. If these are more than mixed or augmented, let `forward` or "
+                "`on_after_batch_transfer` make them.",
+                stacklevel=2,
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how far the statistics have moved."""
