@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -76,7 +77,7 @@ def average(
         metric: what is compared, one of those that the model logs in validation.
         mode: whether more of it is better ("max"), or less ("min").
         data: training data to re-estimate BatchNorm from, and validation data for ``greedy``.
-        module: what the weights are of; by default the checkpoints say what it is.
+        module: what the weights are of, and are filled into; by default the checkpoints say what it is.
         num_samples: training samples to re-estimate BatchNorm from, 1 or more.
         overwrite: replace ``output`` if it exists.
 
@@ -98,8 +99,10 @@ def average(
     workshop = None
     if data is not None:
         workshop = _Workshop(_module_of(paths[0]) if module is None else module, data, num_samples)
-    chosen = _greedy(paths, workshop, metric, mode) if greedy and workshop else paths
-    state = _soup(chosen, workshop)
+    if greedy and workshop:
+        chosen, state = _greedy(paths, workshop, metric, mode)
+    else:
+        chosen, state = paths, _soup(paths, workshop)
     kept = {key: value for key, value in first.items() if key not in RUN}
     with _written_whole(Path(output)) as part:
         torch.save(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, part)
@@ -119,24 +122,25 @@ class _Workshop:
 
     def score(self, state: State, metric: str) -> float:
         """The metric of weights."""
-        self.model.load_state_dict(state)
-        [metrics, *_] = self.trainer.validate(self.model, datamodule=self.data, verbose=False)
+        self.model.load_state_dict(state, strict=self.model.strict_loading)
+        found = self.trainer.validate(self.model, datamodule=self.data, verbose=False)
+        metrics = {name: value for of_loader in found for name, value in of_loader.items()}
         if metric not in metrics:
             raise ValueError(f"metric={metric!r} is not logged in validation; there are {', '.join(sorted(metrics))}.")
         return float(metrics[metric])
 
     def with_statistics(self, state: State) -> State:
         """The weights with the statistics of BatchNorm that belong to them."""
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(state, strict=self.model.strict_loading)
         layers = layers_of(self.model)
         if not layers:
             return state
         self.data.setup("fit")
-        loader = self.data.train_dataloader()
+        loader = CombinedLoader(self.data.train_dataloader(), "max_size_cycle")
         device = self.trainer.strategy.root_device
         self.model.to(device)
-        with isolated_random_state(device, [loader]):
-            batches = self._batches(loader, device)
+        with isolated_random_state(device, loader.flattened), _progress("BatchNorm", self.num_samples) as advance:
+            batches = self._batches(loader, device, advance)
             statistics = estimate(self.model, layers, batches, lambda inputs: self.model(*inputs))
         self.model.cpu()
         new = dict(state)
@@ -145,53 +149,63 @@ class _Workshop:
                 new[f"{name}.{kind}"] = value.to("cpu", state[f"{name}.{kind}"].dtype)
         return new
 
-    def _batches(self, loader: Any, device: torch.device) -> Iterator[list[Tensor]]:
+    def _batches(self, loader: Any, device: torch.device, advance: Callable[[int], None]) -> Iterator[list[Tensor]]:
         seen = 0
-        for given in loader:
+        for given, *_ in loader:
             batch = self.data.on_before_batch_transfer(given, 0)
             batch = self.data.transfer_batch_to_device(batch, device, 0)
             inputs = inputs_of(self.data.on_after_batch_transfer(batch, 0), "average")
             yield inputs
             seen += len(inputs[0])
+            advance(len(inputs[0]))
             if seen >= self.num_samples:
                 return
 
 
 def _soup(paths: Sequence[Path], workshop: _Workshop | None) -> State:
-    if len(paths) == 1:  # as it is, and as it was scored
-        return dict(_read(paths[0])["state_dict"])
     state = mean_of(_read(path)["state_dict"] for path in paths)
     return workshop.with_statistics(state) if workshop else state
 
 
-def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> list[Path]:
-    """The checkpoints of the greedy soup."""
+def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> tuple[list[Path], State]:
+    """The checkpoints of the greedy soup, and its weights as they were scored; one checkpoint alone is as it is."""
     sign = 1 if mode == "max" else -1
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("greedy soup", total=2 * len(paths) - 1)
+    with _progress("greedy soup", 2 * len(paths) - 1) as advance:
         scores = {}
         for path in paths:
             scores[path] = sign * workshop.score(_read(path)["state_dict"], metric)
-            progress.advance(task)
+            advance(1)
         best, *others = sorted(paths, key=lambda path: -scores[path])
-        chosen, highest = [best], scores[best]
+        chosen, highest, state = [best], scores[best], dict(_read(best)["state_dict"])
         log.info("%s: %s %.6g, alone", best, metric, sign * highest)
         for path in others:
-            score = sign * workshop.score(_soup([*chosen, path], workshop), metric)
-            better = score >= highest
-            if better:
-                chosen, highest = [*chosen, path], score
-            log.info(
-                "%s: %s %.6g, alone %.6g: %s",
-                path,
-                metric,
-                sign * score,
-                sign * scores[path],
-                "taken" if better else "left out",
-            )
-            progress.advance(task)
-    return chosen
+            candidate = _soup([*chosen, path], workshop)
+            score = sign * workshop.score(candidate, metric)
+            verdict = "left out"
+            if score >= highest:
+                chosen, highest, state, verdict = [*chosen, path], score, candidate, "taken"
+            log.info("%s: %s %.6g, alone %.6g: %s", path, metric, sign * score, sign * scores[path], verdict)
+            advance(1)
+    return chosen, state
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, where there is a terminal and no other bar."""
+    console = Console(stderr=True)
+    if not console.is_terminal or _bars:
+        yield lambda done: None
+        return
+    _bars.append(what)
+    try:
+        with Progress(console=console) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda done: progress.advance(task, done)
+    finally:
+        _bars.remove(what)
+
+
+_bars: list[str] = []
 
 
 def _check(
@@ -201,6 +215,9 @@ def _check(
     if len(paths) < 2:
         raise ValueError("average needs two checkpoints or more: one alone is its own average.")
     for path in paths:
+        if path.is_dir():
+            remedy = f"make it one file, with python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            raise IsADirectoryError(f"{path} is a folder. If it is a distributed checkpoint, {remedy}.")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file.")
     if len({path.resolve() for path in paths}) < len(paths):
