@@ -180,6 +180,21 @@ def test_layers_of_all_kinds(kind):
     assert not any(part._forward_hooks for part in layer.modules())
 
 
+def test_synchronised_layers_count_the_batches_of_their_own_process(monkeypatch):
+    """What they track is of all processes, who each would count it as theirs."""
+    monkeypatch.setattr("lit_tricks.callbacks._batch_norm._world_size", lambda: 2)
+
+    class Synchronised(nn.SyncBatchNorm):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            image = super().forward(image)
+            self.running_mean += 7
+            return image
+
+    data = halves(64)
+    [found] = estimated(nn.Sequential(Synchronised(3)), data.split([5, 27, 32])).values()
+    assert_precise(found, population(data))
+
+
 def test_calls_of_a_layer_are_pooled():
     class Net(nn.Module):
         def __init__(self) -> None:
