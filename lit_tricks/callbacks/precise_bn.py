@@ -50,7 +50,7 @@ class PreciseBN(Estimating):
     Raises:
         ValueError: for an argument out of its range.
         RuntimeError: when the training starts, if the loaders can not be copied, the module has no ``forward``, or the
-            strategy hides the layers; in the first pass, if ``forward`` does not take the inputs.
+            strategy hides the layers; then, if a batch has no inputs, or ``forward`` does not take them.
 
     Example:
         ``- {class_path: PreciseBN, init_args: {num_samples: 8192}}``
