@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/precise_bn.py --out benchmarks/results/precise_bn.md
 
-All candidates take turns, round by round, in one process; the medians of the rounds are compared.
+All candidates take turns, round by round, in one process; told is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -89,10 +89,13 @@ def report(rounds: int, image_size: int, batch_size: int, batches: int) -> str:
         enable_model_summary=False, callbacks=[measure],
     )  # fmt: skip
     trainer.fit(Classifier(), DataLoader(data, batch_size=batch_size, shuffle=True))
-    unit = statistics.median(measure.times["bare forward passes, data at hand"])
+    bare = measure.times["bare forward passes, data at hand"]
     lines = ["| | x bare | seconds |", "|---|---|---|"]
     for name, seconds in measure.times.items():
-        lines.append(f"| {name} | {statistics.median(seconds) / unit:.3f} | {statistics.median(seconds):.2f} |")
+        ratio = statistics.median(
+            s / b for s, b in zip(seconds, bare, strict=True)
+        )  # of one round: others work here too
+        lines.append(f"| {name} | {ratio:.3f} | {statistics.median(seconds):.2f} |")
     model = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
@@ -105,7 +108,7 @@ def report(rounds: int, image_size: int, batch_size: int, batches: int) -> str:
             f"{batches} batches of {batch_size} images of {image_size} x {image_size}. PreciseBN: a fresh loader, "
             "isolated random state, batch hooks, sums in float64, and everything put back.",
             "",
-            f"Medians of {rounds} rounds in which all candidates take turns, {torch.get_num_threads()} thread(s). "
+            f"Medians over {rounds} rounds in which all candidates take turns, {torch.get_num_threads()} thread(s). "
             f"{model or platform.processor()}, {os.cpu_count()} cores shared with other work; Python "
             f"{platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, timm "
             f"{timm.__version__}; {datetime.date.today()}. `OMP_NUM_THREADS={torch.get_num_threads()} python "
@@ -120,7 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

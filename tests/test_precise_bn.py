@@ -586,6 +586,23 @@ def test_several_loaders():
     assert_precise(of(weights), first_layer(weights, images(16).tensors[0] + 5))
 
 
+def test_channels_last_as_the_model_has_it():
+    seen = set()
+
+    class Module(module_class("lightning")):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            if not torch.is_grad_enabled() and self.trainer.training:
+                seen.add(image.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(image)
+
+    make_trainer(PreciseBN(ALL), max_epochs=1).fit(Module(), train_loader(), eval_loader())
+    assert seen == {True}
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precision(precision):
     history = History()

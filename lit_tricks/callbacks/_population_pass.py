@@ -107,6 +107,7 @@ def go_through(
     """
     sharded = any(map(is_sharded, pl_module.parameters()))
     in_step = sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
+    channels_last = any(_is_channels_last(local_of(param.detach())) for param in pl_module.parameters())
     wanted = math.ceil(num_samples / trainer.world_size)
     seen = 0
 
@@ -114,6 +115,8 @@ def go_through(
         nonlocal seen
         for batch in _batches(trainer, loader, in_step):
             tensors = _inputs(trainer, pl_module, batch)
+            if channels_last:
+                tensors = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
             yield tensors
             seen += len(tensors[0])
             if seen >= wanted:
@@ -206,10 +209,7 @@ def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Te
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    tensors = inputs_of(batch, "PreciseBN")
-    if any(_is_channels_last(local_of(param.detach())) for param in pl_module.parameters()):
-        return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
-    return tensors
+    return inputs_of(batch, "PreciseBN")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
