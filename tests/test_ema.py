@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import random
-import signal
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -724,46 +721,6 @@ def test_fit_again_after_an_error_goes_on_with_the_trained_weights(hook):  # n4
 
     tricked, _ = caught(EMA(0.8))
     assert not differences(tricked, caught()[0])
-
-
-class Die(pl.Callback):
-    """Kills the process in a hook of a batch, as a machine that fails does."""
-
-    def __init__(self, hook: str, batch: int) -> None:
-        self.batches = batch
-        setattr(self, hook, self.die)
-
-    def die(self, *args: Any) -> None:
-        self.batches -= 1
-        if self.batches < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is a fork of this one")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("seed", range(10))
-def test_a_run_killed_at_a_random_point_ends_as_one_that_was_not(seed, tmp_path):
-    def saver() -> Any:
-        return pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=1)
-
-    draw = random.Random(seed)
-    hook = draw.choice(["on_train_batch_start", "on_after_backward", "on_before_zero_grad", "on_train_batch_end"])
-    die, place = Die(hook, draw.randrange(1, STEPS)), draw.randrange(2)
-    child = os.fork()
-    if not child:
-        try:
-            run(*[die, EMA(0.8)][:: 1 - 2 * place], saver(), enable_checkpointing=True)
-        finally:
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    last = tmp_path / "last.ckpt"
-    resumed = run(EMA(0.8), saver(), enable_checkpointing=True, ckpt_path=last if last.exists() else None)
-    full = run(EMA(0.8))
-    assert not differences(resumed.weights, full.weights)
-    assert not differences(resumed.tricks, full.tricks)
-    assert resumed.logged
-    assert not differences(resumed.logged, {step: full.logged[step] for step in resumed.logged})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
