@@ -25,10 +25,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lit_tricks.callbacks import EMA
+from lit_tricks.callbacks import EMA, SWA
+from lit_tricks.callbacks._averaging import Averaging
 from lit_tricks.callbacks._weights import AveragedWeights
 
 DECAY = 0.9999
@@ -45,7 +46,11 @@ def candidates() -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[]
 
     weights = AveragedWeights(timm.create_model("resnet50"), buffers=True)
     updates["EMA of lit_tricks"] = lambda: weights.update(1 - DECAY)
-    swaps["EMA of lit_tricks"] = lambda: weights.swap(not weights.swapped)
+    updates["SWA of lit_tricks, at the end of a cycle"] = lambda: weights.update(1 / 3)
+    swaps["EMA and SWA of lit_tricks"] = lambda: weights.swap(not weights.swapped)
+
+    aside = AveragedWeights(timm.create_model("resnet50"), buffers=True, on_cpu=True)
+    updates['EMA of lit_tricks, device="cpu"'] = lambda: aside.update(1 - DECAY)
 
     timms_model = timm.create_model("resnet50")
     timms = timm.utils.ModelEmaV3(timms_model, decay=DECAY)
@@ -99,39 +104,67 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def fit(ema: EMA | None, image_size: int, batch_size: int, steps: int) -> Trainer:
+def fit(tricks: list[Averaging], image_size: int, batch_size: int, steps: int) -> Trainer:
     data = torch.utils.data.TensorDataset(
         torch.randn(batch_size * steps, 3, image_size, image_size), torch.zeros(batch_size * steps, dtype=torch.long)
     )
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[ema] if ema else [],
+        enable_model_summary=False, callbacks=list(tricks),
     )  # fmt: skip
     trainer.fit(Classifier(), torch.utils.data.DataLoader(data, batch_size=batch_size))
     return trainer
 
 
-def share_of_a_step(batch_size: int, steps: int) -> tuple[float, float]:
-    """Seconds of a training step, and of what EMA does in it, all hooks included."""
-    inside: list[float] = []
-    ends: list[float] = []
+class Timed:
+    """Takes the time of the methods of an object, step by step."""
 
-    class Timed(EMA):
-        def on_train_batch_end(self, *args: object) -> None:  # type: ignore[override]
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def time(self, owner: object, *names: str) -> None:
+        for name in names:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, method: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object, **kwargs: object) -> object:
             start = time.perf_counter()
-            super().on_train_batch_end(*args)  # type: ignore[arg-type]
-            ends.append(time.perf_counter())
-            inside.append(ends[-1] - start)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.steps[-1] += time.perf_counter() - start
 
-    fit(Timed(DECAY), 224, batch_size, steps)
-    return statistics.median(b - a for a, b in itertools.pairwise(ends)), statistics.median(inside[1:])
+        return timed
+
+
+def share_of_a_step(batch_size: int, steps: int) -> tuple[float, float, float]:
+    """Seconds of a training step, and of all that EMA and SWA do in it, in their hooks and those of the optimizer."""
+    ema, swa, ends = EMA(DECAY), SWA(0.01, start=0, every_n_steps=10**6, validate=False), []
+    timed = {ema: Timed(), swa: Timed()}
+
+    class Clock(Callback):
+        def on_fit_start(self, *args: object) -> None:  # before those of the tricks
+            timed[ema].time(ema, "_on_step", "on_train_batch_end")
+            timed[swa].time(swa, "_on_step", "on_train_batch_end", "on_before_optimizer_step")
+
+        def on_train_start(self, *args: object) -> None:
+            timed[swa].time(swa._rates, "lend", "give_back")
+
+        def on_train_batch_start(self, *args: object) -> None:
+            for one in timed.values():
+                one.steps.append(0.0)
+            ends.append(time.perf_counter())
+
+    fit([Clock(), ema, swa], 224, batch_size, steps)  # type: ignore[list-item]
+    step = statistics.median(b - a for a, b in itertools.pairwise(ends))
+    return step, *(statistics.median(timed[trick].steps[1:-1]) for trick in (ema, swa))  # SWA averages after the last
 
 
 def checkpoint_sizes() -> tuple[int, int]:
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
-        for ema in (None, EMA(DECAY)):
-            trainer = fit(ema, 64, 4, 2)
+        for tricks in ([], [EMA(DECAY)]):
+            trainer = fit(tricks, 64, 4, 2)
             trainer.save_checkpoint(Path(folder) / "x.ckpt", weights_only=False)
             sizes.append((Path(folder) / "x.ckpt").stat().st_size)
     return sizes[0], sizes[1]
@@ -149,7 +182,7 @@ def report(rounds: int, steps: int) -> str:
             f"| {kind} | {seconds[name] / unit:.2f} | {1000 * seconds[name]:.2f} | {allocated(function) / size:.2f} |"
         )
     del updates, swaps
-    step, inside = share_of_a_step(16, steps)
+    step, ema, swa = share_of_a_step(16, steps)
     without, with_ema = checkpoint_sizes()
     model = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
@@ -160,13 +193,15 @@ def report(rounds: int, steps: int) -> str:
             "",
             *lines,
             "",
-            f"- A training step (batch of 16 at 224 x 224): {step:.2f} s; in it EMA: {1000 * inside:.1f} ms, "
-            f"{100 * inside / step:.2f} %.",
+            f"- A training step (batch of 16 at 224 x 224): {step:.2f} s. In it, all hooks included, EMA takes "
+            f"{1000 * ema:.1f} ms, {100 * ema / step:.2f} %; SWA {1000 * swa:.2f} ms, {100 * swa / step:.4f} %, and an "
+            "update once a cycle.",
             f"- Checkpoint (SGD with momentum): {without / 2**20:.1f} MiB without, {with_ema / 2**20:.1f} MiB with, "
             f"{with_ema / without:.2f} x.",
             "",
             f"Medians of {rounds} rounds in which all candidates take turns, {torch.get_num_threads()} thread(s). "
-            f"{model or platform.processor()}, {os.cpu_count()} cores shared with other work; Python "
+            f"{model or platform.processor()}, {os.cpu_count()} cores shared with other work (load average "
+            f"{os.getloadavg()[0]:.1f} at the end); Python "
             f"{platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, timm "
             f"{timm.__version__}; {datetime.date.today()}. `OMP_NUM_THREADS={torch.get_num_threads()} python "
             f"benchmarks/weights.py --rounds {rounds}`.",

@@ -52,14 +52,16 @@ class LentRates:
 
     def hook(self) -> list[Any]:
         """Lend them in every step to come; return the handles to stop it."""
-        return [
-            handle
-            for optimizer in self._optimizers
-            for handle in (
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            )
-        ]
+        handles: list[Any] = [self]
+        for optimizer in self._optimizers:
+            handles.append(optimizer.register_step_pre_hook(self._before_step))
+            handles.append(optimizer.register_step_post_hook(self._after_step))
+        return handles
+
+    def remove(self) -> None:
+        """Lend them no more, and let go of the optimizers."""
+        self.give_back()
+        self._optimizers = []
 
     def start(self) -> None:
         """Note the configured rates in the groups, as torch's schedulers do, once a checkpoint is restored."""

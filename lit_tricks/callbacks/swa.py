@@ -12,10 +12,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_tricks.callbacks._averaging import Averaging
 from lit_tricks.callbacks._base import callbacks_of
+from lit_tricks.callbacks._batch_norm import layers_of
 from lit_tricks.callbacks._clock import Clock, steps_done
 from lit_tricks.callbacks._rates import LentRates, configured_rates
 
@@ -61,8 +61,9 @@ class SWA(Averaging):
 
     Up to ``start`` the learning rate is that of the run's own schedule, of any kind. From there on it is ``lr``, and
     the weights at the end of each cycle, and of the run, are averaged, all equally, in fp32. From the first one on the
-    average is what is validated, saved and, after the fit, left in the model. There is no extra epoch. Parameter groups
-    keep the proportions of the rates that they were configured with; the highest one becomes ``lr``.
+    average is what is validated, saved and, after the fit, left in the model. There is no extra epoch, and a run that
+    is stopped early has the average of the cycles that have ended. Parameter groups keep the proportions of the rates
+    that they were configured with; the highest one becomes ``lr``.
 
     Cost: an fp32 copy of the model in memory; checkpoints up to twice as large. Use it where a schedule would end at
     a rate near 0, with a ``lr`` of a tenth to a half of the highest one. With BatchNorm use PreciseBN too. Leave it out
@@ -116,10 +117,9 @@ class SWA(Averaging):
             raise ValueError(f"anneal_epochs={anneal_epochs} is below 0; give 0 to jump to lr={lr}.")
         if anneal not in ("cos", "linear"):
             raise ValueError(f'anneal={anneal!r} must be "cos" or "linear".')
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs} is below 1; give 1 for the end of every epoch.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} is below 1; give 1 for every step, or None.")
+        for unit, every in {"epochs": every_n_epochs, "steps": every_n_steps}.items():
+            if every is not None and every < 1:
+                raise ValueError(f"every_n_{unit}={every} is below 1: it is the length of a cycle.")
         if every_n_steps is not None and every_n_epochs != 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them.")
         super().__init__(buffers, validate, name)
@@ -148,10 +148,12 @@ class SWA(Averaging):
         configured = configured_rates("SWA", trainer, pl_module)
         self._rates = LentRates(trainer.optimizers, configured, self.lr, partial(self._way, trainer))
         self._handles += self._rates.hook()
-        names = {cls.__name__: c for c in callbacks_of(trainer) for cls in type(c).__mro__}
-        for hook in ("on_train_epoch_start", "on_train_batch_start") if "LearningRateMonitor" in names else ():
-            self._wrap(names["LearningRateMonitor"], hook, self._rates.around)
-        if self.validate and "PreciseBN" not in names and any(map(_has_statistics, pl_module.modules())):
+        names = [(callback, cls.__name__) for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
+        for monitor in [callback for callback, name in names if name == "LearningRateMonitor"]:
+            self._wrap(monitor, "on_train_epoch_start", self._rates.around)
+            self._wrap(monitor, "on_train_batch_start", self._rates.around)
+        re_estimated = any(name == "PreciseBN" for _, name in names)
+        if self.validate and not re_estimated and any(layer.training for layer in layers_of(pl_module).values()):
             rank_zero_only(warnings.warn)(
                 f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}; those of the "
                 "averaged weights are others. Add the callback PreciseBN, which re-estimates them.",
@@ -180,10 +182,9 @@ class SWA(Averaging):
         self._steps = steps_done(trainer, pl_module)
         if self._steps <= start:
             self._updates = 0  # they are those of a shorter run, which this one resumes
-        before = f" after a glide of {length} steps" if length else ""
-        name = f"{self.name}: " if self.name else ""
-        rate = f"learning rate {self.lr:g} from step {start} of {end}{before}"
-        self._say(f"{name}{rate}, averaged every {every:g} steps; {self._what_for()}")
+        name, way = f"{self.name}: " if self.name else "", f" after a glide of {length} steps" if length else ""
+        plan = f"learning rate {self.lr:g} from step {start} of {end}{way}, averaged every {every:g} steps"
+        self._say(f"{name}{plan}; {self._what_for()}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rates of the step, under the names that LearningRateMonitor gives them."""
@@ -199,12 +200,6 @@ class SWA(Averaging):
         if self._updates:
             key = f"swa/{self.name}/averaged" if self.name else "swa/averaged"
             pl_module.log(key, float(self._updates), on_step=True, on_epoch=False)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the optimizers the scheduled rates back, and the module its own weights."""
-        if self._rates:
-            self._rates.give_back()
-        super().on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the average; the state of the optimizers, which is saved with it, has the scheduled rates."""
@@ -222,10 +217,6 @@ class SWA(Averaging):
         start, _, length = self._plan
         return glide(steps_done(trainer, trainer.lightning_module), start, length, self.anneal)
 
-    def _end_fit(self) -> None:
-        super()._end_fit()
-        self._rates = None
-
     def _forget(self) -> None:
         super()._forget()
         run_remedy = "Trainer(max_steps=...), or Trainer(max_epochs=...) with limit_train_batches=..."
@@ -236,8 +227,3 @@ class SWA(Averaging):
 
     def _why_nothing(self) -> str:
         return f"It ended before the first cycle after start={self.start} did."
-
-
-def _has_statistics(module: Any) -> bool:
-    """Whether it is a BatchNorm layer that is trained, and has running statistics."""
-    return isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
