@@ -27,7 +27,7 @@ from _fits import Saver, differences, make_trainer, run, said, weights_of
 from modules import BATCHES, eval_loader, image_and_label, lightning, module_class, train_loader
 from torch import nn
 
-from lit_tricks.callbacks import EMA
+from lit_tricks.callbacks import EMA, SWA
 from lit_tricks.callbacks._halves import join, rest_of, round_to
 from lit_tricks.callbacks._weights import AveragedWeights
 from lit_tricks.callbacks.ema import decay_of_half_life, warmed_up
@@ -896,6 +896,17 @@ def test_strategies_that_hide_the_weights_are_refused(strategy):
         module.net[1].weight.ds_id = 0
     with pytest.raises(RuntimeError, match="EMA cannot see the weights under SingleDeviceStrategy: use FSDP2"):
         make_trainer(EMA(0.8)).fit(module, train_loader(), eval_loader())
+
+
+@pytest.mark.parametrize("trick", [lambda: EMA(0.8), lambda: SWA(0.1, validate=False)])
+def test_optimizers_that_hide_their_steps_are_refused(trick):
+    optim = pytest.importorskip("timm.optim")
+
+    def lookahead(module: Any) -> Any:
+        return optim.Lookahead(torch.optim.SGD(module.parameters(), lr=0.1))
+
+    with pytest.raises(RuntimeError, match=r"cannot see the steps of Lookahead, .* or train without Lookahead"):
+        run(trick(), optimizers=lookahead)
 
 
 def test_checkpoint_in_shards_without_the_weights_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks.callbacks._aside import validate_aside
 from lit_tricks.callbacks._average import KeptAverage
-from lit_tricks.callbacks._rivals import refuse_hidden_weights, refuse_rivals
+from lit_tricks.callbacks._rivals import refuse_hidden_steps, refuse_hidden_weights, refuse_rivals
 from lit_tricks.callbacks._weights import AveragedWeights
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ class Averaging(KeptAverage):
         """Start or take up the average, and put the brackets around validation, saving and the end.
 
         Raises:
-            RuntimeError: if another average is validated and saved too, or the strategy hides the weights.
+            RuntimeError: if another average is validated and saved too, or weights or steps are hidden.
         """
         refuse_rivals(self, trainer)
         refuse_hidden_weights(self, trainer, pl_module)
+        refuse_hidden_steps(self, trainer)
         if self._weights is None or not self._weights.belongs_to(pl_module):
             self._weights = AveragedWeights(pl_module, self.buffers == "average", self._on_cpu)
             self._steps = self._updates = 0

@@ -1,4 +1,4 @@
-"""What an average of the weights can not go with: another one that is validated, and strategies that hide weights."""
+"""What an average of the weights can not go with: another one that is validated, and what hides weights or steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from lit_tricks.callbacks._averaging import Averaging
 
-__all__ = ["refuse_hidden_weights", "refuse_rivals"]
+__all__ = ["refuse_hidden_steps", "refuse_hidden_weights", "refuse_rivals"]
 
 
 def refuse_rivals(average: Averaging, trainer: Trainer) -> None:
@@ -45,3 +45,18 @@ def refuse_hidden_weights(average: Averaging, trainer: Trainer, pl_module: Light
             f"{average.state_key} cannot see the weights under {type(trainer.strategy).__name__}: use FSDP2 "
             "(ModelParallelStrategy)."
         )
+
+
+def refuse_hidden_steps(average: Averaging, trainer: Trainer) -> None:
+    """See that the optimizers say when they step.
+
+    Raises:
+        RuntimeError: if one does not, as many that are made round another one.
+    """
+    for optimizer in trainer.optimizers:
+        if not getattr(type(optimizer).step, "hooked", False):  # what torch.optim.Optimizer.__init__ sees to
+            name = type(optimizer).__name__
+            raise RuntimeError(
+                f"{average.state_key} cannot see the steps of {name}, which does not call the step hooks of torch's "
+                f"optimizers: let its __init__ call that of torch.optim.Optimizer, or train without {name}."
+            )
