@@ -15,7 +15,7 @@ from _fits import Saver, differences, make_trainer, run, weights_of
 from modules import CLASSES, NAMESPACES, eval_loader, image_and_label, images, lightning, module_class, train_loader
 from torch.utils.data import DataLoader
 
-from lit_tricks.callbacks import EMA, SWA
+from lit_tricks.callbacks import EMA, SWA, PreciseBN
 
 each_namespace = pytest.mark.parametrize("namespace", NAMESPACES)
 
@@ -156,6 +156,16 @@ def test_raw_metrics_are_those_of_a_run_without(namespace, trick):
     for step in steps:
         assert logged[step]["raw/val_loss"] == plain.logged[step]["val_loss"]
         assert (step == 3 and trick == "SWA") or logged[step]["raw/val_loss"] != logged[step]["val_loss"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_precise_bn_serves_both(place):
+    def losses(*tricks: Any, prefix: str = "") -> list[float]:
+        return [metrics[f"{prefix}val_loss"] for metrics in run(*tricks).logged.values() if "val_loss" in metrics]
+
+    both = [EMA(0.8, validate="both"), PreciseBN()][:: 1 - 2 * place]
+    assert losses(*both, prefix="raw/") == losses(PreciseBN())
+    assert losses(*both) == losses(EMA(0.8), PreciseBN())
 
 
 def test_nothing_raw_before_the_first_update():

@@ -30,7 +30,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, SequentialLR, StepLR
 from torch.optim.swa_utils import SWALR, AveragedModel
 
-from lit_tricks.callbacks import EMA, SWA, WarmupCosine
+from lit_tricks.callbacks import EMA, SWA, PreciseBN, WarmupCosine
 from lit_tricks.callbacks.swa import ends_cycle, glide
 from lit_tricks.callbacks.warmup_cosine import warmup_cosine
 from lit_tricks.models import resnet
@@ -731,6 +731,17 @@ def test_warns_of_batch_norm_once_and_names_the_remedy():
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "SWA averages the statistics")
             run(*callbacks, max_epochs=1)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_precise_bn_re_estimates_the_statistics_of_the_average(place):
+    history = History()
+    weights = run(*[SWA(0.2, start=0.25), PreciseBN()][:: 1 - 2 * place], history).weights
+    mean = mean_of(history.weights, [4, 8, 12])
+    params = [name for name, _ in module_class("lightning")().named_parameters()]
+    assert_close({name: weights[name] for name in params}, mean)
+    for name in ("net.0.1.running_mean", "net.0.1.running_var"):
+        assert not torch.allclose(weights[name].double(), mean[name])
 
 
 @pytest.mark.parametrize("place", [0, 1])
