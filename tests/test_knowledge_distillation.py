@@ -25,7 +25,8 @@ from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
 from lit_tricks.callbacks._recipe import Recipe
 from lit_tricks.callbacks._target import Target, carrying
-from lit_tricks.callbacks.knowledge_distillation import divergence, renormalized
+from lit_tricks.callbacks._teacher import Renormalized
+from lit_tricks.callbacks.knowledge_distillation import divergence
 
 N, K, T = 6, 4, 3.0
 GENERATOR = torch.Generator().manual_seed(0)
@@ -212,18 +213,33 @@ def test_images_are_normalised_for_the_teacher():
     was = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     expected = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
     given = torch.stack([(images[:, c] - was[0][c]) / was[1][c] for c in range(3)], 1)
-    for found in (renormalized(images, (mean, std), ()), renormalized(given, (mean, std), was)):
+    plain, other = Renormalized(nn.Identity(), mean, std), Renormalized(nn.Identity(), mean, std, *was)
+    for found in (plain.double()(images), other.double()(given)):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     bytes_ = (images * 255).round().to(torch.uint8)
-    torch.testing.assert_close(renormalized(bytes_, (mean, std), ()).double(), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(plain(bytes_), expected, rtol=0, atol=0.02)
 
 
-def test_teacher_sees_them(monkeypatch):
+def test_teacher_sees_them_so():
     seen = []
-    monkeypatch.setattr(Says, "forward", lambda self, images: seen.append(images) or self.logits)
-    trick = kd(mean=[0.5], std=[0.25], input_mean=[0.1], input_std=[2.0])
-    taught(trick)
-    torch.testing.assert_close(seen[0], torch.full((N, 1, 8, 8), (0.1 - 0.5) / 0.25))
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_teacher()
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return self.net(images)
+
+    how = {"mean": [0.5], "std": [0.25], "input_mean": [0.1], "input_std": [2.0]}
+    image, label = torch.full((4, 1, 8, 8), 0.3), torch.zeros(4, dtype=torch.long)
+    fit_with(CE, KnowledgeDistillation(Watching(), **how), loader=loader_of([image, label]))
+    torch.testing.assert_close(seen[0], torch.full((4, 1, 8, 8), (0.3 * 2 + 0.1 - 0.5) / 0.25))
+    with pytest.raises(
+        RuntimeError, match=r"Watching, fails on the images .*: mean has 3 numbers, one for each channel"
+    ):
+        fit_with(CE, KnowledgeDistillation(Watching(), mean=[0.5] * 3, std=[0.5] * 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks._batch import describe
 
-__all__ = ["load_teacher", "logits_of", "require_apart"]
+__all__ = ["Renormalized", "load_teacher", "logits_of", "require_apart"]
 
 _FILE_ENDINGS = (".ckpt", ".pth", ".pt", ".safetensors", ".bin")
 
@@ -58,13 +59,65 @@ def require_apart(teacher: nn.Module, student: nn.Module) -> None:
         )
 
 
-def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+class Renormalized(nn.Module):
+    """A teacher that sees images normalised its own way, and not the way of the batch.
+
+    Args:
+        teacher: it.
+        mean: of each channel, that it wants subtracted.
+        std: that it wants the channels divided by.
+        input_mean: what has been subtracted from the images in the batch.
+        input_std: what they have been divided by.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        to, by, was, was_by = (
+            torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
+            for values in (mean, std, input_mean or [0.0] * len(mean), input_std or [1.0] * len(mean))
+        )
+        self.teacher = teacher
+        self.register_buffer("scale", (was_by / by).float())
+        self.register_buffer("shift", ((was - to) / by).float())
+
+    def forward(self, images: Tensor) -> Any:
+        """The teacher's output.
+
+        Args:
+            images: (N, C, H, W), floats, or uint8, which are divided by 255 first.
+
+        Raises:
+            ValueError: for other channels than there are means.
+        """
+        if images.dim() != 4 or images.size(1) != len(self.scale):
+            raise ValueError(f"mean has {len(self.scale)} numbers, one for each channel of (N, C, H, W)")
+        images = images if images.is_floating_point() else images / 255
+        return self.teacher(images.to(self.scale) * self.scale + self.shift)
+
+
+def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor, name: str) -> Tensor:
     """The teacher's logits for a batch, (rows, K): one row for each label, in their order.
+
+    Args:
+        teacher: it.
+        images: of the batch.
+        labels: of the batch.
+        name: of the teacher, for messages.
 
     Raises:
         RuntimeError: if the teacher fails on the images, or does not tell classes apart for each label.
     """
-    who = f"KnowledgeDistillation: the teacher, {type(getattr(teacher, '_orig_mod', teacher)).__name__},"
+    who = f"KnowledgeDistillation: the teacher, {name},"
     try:
         output: Any = teacher(images)
     except torch.OutOfMemoryError:

@@ -30,8 +30,8 @@ class Compile(Trick):
     Unlike a module that is wrapped, it keeps the names of its weights, so that checkpoints load anywhere. Afterwards it
     runs as before. Losses, metrics and the steps of the module itself are not compiled.
 
-    Cost: minutes at the start; it saves a tenth to a third of a step, mostly with mixed precision on new GPUs. Use it
-    for long runs with batches of one shape. Leave it out while you debug, and where compiling fails.
+    Cost: minutes at the start. It saves trips to memory between small operations; how much of a step that is depends on
+    network and device, so measure it. Use it for long runs with batches of one shape. Leave it out while you debug.
 
     Args:
         mode: "default"; "reduce-overhead" for small batches (CUDA graphs); "max-autotune" tries kernels for longer, and

@@ -17,12 +17,12 @@ from lit_tricks.callbacks._batch import Path
 from lit_tricks.callbacks._loss_trick import LossTrick
 from lit_tricks.callbacks._recipe import Recipe
 from lit_tricks.callbacks._target import Target
-from lit_tricks.callbacks._teacher import load_teacher, logits_of, require_apart
+from lit_tricks.callbacks._teacher import Renormalized, load_teacher, logits_of, require_apart
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["KnowledgeDistillation", "divergence", "renormalized"]
+__all__ = ["KnowledgeDistillation", "divergence"]
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float, loss: Literal["kl", "ce"] = "kl") -> Tensor:
@@ -39,22 +39,6 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float, loss: Litera
     log_q = (logits.to(dtype) / temperature).log_softmax(-1)
     terms = torch.xlogy(p, p) - p * log_q if loss == "kl" else -p * log_q
     return temperature**2 * terms.sum(-1)
-
-
-def renormalized(images: Tensor, to: tuple[Sequence[float], ...], was: tuple[Sequence[float], ...]) -> Tensor:
-    """Images (N, C, H, W) normalised by one mean and standard deviation of their channels in the place of another.
-
-    Args:
-        images: floats, or uint8, which are divided by 255 first.
-        to: mean and standard deviation to normalise by.
-        was: those that they are normalised by; empty if by none.
-    """
-    images = images if images.is_floating_point() else images / 255
-    mean, std = (torch.tensor(values).to(images).view(-1, 1, 1) for values in to)
-    if was:
-        old_mean, old_std = (torch.tensor(values).to(images).view(-1, 1, 1) for values in was)
-        images = images * old_std + old_mean
-    return (images - mean) / std
 
 
 class KnowledgeDistillation(LossTrick):
@@ -87,6 +71,7 @@ class KnowledgeDistillation(LossTrick):
     Raises:
         ValueError: for an argument out of its range, or a teacher's name that timm does not know.
         FileNotFoundError: when the fit starts, if the checkpoint is not there.
+        ConnectionError: when the fit starts, if the download fails.
         RuntimeError: when the fit starts, if the checkpoint holds no Classifier, or teacher and student share weights;
             in the first training step, if they do not fit each other, or no loss saw the target.
 
@@ -97,6 +82,7 @@ class KnowledgeDistillation(LossTrick):
     stage = 2
 
     _teacher: nn.Module | None = None  # at work in a fit
+    _name = ""
 
     def __init__(
         self,
@@ -136,6 +122,9 @@ class KnowledgeDistillation(LossTrick):
             if isinstance(self.teacher, nn.Module):
                 require_apart(self.teacher, pl_module)
             self._teacher = load_teacher(self.teacher)
+            self._name = type(self._teacher).__name__
+            if self._to:
+                self._teacher = Renormalized(self._teacher, *self._to, *self._was)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it to work beside the student, and say so."""
@@ -149,7 +138,7 @@ class KnowledgeDistillation(LossTrick):
         labels, factor = self._weights()
         self._say(
             f"{labels:g} x loss + {factor * self.temperature**2:g} x {self.loss.upper()} from "
-            f"{type(teacher).__name__}, {size:,} parameters, at temperature {self.temperature:g}"
+            f"{self._name}, {size:,} parameters, at temperature {self.temperature:g}"
         )
         self._teacher = torch.compile(teacher) if self.compiled else teacher  # type: ignore[assignment]
 
@@ -166,9 +155,7 @@ class KnowledgeDistillation(LossTrick):
         [images] = inputs.values()
         labels, recipe = target.parts["value"], target.recipe
         with torch.no_grad(), self._trainer.precision_plugin.forward_context():
-            if self._to:
-                images = renormalized(images, self._to, self._was)
-            recipe.teacher = logits_of(self._teacher, images, labels)
+            recipe.teacher = logits_of(self._teacher, images, labels, self._name)
         recipe.divergence = partial(divergence, temperature=self.temperature, loss=self.loss)
         recipe.weights = self._weights()
         target.parts["row"] = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
