@@ -91,7 +91,7 @@ class Compile(Trick):
             raise RuntimeError(f"Compile: {who}, or a part of it, is compiled already. Remove one of the two.")
         for layer in found.values():
             compiled = torch.compile(
-                layer._call_impl, mode=self.mode, backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph
+                _call_of(layer), mode=self.mode, backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph
             )
             self._wrap(layer, "_compiled_call_impl", partial(self._run, compiled))  # as nn.Module.compile does
         self._count, self._ran = len(found), False
@@ -116,6 +116,16 @@ class Compile(Trick):
     def _run(self, compiled: Callable[..., Any], _: None, *args: Any, **kwargs: Any) -> Any:
         self._ran = True
         return compiled(*args, **kwargs)
+
+
+def _call_of(layer: nn.Module) -> Callable[..., Any]:
+    """What calling it does. A function of ours: torch 2.7 does not compile a call that stays within torch.nn."""
+    call_impl: Callable[..., Any] = layer._call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return call_impl(*args, **kwargs)
+
+    return call
 
 
 def _networks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
