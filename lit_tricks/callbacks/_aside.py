@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lit_tricks.callbacks._fresh import isolated_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -95,22 +96,15 @@ def _fill(value: Any, items: list[Callable[[], Any]]) -> Any:
 
 @contextlib.contextmanager
 def _random_states(trainer: Trainer) -> Iterator[None]:
-    """Put the random states back afterwards: Python's, NumPy's, torch's, and those of the validation loaders."""
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    loaders = trainer.val_dataloaders
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    parts = [*loaders, *(getattr(x, name, None) for x in loaders for name in ("sampler", "batch_sampler", "dataset"))]
+    """Put the random states back afterwards, those of the validation loaders and their samplers too."""
+    loaders = tree_leaves(trainer.val_dataloaders)
+    parts = [*loaders, *(getattr(x, name, None) for x in loaders for name in ("sampler", "batch_sampler"))]
     attributes = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
     states = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
-    device = trainer.strategy.root_device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with isolated_random_state(trainer.strategy.root_device, loaders):
             yield
     finally:
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
         for generator, state in states:
             generator.set_state(state)
 
