@@ -586,21 +586,27 @@ def test_several_loaders():
     assert_precise(of(weights), first_layer(weights, images(16).tensors[0] + 5))
 
 
-def test_channels_last_as_the_model_has_it():
+@pytest.mark.parametrize("last", [True, False])
+def test_channels_last_as_the_model_has_it(last):
     seen = set()
 
     class Module(module_class("lightning")):
         def __init__(self) -> None:
             super().__init__()
-            self.extra = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+            self.extra = nn.Conv2d(2, 2, 3)
+            self.example_input_array = None
+            if last:
+                self.extra.to(memory_format=torch.channels_last)
 
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled() and self.trainer.training:
                 seen.add(image.is_contiguous(memory_format=torch.channels_last))
-            return super().forward(image)
+            return super().forward(image[:, :1])
 
-    make_trainer(PreciseBN(ALL), max_epochs=1).fit(Module(), train_loader(), eval_loader())
-    assert seen == {True}
+    image, label = images(16).tensors
+    loader = DataLoader(TensorDataset(image.expand(-1, 2, -1, -1).contiguous(), label), 4)
+    make_trainer(PreciseBN(ALL), max_epochs=1).fit(Module(), loader, eval_loader())
+    assert seen == {last}
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
