@@ -1,0 +1,183 @@
+"""What each trick does in a training step of a ResNet-50, in CPU time, as a share of that step.
+
+    OMP_NUM_THREADS=1 python benchmarks/tricks.py --out benchmarks/results/tricks.md
+
+Whole steps with and without a trick can not be compared to 2 % on a machine that does other work: two runs without a
+trick differ by 7 %. So the work of a trick is timed where it is done: in its hooks; in its part of the loss, forward
+and backward, against the same loss of plain labels; and in the branches that DropPath drops, twice, for their backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_tricks import callbacks
+from lit_tricks.callbacks import drop_path
+from lit_tricks.callbacks._target import Target
+
+MAKE: dict[str, Callable[[], Callback]] = {
+    "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(timm.create_model("resnet50")),
+    "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=256),
+    "SWA": lambda: callbacks.SWA(lr=0.01, start=0.0),
+    "WarmupCosine": lambda: callbacks.WarmupCosine(warmup_epochs=1),
+    "WarmupExponential": lambda: callbacks.WarmupExponential(gamma=0.94, every_n_epochs=1, warmup_epochs=1),
+    "WarmupStep": lambda: callbacks.WarmupStep(milestones=[2], warmup_epochs=1),
+}
+ASIDE = {"ChannelsLast", "Compile", "KnowledgeDistillation"}  # they trade time; their cost is not overhead
+PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
+EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
+    "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
+    "CutMix": 0.2, "MixUp": 0.2, "FocalLoss": 0.2, "LabelSmoothing": 0.1, "the paper's seven, and EMA": 1.6,
+    "all that go together": 6,
+}  # fmt: skip
+UNMEASURED = {"Compile", "PreciseBN"}  # minutes at the start, in no step; and between epochs, see precise_bn.py
+RIVALS = {"WarmupExponential", "WarmupStep", "SWA"}  # of WarmupCosine, and of EMA
+
+
+def make(name: str) -> Callback:
+    return MAKE.get(name, getattr(callbacks, name))()
+
+
+def candidates() -> dict[str, list[str]]:
+    """The tricks of each run, by what the run is called."""
+    rows = {name: [name] for name in callbacks.__all__ if name not in UNMEASURED}
+    rows["the paper's seven, and EMA"] = [*PAPER, "EMA"]
+    rows["all that go together"] = [name for name in callbacks.__all__ if name not in ASIDE | RIVALS | UNMEASURED]
+    return rows
+
+
+class Classifier(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = timm.create_model("resnet50", zero_init_last=False)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+class Clock(Callback):
+    """Times steps, and what tricks do in them. To be the last callback."""
+
+    def __init__(self, tricks: list[Callback]) -> None:
+        self.depth, self.inside, self.start = 0, 0.0, 0.0
+        self.steps: list[float] = []
+        self.shares: list[float] = []  # seconds of the tricks in each step
+        for trick in tricks:
+            for name in dir(type(trick)):
+                method = getattr(type(trick), name)
+                if (name.startswith("on_") or name == "_transferred") and method.__module__.startswith("lit_tricks"):
+                    setattr(trick, name, self.timed(getattr(trick, name)))
+
+    def timed(self, function: Callable[..., Any], times: int = 1) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.depth += 1
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                self.inside += times * (time.process_time() - start) if not self.depth else 0
+
+        return call
+
+    def loss(self, target: torch.Tensor) -> float:
+        """Seconds that the loss of a target takes more than that of its labels, with the gradient."""
+        took = []
+        for labels in (target, target.parts["value"]) if isinstance(target, Target) else ():
+            logits = torch.randn(len(labels), 1000, requires_grad=True)
+            start = time.process_time()
+            F.cross_entropy(logits, labels).backward()
+            took.append(time.process_time() - start)
+        return took[0] - took[1] if took else 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.start:
+            self.steps.append(time.process_time() - self.start)
+            self.shares.append(self.inside + self.loss(batch[1]))
+        self.inside, self.start = 0.0, time.process_time()
+
+
+def measure(names: list[str], image_size: int, batch_size: int, steps: int, module: Classifier) -> tuple[float, float]:
+    """Median seconds of a step, and of what the tricks do in it."""
+    tricks, size = list(map(make, names)), batch_size * (steps + 1)
+    clock, drop = Clock(tricks), drop_path.drop
+    data = torch.utils.data.TensorDataset(torch.randn(size, 3, image_size, image_size), torch.arange(size) % 1000)
+    trainer = Trainer(
+        max_epochs=3, max_steps=steps + 1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*tricks, clock],
+    )  # fmt: skip
+    drop_path.drop = clock.timed(drop, times=2)
+    try:
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=batch_size))
+    finally:
+        drop_path.drop = drop
+    return statistics.median(clock.steps), statistics.median(clock.shares)
+
+
+def report(image_size: int, batch_size: int, steps: int) -> str:
+    before = os.getloadavg()[0]
+    module = Classifier()
+    start = copy.deepcopy(module.state_dict())
+    lines, plain = ["| | ms | % of a step | expected |", "|---|---|---|---|"], []
+    for name, names in candidates().items():
+        module.load_state_dict(start)
+        step, inside = measure(names, image_size, batch_size, steps, module)
+        step -= inside
+        plain.append(step)
+        lines.append(f"| {name} | {1000 * inside:.1f} | {100 * inside / step:.2f} | {EXPECTED.get(name, 0)} |")
+    model = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
+    return "\n".join(
+        [
+            "# What the tricks do in a training step of a ResNet-50 on the CPU",
+            "",
+            *lines,
+            "",
+            f"A step besides (batch of {batch_size} at {image_size} x {image_size}, SGD): "
+            f"{statistics.median(plain):.2f} s of CPU time. Medians of {steps} steps, "
+            f"{torch.get_num_threads()} thread(s). {model or platform.processor()}, {os.cpu_count()} cores shared with "
+            f"other work, load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; Python "
+            f"{platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, timm "
+            f"{timm.__version__}; {datetime.date.today()}. `OMP_NUM_THREADS={torch.get_num_threads()} python "
+            f"benchmarks/tricks.py --image-size {image_size} --batch-size {batch_size} --steps {steps}`.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    text = report(arguments.image_size, arguments.batch_size, arguments.steps)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
