@@ -65,6 +65,8 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
     while error.__cause__ and "Does not validate against any of the Union subtypes" in str(error):
         error = error.__cause__  # type: ignore[assignment]  # what a class said of its arguments
     text = str(error).strip() or type(error).__name__
+    if match := re.match(r"Found more than one stateful callback of type `(\w+)`", text):
+        text = f"{match[1]} is in the list of callbacks twice; --print_config shows where: leave one out."
     if "Original Traceback" in text:  # a loader's worker wraps its error in the text of the traceback
         text = re.split(r"\n\w+(?:\.\w+)*: ", text)[-1].strip()
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | NameError):

@@ -55,6 +55,10 @@ FLAGS = {
         (*FIT, "--config=tricks/warmup_cosin"),
         "--config tricks/warmup_cosin: there is no such file; did you mean 'tricks/warmup_cosine'?",
     ),
+    "trick of the quickstart": (
+        ("fit", "--config=quickstart", "--config=tricks/ema"),
+        r"EMA is in the list of callbacks twice; --print_config shows where: leave one out\.",
+    ),
     "command": (("fitt",), "there is no command 'fitt'; did you mean 'fit'?"),
     "strange command": (
         ("bake",),
