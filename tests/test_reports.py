@@ -146,6 +146,7 @@ def test_curves(run: Path, figures: list[Figure]) -> None:
     ("columns", "titles"),
     [
         (("val/loss",), ["loss"]),
+        (("raw/val/loss",), ["loss"]),
         (("train/top1", "lr-SGD/pg1", "lr-SGD/pg2"), ["top-1 accuracy", "learning rate"]),
         (("val/f1",), None),
         ((), None),

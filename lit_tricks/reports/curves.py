@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 __all__ = ["draw_curves"]
 
-COLORS = {"train": "tab:blue", "val": "tab:orange"}
+TRAINED = "val, trained weights"  # where an average is validated beside them
+COLORS = {"train": "tab:blue", "val": "tab:orange", TRAINED: "tab:gray"}
 
 
 def draw_curves(rows: list[dict[str, float]], path: Path) -> Path | None:
@@ -24,8 +25,8 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> Path | None:
     """
     rates = sorted({key for row in rows for key in row if key.startswith("lr-")})
     panels = {
-        "loss": {"train": "train/loss_epoch", "val": "val/loss"},
-        "top-1 accuracy": {"train": "train/top1", "val": "val/top1"},
+        "loss": {"train": "train/loss_epoch", TRAINED: "raw/val/loss", "val": "val/loss"},
+        "top-1 accuracy": {"train": "train/top1", TRAINED: "raw/val/top1", "val": "val/top1"},
         "learning rate": {rate.removeprefix("lr-"): rate for rate in rates},
     }
     drawn = {
