@@ -120,7 +120,7 @@ def check(
     layout: str = "",
     refused: dict[str, str] | None = None,
     idle: dict[str, str] | None = None,
-    classes: int = 0,
+    teacher: Callable[[], nn.Module] | None = None,
 ) -> None:
     """See that the trick works in the client, or raises the error that is declared.
 
@@ -130,11 +130,11 @@ def check(
         layout: that of the client's batches, which the trick's row may refuse.
         refused: tricks that can not work in this client, each with a regex of the RuntimeError's message.
         idle: tricks that have nothing to do in it, each with a regex of the warning that says so.
-        classes: those of colour images, if there are any, for a teacher.
+        teacher: makes one for the client, if its images are not those of the contract.
     """
     plain, trick = without_trick(fit), MAKE.get(name, TRICKS[name].make)()
-    if classes and isinstance(trick, callbacks.KnowledgeDistillation):
-        trick.teacher = network(classes)
+    if teacher and isinstance(trick, callbacks.KnowledgeDistillation):
+        trick.teacher = teacher()
     assert len(plain.losses) == 12 * plain.fits
     message = (refused or {}).get(name) or TRICKS[name].refused.get(layout)
     if message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_linear_classifier(name):
     only_the_head_is_trained |= {"DropPath": "^DropPath has no effect: .+ none of its layers ran in training mode"}
     own = own_schedule("CosineWarmupScheduler", "LinearClassifier")
     frozen = {"PreciseBN": "^UserWarning: PreciseBN has no effect: all BatchNorm layers of .+ are frozen"}
-    check(name, fit, layout="list", refused=own | only_the_head_is_trained, idle=frozen, classes=3)
+    check(name, fit, layout="list", refused=own | only_the_head_is_trained, idle=frozen, teacher=partial(network, 3))
 
 
 @each_schedule

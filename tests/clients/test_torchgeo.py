@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from _fits import make_trainer
 pytest.importorskip("torchgeo")
 if importlib.util.find_spec("torchgeo.tasks"):
     Classification = pytest.importorskip("torchgeo.tasks").Classification
+    Segmentation = pytest.importorskip("torchgeo.tasks").SemanticSegmentation
 else:  # its older name, in the last torchgeo for Python 3.11
     Classification = pytest.importorskip("torchgeo.trainers").ClassificationTask
+    Segmentation = pytest.importorskip("torchgeo.trainers").SemanticSegmentationTask
 datasets = pytest.importorskip("torchgeo.datasets")
 datamodules = pytest.importorskip("torchgeo.datamodules")
 
@@ -31,6 +34,11 @@ class Noise(datasets.NonGeoDataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"image": self.images[index], "label": torch.tensor(index % 3)}
+
+
+class Masks(Noise):
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"image": self.images[index], "mask": (self.images[index, 0] // 64).long()}
 
 
 class WithoutScheduler(Classification):
@@ -51,7 +59,34 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 @each_trick
 def test_classification(name):
-    check(name, fit, layout="dict", classes=3, refused=own_schedule("ReduceLROnPlateau", Classification.__name__))
+    check(
+        name,
+        fit,
+        layout="dict",
+        teacher=partial(network, 3),
+        refused=own_schedule("ReduceLROnPlateau", Classification.__name__),
+    )
+
+
+def fit_masks(*callbacks: Any) -> None:
+    task = Segmentation(model="unet", backbone="resnet18", weights=None, num_classes=4, ignore_index=0)
+    datamodule = datamodules.NonGeoDataModule(Masks, batch_size=4)
+    make_trainer(*callbacks, limit_val_batches=1).fit(task, datamodule=datamodule)
+
+
+def segmenter() -> torch.nn.Module:
+    return Segmentation(model="unet", backbone="resnet18", weights=None, num_classes=4)
+
+
+@each_trick
+def test_segmentation(name):
+    check(
+        name,
+        fit_masks,
+        layout="dict",
+        teacher=segmenter,
+        refused=own_schedule("ReduceLROnPlateau", Segmentation.__name__),
+    )
 
 
 @each_schedule

@@ -33,7 +33,7 @@ def fit_with_scheduler(*callbacks: Any) -> None:
 
 @each_trick
 def test_deterministic_classification(name):
-    check(name, fit, layout="dict", classes=4)
+    check(name, fit, layout="dict", teacher=partial(network, 4))
 
 
 @each_schedule
