@@ -105,7 +105,7 @@ def test_the_table(folder: Path, relative_to: Any, change: str) -> None:
         (("--seeds", "1", "1"), "seeds has 1 twice: give each once."),
         (("--seeds", "one"), "--seeds: "),
         (("--jobs", "0"), "jobs=0 is below 1"),
-        (("--mode", "stacked"), "--mode: "),
+        (("--mode", "stacked"), "mode"),
         (
             ("--out", "taken"),
             "taken holds another ablation, as taken/plan.json says: choose another folder with --out.",
@@ -147,10 +147,8 @@ def test_a_real_one_is_stopped_and_goes_on(folder: Path) -> None:
     words += ("--seeds", "5", "--jobs", "2")
     outcome = cli(*words)
     assert outcome.code == 1
-    assert (
-        "1 of 3 runs failed, the table has the others. '+ broken' with seed 5: lit-tricks: error: min_lr=-1"
-        in outcome.err
-    )
+    assert "1 of 3 runs failed, the table has the others. '+ broken' with seed 5: lit-tricks: error: " in outcome.err
+    assert "min_lr=-1" in outcome.err
     assert [line.split("|")[1].strip() for line in (folder / "ablation/ablation.md").read_text().splitlines()[2:5]] == [
         "baseline",
         "+ ema",

@@ -99,7 +99,7 @@ def _parser(function: Callable[..., Any]) -> ArgumentParser:
         kind |= {"nargs": "+"} if item else {}
         flag = not required or parameter.kind is parameter.KEYWORD_ONLY
         if argument == "config":
-            parser.add_argument("-c", "--config", action="append", required=required, type=str, help=helps[argument])
+            parser.add_argument("-c", "--config", action="append", required=required, help=helps[argument])
         elif argument == "output":
             parser.add_argument("-o", "--output", required=True, **kind)
         elif required and not flag:
