@@ -1,14 +1,9 @@
-"""Set-up of all tests, and the launch that the distributed tests share."""
+"""Set-up of all tests."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _launch import two_processes
 
 torch.set_num_threads(1)  # sums in one order, for comparisons bit by bit; and the tests share the cores of the machine
-
-SCRIPT = Path(__file__).parent / "_distributed.py"
-TIMEOUT = 300  # seconds
 
 
 @pytest.fixture
@@ -59,32 +52,4 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes ended with: ``ranks[rank][strategy][trick]``. One launch for all tests."""
-    folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            command = [sys.executable, str(SCRIPT), str(folder)]
-            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        # a rank that fails leaves the other one waiting for it
-        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if codes != [0, 0]:
-        output = "\n".join(f"--- rank {rank}\n{log.read_text()[-5000:]}" for rank, log in enumerate(logs))
-        pytest.fail(f"exit codes {codes} (None: still running after {TIMEOUT} s)\n{output}", pytrace=False)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return two_processes(Path(__file__).parent / "_distributed.py", tmp_path_factory.mktemp("distributed"))

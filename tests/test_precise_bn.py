@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +14,7 @@ import pytest
 import timm
 import torch
 from _fits import Saver, differences, make_trainer, run, said, weights_of
+from _launch import two_processes
 from modules import BATCHES, eval_loader, image_and_label, images, lightning, module_class, train_loader
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -1052,26 +1049,7 @@ PLANS = ["DDP", "DDP, unequal", "FSDP2, whole", "FSDP2, in shards"]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes ended with."""
-    folder = tmp_path_factory.mktemp("precise_bn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = []
-    for rank in range(2):
-        with (folder / f"{rank}.log").open("w") as output:
-            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(SCRIPT), str(folder)]
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(2))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_processes(SCRIPT, tmp_path_factory.mktemp("precise_bn"))
 
 
 @pytest.mark.slow

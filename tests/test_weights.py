@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _fits import differences
+from _launch import two_processes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -184,26 +181,7 @@ def test_state_and_restore_are_inverse():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes ended with."""
-    folder = tmp_path_factory.mktemp("weights")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    processes = []
-    for rank in range(2):
-        with (folder / f"{rank}.log").open("w") as output:
-            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(SCRIPT), str(folder)]
-            processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(2))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return two_processes(SCRIPT, tmp_path_factory.mktemp("weights"))
 
 
 def is_trained(name: str) -> bool:
