@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from _averages import Interrupt
 from _fits import Saver, differences, make_trainer, run, said, weights_of
 from _launch import two_processes
 from modules import BATCHES, eval_loader, image_and_label, images, lightning, module_class, train_loader
@@ -834,19 +835,6 @@ def test_what_a_validation_does_to_the_statistics_is_undone():
     [*_, last] = fit(PreciseBN(ALL))
     plain = weights_of(run(max_epochs=2).module)
     assert {path.split(":")[0] for path in differences(last, plain)} == {"/net.0.1.num_batches_tracked"}
-
-
-class Interrupt(pl.Callback):
-    """Raises in the second epoch, in a hook."""
-
-    def __init__(self, hook: str, error: BaseException) -> None:
-        self.error: BaseException | None = error
-        setattr(self, hook, self.stop)
-
-    def stop(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step >= BATCHES + 2 and self.error is not None:
-            error, self.error = self.error, None
-            raise error
 
 
 STOPS = ("on_train_batch_start", "on_validation_batch_end", "on_validation_end", "on_train_end")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._base import Trick, callbacks_of
 from lit_tricks.callbacks._batch import Path, find, replace
 from lit_tricks.callbacks._recipe import Recipe
 from lit_tricks.callbacks._target import Target, carrying
@@ -122,8 +122,7 @@ class LossTrick(Trick):
 
 
 def _team(trainer: Trainer) -> list[LossTrick]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
-    return [callback for callback in callbacks if isinstance(callback, LossTrick)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, LossTrick)]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
+from lit_tricks.callbacks._base import callbacks_of
 from lit_tricks.callbacks._batch import Path, describe
 from lit_tricks.callbacks._loss_trick import LossTrick
 from lit_tricks.callbacks._recipe import Recipe
@@ -132,5 +133,4 @@ class Mixing(LossTrick):
 
 
 def _mixers(trainer: Trainer) -> list[Mixing]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return sorted((c for c in callbacks if isinstance(c, Mixing)), key=lambda trick: type(trick).__name__)
+    return sorted((c for c in callbacks_of(trainer) if isinstance(c, Mixing)), key=lambda trick: type(trick).__name__)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_tricks.callbacks._base import callbacks_of
 from lit_tricks.callbacks._batch import inputs_of
 from lit_tricks.callbacks._batch_norm import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
@@ -71,8 +72,7 @@ def check(trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
     Raises:
         RuntimeError: if not.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of the Trainer sets it
-    names = [cls.__name__ for callback in callbacks for cls in type(callback).__mro__]
+    names = [cls.__name__ for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
     if names.count("PreciseBN") > 1:
         raise RuntimeError("PreciseBN is there twice: leave one of them in the list of callbacks.")
     for other in {"WeightAveraging", "StochasticWeightAveraging"}.intersection(names):
