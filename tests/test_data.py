@@ -606,3 +606,20 @@ def test_folders_to_predict(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no image")
     with pytest.raises(FileNotFoundError, match=r"no image below predict_dir=.*files must end in \.jpg"):
         Digits(predict_dir=str(tmp_path)).setup("predict")
+
+
+@pytest.mark.parametrize(("size", "ratio", "resize"), [(12, None, 13.7), (20, 0.5, 40), (16, 1.0, 16)])
+def test_evaluation_at_another_size(folder: Path, size: int, ratio: float | None, resize: float) -> None:
+    image = read_image(str(folder / "val" / "ant" / "0.jpg"))
+    found = ImageFolder(str(folder), image_size=14, resize_size=16).eval_transform_at(size, ratio)(image)
+    expected = ImageFolder(str(folder), image_size=size, resize_size=round(resize)).eval_transform(image)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("data", [Digits(), CIFAR10()])
+def test_evaluation_at_other_sizes_of_small_images(data: ImageDataModule) -> None:
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*data.input_size[1:], 3), dtype=np.uint8))
+    for size in (6, 40):
+        assert data.eval_transform_at(size)(image).shape == (data.input_size[0], size, size)
+    with pytest.raises(ValueError, match="crop_ratio must be above 0 and at most 1, got 0"):
+        data.eval_transform_at(8, 0)

@@ -16,7 +16,7 @@ from lit_tricks.data._loader import ShuffleSampler, TrainLoader
 from lit_tricks.data._samples import Files, Samples, Source, find_images
 from lit_tricks.data.transforms import Transform
 
-__all__ = ["ImageDataModule", "Split", "check_at_least_one", "stratified_split"]
+__all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]
 
 Split = Literal["train", "val", "test"]
 
@@ -131,6 +131,16 @@ class ImageDataModule(LightningDataModule, ABC):
             rank_zero_info(f"the data goes on with the seed of the resumed run, {self._seed}")
 
     @abstractmethod
+    def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
+        """Make the transform of evaluation for another size, for ``dataset.transform`` of a loader.
+
+        Args:
+            image_size: side of the image as the model sees it in pixels, at least 1.
+            crop_ratio: ``image_size`` over the short side before the centre crop, above 0 and at most 1; None keeps
+                that of ``eval_transform``.
+        """
+
+    @abstractmethod
     def _load(self, split: Split) -> dict[Split, Source]:
         """Give the samples of a split, and of others that come with them at no cost."""
 
@@ -187,6 +197,19 @@ class ImageDataModule(LightningDataModule, ABC):
             endings = " ".join(IMG_EXTENSIONS)
             raise FileNotFoundError(f"no image below predict_dir={self.predict_dir!r}: files must end in {endings}")
         return paths
+
+
+def resize_size_for(image_size: int, crop_ratio: float | None, default: float = 1.0) -> int:
+    """Length of the short side before the centre crop in pixels; ``default`` is the ratio in the place of None.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+    check_at_least_one("image_size", image_size)
+    crop_ratio = default if crop_ratio is None else crop_ratio
+    if not 0 < crop_ratio <= 1:
+        raise ValueError(f"crop_ratio must be above 0 and at most 1, got {crop_ratio!r}: 0.875 is 224 of 256 pixels")
+    return round(image_size / crop_ratio)
 
 
 def check_at_least_one(name: str, value: int) -> None:

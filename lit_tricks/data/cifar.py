@@ -9,13 +9,14 @@ from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lit_tricks.data._base import ImageDataModule, Split, stratified_split
+from lit_tricks.data._base import ImageDataModule, Split, resize_size_for, stratified_split
 from lit_tricks.data._samples import Source
-from lit_tricks.data.transforms import to_pixels, to_rgb
+from lit_tricks.data.transforms import Transform, eval_transform, to_pixels, to_rgb
 
 __all__ = ["CIFAR10", "CIFAR100"]
 
 SIZE = 32
+Statistics = tuple[float, float, float]  # of the channels R, G, B
 
 
 class CIFAR10(ImageDataModule):
@@ -73,15 +74,17 @@ class CIFAR10(ImageDataModule):
         self.split_seed = split_seed
         self.classes = self._class_names.split()
         self.input_size = (3, SIZE, SIZE)
-        normalize = v2.Normalize([255 * value for value in self._mean], [255 * value for value in self._std])
         augment = [v2.RandomCrop(SIZE, padding=4), v2.RandomHorizontalFlip()]
-        fit = [v2.Resize(SIZE, antialias=True), v2.CenterCrop(SIZE)]  # leaves an image of 32 x 32 as it is
-        self.train_transform = v2.Compose([to_rgb, *augment, to_pixels, normalize])
-        self.eval_transform = v2.Compose([to_rgb, *fit, to_pixels, normalize])
+        self.train_transform = v2.Compose([to_rgb, *augment, to_pixels, v2.Normalize(*self._pixel_statistics())])
+        self.eval_transform = self.eval_transform_at(SIZE)  # leaves an image of 32 x 32 as it is
 
     def prepare_data(self) -> None:
         """Download the files, or complain, if they are not there."""
         self._read(train=False, download=self.download)
+
+    def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
+        """Make the transform of evaluation for another size (see the base class)."""
+        return eval_transform(image_size, resize_size_for(image_size, crop_ratio), *self._pixel_statistics())
 
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test":
@@ -97,6 +100,11 @@ class CIFAR10(ImageDataModule):
             )
         train, val = stratified_split(images.targets, self.val_size, self.split_seed)
         return {"train": Subset(images, train), "val": Subset(images, val)}
+
+    def _pixel_statistics(self) -> tuple[Statistics, Statistics]:
+        """Mean and standard deviation on the 0-255 scale."""
+        mean, std = ((255 * r, 255 * g, 255 * b) for r, g, b in (self._mean, self._std))
+        return mean, std
 
     def _read(self, train: bool, download: bool = False) -> Any:
         name, folder = type(self).__name__, os.path.join(self.root, self._reader.base_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -10,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_tricks.data._base import ImageDataModule, Split, stratified_split
+from lit_tricks.data._base import ImageDataModule, Split, resize_size_for, stratified_split
 from lit_tricks.data._samples import Source
-from lit_tricks.data.transforms import to_rgb
+from lit_tricks.data.transforms import Transform, to_rgb
 
 __all__ = ["Digits"]
 
@@ -60,7 +61,12 @@ class Digits(ImageDataModule):
         normalize = v2.Normalize([MEAN], [STD])
         # Padded with 0, which is the ground the digits are written on: hence before the normalisation.
         self.train_transform = v2.Compose([to_ink, v2.RandomCrop(SIZE, padding=1), normalize])
-        self.eval_transform = v2.Compose([to_ink, normalize])
+        self.eval_transform = self.eval_transform_at(SIZE)
+
+    def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
+        """Make the transform of evaluation for another size (see the base class)."""
+        to_size = partial(to_ink, size=resize_size_for(image_size, crop_ratio))
+        return v2.Compose([to_size, v2.CenterCrop(image_size), v2.Normalize([MEAN], [STD])])  # type: ignore[no-any-return]
 
     def _auto_workers(self) -> int:
         return 0
@@ -79,11 +85,11 @@ class Digits(ImageDataModule):
         return {name: _Ink(digits.images[part], digits.target[part]) for name, part in parts.items()}
 
 
-def to_ink(image: Image.Image) -> Tensor:
-    """Turn any image into a float32 tensor of ink from 0 to 16, shape (1, 8, 8)."""
+def to_ink(image: Image.Image, size: int = SIZE) -> Tensor:
+    """Turn any image into a float32 tensor of ink from 0 to 16, shape (1, size, size)."""
     if image.mode != "F":
         image = to_rgb(image).convert("L").convert("F")
-    image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # antialiased where it shrinks
+    image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased where it shrinks
     pixels: Tensor = v2.functional.pil_to_tensor(image)
     return pixels / INK
 

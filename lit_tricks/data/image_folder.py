@@ -9,9 +9,9 @@ from typing import Literal, get_args
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one
+from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one, resize_size_for
 from lit_tricks.data._samples import Source, read_image
-from lit_tricks.data.transforms import eval_transform, train_transform
+from lit_tricks.data.transforms import Transform, eval_transform, train_transform
 
 __all__ = ["ImageFolder"]
 
@@ -82,10 +82,17 @@ class ImageFolder(ImageDataModule):
         # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
         self.classes = _find_classes(root) if predict_dir is None or os.path.isdir(root) else []
         self.input_size = (3, image_size, image_size)
+        self.crop_ratio = image_size / resize_size
+        self.mean, self.std = mean, std
         self.eval_transform = eval_transform(image_size, resize_size, mean, std)
         self.train_transform = self.eval_transform
         if augmentation != "none":
             self.train_transform = train_transform(image_size, augmentation, mean, std)
+
+    def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
+        """Make the transform of evaluation for another size (see the base class)."""
+        resize_size = resize_size_for(image_size, crop_ratio, default=self.crop_ratio)
+        return eval_transform(image_size, resize_size, self.mean, self.std)
 
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
