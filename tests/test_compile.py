@@ -107,7 +107,6 @@ class Parts(module_class("lightning")):
         return self.net[1](self.scale(self.net[0](image)))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it, and hides the warning
 @pytest.mark.parametrize(
     ("layers", "names"), [(None, "net.0, net.1"), (["net.1"], "net.1"), (["net.0.?"], "net.0.0, net.0.1, net.0.2")]
 )

@@ -89,7 +89,6 @@ REFUSED |= {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*The .grad attribute of a Tensor:UserWarning")  # torch.compile looks at the fakes
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics:UserWarning")
 @pytest.mark.filterwarnings("ignore:PreciseBN runs `forward` of GAN on the inputs as they are in the batch:UserWarning")
 @pytest.mark.parametrize("name", TRICKS)
