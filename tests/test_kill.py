@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import multiprocessing
 import os
 import random
 import signal
@@ -65,33 +66,35 @@ def full_run(name: str) -> Any:
     return run(*TRICKS[name]())
 
 
+def fit(folder: Path, name: str, seed: int, *callbacks: Any) -> Any:
+    last = folder / "last.ckpt"
+    saver = pl.callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=1)
+    callbacks = (*callbacks, *TRICKS[name]())
+    order = random.Random(seed).sample(callbacks, len(callbacks))
+    how = {"enable_checkpointing": True, "logger": Diary(folder / "metrics")}
+    return run(*order, saver, ckpt_path=last if last.exists() else None, **how)
+
+
+def fit_and_die(folder: Path, name: str, seed: int) -> None:
+    draw = random.Random(seed)
+    hook = draw.choice(["on_train_batch_start", "on_after_backward", "on_before_zero_grad", "on_train_batch_end"])
+    fit(folder, name, seed, Die(hook, draw.randrange(1, STEPS)))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is a fork of this one")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forks of a server, or each would import for seconds")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("name", TRICKS)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(name, seed, tmp_path):
-    def fit(*callbacks: Any) -> Any:
-        last = tmp_path / "last.ckpt"
-        saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1, save_top_k=1)
-        callbacks = (*callbacks, *TRICKS[name]())
-        order = random.Random(seed).sample(callbacks, len(callbacks))
-        how = {"enable_checkpointing": True, "logger": Diary(tmp_path / "metrics")}
-        return run(*order, saver, ckpt_path=last if last.exists() else None, **how)
-
-    draw = random.Random(seed)
-    hook = draw.choice(["on_train_batch_start", "on_after_backward", "on_before_zero_grad", "on_train_batch_end"])
-    die = Die(hook, draw.randrange(1, STEPS))
-    child = os.fork()
-    if not child:
-        try:
-            fit(die)
-        finally:
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    resumed, full = fit(), full_run(name)
+    context = multiprocessing.get_context("forkserver")  # this process itself may have threads by now
+    context.set_forkserver_preload(["test_kill"])
+    child = context.Process(target=fit_and_die, args=(tmp_path, name, seed))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    resumed, full = fit(tmp_path, name, seed), full_run(name)
     assert not differences(resumed.weights, full.weights)
     assert not differences(resumed.optimizers, full.optimizers)
     states = [
