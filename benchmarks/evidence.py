@@ -2,9 +2,9 @@
 
     python benchmarks/evidence.py --data cifar10.tar.xz --out benchmarks/results --seconds 280
 
-CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. The runs share one GPU. Those that
-are done are lines of OUT/evidence.jsonl, and the same command goes on where it stopped; it stops after --seconds. Then,
-and with --report, it writes evidence.md and evidence.png from these lines. --cpu-smoke tries all of it at toy scale.
+CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. The runs share one GPU. Those
+that are done are lines of OUT/evidence.jsonl, and the same command goes on where it stopped; it stops after --seconds.
+Then, and with --report, it writes evidence.md and evidence.png from these lines. --cpu-smoke tries it at toy scale.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or to ask for a GPU would keep its forks from it
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import evidence_report
 from evidence_data import Arrays, load
@@ -82,7 +81,9 @@ def context(device: str) -> Any:
 def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end: float) -> None:
     """Run cells side by side until they are done or the time is over."""
     began, data = time.time(), load(args.data, args.cache)
-    print(f"{time.time() - began:.1f} s: {len(data['train_y'])} training images, {len(data['val_y'])} of val", flush=True)
+    print(
+        f"{time.time() - began:.1f} s: {len(data['train_y'])} training images, {len(data['val_y'])} of val", flush=True
+    )
     if args.limit:
         data = {k: v[:: max(1, len(data["train_y"]) // args.limit)] for k, v in data.items()}
     ctx, took, failed = context(args.device), [], 0
@@ -131,7 +132,10 @@ def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end
                 process.kill()
             for process, _ in running.values():
                 process.join(5)
-    print(f"{time.time() - began:.0f} s, {len(took)} runs done, {failed} failed, {len(todo) + len(running)} left", flush=True)
+    print(
+        f"{time.time() - began:.0f} s, {len(took)} runs done, {failed} failed, {len(todo) + len(running)} left",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -143,7 +147,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=7, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[*RUNS, *LAST], choices=[*RUNS, *LAST])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    )
     parser.add_argument("--report", action="store_true", help="only remake evidence.md and evidence.png")
     parser.add_argument("--cpu-smoke", action="store_true", help="toy scale")
     parser.add_argument("--limit", type=int, help="training images, about; None: all")
@@ -162,7 +168,9 @@ def main() -> None:
     done = evidence_report.read(args.out / "evidence.jsonl", s)
     if not args.report:
         if args.data is None or not args.data.exists():
-            parser.error(f"--data {args.data}: no such folder or tar file; it holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+            parser.error(
+                f"--data {args.data}: no such folder or tar file; it holds train/CLASS/*.jpg and val/CLASS/*.jpg"
+            )
         args.device_name = evidence_report.device_name(args.device)
         teacher_there = (args.out / "evidence_teacher.pt").exists()
         skip = {(c["run"], c["seed"]) for c in done if c["run"] != "teacher" or teacher_there}

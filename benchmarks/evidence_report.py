@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from evidence_runs import HALF_LIFE, Settings
 from matplotlib.figure import Figure
 
-from evidence_runs import HALF_LIFE, Settings
 from lit_tricks.reports.ablation import paired_change
 
 Values = dict[int, float]  # by seed, in per cent
@@ -45,7 +45,9 @@ FULL, PEERS = 7, 11
 
 def device_name(device: str) -> str:
     if device == "cuda":
-        asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
         return asked.stdout.strip() or "a GPU"
     return f"{platform.machine()} CPU"
 
@@ -115,7 +117,7 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
         f"- full stack (FixRes, tested at {large}) against the baseline (at {small}): {fewer(of(FULL, large), base)}",
         f"- both tested at {large}: {fewer(of(FULL, large), at_large)}",
         f"- without FixRes, both tested at {small}: {fewer(of(FULL - 1, small), base)}",
-        f"- without a teacher (FixRes, tested at {large}): {fewer(of(FULL + 3, large), base)}; the baseline at {large}: "
+        f"- without a teacher, as the first: {fewer(of(FULL + 3, large), base)}; as the second: "
         f"{fewer(of(FULL + 3, large), at_large)}",
         "",
         f"Fewer errors than the peers, all tested at {large}, full stack and without a teacher:",
@@ -144,11 +146,12 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
         "",
         *summary(runs, s),
         "",
-        f"ResNet-18-D of width {s.width:g}, {s.epochs} epochs of 50,000 images, batches of {s.batch_size}, {s.precision}, "
-        f"crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (0.1 a batch of 128, momentum 0.9, "
-        f"weight decay 5e-4), {s.warmup:g} epochs of warm-up; moving averages with a half-life of {HALF_LIFE:g} epoch. "
-        f"The teacher has width {s.teacher_width:g} and reaches {teachers[0]} at {s.train_size} pixels, {teachers[1]} at "
-        f"{s.test_size}. FixRes: {s.fixres_epochs} more epochs of classifier and last BatchNorm at {s.test_size} pixels. "
+        f"ResNet-18-D of width {s.width:g}, {s.epochs} epochs of 50,000 images, batches of {s.batch_size}, "
+        f"{s.precision}, crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (0.1 a batch of "
+        f"128, momentum 0.9, weight decay 5e-4), {s.warmup:g} epochs of warm-up; moving averages with a half-life of "
+        f"{HALF_LIFE:g} epoch. The teacher has width {s.teacher_width:g} and reaches {teachers[0]} at {s.train_size} "
+        f"pixels, {teachers[1]} at {s.test_size}. FixRes: {s.fixres_epochs} more epochs of classifier and last "
+        f"BatchNorm at {s.test_size}. "
         "EMA and PreciseBN do not change the training: their rows are of the runs of + mixup.",
         "",
         f"{devices}; {versions}; {datetime.date.today()}. `python benchmarks/evidence.py --data cifar10.tar.xz "

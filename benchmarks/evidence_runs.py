@@ -23,12 +23,12 @@ import timm.scheduler
 import timm.utils
 import torch
 import torch.nn.functional as F
+from evidence_data import Arrays, Whole, loaders
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
-from evidence_data import Arrays, Whole, loaders
 from lit_tricks import callbacks as tricks
 from lit_tricks.models import resnet
 
@@ -111,7 +111,9 @@ def stack(run: str, s: Settings, teacher: nn.Module | None) -> list[Callback]:
     return chosen
 
 
-def trainer_of(s: Settings, device: str, epochs: int, callbacks: list[Callback], precision: str | None = None) -> Trainer:
+def trainer_of(
+    s: Settings, device: str, epochs: int, callbacks: list[Callback], precision: str | None = None
+) -> Trainer:
     return Trainer(
         max_epochs=epochs, accelerator="gpu" if device == "cuda" else "cpu", devices=1, callbacks=callbacks,
         precision=precision or s.precision, logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -157,7 +159,11 @@ def validate(module: LightningModule, val: Any, device: str, s: Settings) -> dic
 
 def fixres(module: Net, train: Any, device: str, s: Settings) -> None:
     """Fine-tune classifier and last BatchNorm at the test size, with the transform of the test."""
-    raise NotImplementedError
+    callbacks = [
+        tricks.FixRes(test_size=s.test_size, lr=0.008 * s.batch_size / 512, transform=Whole(s.test_size)),
+        tricks.WarmupCosine(warmup_epochs=0),
+    ]
+    trainer_of(s, device, s.fixres_epochs, callbacks).fit(module, train)
 
 
 @torch.no_grad()
@@ -194,7 +200,11 @@ def timm_run(seed: int, data: Arrays, device: str, s: Settings) -> dict[str, Any
     start, updates = time.perf_counter(), len(train)
     optimizer = timm.optim.create_optimizer_v2(net, opt="sgd", lr=s.lr, weight_decay=DECAY, momentum=MOMENTUM)
     scheduler = timm.scheduler.CosineLRScheduler(
-        optimizer, t_initial=s.epochs * updates, warmup_t=round(s.warmup * updates), warmup_lr_init=1e-5, t_in_epochs=False
+        optimizer,
+        t_initial=s.epochs * updates,
+        warmup_t=round(s.warmup * updates),
+        warmup_lr_init=1e-5,
+        t_in_epochs=False,
     )
     mixup = timm.data.Mixup(mixup_alpha=0.2, cutmix_alpha=0.0, label_smoothing=SMOOTHING, num_classes=10)
     criterion = timm.loss.SoftTargetCrossEntropy()
