@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -26,6 +25,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or to ask for a G
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import evidence_report
+from _processes import context
 from evidence_data import Arrays, load
 from evidence_runs import Settings, train
 
@@ -56,26 +56,6 @@ def work(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher: P
     part.write_text(text)
     part.replace(out)
     os._exit(0)  # threads of CUDA and of Lightning have nothing more to do
-
-
-def see_gpu() -> None:
-    import torch
-
-    torch.zeros(1, device="cuda")
-
-
-def context(device: str) -> Any:
-    """Forks have all imports done; where they can not reach the GPU, new processes."""
-    fork = multiprocessing.get_context("fork")
-    if device == "cuda":
-        probe = fork.Process(target=see_gpu)
-        probe.start()
-        probe.join(30)
-        if probe.exitcode != 0:
-            probe.kill()
-            print("forks do not reach the GPU: each run imports anew", flush=True)
-            return multiprocessing.get_context("spawn")
-    return fork
 
 
 def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end: float) -> None:
@@ -113,7 +93,7 @@ def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end
                         print(f"{time.time() - began:5.0f} s  {cell} FAILED:\n{said[-1500:]}", flush=True)
                 # the teacher is waited for: it has the GPU almost to itself
                 teaching = any(run == "teacher" for run, _ in [*running, *todo])
-                room = (min(3, args.jobs) if teaching else args.jobs) - len(running)
+                room = (min(4, args.jobs) if teaching else args.jobs) - len(running)
                 left = end - time.time()
                 ready = [c for c in todo if c[0] not in TAUGHT or (teacher.exists() and not teaching)]
                 if room > 0 and ready and not (took and left < 0.8 * statistics.median(took)):
@@ -144,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "evidence-cifar10.npz")
     parser.add_argument("--seconds", type=float, default=280, help="stop after them")
-    parser.add_argument("--jobs", type=int, default=7, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=8, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[*RUNS, *LAST], choices=[*RUNS, *LAST])
     parser.add_argument(
@@ -163,7 +143,7 @@ def main() -> None:
         s = replace(s, precision="32-true")
     if args.cpu_smoke:
         s = replace(s, epochs=4, batch_size=64, width=0.125, teacher_width=0.125, fixres_epochs=1)
-        args.limit, args.seeds, args.jobs = args.limit or 500, args.seeds[:2], 2
+        args.limit, args.seeds, args.jobs = args.limit or 500, args.seeds[:2], 1
     args.out.mkdir(parents=True, exist_ok=True)
     done = evidence_report.read(args.out / "evidence.jsonl", s)
     if not args.report:

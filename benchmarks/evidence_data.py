@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,14 @@ class Whole:
 
 
 def normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    mean, std = moments(images.device)
     return (images - mean) / std
+
+
+@lru_cache
+def moments(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (MEAN, STD))
+    return mean, std
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

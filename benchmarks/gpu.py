@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -22,12 +21,14 @@ from collections.abc import Callable
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or to ask for a GPU would keep its forks from it
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for what has to be the same bit for bit
 
 import gpu_exact
 import gpu_speed
+from _processes import context
 from gpu_common import Scale, Tell
 
 Row = tuple[str, str, str]
@@ -56,9 +57,9 @@ def work(name: str, s: Scale, connection: Connection) -> None:
     os._exit(0)
 
 
-def run(name: str, s: Scale, limit: float) -> list[Row]:
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=work, args=(name, s, theirs))
+def run(name: str, s: Scale, limit: float, ctx: Any) -> list[Row]:
+    ours, theirs = ctx.Pipe(duplex=False)
+    process = ctx.Process(target=work, args=(name, s, theirs))
     rows, end = [], time.time() + limit
     process.start()
     theirs.close()
@@ -111,11 +112,12 @@ def main() -> None:
     start, found, s = time.time(), {}, Scale()
     if args.smoke:
         device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-        s = Scale(device, "resnet18", "resnet18", batch_size=4, image_size=64, steps=2, rounds=1)
+        s = Scale(device, "resnet18", "test_resnet", batch_size=4, image_size=64, steps=2, rounds=1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    ctx = context(s.device)
     for name in args.parts:
         limit = min(PARTS[name][1], start + args.seconds - time.time())
-        found[name] = run(name, s, limit) if limit > 5 else [("no time was left", "-", "-")]
+        found[name] = run(name, s, limit, ctx) if limit > 5 else [("no time was left", "-", "-")]
         args.out.write_text(text(found, s, time.time() - start))
     print(f"{time.time() - start:.0f} s; {args.out}", flush=True)
 
