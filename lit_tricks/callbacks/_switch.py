@@ -84,7 +84,7 @@ class SwitchedTransforms:
             self._trainer.validating = True
             loop.setup_data()
             self._trainer.training = True
-        for loader in loop._combined_loader.flattened if loop._combined_loader else []:
+        for loader in [] if loop._combined_loader is None else loop._combined_loader.flattened:
             for dataset in nested(loader.dataset):
                 if hasattr(dataset, "transform"):
                     return dataset.transform
