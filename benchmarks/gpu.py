@@ -33,7 +33,9 @@ from gpu_common import Scale, Tell
 
 Row = tuple[str, str, str]
 PARTS: dict[str, tuple[Callable[[Scale, Tell], None], int]] = {  # with the seconds each may take
-    "ema": (gpu_exact.ema, 40),
+    "ema": (gpu_exact.ema, 30),
+    "syncs": (gpu_exact.syncs, 30),
+    "launches": (gpu_exact.launches, 20),
     "scaler": (gpu_exact.scaler, 40),
     "overhead": (gpu_speed.overhead, 75),
     "throughput": (gpu_speed.throughput, 45),

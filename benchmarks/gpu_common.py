@@ -26,7 +26,7 @@ class Scale:
     device: str = "cuda"
     model: str = "resnet50"
     small: str = "resnet18"
-    batch_size: int = 256
+    batch_size: int = 128
     image_size: int = 224
     steps: int = 20
     rounds: int = 2
@@ -93,13 +93,13 @@ def trainer_of(s: Scale, callbacks: list[Callback], epochs: int = 1, **kwargs: A
     return Trainer(**(settings | kwargs))
 
 
-def medians(candidates: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """Of each, its rounds taken in turns; the first round warms up."""
+def medians(candidates: dict[str, Callable[[], float]], rounds: int, warm: int = 0) -> dict[str, float]:
+    """Of each, over the rounds after the first ``warm`` ones, in which all take turns."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm):
         for name, candidate in candidates.items():
             value = candidate()
-            if turn or rounds == 0:
+            if turn >= warm:
                 found[name].append(value)
     return {name: statistics.median(values) for name, values in found.items()}
 

@@ -6,6 +6,7 @@ import copy
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from lit_tricks.callbacks._weights import AveragedWeights
 from lit_tricks.callbacks.ema import warmed_up
 
 
-def ema(s: Scale, tell: Tell) -> None:
+def updates_of(s: Scale) -> dict[str, Callable[[], object]]:
+    """An update of each average, of its own model."""
+
     def network() -> nn.Module:
         return s.network().to(s.device)
 
@@ -33,7 +36,6 @@ def ema(s: Scale, tell: Tell) -> None:
     tensors = [t.detach() for t in [*base.parameters(), *base.buffers()] if t.is_floating_point()]
     shadows = [t.clone() for t in tensors]
     weights = AveragedWeights(network(), buffers=True)
-    aside = AveragedWeights(network(), buffers=True, on_cpu=True)
     models = [network() for _ in range(3)]
     timms = timm.utils.ModelEmaV3(models[0], decay=0.9999)
     torchs = AveragedModel(models[1], multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
@@ -42,24 +44,27 @@ def ema(s: Scale, tell: Tell) -> None:
     lightnings.setup(None, module, "fit")  # type: ignore[arg-type]
     average = lightnings._average_model
     assert average is not None
-    updates: dict[str, Callable[[], object]] = {
-        "foreach": lambda: torch._foreach_lerp_(shadows, tensors, 1e-4),
+    return {
+        "one foreach_lerp": lambda: torch._foreach_lerp_(shadows, tensors, 1e-4),
         "EMA of lit_tricks": lambda: weights.update(1e-4),
         "timm ModelEmaV3": lambda: timms.update(models[0]),
         "torch AveragedModel": lambda: torchs.update_parameters(models[1]),
         "Lightning EMAWeightAveraging": lambda: average.update_parameters(module),
     }
-    counts = {name: launches(update) for name, update in updates.items()} if s.device == "cuda" else {}
-    took = medians({name: lambda u=u: timed(s, u) for name, u in updates.items()}, 10)  # type: ignore[misc]
-    expected = {"EMA of lit_tricks": "1.0 x, +0", "timm ModelEmaV3": "1.2 x", "torch AveragedModel": "1.3 x"}
-    for name in list(updates)[1:]:
-        more = f", {counts[name] - counts['foreach']:+d} launches" if counts else ""
-        tell(
-            f"update, {name}, x foreach_lerp", expected.get(name, "5 x"), f"{took[name] / took['foreach']:.2f} x{more}"
-        )
-    tell("one foreach_lerp", "0.11 ms", f"{1000 * took['foreach']:.3f} ms, {counts.get('foreach', 0)} launches")
-    swap = medians({"swap": lambda: timed(s, lambda: weights.swap(not weights.swapped))}, 10)["swap"]
-    tell("swap, x foreach_lerp (host time: no kernel)", "3 x", f"{swap / took['foreach']:.2f} x, {1000 * swap:.2f} ms")
+
+
+def ema(s: Scale, tell: Tell) -> None:
+    updates = updates_of(s)
+    weights = AveragedWeights(s.network().to(s.device), buffers=True)
+    aside = AveragedWeights(s.network().to(s.device), buffers=True, on_cpu=True)
+    candidates = updates | {"swap": lambda: weights.swap(not weights.swapped)}
+    took = medians({name: lambda u=u: timed(s, u) for name, u in candidates.items()}, 20, 3)  # type: ignore[misc]
+    unit = took.pop("one foreach_lerp")
+    tell("one foreach_lerp, its launches included", "0.3 ms", f"{1000 * unit:.3f} ms")
+    expected = {"EMA of lit_tricks": "1.1 x", "timm ModelEmaV3": "2 x", "torch AveragedModel": "2 x", "swap": "1 x"}
+    for name, seconds in took.items():
+        what = "swap of EMA (no kernel, host time)" if name == "swap" else f"update, {name}"
+        tell(f"{what}, x foreach_lerp", expected.get(name, "20 x"), f"{seconds / unit:.2f} x")
     pinned = all(t.is_pinned() for t in aside._arriving) if s.device == "cuda" else False
     tell('EMA(device="cpu"): its copies are pinned', "True", str(pinned))
     synchronize(s.device)
@@ -71,42 +76,61 @@ def ema(s: Scale, tell: Tell) -> None:
     start = time.perf_counter()
     aside.finish()
     tell('EMA(device="cpu"): averaging on the CPU', "15 ms", f"{1000 * (time.perf_counter() - start):.1f} ms")
-    tell("host syncs of EMA's hooks in a fit", "0", hook_syncs(s))
     tell("EMA on the device and on the CPU in one fit, largest difference", "below 1e-6", f"{two_averages(s):.1e}")
 
 
-def launches(function: Callable[[], object]) -> int:
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    ) as p:
-        function()
-        torch.cuda.synchronize()
-    return sum(event.count for event in p.key_averages() if "LaunchKernel" in event.key or "MemcpyAsync" in event.key)
+def launches(s: Scale, tell: Tell) -> None:
+    counts = {name: launched(s, update) for name, update in updates_of(s).items()}
+    unit = counts.pop("one foreach_lerp")
+    tell("launches of one foreach_lerp", "4", str(unit))
+    expected = {"EMA of lit_tricks": "+0", "timm ModelEmaV3": "+60", "torch AveragedModel": "+60"}
+    for name, count in counts.items():
+        tell(f"launches of an update, {name}, above that", expected.get(name, "+900"), f"{count - unit:+d}")
 
 
-def hook_syncs(s: Scale) -> str:
-    """Makes any synchronization in the hooks of EMA an error."""
-    if s.device != "cuda":
-        return "needs a GPU"
-    trick = tricks.EMA(0.99)
+def launched(s: Scale, function: Callable[[], object]) -> int:
+    """Kernels and copies, of a call that is not the first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if s.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(2):
+        with torch.profiler.profile(activities=activities) as profile:
+            function()
+            synchronize(s.device)
+    names = ("LaunchKernel", "MemcpyAsync", "MemsetAsync")
+    return sum(event.count for event in profile.key_averages() if any(name in event.key for name in names))
 
-    def strict(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return method(*args, **kwargs)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
-        return call
+class Syncs(Callback):
+    """Counts how often the host waits for the GPU in four steps. To be the first callback."""
 
-    for name in ("_on_step", "on_train_batch_end"):
-        setattr(trick, name, strict(getattr(trick, name)))
-    small = s.little
-    trainer_of(small, [trick]).fit(Net(small.network()), loader([small.batch(16)] * 8))
-    return f"0 in {trick._updates} updates"
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.device.type == "cuda" and batch_idx in (4, 8):
+            torch.cuda.set_sync_debug_mode("warn" if batch_idx == 4 else "default")
+
+
+def syncs(s: Scale, tell: Tell) -> None:
+    def count(precision: str, *chosen: Callback) -> str:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            net, data = Net(s.little.network()), loader([s.little.batch(16)] * 9)
+            trainer_of(s, [Syncs(), *chosen], precision=precision).fit(net, data)
+        found = [w for w in caught if "synchroniz" in str(w.message)]
+        places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in found})
+        return f"{len(found) / 4:g} " + " ".join(places[:4])
+
+    scaled = "16-mixed" if s.device == "cuda" else "bf16-mixed"
+    tell("host syncs a step, no trick, bf16-mixed", "0", count("bf16-mixed"))
+    tell("host syncs a step, no trick, 16-mixed (its scaler)", "1", count(scaled))
+    teacher = tricks.KnowledgeDistillation(s.little.network())
+    alone = [
+        tricks.WarmupCosine(warmup_epochs=0.1), tricks.LabelSmoothing(), tricks.MixUp(), tricks.CutMix(),
+        tricks.FocalLoss(), teacher, tricks.EMA(), tricks.SWA(lr=0.01, start=0), tricks.DropPath(), tricks.L1Penalty(),
+        tricks.ChannelsLast(),
+    ]  # fmt: skip
+    for trick in alone:
+        tell(f"host syncs a step, {type(trick).__name__}, bf16-mixed", "0", count("bf16-mixed", trick))
+    tell("host syncs a step, the paper's seven and EMA", "0", count("bf16-mixed", *paper(16), tricks.EMA()))
 
 
 def two_averages(s: Scale) -> float:

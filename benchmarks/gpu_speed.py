@@ -123,9 +123,9 @@ def overhead(s: Scale, tell: Tell) -> None:
         speed, peaks[name] = fit_speed(s, [tricks.ChannelsLast(), *sets[name]()], batch)
         return len(batch[0]) / speed
 
-    took = medians({name: lambda name=name: seconds(name) for name in sets}, s.rounds)  # type: ignore[misc]
+    took = medians({name: lambda name=name: seconds(name) for name in sets}, 2 * s.rounds)  # type: ignore[misc]
     plain = took.pop("nothing")
-    tell(f"a step besides, batch of {s.batch_size}", "95 ms", f"{1000 * plain:.1f} ms")
+    tell(f"a step besides, batch of {s.batch_size}", "48 ms", f"{1000 * plain:.1f} ms")
     for name, value in took.items():
         tell(f"{name}: more of a step", expected[name], f"{100 * (value / plain - 1):+.2f} %")
     more = peaks["EMA"] - peaks["nothing"]
@@ -160,6 +160,7 @@ def precise_bn(s: Scale, tell: Tell) -> None:
                         "torch": lambda: timed(s, lambda: update_bn(loader, pl_module)),
                     },
                     5,
+                    warm=1,
                 )
             )
             values = go_through(trainer, pl_module, layers, len(images), "train").values
