@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -137,6 +138,7 @@ def main() -> None:
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and the runs with it
     end = time.time() + args.seconds
     s = Settings(**{name: getattr(args, name) for name in asdict(defaults)})
     if args.device == "cpu":
