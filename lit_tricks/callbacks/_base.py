@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
 
 __all__ = ["Trick", "callbacks_of"]
 
@@ -82,6 +84,14 @@ class Trick(_Callback):
     def _is_logged(trainer: Trainer) -> bool:
         """Whether what is logged with this training batch goes to the loggers; of others it need not be computed."""
         return trainer._logger_connector.should_update_logs
+
+    @staticmethod
+    def _log_step(pl_module: LightningModule, quantities: Mapping[str, Any]) -> None:
+        """Log numbers with the step. Lightning would put a float on the GPU, and wait there for all work before it."""
+        on_cpu = {
+            name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in quantities.items()
+        }
+        pl_module.log_dict(on_cpu, on_step=True, on_epoch=False)
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Put ``around(method, *args, **kwargs)`` in the place of a method, until the trick is torn down."""

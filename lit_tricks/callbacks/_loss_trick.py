@@ -105,7 +105,7 @@ class LossTrick(Trick):
                     "num_classes).float() to a binary or soft-target loss."
                 )
         if quantities := self.quantities(recipe):
-            pl_module.log_dict(quantities, on_step=True, on_epoch=False)
+            self._log_step(pl_module, quantities)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the tricks off the hook."""

@@ -100,7 +100,7 @@ class Mixing(LossTrick):
             self._draw_turns(mixers)
         self._lambda = 1.0
         if self._turn and self in mixers:
-            permutation = torch.randperm(len(target), generator=self._draws).to(target.device)
+            permutation = torch.randperm(len(target), generator=self._draws).to(target.device, non_blocking=True)
             inputs, target, self._lambda = self.mix(inputs, target, permutation, self._draws)
         return inputs, target
 

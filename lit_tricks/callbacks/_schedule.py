@@ -112,7 +112,7 @@ class Schedule(Trick):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-        pl_module.log_dict(rates_of(trainer.optimizers), on_step=True, on_epoch=False)
+        self._log_step(pl_module, rates_of(trainer.optimizers))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

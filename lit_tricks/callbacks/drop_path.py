@@ -185,7 +185,7 @@ class DropPath(Trick):
                 f"DropPath can drop a tensor, not the {type(x).__name__} of a layer that `layers` names."
             )
         if x.size(0) not in self._kept:  # several crops of an image, or parts of the batch
-            self._kept[x.size(0)] = self._draw(x.size(0)).to(x.device)
+            self._kept[x.size(0)] = self._draw(x.size(0)).to(x.device, non_blocking=True)
         return drop(x, self._kept[x.size(0)][i], self._rates[i])
 
     def _forget(self) -> None:

@@ -141,7 +141,7 @@ class EMA(Averaging):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._updates:
             key = f"ema/{self.name}/decay" if self.name else "ema/decay"
-            pl_module.log(key, self._decay_at(self._updates - 1), on_step=True, on_epoch=False)
+            self._log_step(pl_module, {key: self._decay_at(self._updates - 1)})
 
     def _decay_at(self, updates: int) -> float:
         assert self._decay is not None

@@ -64,7 +64,7 @@ class MixUp(Mixing):
         """Mix all inputs by the same lambdas."""
         n = len(target)
         drawn = beta(self.alpha, n if self.per_sample else 1, generator)
-        lam = drawn.float().expand(n).to(target.device)
+        lam = drawn.float().expand(n).contiguous().to(target.device, non_blocking=True)
         labels = target.parts["value"]
         mixed = {path: mixup(x, lam, permutation) for path, x in inputs.items()}
         return mixed, carrying(labels, target.recipe, labels[permutation], lam), float(drawn.mean())

@@ -189,7 +189,7 @@ class SWA(Averaging):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rates of the step, under the names that LearningRateMonitor gives them."""
         if self._rates:
-            pl_module.log_dict(self._rates.used(), on_step=True, on_epoch=False)
+            self._log_step(pl_module, self._rates.used())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -199,7 +199,7 @@ class SWA(Averaging):
         self._clock.check(trainer)
         if self._updates:
             key = f"swa/{self.name}/averaged" if self.name else "swa/averaged"
-            pl_module.log(key, float(self._updates), on_step=True, on_epoch=False)
+            self._log_step(pl_module, {key: float(self._updates)})
 
     def state_dict(self) -> dict[str, Any]:
         """That of the average; the state of the optimizers, which is saved with it, has the scheduled rates."""

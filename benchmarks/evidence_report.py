@@ -1,0 +1,185 @@
+"""Table and plot of evidence.py, from its finished runs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from evidence_runs import HALF_LIFE, Settings
+from matplotlib.figure import Figure
+
+from lit_tricks.reports.ablation import paired_change
+
+Values = dict[int, float]  # by seed, in per cent
+# what a row is called, its run, which of its models, and the row that it is compared with
+ROWS: list[tuple[str, str, str, int | None]] = [
+    ("efficient baseline, step schedule", "baseline", "end", None),
+    ("+ cosine", "cosine", "end", 0),
+    ("+ label smoothing", "smoothing", "end", 1),
+    ("+ distillation", "distillation", "end", 2),
+    ("+ mixup", "mixup", "weights", 3),
+    ("+ EMA", "mixup", "end", 4),
+    ("+ PreciseBN", "mixup", "precise_bn", 5),
+    ("+ FixRes", "mixup", "fixres", 6),
+    ("SWA in the place of EMA", "swa", "end", 4),
+    ("SWA and PreciseBN", "swa", "precise_bn", 8),
+    ("all but distillation", "no_teacher", "fixres", 7),
+    ("timm", "timm", "weights", 7),
+    ("timm, its EMA", "timm", "end", 7),
+    ("torchvision", "torchvision", "weights", 7),
+    ("torchvision, its EMA", "torchvision", "end", 7),
+    ("torchvision without CutMix", "torchvision_mixup", "weights", 7),
+    ("torchvision without CutMix, its EMA", "torchvision_mixup", "end", 7),
+]
+FULL, PEERS = 7, 11
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        return asked.stdout.strip() or "a GPU"
+    return f"{platform.machine()} CPU"
+
+
+def read(path: Path, s: Settings) -> list[dict[str, Any]]:
+    """The finished runs of these settings."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    same = [run for run in found if run["settings"] == asdict(s)]
+    if len(same) < len(found):
+        print(f"{path}: {len(found) - len(same)} of {len(found)} runs have other settings, and are left out")
+    return same
+
+
+def accuracies(runs: Sequence[dict[str, Any]], run: str, model: str, size: int) -> Values:
+    found = {r["seed"]: r["top1"].get(model, {}).get(str(size)) for r in runs if r["run"] == run}
+    return {seed: 100 * value for seed, value in found.items() if value is not None}
+
+
+def spread(values: Values) -> str:
+    if not values:
+        return "-"
+    numbers = list(values.values())
+    return f"{statistics.fmean(numbers):.2f}" + (f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else "")
+
+
+def change(values: Values, reference: Values) -> str:
+    shared = sorted(values.keys() & reference.keys())
+    if not shared:
+        return ""
+    mean, reach = paired_change([values[seed] - reference[seed] for seed in shared])
+    return f"{mean:+.2f}" + (f" ± {reach:.2f}" if math.isfinite(reach) else "")
+
+
+def fewer(values: Values, reference: Values) -> str:
+    """Errors less than those of a reference, as a share of these, by the mean over shared seeds."""
+    shared = sorted(values.keys() & reference.keys())
+    if not shared:
+        return "-"
+    errors = [statistics.fmean(100 - of[seed] for seed in shared) for of in (values, reference)]
+    return f"{100 * (1 - errors[0] / errors[1]):.1f} %"
+
+
+def table(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
+    sizes = (s.train_size, s.test_size)
+    head = ["", *(cell for size in sizes for cell in (f"tested at {size}", "change")), "runs"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, run, model, reference in ROWS:
+        cells: list[str] = []
+        for size in sizes:
+            values = accuracies(runs, run, model, size)
+            other = accuracies(runs, *ROWS[reference][1:3], size) if reference is not None else {}
+            cells += [spread(values), change(values, other)]
+        lines.append("| " + " | ".join([name, *cells, str(len(values)) if values else "-"]) + " |")
+    return lines
+
+
+def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
+    def of(row: int, size: int) -> Values:
+        return accuracies(runs, *ROWS[row][1:3], size)
+
+    small, large = s.train_size, s.test_size
+    base, at_large = of(0, small), of(0, large)
+    lines = [
+        "Fewer errors than the baseline:",
+        "",
+        f"- full stack (FixRes, tested at {large}) against the baseline (at {small}): {fewer(of(FULL, large), base)}",
+        f"- both tested at {large}: {fewer(of(FULL, large), at_large)}",
+        f"- without FixRes, both tested at {small}: {fewer(of(FULL - 1, small), base)}",
+        f"- without a teacher, as the first: {fewer(of(FULL + 3, large), base)}; as the second: "
+        f"{fewer(of(FULL + 3, large), at_large)}",
+        "",
+        f"Fewer errors than the peers, all tested at {large}, full stack and without a teacher:",
+        "",
+    ]
+    for row in range(PEERS, len(ROWS)):
+        ours = " and ".join(fewer(of(row_, large), of(row, large)) for row_ in (FULL, FULL + 3))
+        lines.append(f"- {ROWS[row][0]}: {ours}")
+    return lines
+
+
+def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
+    """Write evidence.md and evidence.png."""
+    seeds = sorted({run["seed"] for run in runs if run["run"] != "teacher"})
+    teachers = [spread(accuracies(runs, "teacher", "end", size)) for size in (s.train_size, s.test_size)]
+    devices = ", ".join(sorted({run["device"] for run in runs})) or "no run yet"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "timm"))
+    text = [
+        "# The stack on CIFAR-10, and timm and torchvision on the same budget",
+        "",
+        *table(runs, s),
+        "",
+        f"Top-1 in per cent of 5,000 images of val, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
+        "Change: points against the row above, or the row without the trick; for the last rows, against the full stack "
+        "(+ FixRes). It is paired by seed, ± the reach of the 95 % interval by Student's t. Nothing was chosen by val.",
+        "",
+        *summary(runs, s),
+        "",
+        f"ResNet-18-D of width {s.width:g}, {s.epochs} epochs of 50,000 images, batches of {s.batch_size}, "
+        f"{s.precision}, crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (0.1 a batch of "
+        f"128, momentum 0.9, weight decay 5e-4), {s.warmup:g} epochs of warm-up; moving averages with a half-life of "
+        f"{HALF_LIFE:g} epoch. The teacher has width {s.teacher_width:g} and reaches {teachers[0]} at {s.train_size} "
+        f"pixels, {teachers[1]} at {s.test_size}. FixRes: {s.fixres_epochs} more epochs of classifier and last "
+        f"BatchNorm at {s.test_size}. "
+        "EMA and PreciseBN do not change the training: their rows are of the runs of + mixup.",
+        "",
+        f"{devices}; {versions}; {datetime.date.today()}. `python benchmarks/evidence.py --data cifar10.tar.xz "
+        f"--epochs {s.epochs} --width {s.width:g} --seeds {' '.join(map(str, seeds))}`; all runs together took "
+        f"{sum(run['seconds'] for run in runs):.0f} s of training, several at a time.",
+        "",
+    ]
+    (out / "evidence.md").write_text("\n".join(text))
+    draw(out / "evidence.png", runs, s)
+    print("\n".join(text[2 : 5 + len(ROWS) + len(summary(runs, s)) + 2]))
+
+
+def draw(path: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
+    figure = Figure(figsize=(7.5, 1.2 + 0.33 * len(ROWS)), layout="constrained")
+    axes = figure.subplots()
+    for size, shift, colour in ((s.train_size, -0.13, "tab:blue"), (s.test_size, 0.13, "tab:orange")):
+        axes.plot([], [], ".", color=colour, label=f"tested at {size} pixels")
+        for y, (_, run, model, _) in enumerate(ROWS):
+            values = list(accuracies(runs, run, model, size).values())
+            if values:
+                axes.plot(values, [y + shift] * len(values), ".", color=colour, alpha=0.5, markersize=7)
+                axes.plot([statistics.fmean(values)], [y + shift], "|", color=colour, markersize=11, markeredgewidth=2)
+    for line in (FULL + 0.5, PEERS - 0.5):
+        axes.axhline(line, color="0.8", linewidth=0.8)
+    axes.set_yticks(range(len(ROWS)), [name for name, *_ in ROWS])
+    axes.set_ylim(len(ROWS) - 0.4, -0.6)
+    axes.set_xlabel("top-1 accuracy in %: seeds, and their mean")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(loc="lower left", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
