@@ -200,7 +200,7 @@ def scaler(s: Scale, tell: Tell) -> None:
 def distance(tensors: list[Any], reference: list[Tensor]) -> float:
     """Largest difference, relative to the largest value of the tensor."""
     pairs = zip(tensors, reference, strict=True)
-    return max(float((t.detach().double() - r).abs().max() / r.abs().max().clamp(min=1e-3)) for t, r in pairs)
+    return max(float((t.detach().to(r) - r).abs().max() / r.abs().max().clamp(min=1e-3)) for t, r in pairs)
 
 
 def resume(s: Scale, tell: Tell) -> None:

@@ -134,6 +134,51 @@ def overhead(s: Scale, tell: Tell) -> None:
     tell('EMA(device="cpu"): peak memory more', "0 MiB", f"{more:.1f} MiB")
 
 
+class Kernels(Callback):
+    """Time of the kernels of three steps, by name, after some to warm up."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.busy, self.named = first, math.nan, ""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.first:
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            synchronize(pl_module.device)
+            self.profile.start()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        synchronize(pl_module.device)
+        self.profile.stop()
+        events = sorted(self.profile.key_averages(), key=lambda event: -event.self_device_time_total)
+        self.busy = sum(event.self_device_time_total for event in events) / 3000
+        self.named = "; ".join(f"{e.key[:60]} {e.self_device_time_total / 3000:.2f}" for e in events[:6])
+
+
+def each(s: Scale, tell: Tell) -> None:
+    """Of every trick alone: a step, and the time in it that the GPU works."""
+    sets: dict[str, Callable[[], list[Callback]]] = {"nothing": list}
+    sets |= {type(t).__name__: lambda i=i: [paper(s.batch_size)[i]] for i, t in enumerate(paper(s.batch_size))}  # type: ignore[misc]
+    sets |= {
+        "EMA": lambda: [tricks.EMA()],
+        "DropPath(0.1)": lambda: [tricks.DropPath(0.1)],
+        "L1Penalty": lambda: [tricks.L1Penalty(1e-6)],
+        "the paper's seven": lambda: paper(s.batch_size),
+    }
+    batch, plain = s.batch(), (math.nan, math.nan)
+    for name, make in sets.items():
+        chosen, kernels = [tricks.ChannelsLast(), *make()], Kernels(12)
+        speed, _ = fit_speed(s, chosen, batch)
+        if s.device == "cuda":
+            trainer_of(s, [*chosen[:1], *make(), kernels]).fit(Net(s.network()), loader([batch] * 15))
+        found = 1000 * len(batch[0]) / speed, kernels.busy
+        plain = found if name == "nothing" else plain
+        print(f"{name}: {kernels.named}", flush=True)
+        tell(
+            f"{name}: ms of a step, and of its kernels", "+0.1, +0.3",
+            f"{found[0]:.1f} ({found[0] - plain[0]:+.1f}), {found[1]:.1f} ({found[1] - plain[1]:+.1f})",
+        )  # fmt: skip
+
+
 def precise_bn(s: Scale, tell: Tell) -> None:
     batches = [s.batch() for _ in range(4)]
     images = torch.cat([b[0] for b in batches])
