@@ -1,0 +1,107 @@
+"""The ``transform`` of data sets: another one in its place, and the same one for images of another size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Flipped", "at_size", "changed", "nested"]
+
+_RESIZES = ("Resize", "ResizeKeepRatio")  # torchvision's and timm's
+_CROPS = ("CenterCrop", "CenterCropOrPad")
+
+
+class Flipped:
+    """A transform whose image is flipped horizontally with probability 1/2.
+
+    Args:
+        transform: gives a tensor whose last dimension is the width.
+    """
+
+    def __init__(self, transform: Callable[..., Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, *args: Any) -> Any:
+        """Transform, and flip half of the time."""
+        image = self.transform(*args)
+        if not isinstance(image, Tensor):
+            raise TypeError(f"to be flipped, an image must be a tensor, and the transform gives {type(image).__name__}")
+        return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+def at_size(transform: Any, size: int) -> Any:
+    """A transform of evaluation for another size: a copy with its resizing and its centre crop scaled alike.
+
+    The image keeps its share of the picture: with a resize to 256 and a crop of 224 before, 288 comes from 329. What is
+    neither of torchvision's nor of timm's steps stays as it is, and so may the size.
+
+    Args:
+        transform: one step, or several in a ``transforms``, as that of ``Compose``.
+        size: of the result in pixels.
+    """
+    twin = copy.deepcopy(transform)
+    steps = list(_steps(twin))
+    for preset in (step for step in steps if hasattr(step, "crop_size") and hasattr(step, "resize_size")):
+        ratio = size / _side(preset.crop_size)
+        preset.resize_size, preset.crop_size = _scaled(preset.resize_size, ratio), _scaled(preset.crop_size, ratio)
+    crops = [step for step in steps if type(step).__name__ in _CROPS]
+    resizes = [step for step in steps if type(step).__name__ in _RESIZES and step.size]
+    if crops or resizes:
+        ratio = size / _side((crops or resizes)[-1].size)
+        for step in (*resizes, *crops):
+            step.size = _scaled(step.size, ratio)
+    return twin
+
+
+def nested(dataset: Any) -> Iterator[Any]:
+    """A data set and those that it is made of: in ``dataset``, as a ``Subset``, or in ``datasets``."""
+    yield dataset
+    parts = getattr(dataset, "datasets", ())
+    inner = [getattr(dataset, "dataset", None), *(parts if isinstance(parts, list | tuple) else ())]
+    for child in inner:
+        if child is not None:
+            yield from nested(child)
+
+
+def changed(dataset: Any, change: Callable[[Any], None]) -> Any:
+    """A copy of a data set, as shallow as can be, in which those parts that have a ``transform`` are changed.
+
+    Args:
+        dataset: with a ``transform``, or made of data sets that have one (see ``nested``).
+        change: gets the copy of each such part.
+
+    Raises:
+        LookupError: if a part has none; it names the type.
+    """
+    twin = copy.copy(dataset)
+    if hasattr(dataset, "transform"):
+        change(twin)
+    elif hasattr(dataset, "dataset"):
+        twin.dataset = changed(dataset.dataset, change)
+    elif isinstance(getattr(dataset, "datasets", None), list | tuple) and dataset.datasets:
+        twin.datasets = [changed(part, change) for part in dataset.datasets]
+    else:
+        raise LookupError(type(dataset).__name__)
+    return twin
+
+
+def _steps(transform: Any) -> Iterator[Any]:
+    yield transform
+    inner = getattr(transform, "transforms", None)
+    for step in inner if isinstance(inner, Sequence) else ():
+        yield from _steps(step)
+
+
+def _side(size: Any) -> int:
+    """The shorter side."""
+    return int(min(size)) if isinstance(size, Sequence) else int(size)
+
+
+def _scaled(size: Any, ratio: float) -> Any:
+    if isinstance(size, Sequence):
+        return type(size)([round(side * ratio) for side in size])  # type: ignore[call-arg]
+    return round(size * ratio)
