@@ -267,19 +267,17 @@ def report(arguments: argparse.Namespace) -> str:
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     images = f"{arguments.limit} images" if arguments.limit else "50,000 images"
-    return "\n".join([
-        *lines, "",
+    text = (
         f"Top-1 accuracy on the test images in %, mean ± standard deviation over {len(seeds)} seed(s). ResNet-18-B of "
-            f"width {arguments.width:g}, trained for {arguments.epochs} epochs at {TRAIN_SIZE} pixels (RandomResizedCrop, "
-            f"8 to 100 % of the area; {images}), tested with a centre crop of {CROP_RATIO:.1%} of the side.",
-            "",
-            f"Cost at {arguments.timed_size} pixels, each alone on the machine: callback {slow:.1f} s "
-            f"({arguments.tune_epochs} epochs, batches of 256, SGD with lr {arguments.tune_lr:g} and half a cosine), one "
-            f"pass {fast:.1f} s: 1/{slow / fast:.0f}.",
-            "",
-            f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, lightning "
-        f"{lightning.__version__}; {datetime.date.today()}.", "",
-    ])  # fmt: skip
+        f"width {arguments.width:g}, trained for {arguments.epochs} epochs at {TRAIN_SIZE} pixels (RandomResizedCrop, "
+        f"8 to 100 % of the area; {images}), tested with a centre crop of {CROP_RATIO:.1%} of the side.",
+        f"Cost at {arguments.timed_size} pixels, each alone on the machine: callback {slow:.1f} s "
+        f"({arguments.tune_epochs} epochs, batches of 256, SGD with lr {arguments.tune_lr:g} and half a cosine), one "
+        f"pass {fast:.1f} s: 1/{slow / fast:.0f}.",
+        f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"lightning {lightning.__version__}; {datetime.date.today()}.",
+    )
+    return "\n".join(lines) + "\n\n" + "\n\n".join(text) + "\n"
 
 
 def main() -> None:

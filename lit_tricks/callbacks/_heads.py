@@ -10,12 +10,12 @@ from torch import nn
 from lit_tricks.callbacks._batch_norm import layers_of
 from lit_tricks.callbacks._layers import has_matrix
 
-__all__ = ["find_classifier", "find_last_norm"]
+__all__ = ["find_classifier", "find_norms"]
 
 _ASIDE = re.compile(r"downsample|shortcut|aux", re.IGNORECASE)  # beside the trunk, and defined after its last layer
 
 
-def find_classifier(module: nn.Module) -> dict[str, nn.Module]:
+def find_classifier(module: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
     """The layers that give the logits, by name.
 
     They are what ``get_classifier`` of timm's models returns, or the last linear layer that is trained, or where there
@@ -23,7 +23,18 @@ def find_classifier(module: nn.Module) -> dict[str, nn.Module]:
 
     Args:
         module: with layers in the order in which they run, as networks define them.
+        name: of the one to take, if it is known.
+
+    Raises:
+        RuntimeError: if there is none.
     """
+    who = type(module).__name__
+    if name is not None:
+        parts = dict(module.named_modules())
+        if name not in parts:
+            children = ", ".join(child for child, _ in module.named_children())
+            raise RuntimeError(f"FixRes(classifier={name!r}): {who} has no such module. Its parts are {children}.")
+        return {name: parts[name]}
     names = {part: name for name, part in module.named_modules()}
     for part in names:
         if callable(get_classifier := getattr(part, "get_classifier", None)):
@@ -33,18 +44,42 @@ def find_classifier(module: nn.Module) -> dict[str, nn.Module]:
                 return {names[head]: head for head in heads}
     layers = {name: part for part, name in names.items() if has_matrix(part) and _is_trained(part)}
     linear = {name: part for name, part in layers.items() if isinstance(part, nn.Linear)}
-    return dict(list((linear or layers).items())[-1:])
+    if not layers:
+        raise RuntimeError(
+            f"FixRes found no classifier in {who}, as no linear layer or convolution is trained: name it, as "
+            'FixRes(classifier="model.fc").'
+        )
+    return dict([list((linear or layers).items())[-1]])
 
 
-def find_last_norm(module: nn.Module) -> dict[str, nn.Module]:
-    """The last BatchNorm layer of the trunk that has running statistics and is not frozen, by name.
+def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[str, Any]:
+    """The BatchNorm layers that have running statistics and are not frozen, by name.
 
-    Those in shortcuts and auxiliary classifiers count only where there are no others.
+    Args:
+        module: with layers in the order in which they run, as networks define them.
+        which: "all", "none", or "last": the last one of the trunk. Those in shortcuts and auxiliary classifiers count
+            only where there are no others.
+        name: of the one to take, if it is known.
+
+    Raises:
+        RuntimeError: if there is none.
     """
+    if which == "none":
+        return {}
     found: dict[str, Any] = layers_of(module)
-    layers = {name: layer for name, layer in found.items() if _is_trained(layer) or layer.weight is None}
-    trunk = {name: layer for name, layer in layers.items() if not _ASIDE.search(name)}
-    return dict(list((trunk or layers).items())[-1:])
+    found = {layer: norm for layer, norm in found.items() if _is_trained(norm) or norm.weight is None}
+    if name is not None:
+        found = {layer: norm for layer, norm in found.items() if layer == name}
+    elif which == "last":
+        trunk = {layer: norm for layer, norm in found.items() if not _ASIDE.search(layer)}
+        found = dict(list((trunk or found).items())[-1:])
+    if not found:
+        what = "BatchNorm with running statistics" + (f" that is called {name!r}" if name else "")
+        raise RuntimeError(
+            f"FixRes found no {what} in {type(module).__name__}: give "
+            'FixRes(train_bn="none"), which trains the classifier alone.'
+        )
+    return found
 
 
 def _is_trained(module: nn.Module) -> bool:

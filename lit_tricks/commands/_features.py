@@ -115,9 +115,8 @@ def digest_of_weights(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().flatten()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(_bytes(value))
     return digest.hexdigest()
 
 
@@ -139,5 +138,9 @@ def digest_of_data(dataset: Any, samples: Callable[[list[int]], Iterable[Any]]) 
     count = min(SEEN, len(dataset))
     for images, labels in samples([i * len(dataset) // count for i in range(count)]):
         for tensor in (images, labels):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

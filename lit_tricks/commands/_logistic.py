@@ -2,7 +2,7 @@
 
 The objective is mean cross entropy + ``weight_decay / 2 * |W|^2``, as SGD with weight decay has it; the bias is not
 decayed. It is convex, so there is one solution. L-BFGS starts from the weights that there are, in coordinates in which
-the bound of [Böhning, 1992](https://doi.org/10.1007/BF00048682) on the curvature is the identity: a few dozen passes do.
+Böhning's bound on the curvature ([1992](https://doi.org/10.1007/BF00048682)) is the identity: a few dozen passes do.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Classified:
 
     def chunks(self) -> Any:
         """Pairs of float32 features and labels, on the device."""
-        for features, labels in zip(self.features.split(CHUNK), self.labels.split(CHUNK), strict=True):
+        for features, labels in zip(*(torch.split(part, CHUNK) for part in (self.features, self.labels)), strict=True):
             yield features.to(self.device, torch.float32), labels.to(self.device)
 
     def __getitem__(self, index: Tensor) -> Classified:
@@ -95,9 +95,11 @@ def fit(
     mean, covariance = spread
     if start.bias is None:  # then the mean can not be taken out of the features
         covariance, mean = covariance + torch.outer(mean, mean), torch.zeros_like(mean)
-    bound = 0.5 * covariance + weight_decay * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+    bound = 0.5 * covariance + weight_decay * torch.eye(len(mean)).to(mean)
     root = torch.linalg.cholesky(bound)  # weight = u @ root^-1; the bias takes the mean
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(mean), dtype=root.dtype, device=root.device), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        root, torch.eye(len(mean), dtype=root.dtype, device=root.device), upper=False
+    )
     root32, inverse32, mean32 = root.float(), inverse.float(), mean.float()
     bias = start.weight.new_zeros(len(start.weight)) if start.bias is None else start.bias
     flat = torch.cat([start.weight @ root32, (bias + start.weight @ mean32)[:, None]], 1).requires_grad_()
@@ -125,7 +127,7 @@ def fit(
         flat.grad = torch.cat([slope_w @ inverse32.T, slope_b[:, None]], 1)
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     return linear()
 
 

@@ -38,6 +38,8 @@ class Views:
 
     def __call__(self, image: Any) -> list[Tensor]:
         """Transform an image in each way."""
+        if hasattr(image, "pixels"):  # decoded as far as it is asked for: then all of it, once
+            image.pixels()
         return [transform(image) for transform in self.transforms]
 
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks._batch_norm import estimate, layers_of
+from lit_tricks.callbacks._batch_norm import estimate
 from lit_tricks.callbacks._fresh import isolated_random_state
-from lit_tricks.callbacks._heads import find_classifier, find_last_norm
+from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.commands._checkpoint import RUN, read_checkpoint, written_whole
 from lit_tricks.commands._features import FeatureFile, digest_of_data, digest_of_weights, input_of
 from lit_tricks.commands._logistic import Classified, Linear, choose_weight_decay, evaluate, fit, moments
@@ -199,40 +199,30 @@ def _settled(subject: Subject, crop_ratio: float | None) -> float | None:
 
 
 def _classifier(module: LightningModule, name: str | None) -> tuple[str, nn.Linear]:
-    found = {name: _part(module, name)} if name else find_classifier(module)
-    linear = {key: layer for key, layer in found.items() if isinstance(layer, nn.Linear)}
+    try:
+        found = find_classifier(module, name)
+    except RuntimeError:
+        found = {}
+    linear = [(key, layer) for key, layer in found.items() if isinstance(layer, nn.Linear)]
     if len(linear) != 1 or len(found) != 1:
-        what = ", ".join(f"{key} ({type(layer).__name__})" for key, layer in found.items()) or "none"
+        what = " and ".join(f"{key} ({type(layer).__name__})" for key, layer in found.items()) or "none"
+        asked = f" {name!r}" if name else ""
         raise ValueError(
-            f"the classifier of {type(module).__name__} must be one linear layer, and found was {what}: name it with "
-            "--classifier, or fine-tune with the callback FixRes."
+            f"the classifier of {type(module).__name__} must be one linear layer, and found{asked} was {what}: name it "
+            "with --classifier, or fine-tune with the callback FixRes."
         )
-    return next(iter(linear.items()))
+    return linear[0]
 
 
 def _norms(module: LightningModule, which: str, name: str | None) -> dict[str, Any]:
-    if which == "none":
-        return {}
-    found: dict[str, Any] = layers_of(module)
-    if name:
-        found = {key: layer for key, layer in found.items() if key == name}
-    elif which == "last":
-        found = find_last_norm(module)
-    if not found:
+    try:
+        return find_norms(module, which, name)
+    except RuntimeError:
         what = f"BatchNorm {name!r}" if name else "BatchNorm"
         raise ValueError(
             f"{type(module).__name__} has no {what} with running statistics: give --train_bn none, which fits the "
             "classifier alone."
-        )
-    return found
-
-
-def _part(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        parts = ", ".join(child for child, _ in module.named_children())
-        raise ValueError(f"--classifier {name}: there is no such module; the parts are {parts}.") from None
+        ) from None
 
 
 def _check(
