@@ -143,4 +143,5 @@ def digest_of_data(dataset: Any, samples: Callable[[list[int]], Iterable[Any]]) 
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -61,7 +61,7 @@ def macs(subject: Subject, size: int, channels: int) -> float:
         raise ValueError(_explained(subject, size, channels, error)) from (None if isinstance(error, str) else error)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a fused one is not counted on a CPU
         _forward(subject, size, channels)
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def _forward(subject: Subject, size: int, channels: int) -> Tensor:

@@ -188,7 +188,7 @@ def _timm(name: str, data: LightningDataModule, weights: str | None, model_args:
         raise ValueError(f"--ckpt {name} is neither a file nor a model of timm's{near}")
     if not weights and not timm.is_model_pretrained(name):
         raise ValueError(f"timm has no weights for {name}: give --weights, a file.")
-    known = timm.get_pretrained_cfg(name if timm.is_model_pretrained(name) else architecture)
+    known: Any = timm.get_pretrained_cfg(name if timm.is_model_pretrained(name) else architecture)
     channels, *_, size = known.input_size
     num_classes = int(getattr(data, "num_classes", known.num_classes))
     names = getattr(data, "classes", None)

@@ -112,12 +112,12 @@ def _features(
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:num_samples].tolist()
         with progress("BatchNorm", len(chosen)) as advance:
 
-            def images() -> Any:
+            def sampled() -> Any:
                 for batch, _ in batches(chosen):
                     yield batch
                     advance(len(batch))
 
-            found = estimate(subject.module, norms, images(), subject.logits)
+            found = estimate(subject.module, norms, sampled(), subject.logits)
         file.remember(statistics={layer: [value.tolist() for value in pair] for layer, pair in found.items()})
     for layer, pair in file.state.get("statistics", {}).items():
         for buffer, values in zip((norms[layer].running_mean, norms[layer].running_var), pair, strict=True):

@@ -71,7 +71,7 @@ def resolution(
             not take.
     """
     asked = parse_sizes(sizes) if sizes else None
-    ratios: list[float | None] = list(crop_ratio or [None])
+    ratios: list[float | None] = [*crop_ratio] if crop_ratio else [None]
     for ratio in crop_ratio or []:
         if not 0 < ratio <= 1:
             raise ValueError(f"--crop_ratio {ratio:g} is not above 0 and at most 1: 0.875 is 224 of 256 pixels.")
@@ -119,5 +119,5 @@ def _accuracies(subject: Subject, views: list[tuple[int, float | None]], split: 
 def _metrics(logits: Tensor) -> MetricCollection:
     num_classes = logits.shape[1]
     wanted = {"top1": 1} | ({"top5": 5} if num_classes > 5 else {})
-    metrics = {name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in wanted.items()}
+    metrics: dict[str, Any] = {name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in wanted.items()}
     return MetricCollection(metrics).to(logits.device)

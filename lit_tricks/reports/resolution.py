@@ -93,9 +93,9 @@ def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -
         part.spines["top"].set_visible(False)
     handles = [*axes.get_legend_handles_labels()[0], *cost.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, frameon=False, fontsize="small", loc="lower right")
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=120, format="png")
-    os.replace(part, path)
+    unfinished = path.with_name(f".{path.name}.part")
+    figure.savefig(unfinished, dpi=120, format="png")
+    os.replace(unfinished, path)
 
 
 def _log(rows: Sequence[Row], columns: Sequence[str], best: Row, folder: Path, name: str) -> None:
