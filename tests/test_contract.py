@@ -11,7 +11,7 @@ import pickle
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,10 @@ from lit_tricks import callbacks
 ROOT = Path(__file__).parents[1]
 
 each_trick = pytest.mark.parametrize("name", TRICKS)
-pytestmark = pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers"),
+    pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network"),  # runs here start from random weights
+]
 
 
 @functools.cache
@@ -104,6 +107,8 @@ def is_literal(annotation: Any) -> bool:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType, list, tuple, Sequence):
         return all(is_literal(arg) for arg in args if arg is not ...)
+    if origin is Callable:
+        return True  # a function by its import path
     return origin is Literal or annotation in (bool, int, float, str, type(None), torch.nn.Module)
 
 

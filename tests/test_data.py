@@ -496,6 +496,7 @@ def test_hyper_parameters_are_plain(folder: Path) -> None:
         "num_workers": "auto",
         "split_seed": 3,
         "predict_dir": None,
+        "eval_size": None,
     }
     for module in (data, Digits()):
         assert pickle.loads(pickle.dumps(module)).classes == module.classes

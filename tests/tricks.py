@@ -88,6 +88,12 @@ TRICKS = {
         tests="test_ema.py",
         logs=("ema/decay",),
     ),
+    "FixRes": Row(
+        make=lambda: callbacks.FixRes(test_size=None, lr=0.05),
+        tests="test_fixres.py",
+        logs=("fixres/parameters",),
+        flags=("--trainer.callbacks.test_size=40",),
+    ),
     "FocalLoss": Row(
         make=lambda: callbacks.FocalLoss(gamma=2.0),
         tests="test_focal_loss.py",

@@ -5,6 +5,7 @@ from lit_tricks.callbacks.compile import Compile
 from lit_tricks.callbacks.cutmix import CutMix
 from lit_tricks.callbacks.drop_path import DropPath
 from lit_tricks.callbacks.ema import EMA
+from lit_tricks.callbacks.fixres import FixRes
 from lit_tricks.callbacks.focal_loss import FocalLoss
 from lit_tricks.callbacks.knowledge_distillation import KnowledgeDistillation
 from lit_tricks.callbacks.l1_penalty import L1Penalty
@@ -27,6 +28,7 @@ __all__ = [
     "Compile",
     "CutMix",
     "DropPath",
+    "FixRes",
     "FocalLoss",
     "KnowledgeDistillation",
     "L1Penalty",

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lit_tricks.callbacks._transforms import changed, nested
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -86,7 +88,7 @@ def _copied(loader: Any, trick: str) -> Any:
         context = vars(loader).get("_DataLoader__multiprocessing_context")
         shared = [loader.collate_fn, loader.worker_init_fn, context]
         if loader.num_workers or not isinstance(loader.dataset, IterableDataset):
-            shared += _nested(loader.dataset)
+            shared += nested(loader.dataset)
     else:
         shared = [value for value in getattr(loader, "__dict__", {}).values() if isinstance(value, Tensor | Dataset)]
     try:
@@ -100,16 +102,6 @@ def _copied(loader: Any, trick: str) -> Any:
         ) from error
 
 
-def _nested(dataset: Any) -> list[Any]:
-    """A data set and those that it is made of."""
-    inner = [getattr(dataset, "dataset", None), *_sequence(getattr(dataset, "datasets", ()))]
-    return [dataset, *(part for child in inner if child is not None for part in _nested(child))]
-
-
-def _sequence(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else ()
-
-
 # The transform of the validation data
 
 
@@ -117,24 +109,22 @@ def _transforms_of(trainer: Trainer, trick: str) -> dict[str, Any]:
     combined: Any = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     loaders = combined.flattened if combined is not None else []
     for loader in loaders:
-        for dataset in _nested(getattr(loader, "dataset", None)):
+        for dataset in nested(getattr(loader, "dataset", None)):
             if hasattr(dataset, "transform"):
                 return {name: getattr(dataset, name) for name in ("transform", "transforms") if hasattr(dataset, name)}
     raise RuntimeError(_no_transform(trick, "the validation data set" if loaders else "a run without validation"))
 
 
 def _with(transforms: dict[str, Any], dataset: Any, trick: str) -> Any:
-    """A copy of a data set, as shallow as can be, with another transform in the place of its own."""
-    changed = copy.copy(dataset)
-    if hasattr(dataset, "transform"):
-        vars(changed).update({name: value for name, value in transforms.items() if hasattr(dataset, name)})
-    elif hasattr(dataset, "dataset"):
-        changed.dataset = _with(transforms, dataset.dataset, trick)
-    elif _sequence(getattr(dataset, "datasets", None)):
-        changed.datasets = [_with(transforms, part, trick) for part in dataset.datasets]
-    else:
-        raise RuntimeError(_no_transform(trick, type(dataset).__name__))
-    return changed
+    """A copy of a data set with another transform in the place of its own."""
+
+    def change(part: Any) -> None:
+        vars(part).update({name: value for name, value in transforms.items() if hasattr(part, name)})
+
+    try:
+        return changed(dataset, change)
+    except LookupError as error:
+        raise RuntimeError(_no_transform(trick, str(error))) from None
 
 
 def _no_transform(trick: str, what: str) -> str:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._base import Trick, callbacks_of
 from lit_tricks.callbacks._layers import is_norm
 from lit_tricks.callbacks._optimizers import optimizers_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Initializer", "local", "whole"]
+__all__ = ["Initializer", "local", "sign_of_training", "whole"]
 
 _LEFT_ALONE = "nothing to do, the run goes on with the weights that it was stopped with"
 
@@ -81,7 +81,10 @@ class Initializer(Trick):
         # the Trainer still counts the steps of its last fit, where a checkpoint is to set them
         if pl_module.trainer.global_step if self._begun is None else self._begun:
             return configured
-        sign = _sign_of_training(pl_module, trained)
+        if tuner := next((c for c in callbacks_of(pl_module.trainer) if getattr(c, "fine_tunes", False)), None):
+            self._effect = f"nothing to do, {type(tuner).__name__} starts from trained weights"  # under any recipe
+            return configured
+        sign = sign_of_training(pl_module, trained)
         if sign:
             raise RuntimeError(
                 f"{type(self).__name__} is for a run from scratch, and {type(pl_module).__name__} was trained before: "
@@ -104,7 +107,7 @@ def local(tensor: Tensor) -> Tensor:
     return shard.detach()
 
 
-def _sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
+def sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
     """Where a norm layer is not as it starts: the same in all channels, and without statistics."""
     for name, part in module.named_modules():
         weight, bias = part._parameters.get("weight"), part._parameters.get("bias")

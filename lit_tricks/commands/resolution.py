@@ -119,5 +119,7 @@ def _accuracies(subject: Subject, views: list[tuple[int, float | None]], split: 
 def _metrics(logits: Tensor) -> MetricCollection:
     num_classes = logits.shape[1]
     wanted = {"top1": 1} | ({"top5": 5} if num_classes > 5 else {})
-    metrics: dict[str, Any] = {name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in wanted.items()}
+    metrics: dict[str, Any] = {
+        name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in wanted.items()
+    }
     return MetricCollection(metrics).to(logits.device)

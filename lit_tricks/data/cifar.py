@@ -38,6 +38,7 @@ class CIFAR10(ImageDataModule):
             the machine, 16 at most; 0 loads in the main process.
         split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is 32.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -62,6 +63,7 @@ class CIFAR10(ImageDataModule):
         num_workers: int | Literal["auto"] = "auto",
         split_seed: int = 0,
         predict_dir: str | None = None,
+        eval_size: int | None = None,
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -76,7 +78,7 @@ class CIFAR10(ImageDataModule):
         self.input_size = (3, SIZE, SIZE)
         augment = [v2.RandomCrop(SIZE, padding=4), v2.RandomHorizontalFlip()]
         self.train_transform = v2.Compose([to_rgb, *augment, to_pixels, v2.Normalize(*self._pixel_statistics())])
-        self.eval_transform = self.eval_transform_at(SIZE)  # leaves an image of 32 x 32 as it is
+        self.eval_transform = self.eval_transform_at(SIZE if eval_size is None else eval_size)  # 32 leaves it as it is
 
     def prepare_data(self) -> None:
         """Download the files, or complain, if they are not there."""
@@ -139,6 +141,7 @@ class CIFAR100(CIFAR10):
             the machine, 16 at most; 0 loads in the main process.
         split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is 32.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -37,6 +37,7 @@ class Digits(ImageDataModule):
         num_workers: loading processes; "auto" is 0 here, as the images are in memory and tiny.
         split_seed: decides which images are for training, validation and test; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is 8.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -52,6 +53,7 @@ class Digits(ImageDataModule):
         num_workers: int | Literal["auto"] = "auto",
         split_seed: int = 0,
         predict_dir: str | None = None,
+        eval_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
@@ -61,7 +63,7 @@ class Digits(ImageDataModule):
         normalize = v2.Normalize([MEAN], [STD])
         # Padded with 0, which is the ground the digits are written on: hence before the normalisation.
         self.train_transform = v2.Compose([to_ink, v2.RandomCrop(SIZE, padding=1), normalize])
-        self.eval_transform = self.eval_transform_at(SIZE)
+        self.eval_transform = self.eval_transform_at(SIZE if eval_size is None else eval_size)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""

@@ -44,10 +44,11 @@ class ImageFolder(PhotoDataModule):
             the machine, 16 at most; 0 loads in the main process.
         resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
             times 256/224, rounded.
-        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on what validation sees.
+        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on the resized centre crop.
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
 
     Raises:
         ValueError: if an argument is out of range, or the class folders of train, val and test differ.
@@ -73,6 +74,7 @@ class ImageFolder(PhotoDataModule):
         repeats: int = 1,
         decode: Literal["auto", "exact"] = "auto",
         workers: Literal["process", "thread"] = "process",
+        eval_size: int | None = None,
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -100,6 +102,8 @@ class ImageFolder(PhotoDataModule):
         self.repeats, self.decode, self.thread_workers = repeats, decode, workers == "thread"
         self.eval_transform = CentreCrop(image_size, resize_size)
         self.train_transform = self.eval_transform
+        if eval_size is not None:
+            self.eval_transform = self.eval_transform_at(eval_size)
         if augmentation != "none":
             self.train_transform = random_crop(image_size, augmentation, mean, std, random_erasing)
 

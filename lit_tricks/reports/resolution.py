@@ -101,10 +101,8 @@ def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -
 def _log(rows: Sequence[Row], columns: Sequence[str], best: Row, folder: Path, name: str) -> None:
     import wandb  # takes a second to import
 
-    with wandb.init(
-        project="lit-tricks", job_type="resolution", name=f"resolution-{Path(name).stem}", dir=folder
-    ) as run:
-        run.config.update({"model": name})
-        run.summary.update({"best/size": best["size"], "best/top1": best["top1"]})
+    config = {"model": name, "best/size": best["size"], "best/top1": best["top1"]}
+    run_name = f"resolution-{Path(name).stem}"
+    with wandb.init(project="lit-tricks", job_type="resolution", name=run_name, dir=folder, config=config) as run:
         table = wandb.Table(columns=list(columns), data=[[row[column] for column in columns] for row in rows])
         run.log({"resolution": table, "picture": wandb.Image(str(folder / "resolution.png"))})

@@ -1,0 +1,52 @@
+"""A module of which some layers are trained, and all else is frozen and in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+__all__ = ["Frozen"]
+
+
+class Frozen:
+    """Freezes what is not trained, and can put it all back.
+
+    Args:
+        module: as a whole; a strategy may wrap it afterwards, or put other layers of the same names into it.
+        layers: names of the layers that go on in training mode.
+        trained: the parameters that are trained.
+    """
+
+    def __init__(self, module: nn.Module, layers: Iterable[str], trained: set[nn.Parameter]) -> None:
+        self._module = module
+        self._layers = list(layers)
+        self._frozen = [param for param in module.parameters() if param.requires_grad and param not in trained]
+        for param in self._frozen:
+            param.requires_grad = False
+        self._before: dict[nn.Module, bool] = {}  # modes
+        self._modes: dict[nn.Module, bool] = {}
+
+    def begin(self) -> None:
+        """Note the modes, when layers are not replaced any more."""
+        self._before = {part: part.training for part in self._module.modules()}
+        working = {part for name in self._layers for part in self._module.get_submodule(name).modules()}
+        self._modes = {part: part in working for part in self._before if part is not self._module}
+
+    def hold(self) -> None:
+        """Set the modes, whoever has changed them since. That of the module itself is its own."""
+        for part, training in self._modes.items():
+            if part.training != training:
+                part.training = training
+
+    def loose(self) -> nn.Module | None:
+        """A part that is in training mode and should not be."""
+        return next((part for part, training in self._modes.items() if part.training and not training), None)
+
+    def put_back(self) -> None:
+        """Put flags and modes back."""
+        for param in self._frozen:
+            param.requires_grad = True
+        if self._module.training == self._before.get(self._module):  # and not within a validation
+            for part, training in self._before.items():
+                part.training = training

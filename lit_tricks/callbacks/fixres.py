@@ -1,0 +1,298 @@
+"""FixRes: a trained network is fine-tuned where it ends, at the size of the test (Touvron et al., 2019).
+
+One caveat: of random weights the trunk stays random. The fit has to start from trained ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+
+from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks._frozen import Frozen
+from lit_tricks.callbacks._heads import find_classifier, find_norms
+from lit_tricks.callbacks._initializer import sign_of_training
+from lit_tricks.callbacks._layers import is_norm
+from lit_tricks.callbacks._optimizers import Group, groups_of, on_each_group
+from lit_tricks.callbacks._sizes import require_size
+from lit_tricks.callbacks._switch import SwitchedTransforms
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["FixRes"]
+
+
+class FixRes(Trick):
+    """Fine-tune the classifier and the last BatchNorm at the test size ([Touvron et al., 2019](https://arxiv.org/abs/1906.06423)).
+
+    Random crops show objects larger in training than a centre crop does in the test. A larger test size makes up for
+    it, and changes the statistics of the last features: what comes after them is trained anew, and all else is frozen,
+    in evaluation mode. Training images get the transform of evaluation at ``test_size``, and so do those of validation,
+    test and prediction: that of a data module's ``eval_transform_at``, or else the ``transform`` of the validation data
+    with its resize and centre crop scaled. Checkpoints of our data modules note the size, and are tested at it.
+
+    Cost: a forward pass for each step, at the new size. Use it on a trained network, for some epochs, at 1.15 to 1.3
+    times the training size. Leave it out where training had no random crops, or was at a smaller size already, and for
+    transformers with positions for one size. It needs the weights of the run before, as ``--model.weights best.ckpt``.
+
+    Args:
+        test_size: side of the images in pixels. None: what the loaders give; no transform is switched.
+        lr: learning rate of all parameter groups, above 0: the paper's 0.008 is for SGD and 512 images. None keeps the
+            module's own.
+        train_bn: the BatchNorm layers that follow the new statistics: "last", "all", or "none".
+        train_affine: whether their scales and shifts are trained, too, as in the text of the paper: the default, as it
+            can fit more than two moments. False is its published code, in which only the running statistics move.
+        transform: "test", or "test+flip", which flips half of the training images; or a function from Python, which
+            takes the place of the ``transform`` of all data sets.
+        classifier: name of the module that gives the logits, if it is not the last linear layer.
+        batch_norm: name of the last BatchNorm of the trunk, if it is not the one defined last.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if there are no such layers, no transform, or the network can not take the
+            size; in the first batch, if its images have another one, or the layers do not take part.
+
+    Example:
+        ``- {class_path: FixRes, init_args: {test_size: 288}}``
+    """
+
+    fine_tunes = True  # tricks for a run from scratch leave it alone
+    _run: _Run | None = None
+
+    def __init__(
+        self,
+        test_size: int | None,
+        lr: float | None = 0.008,
+        train_bn: Literal["last", "none", "all"] = "last",
+        train_affine: bool = True,
+        transform: Literal["test", "test+flip"] | Callable[[Any], Any] = "test",
+        classifier: str | None = None,
+        batch_norm: str | None = None,
+    ) -> None:
+        if test_size is not None and (not isinstance(test_size, int) or test_size < 1):
+            raise ValueError(f"test_size={test_size!r} must be a number of pixels, or None for that of the loaders.")
+        if lr is not None and not lr > 0:
+            raise ValueError(f"lr={lr} must be above 0, or None for the module's own: 0.008 is the paper's.")
+        if train_bn not in ("last", "none", "all"):
+            raise ValueError(f"train_bn={train_bn!r} must be 'last', 'none' or 'all'.")
+        if not callable(transform) and transform not in ("test", "test+flip"):
+            raise ValueError(f"transform={transform!r} must be 'test', 'test+flip', or a function of an image.")
+        if test_size is None and transform != "test":
+            raise ValueError(f"test_size=None leaves transforms alone: give it with transform={transform!r}.")
+        if batch_norm is not None and train_bn != "last":
+            raise ValueError(f"batch_norm={batch_norm!r} names the last one: with train_bn={train_bn!r} leave it out.")
+        self.test_size = test_size
+        self.lr = lr
+        self.train_bn = train_bn
+        self.train_affine = train_affine
+        self.transform = transform
+        self.classifier = classifier
+        self.batch_norm = batch_norm
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be there when loaders are made, and when the strategy takes the module.
+
+        Raises:
+            RuntimeError: if another callback freezes, or drops, or changes sizes.
+        """
+        self._run = _Run()
+        if self.test_size is not None:
+            self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
+            self._wrap(trainer.strategy, "process_dataloader", self._run.data.around)
+        if stage == "fit":
+            _refuse_rivals(self, trainer)
+            self._wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
+            self._wrap(pl_module, "configure_optimizers", self._with_rate)
+            self._wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See that a fit goes on with one of this kind.
+
+        Raises:
+            RuntimeError: if it would go on with the run that trained the weights.
+        """
+        if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
+            raise RuntimeError(
+                "FixRes fine-tunes in a run of its own, and the checkpoint to go on with is of a run without it: start "
+                "from its weights, as with --model.weights in the place of --ckpt_path."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is trained, and warn if the weights look random."""
+        run = self._now
+        names = [f"{name} ({kind})" for kind, layers in run.trained.items() for name in layers]
+        shown = ", ".join(names if len(names) < 5 else [*names[:3], f"... ({len(names)} layers)", names[-1]])
+        rates = {float(group["lr"]) for group in groups_of(trainer.optimizers) if "lr" in group}
+        size = f" at {self.test_size} pixels" if self.test_size else ""
+        self._say(f"trains {shown}{size}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
+        has_norms = any(map(is_norm, pl_module.modules()))
+        if has_norms and not sign_of_training(pl_module, set(pl_module.parameters())):
+            rank_zero_only(warnings.warn)(
+                f"FixRes fine-tunes a trained network, and {type(pl_module).__name__} looks as if it had random "
+                "weights: its norm layers are as they start. Load weights, as with --model.weights best.ckpt.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the modes that are to be put back; by now no layer is replaced any more."""
+        run = self._now
+        run.frozen.begin()
+        run.norms = [pl_module.get_submodule(name) for name in run.trained[_NORM]]
+        run.steps = [int(norm.num_batches_tracked) for norm in run.norms]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hold all but the trained layers in evaluation mode: again, whoever has called ``train()`` since."""
+        run = self._now
+        run.frozen.hold()
+        if not run.seen:
+            self._require_size(batch)
+        if self._is_logged(trainer):
+            pl_module.log("fixres/parameters", float(run.parameters))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See that the trained layers take part, and that the others stayed in evaluation mode.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        run, name = self._now, type(pl_module).__name__
+        if loose := run.frozen.loose():
+            raise RuntimeError(
+                f"FixRes holds a {type(loose).__name__} in evaluation mode, and training_step of {name} puts it into "
+                "training mode: call train() before the step, if at all."
+            )
+        if run.seen or not (outputs or not pl_module.automatic_optimization):  # a batch that the module skipped
+            return
+        run.seen = True
+        for norm, steps, layer in zip(run.norms, run.steps, run.trained[_NORM], strict=True):
+            if int(norm.num_batches_tracked) == steps:
+                raise RuntimeError(
+                    f"FixRes took {layer} for the last BatchNorm of {name}, and the first training step did not run "
+                    'it: name the one that is, as FixRes(batch_norm="model.bn2"), or give train_bn="none".'
+                )
+        heads = [pl_module.get_submodule(layer) for layer in run.trained[_HEAD]]
+        gradients = [param.grad for head in heads for param in head.parameters() if param.requires_grad]
+        if pl_module.automatic_optimization and all(gradient is None for gradient in gradients):
+            raise RuntimeError(
+                f"FixRes took {', '.join(run.trained[_HEAD])} for the classifier of {name}, and the first training "
+                'step gave it no gradient: name the one that is, as FixRes(classifier="model.fc").'
+            )
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        """See that images have the size."""
+        if batch_idx == 0:
+            self._require_size(batch)
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        """See that images have the size."""
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        """See that images have the size."""
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size."""
+        return {"test_size": self.test_size}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the settings of the data have the size at which to evaluate, also after the fit."""
+        settings = checkpoint.get("datamodule_hyper_parameters", {})
+        if self.test_size is not None and "eval_size" in settings:
+            settings["eval_size"] = self.test_size
+
+    # Each is called in the place of a method
+
+    def _freeze(self, pl_module: LightningModule, setup: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Before the strategy wraps the module, and optimizers are built."""
+        run = self._now
+        heads = find_classifier(pl_module, self.classifier)
+        norms = find_norms(pl_module, self.train_bn, self.batch_norm)
+        run.trained = {_HEAD: list(heads), _NORM: list(norms)}
+        affine = {param for norm in norms.values() for param in norm.parameters()}
+        trained = {param for head in heads.values() for param in head.parameters()} - affine
+        trained |= affine if self.train_affine else set()
+        run.parameters = sum(param.numel() for param in trained)
+        run.frozen = Frozen(pl_module, [*heads, *norms], trained)
+        return setup(*args, **kwargs)
+
+    def _with_rate(self, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def set_rate(optimizer: Optimizer, group: Group, add_param_group: Callable[[Group], None]) -> None:
+            # before the group is added: LinearScaling scales what is added, in whatever order the two come
+            old = group.get("lr", optimizer.defaults.get("lr"))
+            if self.lr is not None and old is not None:
+                group["lr"] = torch.full_like(old, self.lr) if isinstance(old, Tensor) else self.lr
+            add_param_group(group)
+
+        with on_each_group(set_rate):
+            return configure_optimizers(*args, **kwargs)
+
+    def _with_size(self, trainer: Trainer, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+        """Checkpoints that hold the weights alone are not given to callbacks."""
+        self.on_save_checkpoint(trainer, trainer.lightning_module, checkpoint)
+        return on_save_checkpoint(checkpoint)
+
+    # Helpers
+
+    def _require_size(self, batch: Any) -> None:
+        if self.test_size is not None:
+            remedy = (
+                "the transform of its data set is none that FixRes can resize. Give FixRes(transform=...), a function "
+                "that resizes; or let the loaders give the size, with FixRes(test_size=None)."
+            )
+            require_size(batch, self.test_size, "FixRes", remedy)
+
+    @property
+    def _now(self) -> _Run:
+        assert self._run is not None
+        return self._run
+
+    def _unwrap(self) -> None:  # at any end
+        super()._unwrap()
+        run, self._run = self._run, None
+        for changed in (run.data, run.frozen) if run else ():
+            if changed:
+                changed.put_back()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_run"}
+
+
+_HEAD, _NORM = "classifier", "BatchNorm"
+
+
+@dataclass
+class _Run:
+    """What is known in a run of the Trainer."""
+
+    data: Any = None
+    frozen: Any = None
+    trained: dict[str, list[str]] = field(default_factory=dict)  # names of the layers, by what they are
+    parameters: int = 0
+    norms: list[Any] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # that they had seen before
+    seen: bool = False  # a whole step
+
+
+def _refuse_rivals(trick: FixRes, trainer: Trainer) -> None:
+    reasons = {
+        "FixRes": "is there twice",
+        "DropPath": "drops branches of layers that FixRes holds in evaluation mode",
+        "ProgressiveResizing": "trains at other sizes than the one that FixRes trains for",
+        "BaseFinetuning": "freezes and unfreezes layers, as FixRes does",
+    }
+    for other in callbacks_of(trainer):
+        for cls in type(other).__mro__:
+            if other is not trick and cls.__name__ in reasons:
+                raise RuntimeError(f"FixRes: {type(other).__name__} {reasons[cls.__name__]}. Remove one of the two.")
