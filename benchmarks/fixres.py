@@ -188,7 +188,13 @@ def command(path: Path, arguments: argparse.Namespace, seed: int, size: int) -> 
     """Do the same in one pass."""
     output, checkpoint = path.with_suffix(".ckpt"), str(arguments.work / f"base-{seed}.ckpt")
     start = time.perf_counter()
-    fixres(ckpt=checkpoint, test_size=size, output=str(output), data=memory(arguments, batch_size=1000), overwrite=True)
+    fixres(
+        ckpt=checkpoint,
+        test_size=size,
+        output=str(output),
+        data=memory(arguments, batch_size=1000 if torch.cuda.is_available() else 256),
+        overwrite=True,
+    )
     seconds = time.perf_counter() - start
     found = top1(output, memory(arguments, eval_size=size))
     output.unlink()
@@ -271,7 +277,7 @@ def report(arguments: argparse.Namespace) -> str:
         f"Top-1 accuracy on the test images in %, mean ± standard deviation over {len(seeds)} seed(s). ResNet-18-B of "
         f"width {arguments.width:g}, trained for {arguments.epochs} epochs at {TRAIN_SIZE} pixels (RandomResizedCrop, "
         f"8 to 100 % of the area; {images}), tested with a centre crop of {CROP_RATIO:.1%} of the side.",
-        f"Cost at {arguments.timed_size} pixels, each alone on the machine: callback {slow:.1f} s "
+        f"Cost at {arguments.timed_size} pixels, one after the other: callback {slow:.1f} s "
         f"({arguments.tune_epochs} epochs, batches of 256, SGD with lr {arguments.tune_lr:g} and half a cosine), one "
         f"pass {fast:.1f} s: 1/{slow / fast:.0f}.",
         f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "

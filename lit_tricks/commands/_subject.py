@@ -193,10 +193,10 @@ def _timm(name: str, data: LightningDataModule, weights: str | None, model_args:
     num_classes = int(getattr(data, "num_classes", known.num_classes))
     names = getattr(data, "classes", None)
     module = Classifier(architecture, num_classes, model_args, None, names, (channels, size, size))
-    heads = [parameter for head in find_classifier(module).values() for parameter in head.parameters()]
-    before = [parameter.clone() for parameter in heads]
+    heads: Any = find_classifier(module).values()
+    before = [head.weight.clone() for head in heads]
     load_weights(module.model, weights or name)
-    if any(map(torch.equal, before, heads)):  # where the number of classes differs, the classifier is not loaded
+    if any(torch.equal(head.weight, old) for head, old in zip(heads, before, strict=True)):  # none of that number there
         raise ValueError(f"{weights or name} is of another number of classes than the {num_classes} of the data.")
     if hasattr(data, "mean") and hasattr(data, "std"):
         statistics = {key: tuple(255 * value for value in getattr(known, key)) for key in ("mean", "std")}

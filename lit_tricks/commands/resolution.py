@@ -6,6 +6,7 @@ One caveat: the best of many sizes is chosen on the images that it is told for; 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +87,9 @@ def resolution(
         for (size, ratio), accuracies in zip(views, found, strict=True)
     ]
     name = ckpt or type(subject.module).__name__
-    report_resolution(Path(out), rows, subject.train_size, f"{name}, {split}", name if wandb else None)
+    report_resolution(Path(out), rows, subject.train_size, f"{name}, {split}")
+    if wandb:
+        _log(rows, Path(out), name)
     return Path(out)
 
 
@@ -123,3 +126,19 @@ def _metrics(logits: Tensor) -> MetricCollection:
         name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in wanted.items()
     }
     return MetricCollection(metrics).to(logits.device)
+
+
+def _log(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
+    """Track the result in a W&B run of its own."""
+    import wandb  # takes a second to import
+
+    from lit_tricks._runs import _logged_in
+
+    best = max(rows, key=lambda row: row["top1"])
+    with wandb.init(
+        project="lit-tricks", job_type="resolution", name=f"resolution-{Path(name).stem}", dir=str(folder.resolve()),
+        mode=None if os.environ.get("WANDB_MODE") or _logged_in() else "offline",
+        config={"model": name, "best/size": best["size"], "best/top1": best["top1"]},
+    ) as run:  # fmt: skip
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        run.log({"resolution": table, "plot": wandb.Image(str(folder / "resolution.png"))})

@@ -21,9 +21,7 @@ APPARENT = 0.81
 Row = Mapping[str, Any]
 
 
-def report_resolution(
-    folder: Path, rows: Sequence[Row], train_size: int | None, title: str, wandb_name: str | None = None
-) -> None:
+def report_resolution(folder: Path, rows: Sequence[Row], train_size: int | None, title: str) -> None:
     """Write ``resolution.csv`` and ``resolution.png``, and print the table.
 
     Args:
@@ -31,7 +29,6 @@ def report_resolution(
         rows: ``size``, ``crop_ratio`` (None: that of the data), ``gmac`` of an image, ``top1`` and perhaps ``top5``.
         train_size: side of the images in training in pixels, if it is known.
         title: of the picture and the table.
-        wandb_name: name of a W&B run that gets both; None logs nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = [name for name in ("size", "crop_ratio", "gmac", "top1", "top5") if name in rows[0]]
@@ -46,8 +43,6 @@ def report_resolution(
     console = Console()
     console.print(_table(rows, columns, best, train_size, title))
     console.print(f"table and plot  {folder}", highlight=False, soft_wrap=True)
-    if wandb_name:
-        _log(rows, columns, best, folder, wandb_name)
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str], best: Row, train_size: int | None, title: str) -> Table:
@@ -96,13 +91,3 @@ def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -
     unfinished = path.with_name(f".{path.name}.part")
     figure.savefig(unfinished, dpi=120, format="png")
     os.replace(unfinished, path)
-
-
-def _log(rows: Sequence[Row], columns: Sequence[str], best: Row, folder: Path, name: str) -> None:
-    import wandb  # takes a second to import
-
-    config = {"model": name, "best/size": best["size"], "best/top1": best["top1"]}
-    run_name = f"resolution-{Path(name).stem}"
-    with wandb.init(project="lit-tricks", job_type="resolution", name=run_name, dir=folder, config=config) as run:
-        table = wandb.Table(columns=list(columns), data=[[row[column] for column in columns] for row in rows])
-        run.log({"resolution": table, "picture": wandb.Image(str(folder / "resolution.png"))})
