@@ -50,10 +50,10 @@ def result(folder: str = "resolution") -> list[dict[str, Any]]:
         return [{key: float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(stream)]
 
 
-def write_state(architecture: str, num_classes: int) -> str:
+def write_state(architecture: str, num_classes: int, **model_args: Any) -> str:
     """A file of random weights."""
     torch.manual_seed(0)
-    torch.save(timm.create_model(architecture, num_classes=num_classes).state_dict(), "weights.pth")
+    torch.save(timm.create_model(architecture, num_classes=num_classes, **model_args).state_dict(), "weights.pth")
     return "weights.pth"
 
 
@@ -311,21 +311,15 @@ def test_refuses_data_of_other_classes(trained, tmp_path):
 
 def test_a_transformer_of_one_size(tmp_path):
     root = write_image_folder(tmp_path / "images")
-    words = (
-        "--ckpt=test_vit",
-        f"--weights={write_state('test_vit', 3)}",
-        "--data=ImageFolder",
-        f"--data.root={root}",
-        "--data.batch_size=2",
-        "--data.num_workers=0",
-        "--sizes",
-        "176",
-    )
+    write_state("vit_tiny_patch16_224", 3, depth=1)
+    words = ("--ckpt=vit_tiny_patch16_224", "--weights=weights.pth", "--data=ImageFolder", f"--data.root={root}")
+    words += ("--data.batch_size=2", "--data.num_workers=0", "--sizes", "256")
     refused(
-        r"VisionTransformer takes images of 160 pixels alone .*--model_args '\{dynamic_img_size: true\}' .*", *words
-    )
-    done("resolution", *words, "--model_args", "{dynamic_img_size: true}")
-    assert result()[0]["size"] == 176
+        r"VisionTransformer takes images of 224 pixels alone .*--model_args '\{dynamic_img_size: true\}' .*",
+        *words, "--model_args", "{depth: 1}",
+    )  # fmt: skip
+    done("resolution", *words, "--model_args", "{depth: 1, dynamic_img_size: true}")
+    assert result()[0]["size"] == 256
 
 
 def test_a_layer_of_one_size_and_a_map_that_vanishes(tmp_path):

@@ -76,7 +76,7 @@ def _fault(subject: Subject, size: int, channels: int) -> str | Exception | None
         with _watched(subject.module, starved):
             _forward(subject, size, channels)
     except Exception as error:  # networks say in many ways that they do not take a size
-        return error
+        return starved[0] if starved else error
     return starved[0] if starved else None
 
 

@@ -134,6 +134,7 @@ def _features(
 
 def _solve(head: nn.Linear, file: FeatureFile, weight_decay: float | None, device: torch.device, name: str) -> None:
     """Train the classifier to convergence."""
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     features, labels = file.read()
     if device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         features, labels = features.to(device), labels.to(device)
