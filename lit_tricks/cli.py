@@ -28,6 +28,7 @@ from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
 from lit_tricks.classifier import Classifier
+from lit_tricks.commands._checkpoint import plain
 from lit_tricks.commands._command import run_command, summary
 from lit_tricks.predictions import PredictionWriter
 from lit_tricks.reports import report_fit
@@ -244,15 +245,8 @@ def _settings_of(checkpoint: Path, predict: bool) -> dict[str, Any]:
     for key, hparams, default in (("model", model, "lit_tricks.Classifier"), ("data", data, None)):
         init_args = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
         if class_path := hparams.get("_class_path", default):
-            settings[key] = {"class_path": class_path, "init_args": _plain(init_args)}
+            settings[key] = {"class_path": class_path, "init_args": plain(init_args)}
     return settings
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML's safe dialect has no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from lit_tricks.commands.ablate import ablate
 from lit_tricks.commands.average import average
+from lit_tricks.commands.fixres import fixres
+from lit_tricks.commands.resolution import resolution
 
-__all__ = ["ablate", "average"]
+__all__ = ["ablate", "average", "fixres", "resolution"]

@@ -14,6 +14,9 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
+from lit_tricks._parser import given as given_value
+from lit_tricks.commands._checkpoint import data_settings
+
 __all__ = ["run_command", "summary"]
 
 
@@ -23,7 +26,8 @@ def run_command(function: Callable[..., Any], words: list[str]) -> None:
     What has no default is positional, unless it is keyword-only; a list takes several values; ``output`` is ``-o``.
     What is False by default needs no value. A ``--config`` may hold more than the command knows, such as that of a run:
     the rest is ignored; but a function with an argument ``config`` gets the paths. What follows ``--`` is for the
-    argument ``fit_args``.
+    argument ``fit_args``. A function with ``ckpt`` and ``data`` gets the data of the checkpoint, where nothing else is
+    given.
 
     Args:
         function: typed and documented. Its arguments become flags.
@@ -43,6 +47,8 @@ def run_command(function: Callable[..., Any], words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "config" not in parameters:
             words = _reduced(words, set(parameters), folder)
+        if {"ckpt", "data"} <= parameters.keys():
+            words = [*_settings_of(given_value(words, "--ckpt"), folder), *words]
         config = parser.parse_args([f"{word}=true" if word in flags else word for word in words])
     values = parser.instantiate_classes(config).as_dict() | given
     function(**{name: values[name] for name in parameters if name in values})
@@ -57,6 +63,16 @@ def _underscored(word: str) -> str:
     """``--as-sweep=x`` as ``--as_sweep=x``."""
     flag, equals, value = word.partition("=")
     return (flag[:2] + flag[2:].replace("-", "_") if flag.startswith("--") else flag) + equals + value
+
+
+def _settings_of(checkpoint: str | None, folder: str) -> list[str]:
+    """Words for the data settings of a checkpoint: a configuration below what is given."""
+    settings = data_settings(Path(checkpoint)) if checkpoint and Path(checkpoint).is_file() else {}
+    if not settings:
+        return []
+    path = Path(folder, "checkpoint.yaml")
+    path.write_text(yaml.safe_dump({"data": settings}))
+    return [f"--config={path}"]
 
 
 _CONFIG = ("-c", "--config")

@@ -6,32 +6,26 @@ the same weights. The average of runs from different random weights is worthless
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks._batch import inputs_of
 from lit_tricks.callbacks._batch_norm import estimate, layers_of
 from lit_tricks.callbacks._fresh import isolated_random_state
+from lit_tricks.commands._checkpoint import RUN, module_of, read_checkpoint, written_whole
+from lit_tricks.commands._progress import progress
 
 __all__ = ["average", "mean_of"]
 
 log = logging.getLogger("lit_tricks")
-
-# What only a run that goes on needs.
-RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
 
 State = dict[str, Tensor]
 
@@ -90,21 +84,21 @@ def average(
         ValueError: if a file is no checkpoint, or of another model; or for arguments that go not together.
     """
     paths = _check(checkpoints, output, greedy, data, num_samples, overwrite)
-    first = _read(paths[0])
+    first = read_checkpoint(paths[0])
     for path in paths[1:]:
-        _check_same(first, _read(path), paths[0], path)
+        _check_same(first, read_checkpoint(path), paths[0], path)
     has_statistics = any(name.endswith(".running_var") for name in first["state_dict"])
     if data is None and has_statistics:
         log.warning("the statistics of BatchNorm are averaged, not re-estimated: give --data to do that")
     workshop = None
     if data is not None:
-        workshop = _Workshop(_module_of(paths[0]) if module is None else module, data, num_samples)
+        workshop = _Workshop(module_of(paths[0]) if module is None else module, data, num_samples)
     if greedy and workshop:
         chosen, state = _greedy(paths, workshop, metric, mode)
     else:
         chosen, state = paths, _soup(paths, workshop)
     kept = {key: value for key, value in first.items() if key not in RUN}
-    with _written_whole(Path(output)) as part:
+    with written_whole(Path(output)) as part:
         torch.save(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, part)
     log.info("%s: the average of %s", output, ", ".join(map(str, chosen)))
     return Path(output)
@@ -139,7 +133,7 @@ class _Workshop:
         loader = CombinedLoader(self.data.train_dataloader(), "max_size_cycle")
         device = self.trainer.strategy.root_device
         self.model.to(device)
-        with isolated_random_state(device, loader.flattened), _progress("BatchNorm", self.num_samples) as advance:
+        with isolated_random_state(device, loader.flattened), progress("BatchNorm", self.num_samples) as advance:
             batches = self._batches(loader, device, advance)
             statistics = estimate(self.model, layers, batches, lambda inputs: self.model(*inputs))
         self.model.cpu()
@@ -163,20 +157,20 @@ class _Workshop:
 
 
 def _soup(paths: Sequence[Path], workshop: _Workshop | None) -> State:
-    state = mean_of(_read(path)["state_dict"] for path in paths)
+    state = mean_of(read_checkpoint(path)["state_dict"] for path in paths)
     return workshop.with_statistics(state) if workshop else state
 
 
 def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> tuple[list[Path], State]:
     """The checkpoints of the greedy soup, and its weights as they were scored; one checkpoint alone is as it is."""
     sign = 1 if mode == "max" else -1
-    with _progress("greedy soup", 2 * len(paths) - 1) as advance:
+    with progress("greedy soup", 2 * len(paths) - 1) as advance:
         scores = {}
         for path in paths:
-            scores[path] = sign * workshop.score(_read(path)["state_dict"], metric)
+            scores[path] = sign * workshop.score(read_checkpoint(path)["state_dict"], metric)
             advance(1)
         best, *others = sorted(paths, key=lambda path: -scores[path])
-        chosen, highest, state = [best], scores[best], dict(_read(best)["state_dict"])
+        chosen, highest, state = [best], scores[best], dict(read_checkpoint(best)["state_dict"])
         log.info("%s: %s %.6g, alone", best, metric, sign * highest)
         for path in others:
             candidate = _soup([*chosen, path], workshop)
@@ -187,25 +181,6 @@ def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> t
             log.info("%s: %s %.6g, alone %.6g: %s", path, metric, sign * score, sign * scores[path], verdict)
             advance(1)
     return chosen, state
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, where there is a terminal and no other bar."""
-    console = Console(stderr=True)
-    if not console.is_terminal or _bars:
-        yield lambda done: None
-        return
-    _bars.append(what)
-    try:
-        with Progress(console=console) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda done: progress.advance(task, done)
-    finally:
-        _bars.remove(what)
-
-
-_bars: list[str] = []
 
 
 def _check(
@@ -233,15 +208,6 @@ def _check(
     return paths
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        content["pytorch-lightning_version"], content["state_dict"].items()
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged.") from error
-    return content
-
-
 def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, path: Path) -> None:
     """See that two checkpoints are of one model, also where layers of the same shapes are put together otherwise."""
     ours, theirs = first["state_dict"], other["state_dict"]
@@ -265,24 +231,3 @@ def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, 
 
 def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _module_of(path: Path) -> LightningModule:
-    settings = _read(path).get("hyper_parameters", {})
-    name = settings.get("_class_path", "lit_tricks.Classifier" if "num_classes" in settings else "")
-    if not name:
-        raise ValueError(f"{path} does not say what module its weights are of: give --module.")
-    package, _, cls = name.rpartition(".")
-    module: type[LightningModule] = getattr(importlib.import_module(package), cls)
-    return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A file beside another one, that takes its place once it is complete."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

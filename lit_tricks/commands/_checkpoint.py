@@ -1,0 +1,87 @@
+"""Checkpoints as the commands take and leave them: read safely, filled into a module, written whole."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+__all__ = ["RUN", "data_of", "data_settings", "module_of", "plain", "read_checkpoint", "written_whole"]
+
+# What only a run that goes on needs.
+RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint; the weights are mapped into memory.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content["pytorch-lightning_version"], content["state_dict"].items()
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged.") from error
+    return content
+
+
+def module_of(path: Path, **changes: Any) -> LightningModule:
+    """The module that a checkpoint is of, with its weights.
+
+    Args:
+        path: of the checkpoint.
+        changes: arguments that the module takes in the place of those that it was made with.
+
+    Raises:
+        ValueError: if the checkpoint does not say.
+    """
+    settings = read_checkpoint(path).get("hyper_parameters", {})
+    name = settings.get("_class_path", "lit_tricks.Classifier" if "num_classes" in settings else "")
+    if not name:
+        raise ValueError(f"{path} does not say what module its weights are of: give --module.")
+    module: type[LightningModule] = _class(name)
+    return module.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
+
+
+def data_settings(path: Path) -> dict[str, Any]:
+    """Class path and arguments of the data module that a checkpoint was trained on; nothing if it does not say."""
+    hparams = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
+    name = hparams.pop("_class_path", "")
+    hparams.pop("_instantiator", None)
+    return {"class_path": name, "init_args": plain(hparams)} if name else {}
+
+
+def data_of(path: Path) -> LightningDataModule | None:
+    """The data module that a checkpoint was trained on, made anew; None if it does not say."""
+    settings = data_settings(path)
+    return _class(settings["class_path"])(**settings["init_args"]) if settings else None
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside another one, that takes its place once it is complete."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _class(name: str) -> Any:
+    package, _, cls = name.rpartition(".")
+    return getattr(importlib.import_module(package), cls)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists: YAML's safe dialect has no tuples."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,218 @@
+"""What a command looks into: a trained network, and the data that belongs to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_tricks.callbacks._heads import find_classifier
+from lit_tricks.callbacks._transforms import at_size, changed
+from lit_tricks.classifier import Classifier
+from lit_tricks.commands._checkpoint import data_of, module_of, read_checkpoint
+from lit_tricks.models import load_weights
+from lit_tricks.models.weights import nearest
+
+__all__ = ["Subject", "Views", "subject_of"]
+
+log = logging.getLogger("lit_tricks")
+
+
+class Views:
+    """A transform that gives the result of several, in a list.
+
+    Args:
+        transforms: of an image, which is not changed by them.
+    """
+
+    def __init__(self, transforms: Sequence[Any]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        """Transform an image in each way."""
+        if hasattr(image, "pixels"):  # decoded as far as it is asked for: then all of it, once
+            image.pixels()
+        return [transform(image) for transform in self.transforms]
+
+
+class Subject:
+    """A network in evaluation mode on its device, with what it is to see.
+
+    Args:
+        module: gives logits (N, classes) for images (N, C, H, W).
+        data: gives the images.
+        train_size: side of the images in training in pixels, where that is known.
+        crop_ratio: of evaluation; None is that of the data.
+
+    Raises:
+        ValueError: if the module has no ``forward``.
+    """
+
+    def __init__(
+        self, module: LightningModule, data: LightningDataModule, train_size: int | None, crop_ratio: float | None
+    ) -> None:
+        if not is_overridden("forward", module, parent=LightningModule):
+            raise ValueError(f"{type(module).__name__} has no `forward`: give it one, from images to logits.")
+        on_gpu = torch.cuda.is_available()
+        self.trainer = Trainer(
+            devices=1, precision="bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true",
+            logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        )  # fmt: skip
+        self.device = self.trainer.strategy.root_device
+        self.module, self.data = module.to(self.device).eval(), data
+        self.train_size, self.crop_ratio = train_size, crop_ratio
+        module.trainer = data.trainer = self.trainer  # hooks look at the stage
+        self.trainer.validating = True
+        data.prepare_data()
+
+    def dataset(self, split: Literal["train", "val", "test"], transform: Any) -> tuple[Any, Any]:
+        """A data set with another transform, and the loader that it is of.
+
+        Raises:
+            ValueError: for data in which that can not be.
+        """
+        self.data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
+        loader: Any = getattr(self.data, f"{split}_dataloader")()
+        name = type(self.data).__name__
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            found = type(getattr(loader, "dataset", loader)).__name__
+            raise ValueError(f"{name} gives a {found}: {split} images must come from one DataLoader, with an index.")
+        try:
+            return changed(loader.dataset, lambda part: setattr(part, "transform", transform)), loader
+        except LookupError as error:
+            raise ValueError(f"the data set of {name}, {error}, has no attribute `transform`: give it one.") from None
+
+    def transform_at(self, size: int, crop_ratio: float | None = None) -> Any:
+        """The transform of evaluation for a size and a crop ratio."""
+        ratio = crop_ratio or self.crop_ratio
+        if make := getattr(self.data, "eval_transform_at", None):
+            return make(size, ratio)
+        if ratio:
+            raise ValueError(
+                f"{type(self.data).__name__} does not say how to crop: give it a method `eval_transform_at(image_size, "
+                "crop_ratio)`, or leave the crop ratio out."
+            )
+        self.data.setup("validate")
+        dataset: Any = self.data.val_dataloader().dataset
+        return at_size(dataset.transform, size)
+
+    def loader(self, dataset: Any, like: Any, batch_size: int, indices: Sequence[int]) -> Any:
+        """Batches of a data set in the given order, loaded as another loader does it."""
+        workers = {"multiprocessing_context": like.multiprocessing_context} if like.num_workers else {}
+        return DataLoader(
+            dataset, batch_size, sampler=indices, num_workers=like.num_workers, collate_fn=like.collate_fn,
+            pin_memory=like.pin_memory, worker_init_fn=like.worker_init_fn, generator=torch.Generator(), **workers,
+        )  # fmt: skip
+
+    def on_device(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Let a batch go the way of those of validation.
+
+        Raises:
+            ValueError: if it is no pair of images and labels then.
+        """
+        batch: Any = [images, labels]
+        batch = self._hook("on_before_batch_transfer")(batch, 0)
+        batch = self._hook("transfer_batch_to_device")(batch, self.device, 0)
+        images, labels = self._hook("on_after_batch_transfer")(batch, 0)
+        return images, labels
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (N, classes), in float32."""
+        with self.trainer.precision_plugin.forward_context():
+            logits: Tensor = self.module(images)
+        return logits.float()
+
+    def _hook(self, name: str) -> Any:
+        return getattr(self.data if is_overridden(name, self.data) else self.module, name)
+
+
+def subject_of(
+    ckpt: str | None,
+    data: LightningDataModule | None,
+    module: LightningModule | None = None,
+    weights: str | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Subject:
+    """Load a network and the data that belongs to it.
+
+    Args:
+        ckpt: a checkpoint, or the name of one of timm's models.
+        data: in the place of what the checkpoint was trained on.
+        module: what the weights of the checkpoint are of.
+        weights: of a model of timm's.
+        model_args: arguments of the model.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it does not say what model or data it is of, or these do not go together.
+    """
+    if not ckpt and module is None:
+        raise ValueError("give --ckpt, a checkpoint, or the name of one of timm's models.")
+    path = Path(ckpt) if ckpt else None
+    is_file = path is not None and path.is_file()
+    data = data_of(path) if data is None and path and is_file else data
+    if path and not is_file and (path.suffix in (".ckpt", ".pt", ".pth") or len(path.parts) > 1):
+        raise FileNotFoundError(f"--ckpt {ckpt}: there is no such file.")
+    if data is None:
+        raise ValueError(
+            f"{ckpt or type(module).__name__} does not say what data it was trained on: give --data, such as --data "
+            "ImageFolder --data.root FOLDER, or the --config of a run."
+        )
+    if module is not None:
+        if path and is_file:
+            module.load_state_dict(read_checkpoint(path)["state_dict"], strict=module.strict_loading)
+        return Subject(module, data, _side(module, data), None)
+    assert path is not None and ckpt is not None  # noqa: PT018
+    if is_file:
+        hparams = read_checkpoint(path).get("hyper_parameters", {})
+        changes = {"model_args": (hparams.get("model_args") or {}) | model_args} if model_args else {}
+        module = module_of(path, **changes)
+        _check_classes(module, data, ckpt)
+        return Subject(module, data, _side(module, data), None)
+    return _timm(ckpt, data, weights, model_args)
+
+
+def _timm(name: str, data: LightningDataModule, weights: str | None, model_args: dict[str, Any] | None) -> Subject:
+    """A model of timm's, with its own normalisation, size and crop ratio."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = nearest(name, timm.list_models()) or "."
+        raise ValueError(f"--ckpt {name} is neither a file nor a model of timm's{near}")
+    if not weights and not timm.is_model_pretrained(name):
+        raise ValueError(f"timm has no weights for {name}: give --weights, a file.")
+    known: Any = timm.get_pretrained_cfg(name if timm.is_model_pretrained(name) else architecture)
+    channels, *_, size = known.input_size
+    num_classes = int(getattr(data, "num_classes", known.num_classes))
+    names = getattr(data, "classes", None)
+    module = Classifier(architecture, num_classes, model_args, None, names, (channels, size, size))
+    heads: Any = find_classifier(module).values()
+    before = [head.weight.clone() for head in heads]
+    load_weights(module.model, weights or name)
+    if any(torch.equal(head.weight, old) for head, old in zip(heads, before, strict=True)):  # none of that number there
+        raise ValueError(f"{weights or name} is of another number of classes than the {num_classes} of the data.")
+    if hasattr(data, "mean") and hasattr(data, "std"):
+        statistics = {key: tuple(255 * value for value in getattr(known, key)) for key in ("mean", "std")}
+        log.info("%s: images are normalised by its mean %s and std %s", name, *statistics.values())
+        vars(data).update(statistics)
+        data.hparams.update(statistics)
+    return Subject(module, data, size, known.crop_pct)
+
+
+def _side(module: LightningModule, data: LightningDataModule) -> int | None:
+    """Side of the images in training."""
+    size = getattr(module, "hparams", {}).get("input_size") or getattr(data, "input_size", None)
+    return int(size[-1]) if size else None
+
+
+def _check_classes(module: LightningModule, data: LightningDataModule, ckpt: str) -> None:
+    ours, theirs = (getattr(thing, "num_classes", None) for thing in (module, data))
+    if ours and theirs and ours != theirs:
+        raise ValueError(f"{ckpt} tells {ours} classes apart, and the data has {theirs}: give it data of its own.")

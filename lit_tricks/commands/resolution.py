@@ -1,0 +1,144 @@
+"""``lit-tricks resolution``: at which size of the images a network is best, and what that costs.
+
+One caveat: the best of many sizes is chosen on the images that it is told for; test it on others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
+from lit_tricks.callbacks._fresh import isolated_random_state
+from lit_tricks.commands._progress import progress
+from lit_tricks.commands._sizes import default_sizes, macs, parse_sizes
+from lit_tricks.commands._subject import Subject, Views, subject_of
+from lit_tricks.reports.resolution import report_resolution
+
+__all__ = ["resolution"]
+
+log = logging.getLogger("lit_tricks")
+
+BYTES = 2**28  # of the images of a batch, in all sizes
+
+
+def resolution(
+    *,
+    ckpt: str | None = None,
+    sizes: list[str] | None = None,
+    crop_ratio: list[float] | None = None,
+    split: Literal["val", "test"] = "val",
+    out: str = "resolution",
+    wandb: bool = False,
+    data: LightningDataModule | None = None,
+    module: LightningModule | None = None,
+    weights: str | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Path:
+    """Evaluate a network at many sizes of the test images.
+
+    With random crops in training, objects look larger there than in a test at the same size, and a larger one is
+    better ([Touvron et al., 2019](https://arxiv.org/abs/1906.06423)): about the size in training / 0.81. Each image is
+    read once, and resized to all sizes from there. A result that the folder holds is replaced.
+
+    Args:
+        ckpt: a checkpoint, or the name of a model of timm's with pretrained weights.
+        sizes: sides in pixels: 128:448:32 (both ends are in), or single ones. By default from 4/7 to twice the size in
+            training.
+        crop_ratio: size over the short side before the centre crop, in (0, 1], one or more: each is a line of the
+            picture. By default that of the data.
+        split: the images: those of validation, or the test, once nothing is chosen any more.
+        out: folder for ``resolution.csv`` and ``resolution.png``.
+        wandb: log table and picture to Weights & Biases too, offline where nobody is logged in.
+        data: the images; by default those that the checkpoint was trained on, with its own normalisation.
+        module: what the weights of the checkpoint are of; by default it says what it is.
+        weights: a file of weights for a model of timm's.
+        model_args: arguments of the model, on top of those of the checkpoint, such as {dynamic_img_size: true}.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for arguments that can not be understood or go not together, and for sizes that the network does
+            not take.
+    """
+    asked = parse_sizes(sizes) if sizes else None
+    ratios: list[float | None] = [*crop_ratio] if crop_ratio else [None]
+    for ratio in crop_ratio or []:
+        if not 0 < ratio <= 1:
+            raise ValueError(f"--crop_ratio {ratio:g} is not above 0 and at most 1: 0.875 is 224 of 256 pixels.")
+    subject = subject_of(ckpt, data, module, weights, model_args)
+    channels = (getattr(subject.data, "input_size", None) or (3,))[0]
+    asked = asked or default_sizes(subject, channels)
+    costs = {size: macs(subject, size, channels) for size in asked}
+    views = [(size, ratio) for ratio in ratios for size in asked]
+    found = _accuracies(subject, views, split)
+    rows = [
+        {"size": size, "crop_ratio": ratio, "gmac": costs[size] / 1e9, **accuracies}
+        for (size, ratio), accuracies in zip(views, found, strict=True)
+    ]
+    name = ckpt or type(subject.module).__name__
+    report_resolution(Path(out), rows, subject.train_size, f"{name}, {split}")
+    if wandb:
+        _log(rows, Path(out), name)
+    return Path(out)
+
+
+@torch.no_grad()
+def _accuracies(subject: Subject, views: list[tuple[int, float | None]], split: Literal["val", "test"]) -> list[Any]:
+    """Top-1, and from six classes on top-5, of each view, in one pass over the images."""
+    transform = Views([subject.transform_at(size, ratio) for size, ratio in views])
+    dataset, like = subject.dataset(split, transform)
+    largest = BYTES // sum(12 * size**2 for size, _ in views)
+    batch_size = max(1, min(largest, like.batch_size or largest))
+    loader = subject.loader(dataset, like, batch_size, range(len(dataset)))
+    metrics: list[MetricCollection] = []
+    with isolated_random_state(subject.device, [loader]), progress("images", len(dataset)) as advance:
+        for batch in loader:
+            try:
+                in_views, labels = batch
+            except (TypeError, ValueError):
+                name = type(subject.data).__name__
+                raise ValueError(f"batches of {name} must be pairs of images and labels; got {type(batch)}.") from None
+            for number, view in enumerate(in_views):
+                images, target = subject.on_device(view, labels)
+                logits = subject.logits(images)
+                if not number < len(metrics):
+                    metrics.append(_metrics(logits))
+                metrics[number].update(logits, target)
+            advance(len(labels))
+    return [{key: float(value) for key, value in metric.compute().items()} for metric in metrics]
+
+
+def _metrics(logits: Tensor) -> MetricCollection:
+    num_classes = logits.shape[1]
+    wanted = {"top1": 1} | ({"top5": 5} if num_classes > 5 else {})
+    metrics: dict[str, Any] = {
+        name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in wanted.items()
+    }
+    return MetricCollection(metrics).to(logits.device)
+
+
+def _log(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
+    """Track the result in a W&B run of its own."""
+    import wandb  # takes a second to import
+
+    from lit_tricks._runs import _logged_in
+
+    best = max(rows, key=lambda row: row["top1"])
+    with wandb.init(
+        project="lit-tricks", job_type="resolution", name=f"resolution-{Path(name).stem}", dir=str(folder.resolve()),
+        mode=None if os.environ.get("WANDB_MODE") or _logged_in() else "offline",
+        config={"model": name, "best/size": best["size"], "best/top1": best["top1"]},
+    ) as run:  # fmt: skip
+        table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        run.log({"resolution": table, "plot": wandb.Image(str(folder / "resolution.png"))})
