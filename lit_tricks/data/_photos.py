@@ -71,10 +71,7 @@ class PhotoDataModule(ImageDataModule, ABC):
             return [self._coloured(part, matrices) for part in images]
         if images.dtype != torch.uint8:
             return images
-        if matrices is None:
-            floats = normalisation(self.mean, self.std)
-        else:
-            floats = matrices.view(torch.float32)
+        floats = normalisation(self.mean, self.std) if matrices is None else matrices.view(torch.float32)
         single = images.dim() == 3
         images = images[None] if single else images
         result = apply_matrices(images, floats, self._dtype(), self._is_channels_last())
