@@ -76,7 +76,8 @@ class Samples(Dataset[tuple[Any, ...]]):
         transform = self.transform
         if not isinstance(transform, Crop):
             return self._map(self._any, indices)
-        images = _shared(transform.empty(len(indices)))
+        with torch.inference_mode(False):  # in which a worker may be born, but not its threads
+            images = _shared(transform.empty(len(indices)))
         labels, draws = zip(*self._map(self._crop, indices, images), strict=True)
         whole = [images, default_collate(list(labels))]
         if transform.jitter:
