@@ -354,7 +354,7 @@ def test_a_run_counts_and_lists_bad_images_and_goes_on_the_same(
         torch.manual_seed(2)
         resumed = Recorder()
         checkpoint = tmp_path / "whole" / "checkpoints" / f"step={step}.ckpt"
-        fit(resumed, module(root, on_bad_image="skip", num_workers=1), tmp_path / "resumed", checkpoint)
+        fit(resumed, module(root, on_bad_image="skip", num_workers=2), tmp_path / f"resumed from {step}", checkpoint)
         assert resumed.seen == whole.seen[step:]
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
 

@@ -23,7 +23,7 @@ def guarded(loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:  # of a torn connection, or what torch says
-        message = _death_of_worker(loader) or explain_death(error)
+        message = _death_of_worker(loader, error) or explain_death(error)
         if message is None:
             raise
         raise RuntimeError(message) from error
@@ -42,10 +42,11 @@ class EvalLoader(DataLoader[Any]):
         return guarded(self, super().__iter__())
 
 
-def _death_of_worker(loader: DataLoader[Any]) -> str | None:
+def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
     iterator: Any = loader._iterator
     workers = getattr(iterator, "_workers", [])
-    for _ in range(10):  # the connection breaks a moment before the process is gone
+    # a connection breaks some time before the process is gone
+    for _ in range(200 if isinstance(error, OSError | EOFError) else 1):
         dead = [worker for worker in workers if worker.exitcode]
         if dead:
             break
