@@ -61,6 +61,8 @@ class ImageDataModule(LightningDataModule, ABC):
     Attributes:
         classes: names of the classes, in the order of the labels.
         input_size: (channels, height, width) of an image as the model sees it.
+        mean: of the channels, on the scale from 0 to 255; images are normalised by it.
+        std: standard deviation of the channels, on the scale from 0 to 255.
         train_transform: random transform of the training images, PIL image to tensor.
         eval_transform: fixed transform of all other images, PIL image to tensor.
 
@@ -77,6 +79,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     classes: list[str]
     input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     train_transform: Transform
     eval_transform: Transform
 
