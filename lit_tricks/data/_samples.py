@@ -87,7 +87,8 @@ class Samples(Dataset[tuple[Any, ...]]):
         transform = self.transform
         if not isinstance(transform, Crop):
             return [sample for sample in self._map(self._any, indices) if sample is not None]
-        images = _shared(transform.empty(len(indices)))
+        with torch.inference_mode(False):  # in which a worker may be born, but not its threads
+            images = _shared(transform.empty(len(indices)))
         loaded = self._map(self._crop, indices, images)
         kept = [place for place, each in enumerate(loaded) if each is not None]
         if len(kept) < len(indices):
