@@ -1,4 +1,4 @@
-"""The progress bar of the commands."""
+"""A progress bar for commands."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from rich.progress import Progress
 
 __all__ = ["progress"]
 
+_bars: list[str] = []
+
 
 @contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar, where there is a terminal and no other bar. It gives the function that advances it."""
+def progress(what: str, total: float, done: int = 0) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar, where there is a terminal and no other bar. It is told of what is done by a call."""
     console = Console(stderr=True)
     if not console.is_terminal or _bars:
         yield lambda done: None
@@ -25,6 +27,3 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
             yield lambda done: bar.advance(task, done)
     finally:
         _bars.remove(what)
-
-
-_bars: list[str] = []
