@@ -154,11 +154,14 @@ class ImageDataModule(LightningDataModule, ABC):
             self._sources.update(self._load(split))
         return self._sources[split]
 
-    def _samples(self, source: Source, transform: Transform) -> Samples:
+    def _run_seed(self) -> int:
         if self._seed is None:
             seed = torch.initial_seed()
             self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        return Samples(source, transform, self._seed)
+        return self._seed
+
+    def _samples(self, source: Source, transform: Transform) -> Samples:
+        return Samples(source, transform, self._run_seed())
 
     def _eval_loader(self, source: Source) -> DataLoader[Any]:
         samples = self._samples(source, self.eval_transform)

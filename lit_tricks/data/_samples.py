@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 
 from lit_tricks.data.transforms import Transform, to_rgb
 
-__all__ = ["Files", "Samples", "Source", "derive_seed", "find_images", "read_image"]
+__all__ = ["Files", "Samples", "Source", "derive_seed", "find_images", "load_image", "read_image", "seeded"]
 
 
 class Source(Protocol):
@@ -44,19 +45,34 @@ def read_image(path: str) -> Image.Image:
         RuntimeError: if it cannot be read; the message names the file.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(image)
+        return load_image(path)
     except Exception as error:  # PIL's decoders fail in many ways: OSError, SyntaxError, ValueError, struct.error, ...
         raise RuntimeError(f"cannot read the image {path!r} ({error}): replace the file or remove it") from error
+
+
+def load_image(file: str | BinaryIO) -> Image.Image:
+    """Read an image as 8-bit RGB; what PIL raises goes on."""
+    with Image.open(file) as image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Let torch's generator of the CPU draw what belongs to a sample, and put it back afterwards.
+
+    (``torch.manual_seed`` would reseed the accelerators as well, in the middle of training.)
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, epoch, index))
+        yield
 
 
 class Samples(Dataset[tuple[Tensor, Any]]):
     """Transformed samples; random transforms give the same for the same (seed, epoch, index), in any process.
 
     The index carries the epoch: ``index + epoch * len(samples)``, so that workers that live on from epoch to epoch
-    know it. Only torch's generator of the CPU is seeded, and put back afterwards. (``torch.manual_seed`` would reseed
-    the accelerators as well, in the middle of training.)
+    know it.
 
     Args:
         source: gives (image, label).
@@ -75,8 +91,7 @@ class Samples(Dataset[tuple[Tensor, Any]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         epoch, index = divmod(index, len(self))
         image, label = self.source[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.transform(image), label
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from torchvision.datasets import DatasetFolder
@@ -13,7 +14,7 @@ from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one, re
 from lit_tricks.data._samples import Source, read_image
 from lit_tricks.data.transforms import Transform, eval_transform, train_transform
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "check_same_classes"]
 
 Augmentation = Literal["paper", "basic", "none"]
 LAYOUT = "expected are ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and ROOT/test/CLASS/*.jpg if there is a test"
@@ -79,8 +80,7 @@ class ImageFolder(ImageDataModule):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
         self.root = root
-        # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
-        self.classes = _find_classes(root) if predict_dir is None or os.path.isdir(root) else []
+        self.classes = self._read_classes()
         self.input_size = (3, image_size, image_size)
         self.crop_ratio = image_size / resize_size
         self.mean, self.std = mean, std
@@ -93,6 +93,10 @@ class ImageFolder(ImageDataModule):
         """Make the transform of evaluation for another size (see the base class)."""
         resize_size = resize_size_for(image_size, crop_ratio, default=self.crop_ratio)
         return eval_transform(image_size, resize_size, self.mean, self.std)
+
+    def _read_classes(self) -> list[str]:
+        # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
+        return _find_classes(self.root) if self.predict_dir is None or os.path.isdir(self.root) else []
 
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
@@ -118,20 +122,27 @@ def _find_classes(root: str) -> list[str]:
         if not os.path.isdir(folders[split]):
             raise FileNotFoundError(f"no folder {split!r} in root={root!r}; {LAYOUT}")
     classes = {
-        split: {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        split: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         for split, folder in folders.items()
         if os.path.isdir(folder)
     }
     for split, names in classes.items():
         if not names:
             raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
-        if names != classes["train"]:
-            only_train, only_here = sorted(classes["train"] - names), sorted(names - classes["train"])
+    check_same_classes(classes, f"the class folders in root={root!r}")
+    return classes["train"]
+
+
+def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
+    """Raise ValueError unless all splits have the classes of "train", in the same order."""
+    train = list(classes["train"])
+    for split, names in classes.items():
+        if list(names) != train:
+            only_train, only_here = sorted({*train} - {*names}), sorted({*names} - {*train})
             raise ValueError(
-                f"the class folders of train and {split} in root={root!r} differ: "
+                f"{what} differ between train and {split}: "
                 f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
             )
-    return sorted(classes["train"])
 
 
 def _some(names: list[str]) -> str:

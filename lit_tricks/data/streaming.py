@@ -1,0 +1,119 @@
+"""Images in litdata's shards, in a folder or a bucket, with the pipeline of ``ImageFolder``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from lit_tricks.data._base import Split
+from lit_tricks.data._samples import Source
+from lit_tricks.data._shards import SCHEMES, SPLITS, Shards, import_litdata, read_shards
+from lit_tricks.data.image_folder import Augmentation, ImageFolder, check_same_classes
+from lit_tricks.data.transforms import Transform
+
+__all__ = ["Streaming"]
+
+
+class Streaming(ImageFolder):
+    """Images that are too many for the disk of each machine, streamed from shards with [litdata](https://github.com/Lightning-AI/litdata).
+
+    ``lit-tricks data shard`` makes the shards of a folder of images; copy them into a bucket, or leave them where they
+    are. All that ``ImageFolder`` says of crops, colours, sizes and classes holds here too.
+
+    Each process and worker reads shards of its own; in training, samples are shuffled by the seed and the epoch alone,
+    as far as shards go: which shards, and the order in each. A run that is resumed in the middle of an epoch goes on
+    with exactly the samples that were not seen; with another number of processes or workers too, but in another order.
+    Training drops the samples that do not fill a batch in each process, others in each epoch.
+
+    Credentials and endpoint of S3 are those of boto3 (``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
+    ...), those of GCS of google-cloud-storage. Shards of a bucket are kept in ``cache_dir``, by default
+    ``~/.lightning/chunks``, up to three quarters of the free disk; shards in a folder are read where they are.
+
+    Cost: needs ``pip install "lit-tricks[streaming]"``, and for GCS google-cloud-storage. Leave it out where the files
+    fit on a local disk: ``ImageFolder`` is faster, and its batches do not depend on the number of workers.
+
+    Args:
+        root: folder, or URL that starts with s3:// or gs://, with the shards of ``train``, ``val`` and perhaps
+            ``test``.
+        image_size: side of the images as the model sees them in pixels, at least 1.
+        batch_size: images in a batch of one process, from 1 to the number of training images.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
+            the machine, 16 at most; 0 loads in the main process.
+        resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
+            times 256/224, rounded.
+        augmentation: "paper" crops, flips and changes colours; "basic" only crops and flips; "none" trains on what
+            validation sees.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        cache_dir: folder that shards of a bucket are kept in; None is litdata's own.
+
+    Raises:
+        ModuleNotFoundError: without litdata.
+        ValueError: if an argument is out of range, the classes of train, val and test differ, or a run is resumed
+            with other shards.
+        FileNotFoundError: if there are no shards.
+        PermissionError: if the bucket does not let us in.
+        RuntimeError: while loading, for a sample that cannot be read; the message names its shard and number.
+
+    Example:
+        ``data: {class_path: Streaming, init_args: {root: s3://bucket/imagenet, batch_size: 256}}``
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 256,
+        num_workers: int | Literal["auto"] = "auto",
+        resize_size: int | None = None,
+        augmentation: Augmentation = "paper",
+        mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
+        std: tuple[float, float, float] = (58.393, 57.12, 57.375),
+        predict_dir: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        import_litdata()
+        cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        self.cache_dir = cache_dir
+        super().__init__(root, image_size, batch_size, num_workers, resize_size, augmentation, mean, std, predict_dir)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Give shuffled and augmented training batches."""
+        self._check_enough()
+        return self._stream(self._source("train"), self.train_transform)
+
+    def _eval_loader(self, source: Source) -> DataLoader[Any]:
+        return self._stream(source, self.eval_transform) if isinstance(source, Shards) else super()._eval_loader(source)
+
+    def _stream(self, shards: Any, transform: Transform) -> DataLoader[Any]:
+        from lit_tricks.data._stream import ShardSamples, StreamLoader
+
+        warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # litdata's is exact
+        train, trainer, seed = shards.split == "train", self.trainer, self._run_seed()
+        samples = ShardSamples(shards.url, transform, seed, train, *self._replicas(), self.cache_dir)
+        # New workers for each epoch: those that live on would not learn which one it is.
+        loading = self._loader_args(seed) | {"persistent_workers": False}
+        epoch = (lambda: trainer.current_epoch) if train and trainer is not None else None
+        return StreamLoader(samples, epoch, **loading)
+
+    def _read_classes(self) -> list[str]:
+        root = self.root
+        if "://" in root and not root.startswith(SCHEMES):
+            raise ValueError(f"root={root!r} must be a folder, or a URL that starts with {' or '.join(SCHEMES)}")
+        if self.predict_dir is not None and not os.path.isdir(root):
+            return []
+        shards: dict[str, Any] = {split: self._source(split) for split in SPLITS}
+        check_same_classes({split: each.classes for split, each in shards.items()}, f"the shards in root={root!r}")
+        return list(shards["train"].classes)
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        try:
+            return {split: read_shards(self.root, split)}
+        except (FileNotFoundError, PermissionError):  # a bucket that may not be listed refuses what is not there
+            if split == "test":
+                return {"test": self._source("val")}
+            raise
