@@ -1,6 +1,6 @@
 """The command line: ``lit-tricks fit``, ``validate``, ``test`` and ``predict``, one LightningCLI behind ``main``.
 
-The other commands, ``lit-tricks average``, are functions in ``lit_tricks.commands``.
+The other commands, such as ``lit-tricks average``, are functions in ``lit_tricks.commands``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -28,7 +28,7 @@ from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
 from lit_tricks.classifier import Classifier
-from lit_tricks.commands._command import run_command, summary
+from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.predictions import PredictionWriter
 from lit_tricks.reports import report_fit
 
@@ -190,6 +190,29 @@ class TricksCLI(LightningCLI):
             report_fit(self.run.path, best, self.timer.time_elapsed("train"))
 
 
+class _Unrun(TricksCLI):
+    """A fit that is built and not run: on one device, without loggers, in no folder."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave out what writes."""
+        trainer = self.config.fit.trainer
+        self.save_config_callback = None
+        trainer.logger = trainer.enable_progress_bar = trainer.enable_model_summary = False
+        trainer.num_sanity_val_steps = 0
+        trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def _parts_of_fit(words: list[str]) -> dict[str, Any]:
+    """Data, model and Trainer of a fit, for a command that makes something else of them."""
+    built = _Unrun(["fit", *words], RunFolder())
+    trainer = built.trainer
+    trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
+    return {"data": built.datamodule, "model": built.model, "trainer": trainer}
+
+
 def main(args: list[str] | None = None) -> None:
     """Run ``lit-tricks``.
 
@@ -204,15 +227,16 @@ def main(args: list[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in words
     run = RunFolder()
-    command = getattr(commands, words[0]) if words and words[0] in commands.__all__ else None
+    command = None
     try:
+        command, name = find_command(commands, words)
         words, configs = resolve_configs([word for word in words if word != "--debug"])
         run.name = configs[0].stem if configs else run.name
         with own_wandb_run(), warnings.catch_warnings():
             for message in NO_ADVICE:
                 warnings.filterwarnings("ignore", message=message)
             if command:
-                run_command(command, words[1:])
+                run_command(command, words[len(name.split()) :], name, _parts_of_fit)
             else:
                 TricksCLI(words, run)
     except KeyboardInterrupt:
@@ -223,7 +247,7 @@ def main(args: list[str] | None = None) -> None:
         run.discard_if_empty()
         if debug:
             raise
-        message, code = explain(error, inspect.signature(command).parameters if command else ())
+        message, code = explain(error, own_arguments(command) if command else ())
         print(f"lit-tricks: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(code)
 

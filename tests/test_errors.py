@@ -62,8 +62,10 @@ FLAGS = {
     "command": (("fitt",), "there is no command 'fitt'; did you mean 'fit'?"),
     "strange command": (
         ("bake",),
-        r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average\.",
+        r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average, data\.",
     ),
+    "no command of a group": (("data",), r"say what to do: data preview.*\. `lit-tricks data --help` explains them\."),
+    "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
     "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),
     "no data": (("fit",), r"fit needs --data\."),
     "no data to test": (("test",), r"test needs --data, or --ckpt_path, the checkpoint of a run on such data\."),

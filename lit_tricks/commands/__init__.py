@@ -1,8 +1,12 @@
-"""What ``lit-tricks`` can do besides training: each command is one typed function, in the file of its name."""
+"""What ``lit-tricks`` can do besides training: each command is one typed function, in the file of its name.
+
+A package is a group of commands: ``lit-tricks data preview`` calls ``preview`` of ``data``.
+"""
 
 from __future__ import annotations
 
+from lit_tricks.commands import data
 from lit_tricks.commands.ablate import ablate
 from lit_tricks.commands.average import average
 
-__all__ = ["ablate", "average"]
+__all__ = ["ablate", "average", "data"]

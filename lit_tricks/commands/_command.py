@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import itertools
 import tempfile
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-__all__ = ["run_command", "summary"]
+__all__ = ["find_command", "own_arguments", "run_command", "summary"]
+
+Build = Callable[[list[str]], dict[str, Any]]
+PARTS = ("data", "model", "trainer")  # of a fit
 
 
-def run_command(function: Callable[..., Any], words: list[str]) -> None:
+def find_command(commands: ModuleType, words: list[str], name: str = "") -> tuple[Callable[..., Any] | None, str]:
+    """The function that a command line calls, and the words that name it.
+
+    Args:
+        commands: package with a function for each command, and a package for each group of them, in ``__all__``.
+        words: of the command line.
+        name: of the group that the package is.
+
+    Returns:
+        None where the first word is neither, and the package no group: it is for another parser then.
+
+    Raises:
+        argparse.ArgumentError: where a group has no such command.
+        SystemExit: after the help of a group.
+    """
+    if words and words[0] in commands.__all__:
+        found = getattr(commands, words[0])
+        name = f"{name} {words[0]}".lstrip()
+        return find_command(found, words[1:], name) if inspect.ismodule(found) else (found, name)
+    if name:
+        _refuse(commands, words, name)
+    return None, ""
+
+
+def _refuse(group: ModuleType, words: list[str], name: str) -> None:
+    if not words:
+        text = f"say what to do: {', '.join(f'{name} {each}' for each in group.__all__)}."
+        raise argparse.ArgumentError(None, f"{text} `lit-tricks {name} --help` explains them.")
+    parser = ArgumentParser(prog=f"lit-tricks {name}", description=inspect.getdoc(group), exit_on_error=False)
+    subcommands = parser.add_subcommands()
+    for each in group.__all__:
+        text = summary(getattr(group, each))
+        subcommands.add_subcommand(each, ArgumentParser(description=text), help=text)
+    parser.parse_args(words)
+
+
+def run_command(function: Callable[..., Any], words: list[str], name: str, build: Build) -> None:
     """Call a command with the words after its name.
 
     What has no default is positional, unless it is keyword-only; a list takes several values; ``output`` is ``-o``.
     What is False by default needs no value. A ``--config`` may hold more than the command knows, such as that of a run:
     the rest is ignored; but a function with an argument ``config`` gets the paths. What follows ``--`` is for the
-    argument ``fit_args``.
+    argument ``fit_args``. A function with an argument ``trainer`` gets the parts of a fit: ``data``, ``model`` and
+    ``trainer``, which all words make that are not for its other arguments.
 
     Args:
         function: typed and documented. Its arguments become flags.
         words: of the command line, configurations as paths.
+        name: of the command, as it is called.
+        build: makes the parts of a fit from the words after ``lit-tricks fit``.
 
     Raises:
         argparse.ArgumentError: for words that can not be understood.
     """
-    parser = _parser(function)
+    parser = _parser(function, name)
     parameters = inspect.signature(function).parameters
     given: dict[str, Any] = {}
     if "fit_args" in parameters and "--" in words:
@@ -40,17 +84,43 @@ def run_command(function: Callable[..., Any], words: list[str]) -> None:
         words, given = words[:end], {"fit_args": words[end + 1 :]}
     words = [_underscored(word) for word in words]
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.default is False}
+    parts: list[str] = []
+    if "trainer" in parameters:
+        words, parts = _split(words, [f"--{name}" for name in own_arguments(function)], flags)
     with tempfile.TemporaryDirectory() as folder:
-        if "config" not in parameters:
+        if not {"config", "trainer"} & set(parameters):
             words = _reduced(words, set(parameters), folder)
         config = parser.parse_args([f"{word}=true" if word in flags else word for word in words])
+    if "trainer" in parameters:
+        given |= build(parts)
     values = parser.instantiate_classes(config).as_dict() | given
     function(**{name: values[name] for name in parameters if name in values})
 
 
-def summary(function: Callable[..., Any]) -> str:
+def own_arguments(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments, without those that are the parts of a fit."""
+    names = list(inspect.signature(function).parameters)
+    return [name for name in names if name not in PARTS] if "trainer" in names else names
+
+
+def summary(command: Callable[..., Any] | ModuleType) -> str:
     """First line of the docstring."""
-    return (inspect.getdoc(function) or "").partition("\n")[0]
+    return (inspect.getdoc(command) or "").partition("\n")[0]
+
+
+def _split(words: list[str], own: list[str], flags: set[str]) -> tuple[list[str], list[str]]:
+    """The words for a command's own arguments, and the others."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        flag, equals, _ = word.partition("=")
+        mine = flag in own or word in ("-h", "--help")
+        (ours if mine else theirs).append(word)
+        if flag in own and not equals and flag not in flags and words:
+            ours.append(words.pop(0))
+    return ours, theirs
 
 
 def _underscored(word: str) -> str:
@@ -80,15 +150,16 @@ def _reduced(words: list[str], known: set[str], folder: str) -> list[str]:
     return reduced
 
 
-def _parser(function: Callable[..., Any]) -> ArgumentParser:
-    name = function.__name__
+def _parser(function: Callable[..., Any], name: str) -> ArgumentParser:
     docstring = docstring_parser.parse(inspect.getdoc(function) or "")
     helps = {param.arg_name: param.description for param in docstring.params}
     description = "\n\n".join(filter(None, (docstring.short_description, docstring.long_description)))
     parser = ArgumentParser(prog=f"lit-tricks {name}", description=description, exit_on_error=False)
     types = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters
-    if "config" not in parameters:
+    parameters = {name: inspect.signature(function).parameters[name] for name in own_arguments(function)}
+    if "trainer" in types:
+        parser.usage = "%(prog)s [options] [--config NAME] [--data NAME] [what else `lit-tricks fit` takes]"
+    elif "config" not in parameters:
         parser.add_argument(
             "-c", "--config", action="config", help="Configuration, by name or file; what else it holds is ignored."
         )
@@ -111,7 +182,7 @@ def _parser(function: Callable[..., Any]) -> ArgumentParser:
         elif argument != "fit_args":
             continue
         simple.append(argument)
-    parser.add_function_arguments(function, skip=set(simple))
+    parser.add_function_arguments(function, skip={*simple, *(set(types) - set(parameters))})
     return parser
 
 

@@ -1,0 +1,117 @@
+"""``lit-tricks data preview``: what the model is trained on, to look at before it is trained."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from lit_tricks.preview import Preview, preview_of
+
+__all__ = ["preview"]
+
+log = logging.getLogger("lit_tricks")
+
+
+def preview(
+    data: LightningDataModule,
+    model: LightningModule | None = None,
+    trainer: Trainer | None = None,
+    out: str = "preview.png",
+    count: int = 16,
+) -> Path:
+    """Draw the first training images as the model sees them, with their labels.
+
+    It is the first batch that ``lit-tricks fit`` with the same words trains on: after augmentation, colours and the
+    tricks that change batches, such as MixUp, in the order of the run's seed. Normalised images are turned back into
+    pixels; of a data module without ``mean`` and ``std`` the range is stretched to black and white, which the picture
+    then says. Nothing is trained, and no run folder is made.
+
+    Args:
+        data: the data.
+        model: the model, for the tricks of ``trainer``.
+        trainer: the Trainer, whose callbacks may change batches.
+        out: PNG file to write; the labels and their shares go into a CSV file beside it.
+        count: images to draw, at least 1; a batch may hold fewer.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: if ``count`` is below 1, or ``out`` is not a PNG file.
+        FileNotFoundError: if the folder of ``out`` does not exist.
+        RuntimeError: if the training batches hold no images.
+    """
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} does not end in .png, and a PNG file is what is written.")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--out {out} lies in a folder that does not exist: make it first.")
+    if count < 1:
+        raise ValueError(f"--count={count} is below 1: it is the number of images to draw.")
+    found = _first_batch(data, model or _NoModel(), trainer or _quiet_trainer(), count)
+    path.write_bytes(found.png())
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["image", "class", "share"])
+        writer.writerows((i, *row) for i, shares in enumerate(found.labels) for row in shares.items())
+    shape = " x ".join(map(str, found.size))
+    log.info("%s: %d training images, as the model sees them: %s", path, len(found.images), shape)
+    return path
+
+
+class _SeenError(Exception):
+    """Not an error: the batch was seen, and the fit need not begin."""
+
+
+class _Look(Callback):
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.preview: Preview | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.preview = preview_of(batch, trainer.datamodule, self.count)  # type: ignore[attr-defined]
+        raise _SeenError
+
+
+class _NoModel(LightningModule):
+    """Takes any batch, and learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing."""
+
+    def configure_optimizers(self) -> None:
+        """Nothing."""
+
+
+def _first_batch(data: LightningDataModule, model: LightningModule, trainer: Trainer, count: int) -> Preview:
+    look = _Look(count)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(look)  # behind those that change the batch
+    try:
+        trainer.fit(model, data)
+    except _SeenError:
+        pass
+    finally:
+        callbacks.remove(look)
+    if look.preview is None:
+        raise RuntimeError("there was no training batch to look at: see trainer.limit_train_batches and max_epochs.")
+    return look.preview
+
+
+def _quiet_trainer() -> Trainer:
+    return Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )

@@ -1,0 +1,171 @@
+"""A picture of a training batch as the model sees it: for ``lit-tricks data preview``, and once a run for W&B."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+from torch import Tensor
+
+from lit_tricks.callbacks._batch import find, inputs_of
+
+__all__ = ["Preview", "PreviewLogger", "preview_of"]
+
+log = logging.getLogger("lit_tricks")
+
+LEAST_SHARE = 0.05  # of a class in a label, to be told
+INCHES = 1.4  # of a cell
+Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Images for people, and what each is labelled as.
+
+    Attributes:
+        images: uint8, shape (n, H, W, 3) or, grey, (n, H, W).
+        labels: of each, its classes and their shares, the largest first; empty where the batch has none.
+        size: (channels, height, width) of an image as the model sees it.
+        note: how the colours were found, where that is a guess.
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: list[Shares]
+    size: tuple[int, ...]
+    note: str = ""
+
+    def titles(self) -> list[str]:
+        """One line for each image: "cat", or of a mixture "cat 0.70, dog 0.30"."""
+        return [
+            ", ".join(name if share > 1 - LEAST_SHARE / 10 else f"{name} {share:.2f}" for name, share in shares.items())
+            for shares in self.labels
+        ]
+
+    def png(self) -> bytes:
+        """The grid as a PNG file."""
+        from matplotlib.figure import Figure  # here, as the import takes a while and not every run needs it
+
+        columns = min(8, math.ceil(math.sqrt(len(self.images))))
+        rows = math.ceil(len(self.images) / columns)
+        figure = Figure((columns * INCHES, rows * (INCHES + 0.25)), dpi=150, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for ax in axes:
+            ax.set_axis_off()
+        for ax, image, title in zip(axes, self.images, self.titles(), strict=False):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+            ax.set_title(_shortened(title), fontsize=6, parse_math=False)
+        if self.note:
+            figure.supxlabel(self.note, fontsize=6)
+        stream = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # names in a script without a font
+            figure.savefig(stream, format="png")
+        return stream.getvalue()
+
+
+class PreviewLogger(Callback):
+    """Log a picture of the first training batch, as the model sees it, to W&B, as ``data/preview``.
+
+    It changes nothing of the run, its random numbers included; if the picture can not be made, it says so.
+
+    Args:
+        count: images in the picture, at least 1.
+    """
+
+    def __init__(self, count: int = 16) -> None:
+        self.count = count
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log, before the first step of all."""
+        if trainer.global_step or batch_idx or not trainer.is_global_zero:
+            return
+        loggers = [each for each in trainer.loggers if type(each).__name__ == "WandbLogger"]
+        if not loggers:
+            return
+        try:
+            with isolate_rng():
+                preview = preview_of(batch, trainer.datamodule, self.count)  # type: ignore[attr-defined]
+                image = Image.open(io.BytesIO(preview.png()))
+                for logger in loggers:
+                    logger.log_image("data/preview", [image], step=0)  # type: ignore[attr-defined]
+        except Exception as error:  # a picture is not worth a run
+            log.warning("there is no picture of the first batch for W&B: %s", error)
+
+
+def preview_of(batch: Any, data: object, count: int) -> Preview:
+    """Make the pictures of a batch that the model is about to get.
+
+    Args:
+        batch: on any device, in any layout, after all that changes it.
+        data: the data module. Its ``mean`` and ``std`` (of the channels, on the 0-255 scale) turn normalised images
+            back into pixels, and its ``classes`` are the names of the labels, where it has them.
+        count: images, the first of the batch.
+
+    Raises:
+        RuntimeError: if the batch holds no images.
+    """
+    try:
+        inputs, _, target = find(batch, "preview")
+        candidates: Sequence[Tensor] = list(inputs.values())
+    except RuntimeError:  # of another task, or without labels
+        candidates, target = inputs_of(batch, "preview"), None
+    images = next((each for each in candidates if each.dim() == 4), None)
+    if images is None:
+        raise RuntimeError("the training batch holds no images: no tensor of shape (N, channels, height, width)")
+    labels = _labels(target, getattr(data, "classes", None), count) if target is not None and target.dim() == 1 else []
+    shown = images[:count].detach().cpu()
+    pixels, note = _pixels(shown, data)
+    return Preview(pixels, labels or [{}] * len(pixels), tuple(images.shape[1:]), note)
+
+
+def _labels(target: Tensor, classes: Sequence[str] | None, count: int) -> list[Shares]:
+    """The distribution that the loss will see: tricks turn it soft when it is one-hot."""
+    target = target[:count]
+    names = classes if classes and int(target.max()) < len(classes) else None
+    shares = F.one_hot(target.long(), len(names) if names else -1).float().cpu()
+    result = []
+    for row in shares:
+        values, indices = row.topk(min(3, len(row)))
+        told = [(value, index) for value, index in zip(values.tolist(), indices.tolist(), strict=True)]
+        told = told[:1] + [(value, index) for value, index in told[1:] if value >= LEAST_SHARE]
+        result.append({str(names[index] if names else index): value for value, index in told})
+    return result
+
+
+def _pixels(images: Tensor, data: object) -> tuple[npt.NDArray[np.uint8], str]:
+    """Pixels for people, and how they were found."""
+    note = ""
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    channels = images.shape[1]
+    if images.dtype == torch.uint8:
+        pixels = images.float()
+    elif mean is not None and std is not None and len(mean) == len(std) == channels:
+        shape = (1, channels, 1, 1)
+        pixels = images.float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    else:
+        pixels = images.float().nan_to_num()
+        low, high = float(pixels.min()), float(pixels.max())
+        if low < 0 or high > 1:
+            note = f"{low:.3g} shown as black, {high:.3g} as white"
+            pixels = (pixels - low) / max(high - low, 1e-12)
+        pixels = pixels * 255
+    pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    if channels >= 3:
+        return pixels[:, :3].permute(0, 2, 3, 1).numpy(), note
+    return pixels[:, 0].numpy(), note
+
+
+def _shortened(title: str, most: int = 30) -> str:
+    return title if len(title) <= most else title[: most - 1] + "…"
