@@ -17,14 +17,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks._batch import inputs_of
 from lit_tricks.callbacks._batch_norm import estimate, layers_of
 from lit_tricks.callbacks._fresh import isolated_random_state
+from lit_tricks.commands._progress import progress
 
 __all__ = ["average", "mean_of"]
 
@@ -139,7 +138,7 @@ class _Workshop:
         loader = CombinedLoader(self.data.train_dataloader(), "max_size_cycle")
         device = self.trainer.strategy.root_device
         self.model.to(device)
-        with isolated_random_state(device, loader.flattened), _progress("BatchNorm", self.num_samples) as advance:
+        with isolated_random_state(device, loader.flattened), progress("BatchNorm", self.num_samples) as advance:
             batches = self._batches(loader, device, advance)
             statistics = estimate(self.model, layers, batches, lambda inputs: self.model(*inputs))
         self.model.cpu()
@@ -170,7 +169,7 @@ def _soup(paths: Sequence[Path], workshop: _Workshop | None) -> State:
 def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> tuple[list[Path], State]:
     """The checkpoints of the greedy soup, and its weights as they were scored; one checkpoint alone is as it is."""
     sign = 1 if mode == "max" else -1
-    with _progress("greedy soup", 2 * len(paths) - 1) as advance:
+    with progress("greedy soup", 2 * len(paths) - 1) as advance:
         scores = {}
         for path in paths:
             scores[path] = sign * workshop.score(_read(path)["state_dict"], metric)
@@ -187,25 +186,6 @@ def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> t
             log.info("%s: %s %.6g, alone %.6g: %s", path, metric, sign * score, sign * scores[path], verdict)
             advance(1)
     return chosen, state
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, where there is a terminal and no other bar."""
-    console = Console(stderr=True)
-    if not console.is_terminal or _bars:
-        yield lambda done: None
-        return
-    _bars.append(what)
-    try:
-        with Progress(console=console) as progress:
-            task = progress.add_task(what, total=total)
-            yield lambda done: progress.advance(task, done)
-    finally:
-        _bars.remove(what)
-
-
-_bars: list[str] = []
 
 
 def _check(
