@@ -1,7 +1,7 @@
 """One of two nodes that train from files and from shards: ``torchrun ... tests/_nodes.py FOLDER``.
 
-Started by ``test_nodes.py``. It leaves ``FOLDER/<rank>.pt``: per kind of data what a run saw and ended with, and the same
-of one that was resumed in the middle of its second epoch.
+Started by ``test_nodes.py``. It leaves ``FOLDER/<rank>.pt``: per kind of data what a run saw and ended with,
+and the same of one that was resumed in the middle of its second epoch.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Subset
 
 from lit_tricks.data import CIFAR10, CIFAR100, Digits, ImageFolder
 from lit_tricks.data._base import ImageDataModule, Split
+from lit_tricks.data._jpeg import read_image
 from lit_tricks.data._loader import ShuffleSampler
-from lit_tricks.data._samples import Samples, read_image
+from lit_tricks.data._samples import Samples
 
 CLASSES = ("ant", "bee", "cow")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -101,6 +102,11 @@ def passes(data: ImageDataModule, epochs: Iterable[int]) -> list[list[str]]:
         loader.sampler.set_epoch(epoch)
         result.append([fingerprint(batch) for batch in loader])
     return result
+
+
+def final(data: ImageDataModule, loader: Iterable[Any]) -> list[Any]:
+    """The batches as the model sees them."""
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (24, 20), seed: int = 0) -> None:
@@ -364,12 +370,12 @@ def test_two_processes_share_the_training_images(tmp_path: Path) -> None:
 def test_auto_workers_share_the_cores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(48)), raising=False)
     data = ImageFolder(str(folder), batch_size=4)
-    assert data._loader_args(0)["num_workers"] == 16
+    assert data._workers() == 16
     data.trainer = trainer(devices=4, strategy="ddp_spawn")
-    assert data._loader_args(0)["num_workers"] == 12
+    assert data._workers() == 12
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    assert data._loader_args(0)["num_workers"] == 1
-    assert Digits()._loader_args(0)["num_workers"] == 0
+    assert data._workers() == 1
+    assert Digits()._workers() == 0
 
 
 # CIFAR
@@ -440,16 +446,18 @@ def test_image_folder(folder: Path) -> None:
     data = ImageFolder(str(folder), image_size=16, batch_size=5, num_workers=0)
     assert (data.classes, data.num_classes, data.input_size) == (list(CLASSES), 3, (3, 16, 16))
     data.setup()
-    train, val = list(data.train_dataloader()), list(data.val_dataloader())
+    train, val = final(data, data.train_dataloader()), final(data, data.val_dataloader())
     assert [len(labels) for _, labels in train] == [5, 5]
     assert [len(labels) for _, labels in val] == [5, 1]
     assert torch.cat([labels for _, labels in val]).tolist() == [0, 0, 1, 1, 2, 2]
     assert train[0][0].shape == (5, 3, 16, 16)
     assert (train[0][0].dtype, train[0][1].dtype) == (torch.float32, torch.int64)
     picture = read_image(str(folder / "val" / "ant" / "0.jpg"))
-    assert torch.equal(val[0][0][0], data.eval_transform(picture))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    torch.testing.assert_close(val[0][0][0], (data.eval_transform(picture) - mean) / std)
     # Without a folder for the test, the test is the validation.
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(val, data.test_dataloader(), strict=True))
+    test = final(data, data.test_dataloader())
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(val, test, strict=True))
     for name in CLASSES:
         write_images(folder / "test" / name, 1)
     assert [len(labels) for _, labels in ImageFolder(str(folder), 16, 5, num_workers=0).test_dataloader()] == [3]
@@ -457,15 +465,14 @@ def test_image_folder(folder: Path) -> None:
 
 def test_image_folder_sizes_and_augmentations(folder: Path) -> None:
     root = str(folder)
-    assert "size=[256]" in repr(ImageFolder(root).eval_transform)
-    assert "size=[18]" in repr(ImageFolder(root, image_size=16).eval_transform)
-    assert "size=[20]" in repr(ImageFolder(root, image_size=16, resize_size=20).eval_transform)
-    paper, basic = (
-        repr(ImageFolder(root).train_transform),
-        repr(ImageFolder(root, augmentation="basic").train_transform),
-    )
-    assert [name in paper for name in ("RandomResizedCrop", "ColorJitter", "PCANoise(std=0.1)")] == [True] * 3
-    assert [name in basic for name in ("RandomResizedCrop", "ColorJitter", "PCANoise")] == [True, False, False]
+    sizes = [{}, {"image_size": 16}, {"image_size": 16, "resize_size": 20}]
+    crops = [ImageFolder(root, **size).eval_transform for size in sizes]
+    assert [str(crop) for crop in crops] == [
+        f"CentreCrop({size}, resize_size={resize_size})" for size, resize_size in ((224, 256), (16, 18), (16, 20))
+    ]
+    words = {"paper": "Jitter", "basic": "None", "trivial": "TrivialAug", "rand": "RandAug", "augmix": "AugMix"}
+    for name, word in words.items():
+        assert word in str(ImageFolder(root, augmentation=name).train_transform)  # type: ignore[arg-type]
     plain = ImageFolder(root, augmentation="none")
     assert plain.train_transform is plain.eval_transform
 
@@ -519,7 +526,7 @@ def test_command_line_builds_every_module(folder: Path, monkeypatch: pytest.Monk
         ({"num_workers": "all"}, "num_workers must be .* got 'all'"),
         ({"image_size": 0}, "image_size must be an integer of at least 1, got 0"),
         ({"image_size": 32, "resize_size": 31}, "resize_size=31 is less than image_size=32"),
-        ({"augmentation": "papr"}, "augmentation must be one of paper, basic, none, got 'papr'"),
+        ({"augmentation": "papr"}, "augmentation must be one of paper, basic, none, trivial, rand, augmix, got 'papr'"),
         ({"std": (1.0, 0.0, 1.0)}, "mean and std must be three numbers each, those of std above 0"),
     ],
 )

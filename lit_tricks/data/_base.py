@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data._loader import ShuffleSampler, TrainLoader
-from lit_tricks.data._samples import Files, Samples, Source, find_images
+from lit_tricks.data._jpeg import read_image
+from lit_tricks.data._loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
+from lit_tricks.data._samples import Files, Samples, Source, collate, find_images
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]
@@ -65,6 +68,9 @@ class ImageDataModule(LightningDataModule, ABC):
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
     """
 
+    repeats = 1  # of an image in an epoch
+    thread_workers = False  # threads of one process, or processes
+
     classes: list[str]
     input_size: tuple[int, int, int]
     train_transform: Transform
@@ -105,8 +111,10 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         self._check_enough()
         samples = self._samples(self._source("train"), self.train_transform)
-        sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed)
-        return TrainLoader(samples, sampler=sampler, drop_last=True, **self._loader_args(samples.seed))
+        sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed, repeats=self.repeats)
+        with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 has deprecated
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+            return TrainLoader(samples, sampler=sampler, drop_last=True, **self._loader_args(samples))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Give all validation images in fixed order."""
@@ -118,7 +126,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Give (images, paths) of the files below ``predict_dir``, sorted by path."""
-        return self._eval_loader(Files(self._predict_paths()))
+        samples = self._samples(Files(self._predict_paths(), self._read_image), self.eval_transform)
+        return DataLoader(samples, **self._loader_args(samples))  # Lightning shares it among processes, each image once
 
     def state_dict(self) -> dict[str, Any]:
         """Give the seed of the running loaders, for the checkpoint."""
@@ -154,28 +163,37 @@ class ImageDataModule(LightningDataModule, ABC):
             self._sources.update(self._load(split))
         return self._sources[split]
 
-    def _run_seed(self) -> int:
+    def _samples(self, source: Source, transform: Transform) -> Samples:
         if self._seed is None:
             seed = torch.initial_seed()
             self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-        return self._seed
-
-    def _samples(self, source: Source, transform: Transform) -> Samples:
-        return Samples(source, transform, self._run_seed())
+        workers = self._workers() if self.thread_workers else 1
+        return Samples(source, transform, self._seed, max(workers, 1))
 
     def _eval_loader(self, source: Source) -> DataLoader[Any]:
         samples = self._samples(source, self.eval_transform)
-        return DataLoader(samples, **self._loader_args(samples.seed))
+        args, (replicas, rank) = self._loader_args(samples), self._replicas()
+        if replicas > 1:
+            args["batch_size"] = eval_batch_size(self.batch_size, len(samples), replicas)
+            args["sampler"] = EvalSampler(samples, replicas, rank)
+        return DataLoader(samples, **args)
 
-    def _loader_args(self, seed: int) -> dict[str, Any]:
-        workers = self._auto_workers() if self.num_workers == "auto" else self.num_workers
+    def _read_image(self, path: str) -> Image.Image:
+        return read_image(path)
+
+    def _workers(self) -> int:
+        return self._auto_workers() if self.num_workers == "auto" else self.num_workers
+
+    def _loader_args(self, samples: Samples) -> dict[str, Any]:
+        workers = min(self._workers(), 1) if self.thread_workers else self._workers()
         return {
             "batch_size": self.batch_size,
             "num_workers": workers,
+            "collate_fn": collate,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # A generator of its own: otherwise each pass draws from that of the process, to seed the workers.
-            "generator": torch.Generator().manual_seed(seed),
+            "generator": torch.Generator().manual_seed(samples.seed),
         }
 
     def _replicas(self) -> tuple[int, int]:

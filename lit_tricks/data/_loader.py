@@ -1,4 +1,4 @@
-"""The order of the training samples, and a loader that can go on in the middle of an epoch."""
+"""The order of the samples, and a loader that can go on in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_tricks.data._samples import Samples, derive_seed
 
-__all__ = ["ShuffleSampler", "TrainLoader"]
+__all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "eval_batch_size"]
 
 
 class ShuffleSampler(DistributedSampler[int]):
@@ -21,51 +21,126 @@ class ShuffleSampler(DistributedSampler[int]):
     It is a ``DistributedSampler`` even for one process, because Lightning leaves such a sampler in place and calls
     its ``set_epoch``. Like its parent it repeats a few samples where they do not divide among the processes.
 
+    With repeats, an epoch has as many samples of fewer images, each several times in a row, for as many processes or in
+    one batch ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). The index then carries the number of the pass
+    over the images, ``epoch * repeats + repeat``, so that each is augmented in its own way.
+
     Args:
         samples: what is shuffled.
         num_replicas: number of processes.
         rank: of this process.
         seed: the same in all processes.
+        repeats: how often each image of an epoch is in it.
     """
 
-    def __init__(self, samples: Samples, num_replicas: int, rank: int, seed: int) -> None:
+    def __init__(self, samples: Samples, num_replicas: int, rank: int, seed: int, repeats: int = 1) -> None:
         super().__init__(samples, num_replicas, rank, seed=seed)
-        self.skip = 0  # leave out so many samples of the next pass, once
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[int]:
-        size = len(self.dataset)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
-        order = torch.randperm(size, generator=generator).numpy()
-        mine = np.resize(order, self.total_size)[self.rank :: self.num_replicas]  # resize repeats from the start
-        skip, self.skip = self.skip, 0
-        return iter((mine[skip:] + self.epoch * size).tolist())
+        return _Order(self)
+
+    def order(self, epoch: int) -> list[int]:
+        """Give the indices of this process in an epoch."""
+        size, repeats = len(self.dataset), self.repeats  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        images = torch.randperm(size, generator=generator).numpy()[: -(-size // repeats)]
+        passes = epoch * repeats + np.arange(repeats)
+        indices = (images[:, None] + passes * size).ravel()[:size]
+        mine = np.resize(indices, self.total_size)[self.rank :: self.num_replicas]  # resize repeats from the start
+        return mine.tolist()  # type: ignore[no-any-return]
 
 
-class TrainLoader(DataLoader[Any]):
+class _Order(Iterator[int]):
+    """The indices of an epoch, with the state that StatefulDataLoader saves."""
+
+    def __init__(self, sampler: ShuffleSampler) -> None:
+        self.sampler = sampler
+        self._begin(sampler.epoch, 0)
+
+    def _begin(self, epoch: int, given: int) -> None:
+        self.epoch, self.given = epoch, given
+        self.indices = self.sampler.order(epoch)
+
+    def __next__(self) -> int:
+        if self.given == len(self.indices):
+            raise StopIteration
+        self.given += 1
+        return self.indices[self.given - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._begin(**state)
+
+
+class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is untyped
     """A loader that starts its workers when the first batch is asked for, and resumes in the middle of an epoch.
 
     Lightning makes the iterator before it tells the sampler the epoch, and workers read ahead at once: after a resume
     they would load the batches of epoch 0. Lightning saves ``state_dict`` in its checkpoints.
     """
 
-    _batches = 0  # handed out in this epoch
-    _state: dict[str, int] | None = None  # from a checkpoint, until the next epoch starts
+    next_iter_state: dict[str, Any] | None
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        state, self._state, self._batches = self._state, None, 0
-        sampler = self.sampler
+    def __iter__(self) -> Iterator[Any]:
+        state = self.next_iter_state
         # A state of an epoch that was finished does not concern the epoch that starts now.
-        if state and isinstance(sampler, ShuffleSampler) and state["epoch"] == sampler.epoch:
-            self._batches = state["batches"]
-            sampler.skip = self._batches * (self.batch_size or 1)
-        for batch in super().__iter__():
-            self._batches += 1
-            yield batch
+        if state and state["epoch"] != self._epoch():
+            self.next_iter_state = None
+        yield from super().__iter__()
 
-    def state_dict(self) -> dict[str, int]:
-        """Tell the epoch and the number of batches handed out in it."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._batches}
+    def state_dict(self) -> dict[str, Any]:
+        """Tell what was handed out in the epoch."""
+        if self._iterator is None:  # not begun: the parent would start the workers
+            return dict(self.next_iter_state or {})
+        return {**super().state_dict(), "epoch": self._epoch(), "workers": self.num_workers > 0}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the given batch, if the next epoch is the one it belongs to."""
-        self._state = dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last batch that was handed out, if the next epoch is the one that it belongs to.
+
+        Raises:
+            RuntimeError: if it was saved with worker processes, and there are none now, or the other way round.
+        """
+        if state and state["workers"] != self.num_workers > 0:
+            before = "at least 1" if state["workers"] else "0"
+            raise RuntimeError(
+                f"num_workers={self.num_workers} cannot go on in the middle of an epoch that was begun with "
+                f"num_workers of {before}: resume with such a number, or from a checkpoint at the end of an epoch"
+            )
+        super().load_state_dict(state)
+
+    def _epoch(self) -> int:
+        return getattr(self.sampler, "epoch", 0)  # Trainer(overfit_batches) has put another sampler there
+
+
+class EvalSampler(DistributedSampler[int]):
+    """Share samples among processes, in their order, each once; shares differ by one at most.
+
+    It is a ``DistributedSampler`` so that Lightning leaves it in place: its own repeats samples.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+def eval_batch_size(batch_size: int, samples: int, replicas: int) -> int:
+    """Give the batch size next to ``batch_size`` with which all processes have the same number of batches.
+
+    In a fit, processes wait for each other in each batch of validation, as DDP gives all the buffers of the first.
+
+    Raises:
+        ValueError: if there are fewer samples than processes.
+    """
+    least, more = divmod(samples, replicas)
+    if least == 0:
+        raise ValueError(f"{samples} images cannot be shared among {replicas} processes: use fewer processes")
+    if not more:
+        return batch_size
+    smaller, larger = range(batch_size, 1, -1), range(batch_size + 1, least + 2)
+    size: int = next(size for size in (*smaller, *larger) if least % size)
+    return size

@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from litdata import StreamingDataLoader, StreamingDataset
 from litdata.streaming import downloader
+from litdata.streaming.item_loader import Interval
 from litdata.streaming.sampler import ChunkedIndex
+from litdata.streaming.shuffle import NoShuffle
 from litdata.utilities.env import _DistributedEnv
-from torch import Tensor
+from litdata.utilities.shuffle import _associate_chunks_and_intervals_to_workers
+from PIL import Image
 
-from lit_tricks.data._samples import derive_seed, load_image, seeded
-from lit_tricks.data.transforms import Transform
+from lit_tricks.data._jpeg import decode_image
+from lit_tricks.data._samples import Samples, derive_seed
+from lit_tricks.data._samples import collate as collate_samples
+from lit_tricks.data._shards import Shards
 
-__all__ = ["ShardSamples", "StreamLoader"]
+__all__ = ["ShardSamples", "StreamLoader", "collate"]
 
 # Endpoints of S3 without TLS, such as a MinIO in the next room: boto3 takes them, obstore asks to be told.
 getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = "true"
 
 
 class ShardSamples(StreamingDataset):  # type: ignore[misc]
-    """Transformed samples of shards; random transforms give the same for the same (seed, epoch, index).
+    """Samples of shards, to be made into batches by ``collate``, with random draws tied to (seed, epoch, index).
 
     Args:
-        url: folder or bucket with the shards of one split.
-        transform: image to tensor. May be replaced at any time before the workers start.
-        seed: of the order and of the random transforms.
+        shards: those of one split.
+        samples: how images are transformed.
         shuffle: anew in each epoch, and leave out the samples that do not fill a batch in each process; otherwise all
             samples in their order, each in one process.
         num_replicas: number of processes.
         rank: of this process.
         cache_dir: where shards of a bucket are kept; None is litdata's own place.
+        exact: see ``decode_image``.
     """
 
     posix_fast: Any  # of litdata
@@ -42,44 +47,106 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
 
     def __init__(
         self,
-        url: str,
-        transform: Transform,
-        seed: int,
+        shards: Shards,
+        samples: Samples,
         shuffle: bool,
         num_replicas: int,
         rank: int,
         cache_dir: str | None,
+        exact: bool,
     ) -> None:
         # Shuffled in the whole shard, not in blocks of it. Of the seed NumPy takes 32 bits.
-        order = derive_seed(seed) % 2**32
-        super().__init__(url, cache_dir=cache_dir, shuffle=shuffle, seed=order, item_shuffle_window=0)
+        order = derive_seed(samples.seed) % 2**32
+        super().__init__(shards.url, cache_dir=cache_dir, shuffle=shuffle, seed=order, item_shuffle_window=0)
         self.set_drop_last(shuffle)
         # As one node: with more, litdata keeps each node to its part of the shards from the second epoch on.
         self.distributed_env = _DistributedEnv(num_replicas, rank, 1)
         if self.posix_fast is not None:  # one order on every file system
             self.posix_fast = dataclasses.replace(self.posix_fast, kind="posix")
-        self.transform = transform
-        self.draws = seed
+        self.shards, self.samples, self.exact = shards, samples, exact
+        self.transform = samples.transform  # may be replaced at any time before the workers start
 
-    def __getitem__(self, index: ChunkedIndex) -> tuple[Tensor, int]:
-        name = ""
+    def __getitem__(self, index: ChunkedIndex) -> Any:
+        place = f"sample {index.index} in {self.subsampled_files[index.chunk_index]} of {self.shards.url}"
         try:
             item = self.cache[index]
-            name = item["name"]
-            image = load_image(io.BytesIO(item["image"]))
+            data, label, name = item["image"], item["label"], item["name"]
         except Exception as error:  # damage shows in many ways
-            shard = self.subsampled_files[index.chunk_index]
             raise RuntimeError(
-                f"cannot read sample {index.index} in {shard} of {self.input_dir.url or self.input_dir.path} "
-                f"({name or 'no file name'}: {error}): write the shards again, or copy this one anew"
+                f"cannot read {place} ({error}): write the shards again, or copy this one anew"
             ) from error
-        with seeded(self.draws, self.current_epoch - 1, index.index):
-            return self.transform(image), item["label"]
+        return _Sample(self, index.index, data, label, f"{name}: {place}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardSamples:
         twin = copy.copy(self)
         twin.cache = twin.shuffler = None  # open files and threads, made anew when they are needed
         return twin
+
+    def batch(self, items: list[_Sample]) -> Any:
+        """Transform samples and make a batch of them."""
+        self.samples.source, self.samples.transform = _Batch(items, len(self.shards), self.exact), self.transform
+        first = (self.current_epoch - 1) * len(self.shards)
+        return collate_samples(self.samples.__getitems__([first + item.number for item in items]))
+
+    def _create_shuffler(self, cache: Any) -> Any:
+        shuffler = super()._create_shuffler(cache)
+        return shuffler if self.shuffle else EqualShares(cache, self.seed, drop_last=False)
+
+
+class _Sample(NamedTuple):
+    samples: ShardSamples  # of the process that makes the batch, with the transform that it has there
+    number: int
+    data: bytes
+    label: int
+    name: str
+
+
+class _Batch:
+    """The samples of a batch by their numbers in the whole."""
+
+    def __init__(self, items: list[_Sample], size: int, exact: bool) -> None:
+        self.items = {item.number: item for item in items}
+        self.size, self.exact = size, exact
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        item = self.items[index]
+        return decode_image(item.data, item.name, self.exact), item.label
+
+
+def collate(items: list[_Sample]) -> Any:
+    """Make a batch, in the process that has read the samples."""
+    return items[0].samples.batch(items)
+
+
+class EqualShares(NoShuffle):  # type: ignore[misc]
+    """All samples in their order, one stretch for each process, which differ by one sample at most.
+
+    litdata gives the last process all that do not fill a batch in each; it would then have more batches than others,
+    which wait for it in vain.
+    """
+
+    def get_chunks_and_intervals_per_workers(self, env: Any, num_workers: int, batch_size: int, epoch: int) -> Any:
+        """Share out the shards; see litdata."""
+        intervals = self.cache.get_chunk_intervals()
+        ends = np.cumsum([stop - start for _, start, stop, _ in intervals])
+        found: tuple[list[Any], list[Any]] = ([], [])
+        for rank in range(env.world_size):
+            first, last = (int(ends[-1]) * edge // env.world_size for edge in (rank, rank + 1))
+            mine = [
+                (number, Interval(begin, max(start, stop - end + first), min(stop, stop - end + last), finish))
+                for number, ((begin, start, stop, finish), end) in enumerate(zip(intervals, ends, strict=True))
+                if first < end and last > end - (stop - start)
+            ]
+            numbers, parts = zip(*mine, strict=True)
+            shares = _associate_chunks_and_intervals_to_workers(
+                _DistributedEnv(1, 0, 1), numbers, parts, False, num_workers, batch_size
+            )
+            for whole, share in zip(found, shares, strict=True):
+                whole.extend(share)
+        return found
 
 
 class StreamLoader(StreamingDataLoader):  # type: ignore[misc]

@@ -7,21 +7,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+from PIL import Image
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one, resize_size_for
-from lit_tricks.data._samples import Source, read_image
-from lit_tricks.data.transforms import Transform, eval_transform, train_transform
+from lit_tricks.data._base import Split, check_at_least_one, resize_size_for
+from lit_tricks.data._crops import CentreCrop
+from lit_tricks.data._jpeg import read_image
+from lit_tricks.data._photos import Augmentation, PhotoDataModule, random_crop
+from lit_tricks.data._samples import Source
+from lit_tricks.data.transforms import Transform
 
 __all__ = ["ImageFolder", "check_same_classes"]
 
-Augmentation = Literal["paper", "basic", "none"]
 LAYOUT = "expected are ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and ROOT/test/CLASS/*.jpg if there is a test"
 SHOWN = 5  # names in an error message
 
 
-class ImageFolder(ImageDataModule):
+class ImageFolder(PhotoDataModule):
     """Images in folders named by their class: ``root/train/CLASS/*.jpg``, ``root/val/CLASS/*.jpg``.
 
     With the defaults it is the input pipeline of [He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1. For
@@ -67,32 +70,45 @@ class ImageFolder(ImageDataModule):
         mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
         std: tuple[float, float, float] = (58.393, 57.12, 57.375),
         predict_dir: str | None = None,
+        random_erasing: float = 0.0,
+        repeats: int = 1,
+        decode: Literal["auto", "exact"] = "auto",
+        workers: Literal["process", "thread"] = "process",
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         check_at_least_one("image_size", image_size)
+        check_at_least_one("repeats", repeats)
         resize_size = round(image_size * 256 / 224) if resize_size is None else resize_size
         if resize_size < image_size:
             raise ValueError(f"resize_size={resize_size} is less than image_size={image_size}: the crop would not fit")
-        if augmentation not in get_args(Augmentation):
-            raise ValueError(f"augmentation must be one of {', '.join(get_args(Augmentation))}, got {augmentation!r}")
+        _check_one_of("augmentation", augmentation, get_args(Augmentation))
+        _check_one_of("decode", decode, ("auto", "exact"))
+        _check_one_of("workers", workers, ("process", "thread"))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
+        if not 0 <= random_erasing <= 1:
+            raise ValueError(f"random_erasing must be a probability, from 0 to 1, got {random_erasing!r}")
+        if augmentation == "none" and random_erasing:
+            raise ValueError(f'augmentation="none" erases nothing, and random_erasing={random_erasing}: use "basic"')
         self.root = root
         self.classes = self._read_classes()
         self.input_size = (3, image_size, image_size)
         self.crop_ratio = image_size / resize_size
         self.mean, self.std = mean, std
-        self.eval_transform = eval_transform(image_size, resize_size, mean, std)
+        self.repeats, self.decode, self.thread_workers = repeats, decode, workers == "thread"
+        self.eval_transform = CentreCrop(image_size, resize_size)
         self.train_transform = self.eval_transform
         if augmentation != "none":
-            self.train_transform = train_transform(image_size, augmentation, mean, std)
+            self.train_transform = random_crop(image_size, augmentation, mean, std, random_erasing)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""
-        resize_size = resize_size_for(image_size, crop_ratio, default=self.crop_ratio)
-        return eval_transform(image_size, resize_size, self.mean, self.std)
+        return CentreCrop(image_size, resize_size_for(image_size, crop_ratio, default=self.crop_ratio))
+
+    def _read_image(self, path: str) -> Image.Image:
+        return read_image(path, exact=self.decode == "exact")
 
     def _read_classes(self) -> list[str]:
         # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
@@ -102,7 +118,7 @@ class ImageFolder(ImageDataModule):
         if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
             return {"test": self._source("val")}
         folder = os.path.join(self.root, split)
-        images = DatasetFolder(folder, read_image, IMG_EXTENSIONS, allow_empty=True)
+        images = DatasetFolder(folder, self._read_image, IMG_EXTENSIONS, allow_empty=True)
         counts = Counter(images.targets)
         empty = [name for label, name in enumerate(self.classes) if not counts[label]]
         if empty:
@@ -143,6 +159,11 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
                 f"{what} differ between train and {split}: "
                 f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
             )
+
+
+def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _some(names: list[str]) -> str:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from lit_tricks.data._base import Split
+from lit_tricks.data._loader import eval_batch_size
+from lit_tricks.data._photos import Augmentation
 from lit_tricks.data._samples import Source
-from lit_tricks.data._shards import SCHEMES, SPLITS, Shards, import_litdata, read_shards
-from lit_tricks.data.image_folder import Augmentation, ImageFolder, check_same_classes
+from lit_tricks.data._shards import SCHEMES, SPLITS, import_litdata, read_shards
+from lit_tricks.data.image_folder import ImageFolder, check_same_classes
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["Streaming"]
@@ -74,12 +76,28 @@ class Streaming(ImageFolder):
         mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
         std: tuple[float, float, float] = (58.393, 57.12, 57.375),
         predict_dir: str | None = None,
+        random_erasing: float = 0.0,
+        decode: Literal["auto", "exact"] = "auto",
+        workers: Literal["process", "thread"] = "process",
         cache_dir: str | None = None,
     ) -> None:
         import_litdata()
         cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         self.cache_dir = cache_dir
-        super().__init__(root, image_size, batch_size, num_workers, resize_size, augmentation, mean, std, predict_dir)
+        super().__init__(
+            root,
+            image_size,
+            batch_size,
+            num_workers,
+            resize_size,
+            augmentation,
+            mean,
+            std,
+            predict_dir,
+            random_erasing=random_erasing,
+            decode=decode,
+            workers=workers,
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Give shuffled and augmented training batches."""
@@ -87,18 +105,32 @@ class Streaming(ImageFolder):
         return self._stream(self._source("train"), self.train_transform)
 
     def _eval_loader(self, source: Source) -> DataLoader[Any]:
-        return self._stream(source, self.eval_transform) if isinstance(source, Shards) else super()._eval_loader(source)
+        return self._stream(source, self.eval_transform)
 
     def _stream(self, shards: Any, transform: Transform) -> DataLoader[Any]:
-        from lit_tricks.data._stream import ShardSamples, StreamLoader
+        from lit_tricks.data._stream import ShardSamples, StreamLoader, collate
 
         warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # litdata's is exact
-        train, trainer, seed = shards.split == "train", self.trainer, self._run_seed()
-        samples = ShardSamples(shards.url, transform, seed, train, *self._replicas(), self.cache_dir)
+        training, trainer, (replicas, rank) = shards.split == "train", self.trainer, self._replicas()
+        samples = self._samples(shards, transform)
+        exact = self.decode == "exact"
+        dataset = ShardSamples(shards, samples, training, replicas, rank, self.cache_dir, exact)
         # New workers for each epoch: those that live on would not learn which one it is.
-        loading = self._loader_args(seed) | {"persistent_workers": False}
-        epoch = (lambda: trainer.current_epoch) if train and trainer is not None else None
-        return StreamLoader(samples, epoch, **loading)
+        loading = self._loader_args(samples) | {"persistent_workers": False, "collate_fn": collate}
+        if replicas > 1 and not training:
+            loading["batch_size"] = eval_batch_size(self.batch_size, len(shards), replicas)
+        epoch = (lambda: trainer.current_epoch) if training and trainer is not None else None
+        return StreamLoader(dataset, epoch, **loading)
+
+    def _check_enough(self) -> None:
+        replicas, _ = self._replicas()
+        images = len(self._source("train")) // replicas
+        if self.batch_size > images:
+            share = f" in each of {replicas} processes" if replicas > 1 else ""
+            raise ValueError(
+                f"batch_size={self.batch_size} is larger than the {images} training images{share}, and training drops "
+                f"what does not fill a batch, so that none is left: use a batch_size of at most {images}"
+            )
 
     def _read_classes(self) -> list[str]:
         root = self.root

@@ -1,0 +1,159 @@
+"""Everything about colour as one 3 x 4 matrix for each image: three numbers that a pixel is turned by, and a shift.
+
+Brightness multiplies, saturation blends with the grey value (0.299, 0.587, 0.114), hue turns the chroma by an angle in
+YIQ, the colour space of NTSC television, PCA noise shifts, and so does the normalisation. None of these is anything
+but linear as long as nothing is clipped, and nothing is: that is what the paper's framework, MXNet, does. They commute
+but for the noise, so that their order, random in the paper, makes no difference. PIL and torchvision clip after each
+step and turn the hue in HSV, which is another distortion of the colours for the same angle.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lit_tricks.data.transforms import EIGENVALUES, EIGENVECTORS
+
+__all__ = ["Jitter", "apply_matrices", "normalisation"]
+
+log = logging.getLogger(__name__)
+
+Triple = tuple[float, float, float]
+
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])  # as in MXNet
+FROM_YIQ = np.linalg.inv(TO_YIQ)  # MXNet has it rounded to three digits, so that no turn at all is not quite nothing
+NOISE = np.array(EIGENVECTORS) * EIGENVALUES
+CHUNK = 4  # images whose floats stay in the cache of a core
+
+
+class Jitter:
+    """Jitter of brightness, saturation and hue, and PCA noise, as in the paper.
+
+    Args:
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale.
+        strength: coefficients are drawn from U[1 - strength, 1 + strength]; the hue turns by (coefficient - 1) * pi.
+        noise: standard deviation of the three coefficients of the PCA noise.
+    """
+
+    def __init__(self, mean: Triple, std: Triple, strength: float = 0.4, noise: float = 0.1) -> None:
+        self.mean, self.std = mean, std
+        self.strength, self.noise = strength, noise
+
+    def __repr__(self) -> str:
+        return f"Jitter(strength={self.strength}, noise={self.noise})"
+
+    def draw(self, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+        """Draw for one image: coefficients of brightness, saturation, hue, and the three of the noise."""
+        coefficients = generator.uniform(1 - self.strength, 1 + self.strength, 3)
+        return np.concatenate((coefficients, self.noise * generator.standard_normal(3)))
+
+    def matrices(self, draws: npt.NDArray[np.float64]) -> Tensor:
+        """Make the matrices (N, 3, 4), float32, from draws (N, 6)."""
+        brightness, saturation, hue = draws[:, :3].T[:, :, None, None]
+        grey = np.broadcast_to(TO_YIQ[0], (3, 3))
+        angle = (hue[:, 0, 0] - 1) * math.pi
+        turn = np.zeros((len(draws), 3, 3))
+        turn[:, 0, 0] = 1
+        turn[:, 1, 1] = turn[:, 2, 2] = np.cos(angle)
+        turn[:, 2, 1] = np.sin(angle)
+        turn[:, 1, 2] = -turn[:, 2, 1]
+        colours = FROM_YIQ @ turn @ TO_YIQ @ (brightness * (saturation * np.eye(3) + (1 - saturation) * grey))
+        shift = draws[:, 3:] @ NOISE.T - self.mean
+        matrices = np.concatenate((colours, shift[:, :, None]), axis=2) / np.reshape(self.std, (3, 1))
+        return torch.from_numpy(matrices.astype(np.float32))
+
+
+def normalisation(mean: Triple, std: Triple) -> Tensor:
+    """Make the matrix (1, 3, 4) that subtracts the mean and divides by the standard deviation."""
+    jitter = Jitter(mean, std, 0, 0)
+    return jitter.matrices(jitter.draw(np.random.default_rng(0))[None])
+
+
+def apply_matrices(images: Tensor, matrices: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Turn the pixels of images by their matrices.
+
+    Args:
+        images: uint8, shape (N, 3, H, W).
+        matrices: float32, shape (N, 3, 4), or (1, 3, 4) for all.
+        dtype: of the result.
+        channels_last: whether the result has this memory format, or is contiguous.
+
+    Returns:
+        A new tensor in the shape of ``images``: ``matrix[:, :3] @ pixel + matrix[:, 3]``, not clipped.
+    """
+    matrices = matrices.to(images.device)
+    if images.device.type == "cpu":
+        result = _in_chunks(images, matrices)
+    else:
+        result = _kernel(images.device.type)(images, matrices, dtype, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return result.to(dtype).contiguous(memory_format=layout)
+
+
+def _in_chunks(images: Tensor, matrices: Tensor) -> Tensor:
+    """As ``_pointwise``, few images at a time, so that what is in between never leaves the cache."""
+    count, _, height, width = images.shape
+    matrices = matrices.expand(count, 3, 4)
+    result = _room((count, 3, height * width))
+    between = torch.empty(CHUNK, 3, height, width)
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        floats = between[: stop - start].copy_(images[start:stop]).flatten(2)
+        part = matrices[start:stop]
+        torch.baddbmm(part[:, :, 3:], part[:, :, :3], floats, out=result[start:stop])
+    return result.view(images.shape)
+
+
+_rooms: list[npt.NDArray[np.float32]] = []
+
+
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """Make an uninitialised tensor, if possible of the memory of an earlier one that nothing refers to any more.
+
+    Memory that is new takes as long as the work itself: the system maps and clears its pages one by one.
+    """
+    size = math.prod(shape)
+    for array in _rooms:
+        if array.size == size and sys.getrefcount(array) == 3:  # the list, the loop, the argument; else, a tensor
+            return torch.from_numpy(array).view(shape)
+    array = np.empty(size, np.float32)
+    _rooms[:] = [*_rooms[-1:], array]
+    return torch.from_numpy(array).view(shape)
+
+
+def _pointwise(images: Tensor, matrices: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """What is compiled into one kernel: each pixel is read once, and written once."""
+    red, green, blue = images.float().unsqueeze(1).unbind(2)
+    m = matrices[:, :, :, None, None]
+    result = m[:, :, 0] * red + m[:, :, 1] * green + m[:, :, 2] * blue + m[:, :, 3]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return result.to(dtype, memory_format=layout)
+
+
+@cache
+def _kernel(device: str) -> Callable[..., Tensor]:
+    """Compile for a kind of device when it is first used; the same, step by step, where that fails."""
+    compiled: Callable[..., Tensor] = torch.compile(_pointwise, dynamic=True)
+    broken = False
+
+    def call(*args: Any) -> Tensor:
+        nonlocal broken
+        if not broken:
+            try:
+                return compiled(*args)
+            except Exception as error:  # no Triton, no C compiler, a device that is too old, ...
+                broken = True
+                log.warning("colours on %s: torch.compile failed, going on without it (%s)", device, error)
+        return _pointwise(*args)
+
+    return call

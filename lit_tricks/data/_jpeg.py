@@ -1,0 +1,178 @@
+"""JPEG files as PIL images that are decoded when their pixels are asked for, by libjpeg-turbo, and no further."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lit_tricks.data.transforms import to_rgb
+
+__all__ = ["JPEG", "Pixels", "decode_image", "pixels_of", "read_image"]
+
+Pixels = npt.NDArray[np.uint8]
+
+# What libjpeg says of files that it decodes all the same, and rightly: ImageNet has a few of the first.
+HARMLESS = ("extraneous bytes before marker", "unknown JFIF revision", "Unknown Adobe color transform")
+SOF0, SOF1, SOF2, SOS = 0xC0, 0xC1, 0xC2, 0xDA
+END = b"\xff\xd9"
+
+
+def read_image(path: str, exact: bool = False) -> Image.Image:
+    """Read an image file: a JPEG that is decoded later, or an 8-bit RGB image.
+
+    Args:
+        path: the file.
+        exact: see ``JPEG``.
+
+    Raises:
+        RuntimeError: if it cannot be read, now or when it is decoded; the message names the file.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return decode_image(data, path, exact)
+
+
+def decode_image(data: bytes, name: str, exact: bool = False) -> Image.Image:
+    """Make an image of the bytes of a file (see ``read_image``); ``name`` is for messages."""
+    header = _header(data)
+    return _decode_any(data, name) if header is None else JPEG(data, name, exact, header)
+
+
+def pixels_of(image: Image.Image, bottom: int | None = None) -> Pixels:
+    """Give the RGB values of an image, shape (rows, width, 3): all rows, or at least those above ``bottom``."""
+    if isinstance(image, JPEG):
+        return image.pixels(bottom)
+    return np.asarray(to_rgb(image))
+
+
+class JPEG(Image.Image):
+    """An RGB image of a JPEG file, for whatever takes a PIL image; decoded once, when its pixels are asked for.
+
+    ``pixels(bottom)`` may stop at a row: libjpeg-turbo then gives the rows above it bit for bit, and the rest of the
+    file is looked at for its end only. Broken data below the row is not found, a file that was cut off is.
+
+    Args:
+        data: bytes of the file.
+        name: of the file, for messages.
+        exact: decode all rows whatever is asked for.
+        header: what ``_header`` gives.
+
+    Raises:
+        RuntimeError: when it is decoded, for broken data; the message names the file.
+    """
+
+    def __init__(self, data: bytes, name: str, exact: bool, header: _Header) -> None:
+        super().__init__()
+        self._mode, self._size = "RGB", (header.width, header.height)
+        self._args = data, name, exact, header
+        self._pixels: Pixels | None = None
+        self._loaded = False
+
+    def __reduce__(self) -> Any:
+        return JPEG, self._args
+
+    def pixels(self, bottom: int | None = None) -> Pixels:
+        """Give the RGB values, shape (rows, width, 3): all rows, or at least those above ``bottom``."""
+        data, name, exact, header = self._args
+        rows = header.height
+        if bottom is not None and header.scan and not exact and data.rfind(END, header.scan) > 0:
+            rows = min(rows, header.rows_for(bottom))
+        if self._pixels is None or len(self._pixels) < rows:
+            if rows < header.height:
+                at = header.position
+                data = b"".join((data[:at], struct.pack(">H", rows), data[at + 2 :]))
+            self._pixels = _decode(data, name, rows, header.width)
+        return self._pixels
+
+    def load(self) -> Any:
+        """Decode, for PIL."""
+        if not self._loaded:
+            self.im = Image.fromarray(self.pixels()).im
+            self._loaded = True
+        return super().load()
+
+
+class _Header(NamedTuple):
+    """Of a JPEG file that libjpeg-turbo turns into RGB.
+
+    Args:
+        width: in pixels.
+        height: in pixels.
+        position: of the height in the file.
+        block: rows of pixels that are coded together.
+        scan: where the pixels begin, or 0 where they cannot be decoded from the top downwards.
+    """
+
+    width: int
+    height: int
+    position: int
+    block: int
+    scan: int
+
+    def rows_for(self, bottom: int) -> int:
+        """Rows to decode so that those above ``bottom`` are right: those below a block smooth its colours."""
+        spare = 1 if self.block == 8 else 2
+        return (-(-bottom // self.block) + spare) * self.block
+
+
+def _header(data: bytes) -> _Header | None:
+    """Read the markers up to the first scan; None for what is better left to PIL."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    at, frame = 2, None
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker == 0xFF:  # fills up
+            at += 1
+            continue
+        if marker in (SOF0, SOF1, SOF2):
+            precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
+            if precision != 8 or channels not in (1, 3) or not height or not width:
+                return None
+            sampling = data[at + 11 : at + 11 + 3 * channels : 3]
+            frame = marker, width, height, at + 5, 8 * max(code & 15 for code in sampling), channels
+        elif marker == SOS:
+            if frame is None:
+                return None
+            kind, width, height, position, block, channels = frame
+            from_top = kind != SOF2 and data[at + 4] == channels
+            return _Header(width, height, position, block, at if from_top else 0)
+        at += 2 + length
+    return None
+
+
+def _decode(data: bytes, name: str, rows: int, width: int) -> Pixels:
+    from simplejpeg import decode_jpeg  # here, because the small data sets do without
+
+    pixels = np.empty((rows, width, 3), np.uint8)
+    try:
+        decode_jpeg(data, buffer=pixels)
+    except ValueError as error:  # the first thing that libjpeg complained about; what it decoded is in the buffer
+        message = str(error)
+        if any(harmless in message for harmless in HARMLESS):
+            return pixels
+        if message.startswith("Corrupt JPEG data"):  # PIL would not say so
+            raise _unreadable(name, error) from error
+        return np.asarray(_decode_any(data, name))
+    return pixels
+
+
+def _decode_any(data: bytes, name: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return to_rgb(image)
+    except Exception as error:  # PIL's decoders fail in many ways: OSError, SyntaxError, ValueError, struct.error, ...
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> RuntimeError:
+    return RuntimeError(f"cannot read the image {name!r} ({error}): replace the file or remove it")

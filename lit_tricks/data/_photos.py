@@ -1,0 +1,93 @@
+"""Data modules whose workers give uint8 crops; colours are for the device that trains, a batch at a time."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from lit_tricks.data._base import ImageDataModule
+from lit_tricks.data._colour import Jitter, Triple, apply_matrices, normalisation
+from lit_tricks.data._crops import RandomCrop
+
+__all__ = ["AUGMENTATIONS", "Augmentation", "PhotoDataModule", "random_crop"]
+
+Augmentation = Literal["paper", "basic", "none", "trivial", "rand", "augmix"]
+
+# On uint8 crops, as torchvision's recipes have them, with bilinear interpolation.
+BILINEAR = v2.InterpolationMode.BILINEAR
+AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
+    "trivial": lambda: v2.TrivialAugmentWide(interpolation=BILINEAR),
+    "rand": lambda: v2.RandAugment(interpolation=BILINEAR),
+    "augmix": lambda: v2.AugMix(interpolation=BILINEAR),
+}
+
+
+def random_crop(size: int, augmentation: str, mean: Triple, std: Triple, random_erasing: float) -> RandomCrop:
+    """Make the random transform of training images.
+
+    Args:
+        size: side of the square result in pixels.
+        augmentation: "paper", "basic", "trivial", "rand" or "augmix".
+        mean: of the channels R, G, B on the 0-255 scale; what is erased has this colour.
+        std: standard deviation of the channels R, G, B on the 0-255 scale.
+        random_erasing: probability that a rectangle is erased.
+    """
+    steps = [AUGMENTATIONS[augmentation]()] if augmentation in AUGMENTATIONS else []
+    if random_erasing:
+        steps.append(v2.RandomErasing(random_erasing, value=[float(round(channel)) for channel in mean]))
+    augment = None if not steps else steps[0] if len(steps) == 1 else v2.Compose(steps)
+    return RandomCrop(size, Jitter(mean, std) if augmentation == "paper" else None, augment)
+
+
+class PhotoDataModule(ImageDataModule, ABC):
+    """Base: loaders give [uint8 images, labels], in training with the matrices of the colours as a third.
+
+    ``on_after_batch_transfer`` makes [images, labels] of it, with images in the precision of the run, normalised,
+    contiguous or channels last as the filters of the model are.
+
+    Attributes:
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale.
+    """
+
+    mean: Triple
+    std: Triple
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do the colours of a batch; images that are no uint8 any more are left as they are."""
+        if not isinstance(batch, list | tuple) or len(batch) < 2:
+            return batch
+        images, labels, *matrices = batch
+        return [self._coloured(images, *matrices), labels]
+
+    def _coloured(self, images: Any, matrices: Tensor | None = None) -> Any:
+        """Do the colours of images (N, 3, H, W), of one (3, H, W), or of any of these in a list or tuple."""
+        if isinstance(images, list | tuple):
+            return [self._coloured(part, matrices) for part in images]
+        if images.dtype != torch.uint8:
+            return images
+        if matrices is None:
+            matrices = normalisation(self.mean, self.std)
+        single = images.dim() == 3
+        result = apply_matrices(images[None] if single else images, matrices, self._dtype(), self._is_channels_last())
+        return result[0] if single else result
+
+    def _dtype(self) -> torch.dtype:
+        """Of the run: half or double where all of it is; autocast takes floats, and rounds by itself."""
+        precision = str(getattr(self.trainer, "precision", "32-true"))
+        kinds = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+        return kinds.get(precision, torch.float32)
+
+    def _is_channels_last(self) -> bool:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        parameters = module.parameters() if module is not None else ()
+        weight: Any = next((param for param in parameters if param.dim() == 4), None)
+        if weight is None:
+            return False
+        weight = getattr(weight, "_local_tensor", weight)  # of a DTensor
+        return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
