@@ -13,6 +13,8 @@ from _nodes import BATCH_SIZE, EPOCHS, STOP
 
 from lit_tricks.commands.data import shard
 
+pytestmark = pytest.mark.slow  # torchrun twice, four fits
+
 TRAIN, VAL = 24, 7
 STEPS = TRAIN // 2 // BATCH_SIZE
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -80,12 +81,14 @@ def write_shards(
     # Not litdata.optimize, which by default deletes `$TMPDIR/data` and `$TMPDIR/chunks`: this touches `folder` only.
     writer = BinaryWriter(folder, chunk_bytes=chunk_bytes)
     contents = _in_order(lambda path: image_bytes(path, short_side), (path for path, _ in files), num_workers)
-    for index, ((path, label), content) in enumerate(zip(files, contents, strict=True)):
-        name = Path(os.path.relpath(path, root)).as_posix()
-        writer.add_item(index, {"image": content, "label": label, "name": name})
-        advance()
-    writer.done()
-    writer.merge()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "An item was larger than the target chunk size")
+        for index, ((path, label), content) in enumerate(zip(files, contents, strict=True)):
+            name = Path(os.path.relpath(path, root)).as_posix()
+            writer.add_item(index, {"image": content, "label": label, "name": name})
+            advance()
+        writer.done()
+    writer._merge_no_wait()  # `merge` would wait for as many writers as WORLD_SIZE says
     _add_to_index(Path(folder, INDEX), {"classes": list(classes)})
 
 
