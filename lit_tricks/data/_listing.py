@@ -1,0 +1,219 @@
+"""The image files below a folder, remembered from run to run, and held in a few tensors.
+
+A list of a million strings makes loader processes grow: to look at one changes its reference count, and with it a page
+of memory that was shared with the main process until then. Tensors have no such counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+__all__ = ["Paths", "list_images"]
+
+VERSION = 1  # of the files in the cache
+REMEMBER_FROM = 5000  # images; fewer are found as fast
+SETTLED = 2.0  # seconds after which a change moves a folder's time stamp on any file system
+THREADS = 8  # a network file system answers many questions at a time
+ENDINGS = tuple(ending.encode() for ending in IMG_EXTENSIONS)
+
+
+class Paths(Sequence[str]):
+    """Paths of files, in tensors: workers share them, also those that are not forked.
+
+    Args:
+        root: folder that the paths start with.
+        names: the paths below it, in the encoding of the file system.
+    """
+
+    def __init__(self, root: str, names: Iterable[bytes]) -> None:
+        self.root = root
+        text = b"\0".join(names)
+        self.text: Tensor = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)
+        # where each ends; the 0 in between occurs in no path
+        ends = np.flatnonzero(self.text.numpy() == 0)
+        self.ends: Tensor = torch.from_numpy(np.append(ends, len(text)) if text else ends[:0])
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} files, and none with the index {index}")
+        start = int(self.ends[index - 1]) + 1 if index else 0
+        name = self.text[start : int(self.ends[index])].numpy().tobytes()
+        return os.path.join(self.root, os.fsdecode(name))
+
+    def __repr__(self) -> str:
+        return f"{len(self)} files below {self.root!r}"
+
+
+@dataclass
+class _Folder:
+    """What is known of a folder.
+
+    Args:
+        stamp: device, inode, and times of the last change of its list of files and of anything, in nanoseconds.
+        count: of its own images.
+        names: of them, sorted, with a 0 between them.
+        folders: in it, sorted.
+    """
+
+    stamp: list[int]
+    count: int = 0
+    names: bytes = b""
+    folders: list[str] = field(default_factory=list)
+
+
+def list_images(root: str) -> tuple[Paths, Tensor, list[str]]:
+    """Find all image files below the folders of a folder, at any depth, by their ending.
+
+    The order is that of torchvision: by first folder, then by folder, then by name. What was found is kept in the
+    cache folder of the user (``$LIT_TRICKS_CACHE``, or ``lit_tricks`` in ``$XDG_CACHE_HOME`` or ``~/.cache``) if it is
+    much. The next time only folders are read again whose time stamp has changed, as it does when a file is added,
+    removed or renamed; a folder that was changed just before it was read is read again, as the next change may leave
+    the stamp as it is. A cache that can not be written or read is done without.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        The files; for each its folder in ``root``, as an index, int64; and the names of these folders, sorted.
+
+    Raises:
+        OSError: if a folder can not be read.
+    """
+    root, start = os.fspath(root), time.monotonic()
+    cache = _cache_file(root)
+    known = _read_cache(cache, root) if cache else {}
+    found, scanned = _walk(root, known)
+    tops = [name for name in found[""].folders if name in found]
+    order = sorted((name for name in found if name), key=lambda name: (name.partition(os.sep)[0], name))
+    counts = [found[name].count for name in order]
+    position = {name: index for index, name in enumerate(tops)}
+    labels = np.repeat([position[name.partition(os.sep)[0]] for name in order], counts).astype(np.int64)
+    blocks = (_prefixed(os.fsencode(name + os.sep), found[name].names) for name in order if found[name].count)
+    paths = Paths(root, blocks)
+    if cache and scanned and len(paths) >= REMEMBER_FROM:
+        _write_cache(cache, root, found)
+    seconds = time.monotonic() - start
+    if seconds > 2:
+        rank_zero_info(f"{root}: {len(paths)} images in {len(found)} folders found in {seconds:.1f} s")
+    return paths, torch.from_numpy(labels), tops
+
+
+def _walk(root: str, known: dict[str, _Folder]) -> tuple[dict[str, _Folder], int]:
+    """Each folder by its path below the root, and how many had to be read."""
+    found: dict[str, _Folder] = {}
+    scanned = 0
+    level: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    with ThreadPoolExecutor(THREADS) as pool:
+        while level:
+            folders = pool.map(lambda step: _look(root, step[0], known.get(step[0])), level)
+            deeper = []
+            for (name, above), (folder, is_new) in zip(level, folders, strict=True):
+                identity = (folder.stamp[0], folder.stamp[1])
+                if identity in above:  # a link to a folder that it is in
+                    continue
+                scanned += is_new
+                found[name] = folder
+                deeper += [(os.path.join(name, each), above | {identity}) for each in folder.folders]
+            level = deeper
+    return found, scanned
+
+
+def _look(root: str, name: str, known: _Folder | None) -> tuple[_Folder, bool]:
+    """A folder, and whether it had to be read."""
+    path, now = os.path.join(root, name), time.time_ns()
+    status = os.stat(path)
+    stamp = [status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    if known and known.stamp == stamp:
+        return known, False
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif name:
+                files.append(os.fsencode(entry.name))
+    images = sorted(file for file in files if file.lower().endswith(ENDINGS))
+    # Some file systems have no times of folders (0), or make them up (now).
+    if not 0 < max(stamp[2:]) < now - SETTLED * 1e9 or stamp[2] == 0:
+        stamp[2:] = [-1, -1]  # not to be relied on
+    return _Folder(stamp, len(images), b"\0".join(images), sorted(folders)), True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _prefixed(prefix: bytes, names: bytes) -> bytes:
+    return prefix + names.replace(b"\0", b"\0" + prefix)
+
+
+def _cache_file(root: str) -> Path | None:
+    folder = os.environ.get("LIT_TRICKS_CACHE")
+    if folder == "":
+        return None
+    with contextlib.suppress(OSError, RuntimeError):  # no home
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_tricks"
+        key = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+        return Path(folder or default) / f"{key}.images"
+    return None
+
+
+def _read_cache(cache: Path, root: str) -> dict[str, _Folder]:
+    """A line of JSON, then the names of the files."""
+    try:
+        with cache.open("rb") as stream:
+            head = json.loads(stream.readline())
+            text = stream.read()
+        if head["version"] != VERSION or head["root"] != os.path.realpath(root) or head["size"] != len(text):
+            return {}
+        parts = _parts(text, [size for *_, size in head["folders"]])
+        return {
+            name: _Folder(stamp, count, part, folders)
+            for (name, stamp, count, folders, _), part in zip(head["folders"], parts, strict=True)
+        }
+    except (OSError, ValueError, LookupError, TypeError):  # not there, not readable, or damaged
+        return {}
+
+
+def _parts(text: bytes, sizes: list[int]) -> Iterator[bytes]:
+    at = 0
+    for size in sizes:
+        yield text[at : at + size]
+        at += size
+
+
+def _write_cache(cache: Path, root: str, found: dict[str, _Folder]) -> None:
+    folders = [[name, each.stamp, each.count, each.folders, len(each.names)] for name, each in found.items()]
+    text = b"".join(each.names for each in found.values())
+    head = {"version": VERSION, "root": os.path.realpath(root), "size": len(text), "folders": folders}
+    with contextlib.suppress(OSError):  # a full disk, a home that is read only, ...
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(dir=cache.parent)
+        try:
+            with open(descriptor, "wb") as stream:
+                stream.write(json.dumps(head).encode() + b"\n" + text)
+            os.replace(part, cache)
+        except OSError:
+            os.unlink(part)
+            raise
