@@ -82,7 +82,7 @@ def read_shards(root: str, split: Split) -> Shards:
 
 
 def _has_folders(folder: str) -> bool:
-    return os.path.isdir(folder) and any(entry.is_dir() for entry in os.scandir(folder))
+    return any(path.is_dir() for path in Path(folder).glob("*"))
 
 
 def _check_whole(folder: str, shards: list[dict[str, Any]]) -> None:

@@ -155,10 +155,10 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
     for split, names in classes.items():
         if list(names) != train:
             only_train, only_here = sorted({*train} - {*names}), sorted({*names} - {*train})
-            raise ValueError(
-                f"{what} differ between train and {split}: "
-                f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
-            )
+            found = f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
+            if not only_train and not only_here:
+                found = "they are in another order"
+            raise ValueError(f"{what} differ between train and {split}: {found}")
 
 
 def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

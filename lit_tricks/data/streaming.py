@@ -82,7 +82,7 @@ class Streaming(ImageFolder):
         cache_dir: str | None = None,
     ) -> None:
         import_litdata()
-        cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        root, cache_dir = os.fspath(root), None if cache_dir is None else os.fspath(cache_dir)
         self.cache_dir = cache_dir
         super().__init__(
             root,
@@ -98,6 +98,7 @@ class Streaming(ImageFolder):
             decode=decode,
             workers=workers,
         )
+        self.hparams.pop("repeats", None)  # an argument of ImageFolder that this one does not have
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Give shuffled and augmented training batches."""

@@ -6,10 +6,11 @@ import logging
 import os
 import random
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lit_tricks.commands._progress import progress
 from lit_tricks.data import ImageFolder
+from lit_tricks.data._listing import list_images
 from lit_tricks.data._shard_writer import replaced_whole, write_shards
 from lit_tricks.data._shards import SPLITS, import_litdata
 
@@ -67,8 +68,9 @@ def shard(
         for split in SPLITS:
             if not os.path.isdir(os.path.join(folder, split)):
                 continue
-            source: Any = data._source(split)
-            files = list(source.samples)
+            data._source(split)  # complains of classes without images
+            paths, labels, _ = list_images(os.path.join(folder, split))
+            files = list(zip(paths, labels.tolist(), strict=True))
             if split == "train":
                 random.Random(0).shuffle(files)
             with progress(split, len(files)) as advance:
