@@ -86,7 +86,9 @@ class PhotoDataModule(ImageDataModule, ABC):
     def _is_channels_last(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
         parameters = module.parameters() if module is not None else ()
-        weight: Any = next((param for param in parameters if param.dim() == 4), None)
+        # A filter of one pixel or one channel is in either format.
+        filters = (param for param in parameters if param.dim() == 4 and param.size(1) > 1 and param.size(3) > 1)
+        weight: Any = next(filters, None)
         if weight is None:
             return False
         weight = getattr(weight, "_local_tensor", weight)  # of a DTensor
