@@ -29,9 +29,9 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_image_folder(tmp_path / "images")
 
 
-def samples(folder: Path) -> list[dict[str, Any]]:
+def samples(folder: Path) -> list[tuple[bytes, int, str]]:
     dataset = StreamingDataset(str(folder))
-    return [dataset[index] for index in range(len(dataset))]
+    return [tuple(dataset[index]) for index in range(len(dataset))]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -46,13 +46,14 @@ def test_samples_are_the_files(images: Path, tmp_path: Path) -> None:
     assert shard(str(images), str(out), shard_mb=0.003) == out
     for split, count in (("train", 12), ("val", 6), ("test", 5)):
         found = samples(out / split)
-        assert {s["name"]: s["image"] for s in found} == files(images / split)
-        assert [CLASSES[s["label"]] for s in found] == [s["name"].partition("/")[0] for s in found]
+        assert {name: content for content, _, name in found} == files(images / split)
+        assert [CLASSES[label] for _, label, _ in found] == [name.partition("/")[0] for *_, name in found]
+        assert not [path for path in (out / split).glob("chunk*") if b"ARROW1" in path.read_bytes()]  # see the writer
         index = json.loads((out / split / "index.json").read_text())
         assert index["classes"] == list(CLASSES)
         assert len(found) == count
         assert len(index["chunks"]) > 1
-        names = [s["name"] for s in found]
+        names = [name for *_, name in found]
         assert (names == sorted(names)) == (split != "train")  # shards of training images hold all classes
 
 

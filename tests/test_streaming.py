@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from _cli import write_images
 from _fits import Saver
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from moto.server import ThreadedMotoServer
 from torch import Tensor
 
@@ -121,7 +123,13 @@ def fingerprint(batch: list[Tensor]) -> str:
 
 def trainer(*callbacks: Any, **kwargs: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    plain = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+    plain = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
     return Trainer(callbacks=list(callbacks), **{**plain, **quiet, **kwargs})
 
 
@@ -413,6 +421,27 @@ def test_a_damaged_sample_is_named(copied: Path, images: Path, workers: int) -> 
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(RuntimeError, match=rf"copy/val/{path.name}"):
         trainer().validate(Recorder(), Streaming(str(copied), 16, BATCH_SIZE, workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_is_skipped(copied: Path, tmp_path: Path, workers: int) -> None:
+    names = []
+    for split in ("train", "val"):
+        for path in sorted((copied / split).glob("chunk*"))[:1]:
+            content = path.read_bytes()
+            start, end = content.index(b"\xff\xd8") + 100, content.index(b"\xff\xd9") + 2
+            path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+            names.append(f"sample 0 in {path.name} of {path.parent}")
+    data = Streaming(str(copied), 16, BATCH_SIZE, workers, on_bad_image="skip")
+    found = fit(data, default_root_dir=str(tmp_path), logger=CSVLogger(str(tmp_path), "run", "v0"))
+    assert len(found.images) == 3 * BATCHES * BATCH_SIZE  # another sample takes its place
+    assert len(found.validated) == 3 * (VAL - 1)  # and none, where it would count twice
+    again = fit(Streaming(str(copied), 16, BATCH_SIZE, workers, on_bad_image="skip"))
+    assert again.images == found.images
+    with (tmp_path / "run" / "v0" / "bad_images.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert sorted(row["split"] for row in rows) == ["train", "val"]
+    assert all(any(row["file"].endswith(name) for name in names) for row in rows)
 
 
 def test_batches_that_are_too_large(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lit_tricks.data._bad_images import BadImages, OnBadImage, Report
 from lit_tricks.data._jpeg import read_image
+from lit_tricks.data._listing import Paths
 from lit_tricks.data._loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
 from lit_tricks.data._samples import Files, Samples, Source, collate, find_images
 from lit_tricks.data.transforms import Transform
@@ -70,6 +72,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     repeats = 1  # of an image in an epoch
     thread_workers = False  # threads of one process, or processes
+    on_bad_image: OnBadImage = "raise"
 
     classes: list[str]
     input_size: tuple[int, int, int]
@@ -87,6 +90,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.predict_dir = predict_dir
         self._sources: dict[Split, Source] = {}
+        self._bad: dict[str, BadImages] = {}
+        self._report = Report(None)
         self._seed: int | None = None
 
     @property
@@ -97,6 +102,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Find the samples of a stage ("fit", "validate", "test", "predict"; None for all but predict)."""
         self._seed = None  # each run takes the seed of its own time, unless its checkpoint brings one
+        if self.on_bad_image == "skip":
+            self._bad.clear()
+            self._report = Report(None if self.trainer is None else self.trainer.log_dir)
         for split in STAGES.get(stage, ()):
             self._source(split)
         if stage in (None, "fit"):
@@ -110,7 +118,7 @@ class ImageDataModule(LightningDataModule, ABC):
         For several processes give the module itself to the Trainer: without one, a loader gives all images.
         """
         self._check_enough()
-        samples = self._samples(self._source("train"), self.train_transform)
+        samples = self._samples("train", self._source("train"), self.train_transform)
         sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed, repeats=self.repeats)
         with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 has deprecated
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")
@@ -118,16 +126,26 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Give all validation images in fixed order."""
-        return self._eval_loader(self._source("val"))
+        return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Give all test images in fixed order."""
-        return self._eval_loader(self._source("test"))
+        return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Give (images, paths) of the files below ``predict_dir``, sorted by path."""
-        samples = self._samples(Files(self._predict_paths(), self._read_image), self.eval_transform)
+        files = Files(self._predict_paths(), self._read_image)
+        samples = self._samples("predict", files, self.eval_transform)
         return DataLoader(samples, **self._loader_args(samples))  # Lightning shares it among processes, each image once
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Tell of bad images that were skipped."""
+        self._report.update(self._bad.values(), self.trainer)
+        self._report.warn()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell of bad images that were skipped."""
+        self.teardown()
 
     def state_dict(self) -> dict[str, Any]:
         """Give the seed of the running loaders, for the checkpoint."""
@@ -163,15 +181,18 @@ class ImageDataModule(LightningDataModule, ABC):
             self._sources.update(self._load(split))
         return self._sources[split]
 
-    def _samples(self, source: Source, transform: Transform) -> Samples:
+    def _samples(self, name: str, source: Source, transform: Transform) -> Samples:
         if self._seed is None:
             seed = torch.initial_seed()
             self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
         workers = self._workers() if self.thread_workers else 1
-        return Samples(source, transform, self._seed, max(workers, 1))
+        if self.on_bad_image == "skip" and name not in self._bad:
+            # In evaluation another image would count twice.
+            self._bad[name] = BadImages(source, name, replace=name == "train")
+        return Samples(source, transform, self._seed, max(workers, 1), self._bad.get(name))
 
-    def _eval_loader(self, source: Source) -> DataLoader[Any]:
-        samples = self._samples(source, self.eval_transform)
+    def _eval_loader(self, split: Split) -> DataLoader[Any]:
+        samples = self._samples(split, self._source(split), self.eval_transform)
         args, (replicas, rank) = self._loader_args(samples), self._replicas()
         if replicas > 1:
             args["batch_size"] = eval_batch_size(self.batch_size, len(samples), replicas)
@@ -210,7 +231,7 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"the last partial batch, so that none is left: use a batch_size of at most {images}"
             )
 
-    def _predict_paths(self) -> list[str]:
+    def _predict_paths(self) -> Paths:
         if self.predict_dir is None:
             raise ValueError("predict_dir is not set: give the folder of the images to predict")
         paths = find_images(self.predict_dir)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lit_tricks.data.transforms import to_rgb
 
-__all__ = ["JPEG", "Pixels", "decode_image", "pixels_of", "read_image"]
+__all__ = ["JPEG", "BadImageError", "Pixels", "decode_image", "pixels_of", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -21,6 +21,10 @@ Pixels = npt.NDArray[np.uint8]
 HARMLESS = "extraneous bytes before marker"
 SOF0, SOF1, SOF2, SOS = 0xC0, 0xC1, 0xC2, 0xDA
 END = b"\xff\xd9"
+
+
+class BadImageError(RuntimeError):
+    """A file can not be read as an image; the message names it. Its cause says why."""
 
 
 def read_image(path: str, exact: bool = False) -> Image.Image:
@@ -31,7 +35,7 @@ def read_image(path: str, exact: bool = False) -> Image.Image:
         exact: see ``JPEG``.
 
     Raises:
-        RuntimeError: if it cannot be read, now or when it is decoded; the message names the file.
+        BadImageError: if it cannot be read, now or when it is decoded; the message names the file.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -44,14 +48,22 @@ def read_image(path: str, exact: bool = False) -> Image.Image:
 def decode_image(data: bytes, name: str, exact: bool = False) -> Image.Image:
     """Make an image of the bytes of a file (see ``read_image``); ``name`` is for messages."""
     header = _header(data)
-    return _decode_any(data, name) if header is None else JPEG(data, name, exact, header)
+    if header is None:
+        return _decode_any(data, name)
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # as PIL has it
+    if header.width * header.height > limit:
+        bomb = Image.DecompressionBombError(
+            f"{header.width} x {header.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS allows: {limit}"
+        )
+        raise _unreadable(name, bomb) from bomb
+    return JPEG(data, name, exact, header)
 
 
 def pixels_of(image: Image.Image, bottom: int | None = None) -> Pixels:
     """Give the RGB values of an image, shape (rows, width, 3): all rows, or those above ``bottom``."""
     if isinstance(image, JPEG):
         return image.pixels(bottom)
-    return np.array(to_rgb(image))[:bottom]
+    return np.array(to_rgb(image))[:bottom]  # a copy: torch would warn of one that it may not write to
 
 
 class JPEG(Image.Image):
@@ -67,7 +79,7 @@ class JPEG(Image.Image):
         header: what ``_header`` gives.
 
     Raises:
-        RuntimeError: when it is decoded, for broken data; the message names the file.
+        BadImageError: when it is decoded, for broken data; the message names the file.
     """
 
     def __init__(self, data: bytes, name: str, exact: bool, header: _Header) -> None:
@@ -176,5 +188,5 @@ def _decode_any(data: bytes, name: str) -> Image.Image:
         raise _unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> RuntimeError:
-    return RuntimeError(f"cannot read the image {name!r} ({error}): replace the file or remove it")
+def _unreadable(name: str, error: Exception) -> BadImageError:
+    return BadImageError(f"cannot read the image {name!r} ({error}): replace the file or remove it")

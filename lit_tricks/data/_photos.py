@@ -60,6 +60,7 @@ class PhotoDataModule(ImageDataModule, ABC):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Do the colours of a batch; images that are no uint8 any more are left as they are."""
+        self._report.update(self._bad.values(), self.trainer)
         if not isinstance(batch, list | tuple) or len(batch) < 2:
             return batch
         images, labels, *matrices = batch

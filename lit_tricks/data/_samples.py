@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from lit_tricks.data._bad_images import BadImages
 from lit_tricks.data._crops import Crop, generator_at, seeded
-from lit_tricks.data._jpeg import read_image
+from lit_tricks.data._jpeg import BadImageError, read_image
+from lit_tricks.data._listing import Paths
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["Files", "Samples", "Source", "collate", "derive_seed", "find_images"]
+
+TRIES = 20  # images in a row that may be bad where bad ones are replaced
 
 
 class Source(Protocol):
@@ -34,10 +39,11 @@ def derive_seed(seed: int, *key: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
-def find_images(folder: str) -> list[str]:
+def find_images(folder: str) -> Paths:
     """List all image files below a folder, sorted by path."""
     paths = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+    images = sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+    return Paths("", map(os.fsencode, images))
 
 
 class Samples(Dataset[tuple[Any, ...]]):
@@ -54,13 +60,18 @@ class Samples(Dataset[tuple[Any, ...]]):
         transform: PIL image to tensor. May be replaced at any time before the workers start.
         seed: of the random transforms.
         threads: how many transform the samples of a batch, in a worker process.
+        bad: where bad images are noted and skipped. Another sample, which (seed, epoch, index) decides as well, takes
+            the place of such a one, or none: then a batch may be smaller. None raises the error.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int, threads: int = 1) -> None:
+    def __init__(
+        self, source: Source, transform: Transform, seed: int, threads: int = 1, bad: BadImages | None = None
+    ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
         self.threads = threads
+        self.bad = bad
         self._pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -74,9 +85,12 @@ class Samples(Dataset[tuple[Any, ...]]):
         """Give the samples of a batch, as views of one that is whole (see ``collate``)."""
         transform = self.transform
         if not isinstance(transform, Crop):
-            return self._map(self._any, indices)
+            return self._kept(self._map(self._any, indices), indices)[0]
         images = _shared(transform.empty(len(indices)))
-        labels, draws = zip(*self._map(self._crop, indices, images), strict=True)
+        loaded, kept = self._kept(self._map(self._crop, indices, images), indices)
+        if len(kept) < len(indices):
+            images = images[kept]
+        labels, draws = zip(*loaded, strict=True)
         whole = [images, default_collate(list(labels))]
         if transform.jitter:
             whole.append(transform.jitter.matrices(np.stack(draws)))
@@ -87,24 +101,48 @@ class Samples(Dataset[tuple[Any, ...]]):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_pool": None}
 
-    def _any(self, index: int) -> tuple[Any, ...]:
+    def _any(self, index: int, sample: tuple[Image.Image, Any], epoch: int) -> tuple[Any, ...]:
         """Transform one sample by a transform that may draw from torch's generator."""
-        epoch, index = divmod(index, len(self))
-        image, label = self.source[index]
+        image, label = sample
         with seeded(derive_seed(self.seed, epoch, index)):
             return self.transform(image), label
 
-    def _crop(self, index: int, out: Tensor) -> tuple[Any, Any]:
+    def _crop(self, index: int, sample: tuple[Image.Image, Any], epoch: int, out: Tensor) -> tuple[Any, Any]:
         """Crop one sample, and give its label and what was drawn for its colours."""
         transform = self.transform
         assert isinstance(transform, Crop)
-        epoch, index = divmod(index, len(self))
-        image, label = self.source[index]
+        image, label = sample
         generator = generator_at(self.seed, epoch, index)
         transform(image, generator, out)
         return label, transform.jitter.draw(generator) if transform.jitter else None
 
+    def _load(self, function: Callable[..., Any], index: int, *args: Any) -> Any:
+        """Call a function with what is at an index; None if that is a bad image, and nothing takes its place."""
+        epoch, index = divmod(index, len(self))
+        place = index
+        for attempt in range(1, TRIES + 1):
+            try:
+                return function(index, self.source[place], epoch, *args)
+            except BadImageError as error:
+                if self.bad is None:
+                    raise
+                self.bad.mark(place)
+                if not self.bad.replace:
+                    return None
+                last = error
+            place = derive_seed(self.seed, epoch, index, attempt) % len(self)
+        raise BadImageError(f"{TRIES} images in a row were bad, too many to go on without them: {last}") from last
+
+    def _kept(self, loaded: list[Any], indices: Sequence[int]) -> tuple[list[Any], list[int]]:
+        """What was loaded, without the bad images, and the places of the others."""
+        kept = [place for place, each in enumerate(loaded) if each is not None]
+        if not kept:
+            self.source[indices[0] % len(self)][0].load()  # raises what is wrong with it
+            raise BadImageError("no image of a batch could be read")
+        return [loaded[place] for place in kept], kept
+
     def _map(self, function: Callable[..., Any], *args: Iterable[Any]) -> list[Any]:
+        function = partial(self._load, function)
         if self.threads == 1 or not get_worker_info():
             return list(map(function, *args))
         if not self._pool:
@@ -130,14 +168,24 @@ def _shared(batch: Tensor) -> Tensor:
 
 
 class Files:
-    """Pairs of image and path, for prediction."""
+    """Pairs of an image and its label, or its path.
 
-    def __init__(self, paths: Sequence[str], read: Callable[[str], Image.Image] = read_image) -> None:
-        self.paths = list(paths)
+    Args:
+        paths: of the image files.
+        read: reads an image.
+        labels: of the images, int64; None gives the paths in their place, for prediction.
+    """
+
+    def __init__(
+        self, paths: Paths, read: Callable[[str], Image.Image] = read_image, labels: Tensor | None = None
+    ) -> None:
+        self.paths = paths
         self.read = read
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        return self.read(self.paths[index]), self.paths[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        path = self.paths[index]
+        return self.read(path), path if self.labels is None else int(self.labels[index])

@@ -1,6 +1,7 @@
 """Image folders as litdata's shards: files of 64 MB that are read in one go, from a disk or from a bucket.
 
-A sample is ``{"image": bytes of a file, "label": int, "name": path below the folder}``. The index of the shards, the
+A sample is (bytes of a file, label, path below the folder). It is no dict: with pyarrow at hand, litdata packs those
+into tables, whose rows are slow to read one by one, and which can not be read without it. The index of the shards, the
 last file to be written, also keeps the names of the classes.
 """
 
@@ -85,7 +86,7 @@ def write_shards(
         warnings.filterwarnings("ignore", "An item was larger than the target chunk size")
         for index, ((path, label), content) in enumerate(zip(files, contents, strict=True)):
             name = Path(os.path.relpath(path, root)).as_posix()
-            writer.add_item(index, {"image": content, "label": label, "name": name})
+            writer.add_item(index, (content, label, name))
             advance()
         writer.done()
     writer._merge_no_wait()  # `merge` would wait for as many writers as WORLD_SIZE says

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+from lit_tricks.data._jpeg import decode_image
 
 if TYPE_CHECKING:
     from lit_tricks.data._base import Split
@@ -39,23 +42,59 @@ def import_litdata() -> Any:
     return litdata
 
 
-@dataclass(frozen=True)
 class Shards:
-    """The shards of a split: where they are, how many samples they hold, and the names of the classes."""
+    """The shards of a split: how many samples they hold, of what classes, and single samples of them.
 
-    split: Split
-    url: str
-    size: int
-    classes: tuple[str, ...]
+    Args:
+        split: of the data.
+        url: where they are.
+        index: what the index says.
+        cache_dir: where litdata keeps what it reads from a bucket; None is its own place.
+    """
+
+    def __init__(self, split: Split, url: str, index: dict[str, Any], cache_dir: str | None) -> None:
+        self.split, self.url, self.cache_dir = split, url, cache_dir
+        self.classes: list[str] = list(index["classes"])
+        self.files = [shard["filename"] for shard in index["chunks"]]
+        self.ends: list[int] = list(accumulate(shard["chunk_size"] for shard in index["chunks"]))
+        self._dataset: Any = None
 
     def __len__(self) -> int:
-        return self.size
+        return self.ends[-1]
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        raise TypeError("shards are streamed, and have no order to take single samples from")
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        data, label, _ = self.item(index)
+        return decode_image(data, self.paths[index], exact=True), label
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_dataset": None}
+
+    def item(self, index: int) -> tuple[bytes, int, str]:
+        """Read a single sample, also one that is not in turn: slow from a bucket."""
+        if self._dataset is None:
+            self._dataset = import_litdata().StreamingDataset(self.url, cache_dir=self.cache_dir, batch_decode=0)
+        data, label, name = self._dataset[index]
+        return bytes(data), label, name
+
+    def place(self, index: int) -> str:
+        """Say where a sample is, for messages."""
+        return f"sample {index} in {self.files[bisect_right(self.ends, index)]} of {self.url}"
+
+    @property
+    def paths(self) -> _Names:
+        """What the samples are called in messages: the file that each was made of, and where it is now."""
+        return _Names(self)
 
 
-def read_shards(root: str, split: Split) -> Shards:
+class _Names:
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __getitem__(self, index: int) -> str:
+        return f"{self.shards.item(index)[2]}: {self.shards.place(index)}"
+
+
+def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards:
     """Read the index of ``root/split``.
 
     Raises:
@@ -69,16 +108,17 @@ def read_shards(root: str, split: Split) -> Shards:
     url = f"{root.rstrip('/')}/{split}" if remote else os.path.join(root, split)
     try:
         index = json.loads(_remote_index(url) if remote else Path(url, INDEX).read_bytes())
-        shards, classes = index["chunks"], index["classes"]
-        size = sum(shard["chunk_size"] for shard in shards)
+        shards = Shards(split, url, index, cache_dir)
+        if not len(shards) or not shards.classes:
+            raise ValueError("it is empty")
     except FileNotFoundError as error:
         hint = "these are folders of images: use ImageFolder, or write shards of them" if _has_folders(url) else WRITE
         raise FileNotFoundError(f"no index of shards ({INDEX}) in {url!r}; {hint}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{url}/{INDEX} is no index of shards with names of classes ({error!r}); {WRITE}") from error
     if not remote:
-        _check_whole(url, shards)
-    return Shards(split, url, size, tuple(classes))
+        _check_whole(url, index["chunks"])
+    return shards
 
 
 def _has_folders(folder: str) -> bool:

@@ -38,7 +38,6 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
             samples in their order, each in one process.
         num_replicas: number of processes.
         rank: of this process.
-        cache_dir: where shards of a bucket are kept; None is litdata's own place.
         exact: see ``decode_image``.
     """
 
@@ -46,18 +45,12 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
     current_epoch: int
 
     def __init__(
-        self,
-        shards: Shards,
-        samples: Samples,
-        shuffle: bool,
-        num_replicas: int,
-        rank: int,
-        cache_dir: str | None,
-        exact: bool,
+        self, shards: Shards, samples: Samples, shuffle: bool, num_replicas: int, rank: int, exact: bool
     ) -> None:
         # Shuffled in the whole shard, not in blocks of it. Of the seed NumPy takes 32 bits.
         order = derive_seed(samples.seed) % 2**32
-        super().__init__(shards.url, cache_dir=cache_dir, shuffle=shuffle, seed=order, item_shuffle_window=0)
+        whole = {"item_shuffle_window": 0, "batch_decode": 0}  # and samples read one by one
+        super().__init__(shards.url, cache_dir=shards.cache_dir, shuffle=shuffle, seed=order, **whole)
         self.set_drop_last(shuffle)
         # As one node: with more, litdata keeps each node to its part of the shards from the second epoch on.
         self.distributed_env = _DistributedEnv(num_replicas, rank, 1)
@@ -67,15 +60,14 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
         self.transform = samples.transform  # may be replaced at any time before the workers start
 
     def __getitem__(self, index: ChunkedIndex) -> Any:
-        place = f"sample {index.index} in {self.subsampled_files[index.chunk_index]} of {self.shards.url}"
         try:
-            item = self.cache[index]
-            data, label, name = item["image"], item["label"], item["name"]
+            data, label, name = self.cache[index]
+            return _Sample(self, int(index.index), bytes(data), label, name)
         except Exception as error:  # damage shows in many ways
+            place = self.shards.place(index.index)
             raise RuntimeError(
                 f"cannot read {place} ({error}): write the shards again, or copy this one anew"
             ) from error
-        return _Sample(self, index.index, data, label, f"{name}: {place}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardSamples:
         twin = copy.copy(self)
@@ -84,7 +76,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
 
     def batch(self, items: list[_Sample]) -> Any:
         """Transform samples and make a batch of them."""
-        self.samples.source, self.samples.transform = _Batch(items, len(self.shards), self.exact), self.transform
+        self.samples.source, self.samples.transform = _Batch(items, self.shards, self.exact), self.transform
         first = (self.current_epoch - 1) * len(self.shards)
         return collate_samples(self.samples.__getitems__([first + item.number for item in items]))
 
@@ -94,7 +86,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
 
 
 class _Sample(NamedTuple):
-    samples: ShardSamples  # of the process that makes the batch, with the transform that it has there
+    samples: ShardSamples | None  # of the process that makes the batch, with the transform that it has there
     number: int
     data: bytes
     label: int
@@ -102,23 +94,28 @@ class _Sample(NamedTuple):
 
 
 class _Batch:
-    """The samples of a batch by their numbers in the whole."""
+    """The samples of a batch by their numbers in the whole, and any other."""
 
-    def __init__(self, items: list[_Sample], size: int, exact: bool) -> None:
+    def __init__(self, items: list[_Sample], shards: Shards, exact: bool) -> None:
         self.items = {item.number: item for item in items}
-        self.size, self.exact = size, exact
+        self.shards, self.exact = shards, exact
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.shards)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        item = self.items[index]
-        return decode_image(item.data, item.name, self.exact), item.label
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        item = self.items.get(number)
+        if item is None:  # in the place of a bad image
+            item = _Sample(None, number, *self.shards.item(number))
+        name = f"{item.name}: {self.shards.place(number)}"
+        return decode_image(item.data, name, self.exact), item.label
 
 
 def collate(items: list[_Sample]) -> Any:
     """Make a batch, in the process that has read the samples."""
-    return items[0].samples.batch(items)
+    samples = items[0].samples
+    assert samples is not None
+    return samples.batch(items)
 
 
 class EqualShares(NoShuffle):  # type: ignore[misc]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+import numpy as np
 from PIL import Image
-from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from lit_tricks.data._bad_images import OnBadImage
 from lit_tricks.data._base import Split, check_at_least_one, resize_size_for
 from lit_tricks.data._crops import CentreCrop
 from lit_tricks.data._jpeg import read_image
+from lit_tricks.data._listing import list_images
 from lit_tricks.data._photos import Augmentation, PhotoDataModule, random_crop
-from lit_tricks.data._samples import Source
+from lit_tricks.data._samples import Files, Source
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["ImageFolder", "check_same_classes"]
@@ -74,6 +75,7 @@ class ImageFolder(PhotoDataModule):
         repeats: int = 1,
         decode: Literal["auto", "exact"] = "auto",
         workers: Literal["process", "thread"] = "process",
+        on_bad_image: OnBadImage = "raise",
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -86,6 +88,7 @@ class ImageFolder(PhotoDataModule):
         _check_one_of("augmentation", augmentation, get_args(Augmentation))
         _check_one_of("decode", decode, ("auto", "exact"))
         _check_one_of("workers", workers, ("process", "thread"))
+        _check_one_of("on_bad_image", on_bad_image, get_args(OnBadImage))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
         if not 0 <= random_erasing <= 1:
@@ -98,6 +101,7 @@ class ImageFolder(PhotoDataModule):
         self.crop_ratio = image_size / resize_size
         self.mean, self.std = mean, std
         self.repeats, self.decode, self.thread_workers = repeats, decode, workers == "thread"
+        self.on_bad_image = on_bad_image
         self.eval_transform = CentreCrop(image_size, resize_size)
         self.train_transform = self.eval_transform
         if augmentation != "none":
@@ -118,15 +122,15 @@ class ImageFolder(PhotoDataModule):
         if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
             return {"test": self._source("val")}
         folder = os.path.join(self.root, split)
-        images = DatasetFolder(folder, self._read_image, IMG_EXTENSIONS, allow_empty=True)
-        counts = Counter(images.targets)
-        empty = [name for label, name in enumerate(self.classes) if not counts[label]]
+        paths, labels, classes = list_images(folder)
+        counts = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+        empty = [name for name in self.classes if not counts.get(name)]
         if empty:
             raise FileNotFoundError(
                 f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
                 f"files must end in {' '.join(IMG_EXTENSIONS)}"
             )
-        return {split: images}
+        return {split: Files(paths, self._read_image, labels)}
 
 
 def _find_classes(root: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
+from lit_tricks.data._bad_images import OnBadImage
 from lit_tricks.data._base import Split
 from lit_tricks.data._loader import eval_batch_size
 from lit_tricks.data._photos import Augmentation
@@ -79,6 +80,7 @@ class Streaming(ImageFolder):
         random_erasing: float = 0.0,
         decode: Literal["auto", "exact"] = "auto",
         workers: Literal["process", "thread"] = "process",
+        on_bad_image: OnBadImage = "raise",
         cache_dir: str | None = None,
     ) -> None:
         import_litdata()
@@ -97,25 +99,26 @@ class Streaming(ImageFolder):
             random_erasing=random_erasing,
             decode=decode,
             workers=workers,
+            on_bad_image=on_bad_image,
         )
         self.hparams.pop("repeats", None)  # an argument of ImageFolder that this one does not have
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Give shuffled and augmented training batches."""
         self._check_enough()
-        return self._stream(self._source("train"), self.train_transform)
+        return self._stream("train", self.train_transform)
 
-    def _eval_loader(self, source: Source) -> DataLoader[Any]:
-        return self._stream(source, self.eval_transform)
+    def _eval_loader(self, split: Split) -> DataLoader[Any]:
+        return self._stream(split, self.eval_transform)
 
-    def _stream(self, shards: Any, transform: Transform) -> DataLoader[Any]:
+    def _stream(self, split: Split, transform: Transform) -> DataLoader[Any]:
         from lit_tricks.data._stream import ShardSamples, StreamLoader, collate
 
         warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # litdata's is exact
-        training, trainer, (replicas, rank) = shards.split == "train", self.trainer, self._replicas()
-        samples = self._samples(shards, transform)
-        exact = self.decode == "exact"
-        dataset = ShardSamples(shards, samples, training, replicas, rank, self.cache_dir, exact)
+        shards: Any = self._source(split)
+        training, trainer, (replicas, rank) = split == "train", self.trainer, self._replicas()
+        samples = self._samples(split, shards, transform)
+        dataset = ShardSamples(shards, samples, training, replicas, rank, self.decode == "exact")
         # New workers for each epoch: those that live on would not learn which one it is.
         loading = self._loader_args(samples) | {"persistent_workers": False, "collate_fn": collate}
         if replicas > 1 and not training:
@@ -145,7 +148,7 @@ class Streaming(ImageFolder):
 
     def _load(self, split: Split) -> dict[Split, Source]:
         try:
-            return {split: read_shards(self.root, split)}
+            return {split: read_shards(self.root, split, self.cache_dir)}
         except (FileNotFoundError, PermissionError):  # a bucket that may not be listed refuses what is not there
             if split == "test":
                 return {"test": self._source("val")}

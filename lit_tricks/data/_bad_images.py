@@ -1,0 +1,109 @@
+"""Files that can not be read as images: marked by the processes that load, told of by the main one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lit_tricks.data._jpeg import BadImageError
+
+__all__ = ["BadImages", "OnBadImage", "Report"]
+
+log = logging.getLogger("lit_tricks")
+
+OnBadImage = Literal["raise", "skip"]
+
+
+class BadImages:
+    """Which files of a data set are bad, as far as it is known, in memory that all processes share.
+
+    Args:
+        source: the data set. What it gives is read anew to tell the reason.
+        name: of the data set.
+        replace: another image takes the place of a bad one; otherwise the batch is smaller.
+    """
+
+    def __init__(self, source: Any, name: str, replace: bool) -> None:
+        self.source, self.name, self.replace = source, name, replace
+        self.marks: Tensor = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self.told: list[int] = []
+
+    def mark(self, index: int) -> None:
+        """Remember a bad file."""
+        self.marks[index] = 1
+
+    def new(self) -> list[int]:
+        """Give those that were found since this was asked last."""
+        marks = self.marks.numpy().view(bool)
+        if int(marks.sum()) == len(self.told):
+            return []
+        found = sorted(set(marks.nonzero()[0].tolist()) - set(self.told))
+        self.told += found
+        return found
+
+    def row(self, index: int) -> tuple[str, str, str]:
+        """Tell the data set, the file, and what is wrong with it."""
+        path = self.source.paths[index]
+        try:
+            self.source[index][0].load()
+        except BadImageError as error:
+            return self.name, path, str(error.__cause__ or error)
+        return self.name, path, "could be read later"
+
+
+class Report:
+    """``bad_images.csv`` in the folder of a run, ``data/bad_images`` in its metrics, and a warning at the end.
+
+    Args:
+        folder: of the run; None writes no file.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.path = None if folder is None else Path(folder, "bad_images.csv")
+        self.paths: list[str] = []
+        self.warned = 0
+
+    def update(self, bad: Iterable[BadImages], trainer: Trainer | None) -> None:
+        """Tell of what was found since the last call."""
+        rows = [each.row(index) for each in bad for index in each.new()]
+        if not rows:
+            return
+        self.paths += [path for _, path, _ in rows]
+        self._write(rows)
+        if trainer is not None:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts for its own metrics
+            for logger in trainer.loggers:
+                logger.log_metrics({"data/bad_images": float(len(self.paths))}, step)
+
+    def warn(self) -> None:
+        """Tell how many there are, unless it was told."""
+        count = len(self.paths)
+        if count > self.warned:
+            where = f"see {self.path}" if self.path else "such as " + ", ".join(map(repr, self.paths[:3]))
+            log.warning("%d image files could not be read and were skipped: %s", count, where)
+        self.warned = count
+
+    def _write(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        if self.path is None:
+            return
+        text = io.StringIO()
+        writer = csv.writer(text)
+        if not self.path.exists():
+            writer.writerow(["split", "file", "reason"])
+        writer.writerows(rows)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as stream:  # one write: several processes may do so
+                stream.write(text.getvalue().encode(errors="surrogateescape"))
+        except OSError as error:
+            log.warning("%s can not be written (%s)", self.path, os.strerror(error.errno or 0))
+            self.path = None
