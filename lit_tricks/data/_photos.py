@@ -72,10 +72,10 @@ class PhotoDataModule(ImageDataModule, ABC):
             return [self._coloured(part, matrices) for part in images]
         if images.dtype != torch.uint8:
             return images
-        if matrices is None:
-            matrices = normalisation(self.mean, self.std)
+        floats = normalisation(self.mean, self.std) if matrices is None else matrices.view(torch.float32)
         single = images.dim() == 3
-        result = apply_matrices(images[None] if single else images, matrices, self._dtype(), self._is_channels_last())
+        images = images[None] if single else images
+        result = apply_matrices(images, floats, self._dtype(), self._is_channels_last())
         return result[0] if single else result
 
     def _dtype(self) -> torch.dtype:

@@ -53,7 +53,8 @@ class Samples(Dataset[tuple[Any, ...]]):
     know it. A transform of ours (a ``Crop``) draws from a generator of its own, and fills its part of one batch, in
     memory that is shared between processes. For any other, torch's generator of the CPU is seeded, and put back.
 
-    A sample is (image, label), or (image, label, matrix) where the transform has a jitter of the colours.
+    A sample is (image, label), or (image, label, matrix) where the transform has a jitter of the colours; the matrix is
+    the bits of float32, shape (3, 4).
 
     Args:
         source: gives (image, label).
@@ -93,7 +94,8 @@ class Samples(Dataset[tuple[Any, ...]]):
         labels, draws = zip(*loaded, strict=True)
         whole = [images, default_collate(list(labels))]
         if transform.jitter:
-            whole.append(transform.jitter.matrices(np.stack(draws)))
+            # As bits: Lightning rounds all floats of a batch where the precision of the run is half.
+            whole.append(transform.jitter.matrices(np.stack(draws)).view(torch.int32))
         samples = _Samples(zip(images, labels, *whole[2:], strict=True))
         samples.whole = whole
         return samples
