@@ -21,22 +21,24 @@ __all__ = ["Streaming"]
 
 
 class Streaming(ImageFolder):
-    """Images that are too many for the disk of each machine, streamed from shards with [litdata](https://github.com/Lightning-AI/litdata).
+    """Images in shards, in a folder or a bucket, for more of them than a disk holds.
 
     ``lit-tricks data shard`` makes the shards of a folder of images; copy them into a bucket, or leave them where they
-    are. All that ``ImageFolder`` says of crops, colours, sizes and classes holds here too.
+    are. [litdata](https://github.com/Lightning-AI/litdata) reads them. All that ``ImageFolder`` says of crops, colours,
+    sizes and classes holds here too.
 
-    Each process and worker reads shards of its own; in training, samples are shuffled by the seed and the epoch alone,
-    as far as shards go: which shards, and the order in each. A run that is resumed in the middle of an epoch goes on
-    with exactly the samples that were not seen; with another number of processes or workers too, but in another order.
-    Training drops the samples that do not fill a batch in each process, others in each epoch.
+    Each process and worker has samples of its own. For training the shards are shuffled, and the samples in each, by
+    the seed and the epoch; crops and colours depend on the seed, the epoch and the sample alone. A run that is resumed
+    in the middle of an epoch goes on with exactly the samples that were not seen, with the same number of workers in
+    the same order. Training drops the samples that do not fill a batch in each process, others in each epoch.
 
     Credentials and endpoint of S3 are those of boto3 (``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
     ...), those of GCS of google-cloud-storage. Shards of a bucket are kept in ``cache_dir``, by default
     ``~/.lightning/chunks``, up to three quarters of the free disk; shards in a folder are read where they are.
 
-    Cost: needs ``pip install "lit-tricks[streaming]"``, and for GCS google-cloud-storage. Leave it out where the files
-    fit on a local disk: ``ImageFolder`` is faster, and its batches do not depend on the number of workers.
+    Cost: needs ``pip install "lit-tricks[streaming]"``, and for GCS google-cloud-storage. It is as fast as
+    ``ImageFolder`` from a local disk; take that where the files fit there, since its batches do not depend on the
+    number of workers. litdata asks PyPI for newer versions if LITDATA_CHECK_UPDATES=1 is set, and not otherwise.
 
     Args:
         root: folder, or URL that starts with s3:// or gs://, with the shards of ``train``, ``val`` and perhaps
@@ -52,6 +54,11 @@ class Streaming(ImageFolder):
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        random_erasing: probability that a rectangle of a training image is covered with the mean colour, in [0, 1].
+        decode: "auto" stops decoding a JPEG where the crop ends; "exact" decodes all of it, and so finds damage below.
+        workers: "process", or "thread" for one process with ``num_workers`` threads.
+        on_bad_image: "raise" stops; "skip" takes another sample in training, none in evaluation, and lists what is bad
+            in ``bad_images.csv`` in the folder of the run.
         cache_dir: folder that shards of a bucket are kept in; None is litdata's own.
 
     Raises:
