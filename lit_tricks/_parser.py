@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from lit_tricks.data._workers import explain_death
+
 __all__ = ["CONFIGS", "explain", "find_config", "given", "resolve_configs"]
 
 _INSTALLED = Path(__file__).parent / "configs"
@@ -69,6 +71,7 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
         text = f"{match[1]} is in the list of callbacks twice; --print_config shows where: leave one out."
     if "Original Traceback" in text:  # a loader's worker wraps its error in the text of the traceback
         text = re.split(r"\n\w+(?:\.\w+)*: ", text)[-1].strip()
+    text = explain_death(error) or text
     if isinstance(error, ArithmeticError | AssertionError | AttributeError | LookupError | NameError):
         text = f"{type(error).__name__}: {text} (--debug shows where)"  # such an error does not explain itself
     return text, 1

@@ -18,7 +18,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
@@ -30,6 +30,7 @@ from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.predictions import PredictionWriter
+from lit_tricks.preview import PreviewLogger
 from lit_tricks.reports import report_fit
 
 __all__ = ["TricksCLI", "main"]
@@ -155,6 +156,8 @@ class TricksCLI(LightningCLI):
             csv = CSVLogger(self.run.root, self.run.name, self.run.version)
             _ = csv.experiment  # while the folder is empty: it warns of files, and other loggers write some there
             kwargs["logger"] = [csv, *(logger for logger in loggers if not isinstance(logger, bool | None))]
+            if any(isinstance(logger, WandbLogger) for logger in kwargs["logger"]):
+                callbacks.append(PreviewLogger())
             if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
                 scored = isinstance(self.model, Classifier) and config.limit_val_batches != 0
                 monitor = "val/top1" if scored else None

@@ -255,7 +255,7 @@ def test_good_images_stay_where_they_are(root: Path) -> None:
     order = [i % len(samples) for i in data.train_dataloader().sampler]  # type: ignore[union-attr]
     good: dict[int, Tensor] = {}
     for index in order:
-        if "good" in samples.source.paths[index]:
+        if Path(samples.source.paths[index]).name.startswith("good"):
             good[index] = samples[index][0]
     at = [place for place, index in enumerate(order[: len(images)]) if index in good]
     assert 5 < len(at) < len(images)
@@ -270,6 +270,8 @@ def test_evaluation_goes_without_bad_images(root: Path, workers: int) -> None:
     data = module(root, on_bad_image="skip", num_workers=workers, batch_size=12)
     labels = [label for _, labels in data.val_dataloader() for label in labels.tolist()]
     assert labels == [0] * 6 + [1] * 6
+    data = module(root, on_bad_image="skip", num_workers=workers, batch_size=1)
+    assert [len(labels) for _, labels in data.val_dataloader()] == [1] * 23  # an empty batch has no mean
 
 
 @any_machine
@@ -277,13 +279,9 @@ def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {})
     for path in (tmp_path / "train").rglob("*.jpg"):
         path.write_bytes(b"")
-    for path in (tmp_path / "val" / "a").iterdir():
-        path.write_bytes(b"")
     data = module(root, on_bad_image="skip", batch_size=6)
     with pytest.raises(RuntimeError, match="20 images in a row were bad, too many to go on without them: cannot read"):
         batches(data)
-    with pytest.raises(RuntimeError, match=r"cannot read the image '.*val/a/good 0\.jpg'"):
-        list(data.val_dataloader())
 
 
 def test_what_else_to_do_with_bad_images_is_not_known(root: Path) -> None:
@@ -330,7 +328,7 @@ def table(path: Path) -> list[list[str]]:
 
 
 @any_machine
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning", "ignore:The dirpath has changed from")
 def test_a_run_counts_and_lists_bad_images_and_goes_on_the_same(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,7 +336,7 @@ def test_a_run_counts_and_lists_bad_images_and_goes_on_the_same(
     lightning.seed_everything(1, verbose=False)
     whole = Recorder()
     trainer = fit(whole, module(root, on_bad_image="skip", num_workers=2), tmp_path / "whole")
-    assert trainer.callback_metrics["count"] == 12
+    assert trainer.callback_metrics["count"] in (12, 13, 14)  # a batch of nothing but bad images gets another
     folder = Path(str(trainer.log_dir))
     head, *rows = table(folder / "bad_images.csv")
     assert head == ["split", "file", "reason"]
@@ -356,7 +354,7 @@ def test_a_run_counts_and_lists_bad_images_and_goes_on_the_same(
         torch.manual_seed(2)
         resumed = Recorder()
         checkpoint = tmp_path / "whole" / "checkpoints" / f"step={step}.ckpt"
-        fit(resumed, module(root, on_bad_image="skip", num_workers=1), tmp_path / "resumed", checkpoint)
+        fit(resumed, module(root, on_bad_image="skip", num_workers=2), tmp_path / f"resumed from {step}", checkpoint)
         assert resumed.seen == whole.seen[step:]
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
 

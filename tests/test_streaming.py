@@ -436,7 +436,8 @@ def test_a_damaged_sample_is_skipped(copied: Path, tmp_path: Path, workers: int)
     found = fit(data, default_root_dir=str(tmp_path), logger=CSVLogger(str(tmp_path), "run", "v0"))
     assert len(found.images) == 3 * BATCHES * BATCH_SIZE  # another sample takes its place
     assert len(found.validated) == 3 * (VAL - 1)  # and none, where it would count twice
-    again = fit(Streaming(str(copied), 16, BATCH_SIZE, workers, on_bad_image="skip"))
+    data = Streaming(str(copied), 16, BATCH_SIZE, workers, on_bad_image="skip")
+    again = fit(data, default_root_dir=str(tmp_path / "again"))
     assert again.images == found.images
     with (tmp_path / "run" / "v0" / "bad_images.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -19,6 +19,7 @@ from lit_tricks.data._jpeg import read_image
 from lit_tricks.data._listing import Paths
 from lit_tricks.data._loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
 from lit_tricks.data._samples import Files, Samples, Source, collate, find_images
+from lit_tricks.data._workers import EvalLoader, explain_death
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]
@@ -60,6 +61,8 @@ class ImageDataModule(LightningDataModule, ABC):
     Attributes:
         classes: names of the classes, in the order of the labels.
         input_size: (channels, height, width) of an image as the model sees it.
+        mean: of the channels, on the scale from 0 to 255; images are normalised by it.
+        std: standard deviation of the channels, on the scale from 0 to 255.
         train_transform: random transform of the training images, PIL image to tensor.
         eval_transform: fixed transform of all other images, PIL image to tensor.
 
@@ -76,6 +79,8 @@ class ImageDataModule(LightningDataModule, ABC):
 
     classes: list[str]
     input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     train_transform: Transform
     eval_transform: Transform
 
@@ -136,7 +141,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Give (images, paths) of the files below ``predict_dir``, sorted by path."""
         files = Files(self._predict_paths(), self._read_image)
         samples = self._samples("predict", files, self.eval_transform)
-        return DataLoader(samples, **self._loader_args(samples))  # Lightning shares it among processes, each image once
+        return EvalLoader(samples, **self._loader_args(samples))  # Lightning shares it among processes, each image once
 
     def teardown(self, stage: str | None = None) -> None:
         """Tell of bad images that were skipped."""
@@ -144,7 +149,9 @@ class ImageDataModule(LightningDataModule, ABC):
         self._report.warn()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell of bad images that were skipped."""
+        """Tell of bad images that were skipped, and of a worker that was killed in words that say what to do."""
+        if message := explain_death(exception):
+            exception.args = (message,)
         self.teardown()
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +204,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if replicas > 1:
             args["batch_size"] = eval_batch_size(self.batch_size, len(samples), replicas)
             args["sampler"] = EvalSampler(samples, replicas, rank)
-        return DataLoader(samples, **args)
+        return EvalLoader(samples, **args)
 
     def _read_image(self, path: str) -> Image.Image:
         return read_image(path)

@@ -63,7 +63,7 @@ def pixels_of(image: Image.Image, bottom: int | None = None) -> Pixels:
     """Give the RGB values of an image, shape (rows, width, 3): all rows, or those above ``bottom``."""
     if isinstance(image, JPEG):
         return image.pixels(bottom)
-    return np.array(to_rgb(image))[:bottom]  # a copy: torch would warn of one that it may not write to
+    return np.array(to_rgb(image))[:bottom]
 
 
 class JPEG(Image.Image):

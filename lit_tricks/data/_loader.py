@@ -11,6 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lit_tricks.data._samples import Samples, derive_seed
+from lit_tricks.data._workers import guarded
 
 __all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "eval_batch_size"]
 
@@ -89,7 +90,7 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
         # A state of an epoch that was finished does not concern the epoch that starts now.
         if state and state["epoch"] != self._epoch():
             self.next_iter_state = None
-        yield from super().__iter__()
+        yield from guarded(self, super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         """Tell what was handed out in the epoch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
@@ -61,8 +61,8 @@ class Samples(Dataset[tuple[Any, ...]]):
         transform: PIL image to tensor. May be replaced at any time before the workers start.
         seed: of the random transforms.
         threads: how many transform the samples of a batch, in a worker process.
-        bad: where bad images are noted and skipped. Another sample, which (seed, epoch, index) decides as well, takes
-            the place of such a one, or none: then a batch may be smaller. None raises the error.
+        bad: where bad images are noted, which are skipped then: another sample, which (seed, epoch, index) decides as
+            well, takes the place of such a one, or the batch is smaller, as it says. None raises the error.
     """
 
     def __init__(
@@ -86,12 +86,13 @@ class Samples(Dataset[tuple[Any, ...]]):
         """Give the samples of a batch, as views of one that is whole (see ``collate``)."""
         transform = self.transform
         if not isinstance(transform, Crop):
-            return self._kept(self._map(self._any, indices), indices)[0]
+            return [sample for sample in self._map(self._any, indices) if sample is not None]
         images = _shared(transform.empty(len(indices)))
-        loaded, kept = self._kept(self._map(self._crop, indices, images), indices)
+        loaded = self._map(self._crop, indices, images)
+        kept = [place for place, each in enumerate(loaded) if each is not None]
         if len(kept) < len(indices):
             images = images[kept]
-        labels, draws = zip(*loaded, strict=True)
+        labels, draws = zip(*(loaded[place] for place in kept), strict=True)
         whole = [images, default_collate(list(labels))]
         if transform.jitter:
             # As bits: Lightning rounds all floats of a batch where the precision of the run is half.
@@ -118,8 +119,8 @@ class Samples(Dataset[tuple[Any, ...]]):
         transform(image, generator, out)
         return label, transform.jitter.draw(generator) if transform.jitter else None
 
-    def _load(self, function: Callable[..., Any], index: int, *args: Any) -> Any:
-        """Call a function with what is at an index; None if that is a bad image, and nothing takes its place."""
+    def _load(self, function: Callable[..., Any], replace: bool, index: int, *args: Any) -> Any:
+        """Call a function with what is at an index; None if that is a bad image that nothing takes the place of."""
         epoch, index = divmod(index, len(self))
         place = index
         for attempt in range(1, TRIES + 1):
@@ -129,27 +130,23 @@ class Samples(Dataset[tuple[Any, ...]]):
                 if self.bad is None:
                     raise
                 self.bad.mark(place)
-                if not self.bad.replace:
+                if not replace:
                     return None
                 last = error
             place = derive_seed(self.seed, epoch, index, attempt) % len(self)
         raise BadImageError(f"{TRIES} images in a row were bad, too many to go on without them: {last}") from last
 
-    def _kept(self, loaded: list[Any], indices: Sequence[int]) -> tuple[list[Any], list[int]]:
-        """What was loaded, without the bad images, and the places of the others."""
-        kept = [place for place, each in enumerate(loaded) if each is not None]
-        if not kept:
-            self.source[indices[0] % len(self)][0].load()  # raises what is wrong with it
-            raise BadImageError("no image of a batch could be read")
-        return [loaded[place] for place in kept], kept
-
-    def _map(self, function: Callable[..., Any], *args: Iterable[Any]) -> list[Any]:
-        function = partial(self._load, function)
+    def _map(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What ``_load`` gives for each index and what goes with it."""
+        load = partial(self._load, function, self.bad is not None and self.bad.replace)
         if self.threads == 1 or not get_worker_info():
-            return list(map(function, *args))
-        if not self._pool:
-            self._pool = ThreadPoolExecutor(self.threads)
-        return list(self._pool.map(function, *args))
+            loaded = list(map(load, *args))
+        else:
+            self._pool = self._pool or ThreadPoolExecutor(self.threads)
+            loaded = list(self._pool.map(load, *args))
+        if all(each is None for each in loaded):  # of nothing there is no mean: rather an image that counts twice
+            loaded[0] = self._load(function, True, *(arg[0] for arg in args))
+        return loaded
 
 
 def collate(samples: list[Any]) -> Any:

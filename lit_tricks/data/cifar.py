@@ -74,6 +74,7 @@ class CIFAR10(ImageDataModule):
         self.split_seed = split_seed
         self.classes = self._class_names.split()
         self.input_size = (3, SIZE, SIZE)
+        self.mean, self.std = self._pixel_statistics()
         augment = [v2.RandomCrop(SIZE, padding=4), v2.RandomHorizontalFlip()]
         self.train_transform = v2.Compose([to_rgb, *augment, to_pixels, v2.Normalize(*self._pixel_statistics())])
         self.eval_transform = self.eval_transform_at(SIZE)  # leaves an image of 32 x 32 as it is

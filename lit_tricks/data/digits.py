@@ -58,6 +58,7 @@ class Digits(ImageDataModule):
         self.split_seed = split_seed
         self.classes = [str(digit) for digit in range(10)]
         self.input_size = (1, SIZE, SIZE)
+        self.mean, self.std = (MEAN * INK,), (STD * INK,)
         normalize = v2.Normalize([MEAN], [STD])
         # Padded with 0, which is the ground the digits are written on: hence before the normalisation.
         self.train_transform = v2.Compose([to_ink, v2.RandomCrop(SIZE, padding=1), normalize])

@@ -1,0 +1,71 @@
+"""A loading process that was killed is one clear error, wherever it is noticed."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _remove_worker_pids  # type: ignore[attr-defined]
+
+__all__ = ["EvalLoader", "explain_death", "guarded"]
+
+
+def guarded(loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
+    """Give the batches of a loader.
+
+    Raises:
+        RuntimeError: if one of its workers was killed; it says what to do.
+    """
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:  # of a torn connection, or what torch says
+        message = _death_of_worker(loader, error) or explain_death(error)
+        if message is None:
+            raise
+        raise RuntimeError(message) from error
+
+
+def explain_death(error: BaseException) -> str | None:
+    """Say in other words what torch says of a dead worker, when and wherever it notices; None for other errors."""
+    match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited)", str(error))
+    return _message(match[1], match[2] or "") if match else None
+
+
+class EvalLoader(DataLoader[Any]):
+    """A loader that says what to do when a worker was killed."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return guarded(self, super().__iter__())
+
+
+def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
+    iterator: Any = loader._iterator
+    workers = getattr(iterator, "_workers", [])
+    # a connection breaks some time before the process is gone
+    for _ in range(200 if isinstance(error, OSError | EOFError) else 1):
+        dead = [worker for worker in workers if worker.exitcode]
+        if dead:
+            break
+        time.sleep(0.01)
+    else:
+        return None
+    if iterator._worker_pids_set:  # or torch would say so once more, in its own words, at any time
+        _remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    code = dead[0].exitcode
+    return _message(str(dead[0].pid), signal.strsignal(-code) or "" if code < 0 else "")
+
+
+def _message(pid: str, how: str) -> str:
+    if how.startswith("Bus"):
+        cause = "the shared memory, /dev/shm, is full: give it more (docker run --shm-size=8g)"
+    else:
+        cause = "if you did not do that, the machine or the container ran out of memory: give it more"
+    return (
+        f"a process that loads images (pid {pid}) was killed{f' ({how})' if how else ''}; {cause}, or use fewer such "
+        "processes (num_workers) or smaller batches (batch_size). A run goes on from its last checkpoint."
+    )
