@@ -6,10 +6,14 @@ import csv
 import hashlib
 import inspect
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -443,6 +447,19 @@ def test_a_damaged_sample_is_skipped(copied: Path, tmp_path: Path, workers: int)
         rows = list(csv.DictReader(stream))
     assert sorted(row["split"] for row in rows) == ["train", "val"]
     assert all(any(row["file"].endswith(name) for name in names) for row in rows)
+
+
+def test_a_killed_worker(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(self: Recorder, *args: Any) -> None:
+        pid = multiprocessing.active_children()[0].pid
+        assert pid
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", kill)
+    with pytest.raises(RuntimeError, match=r"a process that loads images \(pid \d+\) was killed.*num_workers"):
+        fit(Streaming(str(shards), 16, 2, 1), max_epochs=50)
+    assert multiprocessing.active_children() == []
 
 
 def test_batches_that_are_too_large(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

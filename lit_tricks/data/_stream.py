@@ -21,6 +21,7 @@ from lit_tricks.data._jpeg import decode_image
 from lit_tricks.data._samples import Samples, derive_seed
 from lit_tricks.data._samples import collate as collate_samples
 from lit_tricks.data._shards import Shards
+from lit_tricks.data._workers import guarded
 
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
 
@@ -168,7 +169,7 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
             self.restore &= self.current_epoch == epoch + 1
             if not self.restore:
                 self.current_epoch = epoch
-        yield from super().__iter__()
+        yield from guarded(self, super().__iter__())
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Go on after the batches that were handed out.
