@@ -257,6 +257,8 @@ def test_resume_from_a_copy_elsewhere(runs: dict[int, tuple[Recorder, Path]], sh
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"shards in .*moved/train are not those that the checkpoint was trained on"):
         fit(Streaming(str(tmp_path / "moved"), 16, BATCH_SIZE, 0), ckpt_path=folder / "8-batch.ckpt")
+    next_epoch = fit(Streaming(str(tmp_path / "moved"), 16, BATCH_SIZE, 0), ckpt_path=folder / "12-epoch.ckpt")
+    assert len(next_epoch.seen) == BATCHES
 
 
 @pytest.mark.parametrize(("before", "now"), [(0, 2), (2, 0)])

@@ -161,31 +161,32 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
     def __init__(self, dataset: ShardSamples, epoch: Callable[[], int] | None, **kwargs: Any) -> None:
         super().__init__(dataset, **kwargs)
         self.epoch = epoch
+        self.is_foreign = False  # the state that was loaded is of other shards
 
     def __iter__(self) -> Iterator[Any]:
+        """Load an epoch, or what is left of it.
+
+        Raises:
+            ValueError: if the shards are not those that the epoch was begun with.
+        """
         if self.epoch is not None:
             # litdata counts passes from 1. The state of an epoch that ended early does not concern the next one.
             epoch = self.epoch()
             self.restore &= self.current_epoch == epoch + 1
             if not self.restore:
                 self.current_epoch = epoch
+        if self.restore and self.is_foreign:
+            raise ValueError(
+                f"the shards in {self.dataset.shards.url} are not those that the checkpoint was trained on, so that it "
+                "can not go on in the middle of their epoch: use those shards, or a checkpoint of the end of an epoch"
+            )
         yield from guarded(self, super().__iter__())
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on after the batches that were handed out.
-
-        Raises:
-            ValueError: if the shards are not those of the checkpoint.
-        """
+        """Go on after the batches that were handed out, wherever the shards are now."""
         state, dataset = dict(obj["dataset"]), self.dataset
         shards = [state["subsampled_files"], [list(part) for part in state["region_of_interest"]]]
-        if shards != [dataset.subsampled_files, [list(part) for part in dataset.region_of_interest]]:
-            where = dataset.input_dir.url or dataset.input_dir.path
-            raise ValueError(
-                f"the shards in {where} are not those that the checkpoint was trained on, so that their epoch can not "
-                "go on: use those shards, or start from the weights alone"
-            )
-        # Where they lie does not matter; litdata would refuse them in another place.
+        self.is_foreign = shards != [dataset.subsampled_files, [list(part) for part in dataset.region_of_interest]]
         state.update(input_dir_path=dataset.input_dir.path, input_dir_url=dataset.input_dir.url)
         state.update(cache_dir_path=dataset.cache_dir.path)
         super().load_state_dict(obj | {"dataset": state})
