@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,17 @@ def fit(data: LightningDataModule, *callbacks: Callback, ckpt_path: Path | None 
 
 
 def main(folder: Path) -> None:
-    kinds = {
-        "folder": lambda workers: ImageFolder(str(folder / "images"), 16, BATCH_SIZE, workers, augmentation="none"),
-        "shards": lambda workers: Streaming(str(folder / "shards"), 16, BATCH_SIZE, workers, augmentation="none"),
+    settings: dict[str, Any] = {"image_size": 16, "batch_size": BATCH_SIZE, "num_workers": 1, "augmentation": "none"}
+    cache = str(folder / "cache")  # of both nodes
+    kinds: dict[str, Callable[[], LightningDataModule]] = {
+        "folder": lambda: ImageFolder(str(folder / "images"), **settings),
+        "shards": lambda: Streaming(str(folder / "shards"), **settings),
+        "bucket": lambda: Streaming("s3://shards/of/images", **settings, cache_dir=cache),
     }
     found: dict[str, Any] = {}
     for kind, make in kinds.items():
         path = folder / f"{kind}.ckpt"
-        found[kind] = {"full": fit(make(1), Saver(path)), "resumed": fit(make(1), ckpt_path=path)}
+        found[kind] = {"full": fit(make(), Saver(path)), "resumed": fit(make(), ckpt_path=path)}
     torch.save(found, folder / f"{RANK}.pt")
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from _bucket import bucket
 from _cli import write_images
 from _launch import two_processes
 from _nodes import BATCH_SIZE, EPOCHS, STOP
 
 from lit_tricks.commands.data import shard
 
-pytestmark = pytest.mark.slow  # torchrun twice, four fits
+pytestmark = pytest.mark.slow  # torchrun twice, six fits
 
 TRAIN, VAL = 24, 7
 STEPS = TRAIN // 2 // BATCH_SIZE
@@ -27,10 +28,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         write_images(folder / "images" / "val" / f"{label}", val, seed=10 + label)
     shard(str(folder / "images"), str(folder / "shards"), shard_mb=0.005)
     assert len(list((folder / "shards" / "train").glob("chunk*"))) > 4
-    return two_processes(Path(__file__).with_name("_nodes.py"), folder, nodes=True)
+    with bucket(folder / "shards", "shards") as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return two_processes(Path(__file__).with_name("_nodes.py"), folder, nodes=True)
 
 
-@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("kind", ["folder", "shards", "bucket"])
 class TestTwoNodes:
     def test_share_the_data(self, kind, nodes):
         orders = []

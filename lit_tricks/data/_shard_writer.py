@@ -100,22 +100,21 @@ def replaced_whole(folder: str, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: if the folder is there and not to be replaced, or holds other things than shards.
     """
-    target = Path(folder)
+    target = Path(os.path.realpath(folder))
     if target.exists():
         _check_replaceable(target, overwrite)
-    part = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
+    part, old = (target.with_name(f"{target.name}.{what}-{os.getpid()}") for what in ("incomplete", "replaced"))
     part.mkdir(parents=True)
     try:
         yield part
         if target.exists():
-            old = target.with_name(f"{target.name}.replaced-{os.getpid()}")
             target.rename(old)
-            part.rename(target)
-            shutil.rmtree(old)
-        else:
-            part.rename(target)
+        part.rename(target)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for rest in (part, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

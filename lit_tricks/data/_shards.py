@@ -99,7 +99,8 @@ def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards
 
     Raises:
         ModuleNotFoundError: if a package for that kind of bucket is missing.
-        FileNotFoundError: if there is no index, or a shard in a folder is missing or cut off.
+        FileNotFoundError: if there is no index.
+        RuntimeError: if a shard in a folder is missing or cut off.
         PermissionError: if a bucket refuses the credentials.
         ConnectionError: if a bucket can not be reached.
         ValueError: if the index was not written by ``lit-tricks data shard``.
@@ -132,7 +133,7 @@ def _check_whole(folder: str, shards: list[dict[str, Any]]) -> None:
         size = os.path.getsize(path) if os.path.exists(path) else None
         if size != shard["chunk_bytes"]:
             found = "is missing" if size is None else f"has {size} bytes in the place of {shard['chunk_bytes']}"
-            raise FileNotFoundError(f"the shard {path!r} {found}: copy it anew, or write the shards again")
+            raise RuntimeError(f"the shard {path!r} {found}: copy it anew, or write the shards again")
 
 
 def _remote_index(url: str) -> bytes:

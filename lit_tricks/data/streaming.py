@@ -67,7 +67,8 @@ class Streaming(ImageFolder):
             with other shards.
         FileNotFoundError: if there are no shards.
         PermissionError: if the bucket does not let us in.
-        RuntimeError: while loading, for a sample that cannot be read; the message names its shard and number.
+        RuntimeError: if a shard in a folder is missing or cut off; and while loading, for a sample that cannot be
+            read; the message names its shard and number.
 
     Example:
         ``data: {class_path: Streaming, init_args: {root: s3://bucket/imagenet, batch_size: 256}}``
