@@ -64,7 +64,10 @@ FLAGS = {
         ("bake",),
         r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average, data\.",
     ),
-    "no command of a group": (("data",), r"say what to do: data preview.*\. `lit-tricks data --help` explains them\."),
+    "no command of a group": (
+        ("data",),
+        r"say what to do: data bench, data preview.*\. `lit-tricks data --help` explains them\.",
+    ),
     "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
     "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),
     "no data": (("fit",), r"fit needs --data\."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,9 +77,8 @@ def test_from_the_command_line() -> None:
 def test_it_is_what_the_fit_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "lit_tricks.commands.data.preview.preview_of", lambda batch, *_: seen.append(batch) or preview_of(batch, *_)
-        )
+        module = sys.modules["lit_tricks.commands.data.preview"]  # the package has the function by that name
+        patch.setattr(module, "preview_of", lambda batch, *args: (seen.append(batch), preview_of(batch, *args))[1])
         done("data", "preview", *FIT[1:], "--config=tricks/mixup", "--out=x.png")
     original = lit_tricks.Classifier.training_step
 

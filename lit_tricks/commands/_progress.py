@@ -1,4 +1,4 @@
-"""The progress bar of what takes more than a second."""
+"""A progress bar for commands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _bars: list[str] = []
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, where there is a terminal and no other bar."""
+def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar, where there is a terminal and no other bar. It is told of what is done by a call."""
     console = Console(stderr=True)
     if not console.is_terminal or _bars:
         yield lambda done: None

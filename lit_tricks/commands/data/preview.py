@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lit_tricks.preview import Preview, preview_of
@@ -87,8 +88,9 @@ class _NoModel(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing."""
 
-    def configure_optimizers(self) -> None:
-        """Nothing."""
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """None of them."""
+        return []
 
 
 def _first_batch(data: LightningDataModule, model: LightningModule, trainer: Trainer, count: int) -> Preview:
