@@ -229,10 +229,13 @@ def table(rows: dict[str, list[float]]) -> str:
 
 
 def loader_speed(root: str, workers: int, batch_size: int, seconds: float, rounds: int) -> str:
-    """Alone, and beside a training step in the main process: a small ResNet in one thread."""
+    """Alone, and beside a training step in the main process: a tiny ResNet in one thread."""
     torch.set_num_threads(1)
     text = []
-    for title, name in (("The loader alone", None), ("Beside a training step of a ResNet-10 on the CPU", "resnet10t")):
+    for title, name in (
+        ("The loader alone", None),
+        ("Beside a training step on the CPU, of timm's test_resnet", "test_resnet"),
+    ):
         found: dict[str, list[list[float]]] = {}
         for _ in range(rounds):
             for kind, make in loaders(root, workers, batch_size).items():

@@ -185,6 +185,15 @@ def test_batches_depend_on_the_seed_alone(folder: str) -> None:
     assert len(seen) == len(kinds) * 2 * 4
 
 
+@any_machine
+@pytest.mark.parametrize("how", ["process", "thread"])
+def test_workers_that_are_born_in_inference_mode(folder: str, how: Any) -> None:
+    data = ImageFolder(folder, 16, 4, 2, workers=how)
+    expected = [fingerprint(*batch) for batch in ImageFolder(folder, 16, 4, 0).val_dataloader()]
+    with torch.inference_mode():
+        assert [fingerprint(*batch) for batch in data.val_dataloader()] == expected
+
+
 def test_decoding_less_changes_nothing(folder: str) -> None:
     batches = []
     for decode in ("auto", "exact"):

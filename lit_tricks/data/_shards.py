@@ -6,6 +6,8 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from lit_tricks.data._jpeg import decode_image
 if TYPE_CHECKING:
     from lit_tricks.data._base import Split
 
-__all__ = ["INDEX", "SCHEMES", "SPLITS", "Shards", "import_litdata", "read_shards"]
+__all__ = ["INDEX", "SCHEMES", "SPLITS", "Shards", "alone", "import_litdata", "read_shards"]
 
 INDEX = "index.json"
 SCHEMES = ("s3://", "gs://")
@@ -72,7 +74,8 @@ class Shards:
     def item(self, index: int) -> tuple[bytes, int, str]:
         """Read a single sample, also one that is not in turn: slow from a bucket."""
         if self._dataset is None:
-            self._dataset = import_litdata().StreamingDataset(self.url, cache_dir=self.cache_dir, batch_decode=0)
+            with alone(self.url, self.cache_dir):
+                self._dataset = import_litdata().StreamingDataset(self.url, cache_dir=self.cache_dir, batch_decode=0)
         data, label, name = self._dataset[index]
         return bytes(data), label, name
 
@@ -92,6 +95,24 @@ class _Names:
 
     def __getitem__(self, index: int) -> str:
         return f"{self.shards.item(index)[2]}: {self.shards.place(index)}"
+
+
+@contextmanager
+def alone(url: str, cache_dir: str | None) -> Iterator[None]:
+    """Let one process of a machine at a time make a data set that is cached.
+
+    litdata clears a cache that looks outdated, and one that another process is just about to fill looks so.
+    """
+    if not url.startswith(SCHEMES):
+        yield
+        return
+    from filelock import FileLock
+    from litdata.utilities.dataset_utilities import get_default_cache_dir
+
+    folder = cache_dir or get_default_cache_dir()
+    os.makedirs(folder, exist_ok=True)
+    with FileLock(os.path.join(folder, "lit_tricks.lock")):
+        yield
 
 
 def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards:

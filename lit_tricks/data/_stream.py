@@ -20,7 +20,7 @@ from PIL import Image
 from lit_tricks.data._jpeg import decode_image
 from lit_tricks.data._samples import Samples, derive_seed
 from lit_tricks.data._samples import collate as collate_samples
-from lit_tricks.data._shards import Shards
+from lit_tricks.data._shards import Shards, alone
 from lit_tricks.data._workers import guarded
 
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
@@ -51,7 +51,8 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
         # Shuffled in the whole shard, not in blocks of it. Of the seed NumPy takes 32 bits.
         order = derive_seed(samples.seed) % 2**32
         whole = {"item_shuffle_window": 0, "batch_decode": 0}  # and samples read one by one
-        super().__init__(shards.url, cache_dir=shards.cache_dir, shuffle=shuffle, seed=order, **whole)
+        with alone(shards.url, shards.cache_dir):
+            super().__init__(shards.url, cache_dir=shards.cache_dir, shuffle=shuffle, seed=order, **whole)
         self.set_drop_last(shuffle)
         # As one node: with more, litdata keeps each node to its part of the shards from the second epoch on.
         self.distributed_env = _DistributedEnv(num_replicas, rank, 1)
