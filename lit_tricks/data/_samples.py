@@ -86,20 +86,14 @@ class Samples(Dataset[tuple[Any, ...]]):
         """Give the samples of a batch, as views of one that is whole (see ``collate``)."""
         transform = self.transform
         if not isinstance(transform, Crop):
-<<<<<<< HEAD
             return [sample for sample in self._map(self._any, indices) if sample is not None]
-        images = _shared(transform.empty(len(indices)))
+        with torch.inference_mode(False):  # in which a worker may be born, but not its threads
+            images = _shared(transform.empty(len(indices)))
         loaded = self._map(self._crop, indices, images)
         kept = [place for place, each in enumerate(loaded) if each is not None]
         if len(kept) < len(indices):
             images = images[kept]
         labels, draws = zip(*(loaded[place] for place in kept), strict=True)
-=======
-            return self._map(self._any, indices)
-        with torch.inference_mode(False):  # in which a worker may be born, but not its threads
-            images = _shared(transform.empty(len(indices)))
-        labels, draws = zip(*self._map(self._crop, indices, images), strict=True)
->>>>>>> pipeline
         whole = [images, default_collate(list(labels))]
         if transform.jitter:
             # As bits: Lightning rounds all floats of a batch where the precision of the run is half.
