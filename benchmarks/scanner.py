@@ -1,0 +1,162 @@
+"""What it takes to list many image files, and what the list costs in each loading process over an epoch.
+
+    python benchmarks/scanner.py --images 200000 --out benchmarks/results/scanner.md
+
+Makes a folder of links to one tiny JPEG file (Linux only, for the memory is read from /proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.datasets import DatasetFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from lit_tricks.data import ImageFolder
+from lit_tricks.data._listing import list_images
+
+CLASSES = 1000
+
+
+def write_images(root: Path, count: int) -> None:
+    for split, number in (("train", count), ("val", CLASSES)):
+        for label in range(CLASSES):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for i in range(label, number, CLASSES):
+                path = folder / f"n{label:08d}_{i}.JPEG"
+                if i < 2 * CLASSES:  # a file has at most 65,000 names
+                    Image.fromarray(np.full((8, 8, 3), label % 256, np.uint8)).save(path)
+                    first = path
+                else:
+                    os.link(first, path)
+
+
+def torchvisions(root: str) -> int:
+    return len(DatasetFolder(f"{root}/train", lambda path: path, IMG_EXTENSIONS))
+
+
+def ours(root: str) -> int:
+    return len(list_images(f"{root}/train")[0])
+
+
+def memory(root: str, as_strings: bool, workers: int) -> list[dict[str, float]]:
+    """What each worker has at the first batch and at the end of an epoch, in MB: its share, and its own pages."""
+    data = ImageFolder(root, image_size=8, batch_size=256, num_workers=workers, augmentation="none")
+    loader = data.train_dataloader()
+    if as_strings:
+        classes = {name: label for label, name in enumerate(data.classes)}
+        source = loader.dataset.source
+        source.paths = [path for path, _ in make_dataset(f"{root}/train", classes, IMG_EXTENSIONS)]
+    rows = []
+    for number, _ in enumerate(loader):
+        if number in (min(20, len(loader) // 4), len(loader) - 1):
+            rows.append(pages())
+    return rows
+
+
+def pages() -> dict[str, float]:
+    found: dict[str, list[int]] = {"Pss": [], "Private_Dirty": [], "Private_Clean": []}
+    for worker in multiprocessing.active_children():
+        for line in Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in found:
+                found[name].append(int(rest.split()[0]))
+    own = [dirty + clean for dirty, clean in zip(found["Private_Dirty"], found["Private_Clean"], strict=True)]
+    return {"PSS": statistics.mean(found["Pss"]) / 1024, "USS": statistics.mean(own) / 1024}
+
+
+def alone(function: Callable[..., Any], *args: Any, cache: str) -> tuple[float, Any]:
+    """What a function gives in a process of its own, and the seconds that it took there."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def run() -> None:
+        os.environ["LIT_TRICKS_CACHE"] = cache
+        start = time.perf_counter()
+        result = function(*args)
+        results.put((time.perf_counter() - start, result))
+
+    process = context.Process(target=run)
+    process.start()
+    result = results.get()
+    process.join()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        root, cache = f"{folder}/data", f"{folder}/cache"
+        write_images(Path(root), args.images)
+        time.sleep(2.5)  # a folder that has just changed is read again
+        times: dict[str, list[float]] = {}
+        _, count = alone(ours, root, cache=cache)
+        assert count == args.images, count
+        for _ in range(args.rounds):
+            for name, function, place in (
+                ("torchvision's DatasetFolder", torchvisions, ""),
+                ("ours, without a cache", ours, ""),
+                ("ours, with one", ours, cache),
+            ):
+                times.setdefault(name, []).append(alone(function, root, cache=place)[0])
+        Path(root, "train", "n00000500", "new.jpg").touch()
+        changed, more = alone(ours, root, cache=cache)
+        assert more == args.images + 1, more
+        Path(root, "train", "n00000500", "new.jpg").unlink()
+        sizes = [file.stat().st_size for file in Path(cache).iterdir()]
+        rows = {
+            name: alone(memory, root, strings, args.workers, cache=cache)[1]
+            for name, strings in (("a list of strings", True), ("tensors", False))
+        }
+    lines = ["| to list the files | s |", "|---|---|"]
+    lines += [f"| {name} | {statistics.median(each):.2f} |" for name, each in times.items()]
+    lines += [f"| ours, with one, a file added | {changed:.2f} |", ""]
+    lines += ["| the list in a worker | PSS at first | at the end of the epoch | USS at first | at the end |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, (first, last) in rows.items():
+        lines.append(f"| {name} | {first['PSS']:.0f} | {last['PSS']:.0f} | {first['USS']:.0f} | {last['USS']:.0f} |")
+    command = f"python benchmarks/scanner.py --images {args.images} --workers {args.workers} --rounds {args.rounds}"
+    text = "\n".join(
+        [
+            f"# {args.images:,} image files in {CLASSES} folders",
+            "",
+            *lines,
+            "",
+            f"Listing: medians of {args.rounds} rounds in which all take turns, each in a process of its own; the "
+            f"kernel has the folders in memory. The cache file has {max(sizes) / 2**20:.1f} MB. Memory: MB, mean of "
+            f"{args.workers} workers, at the 20th batch and at the last of an epoch over all images. PSS counts shared "
+            "pages by the share of a process, USS has what is its own alone.",
+            "",
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores shared with other work; Python "
+            f"{platform.python_version()}, torch {torch.__version__}; {datetime.date.today()}. `{command}`.",
+            "",
+        ]
+    )
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
