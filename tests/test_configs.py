@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 import lit_tricks
 from lit_tricks import Classifier, data
 from lit_tricks._parser import CONFIGS
+from lit_tricks.commands.data import shard
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -40,7 +41,7 @@ STACKS: dict[str, tuple[str, ...]] = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path) -> Iterator[Path]:
     with workplace(tmp_path):
-        write_image_folder(tmp_path / "imagenet")
+        shard(str(write_image_folder(tmp_path / "imagenet")), str(tmp_path / "shards"))
         yield tmp_path
 
 

@@ -3,5 +3,6 @@
 from lit_tricks.data.cifar import CIFAR10, CIFAR100
 from lit_tricks.data.digits import Digits
 from lit_tricks.data.image_folder import ImageFolder
+from lit_tricks.data.streaming import Streaming
 
-__all__ = ["CIFAR10", "CIFAR100", "Digits", "ImageFolder"]
+__all__ = ["CIFAR10", "CIFAR100", "Digits", "ImageFolder", "Streaming"]

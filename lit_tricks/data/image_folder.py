@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,7 +19,7 @@ from lit_tricks.data._photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data._samples import Files, Source
 from lit_tricks.data.transforms import Transform
 
-__all__ = ["ImageFolder"]
+__all__ = ["ImageFolder", "check_same_classes"]
 
 LAYOUT = "expected are ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and ROOT/test/CLASS/*.jpg if there is a test"
 SHOWN = 5  # names in an error message
@@ -113,8 +114,7 @@ class ImageFolder(PhotoDataModule):
         if augmentation == "none" and random_erasing:
             raise ValueError(f'augmentation="none" erases nothing, and random_erasing={random_erasing}: use "basic"')
         self.root = root
-        # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
-        self.classes = _find_classes(root) if predict_dir is None or os.path.isdir(root) else []
+        self.classes = self._read_classes()
         self.input_size = (3, image_size, image_size)
         self.crop_ratio = image_size / resize_size
         self.mean, self.std = mean, std
@@ -133,6 +133,10 @@ class ImageFolder(PhotoDataModule):
 
     def _read_image(self, path: str) -> Image.Image:
         return read_image(path, exact=self.decode == "exact")
+
+    def _read_classes(self) -> list[str]:
+        # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
+        return _find_classes(self.root) if self.predict_dir is None or os.path.isdir(self.root) else []
 
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
@@ -158,20 +162,27 @@ def _find_classes(root: str) -> list[str]:
         if not os.path.isdir(folders[split]):
             raise FileNotFoundError(f"no folder {split!r} in root={root!r}; {LAYOUT}")
     classes = {
-        split: {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        split: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         for split, folder in folders.items()
         if os.path.isdir(folder)
     }
     for split, names in classes.items():
         if not names:
             raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
-        if names != classes["train"]:
-            only_train, only_here = sorted(classes["train"] - names), sorted(names - classes["train"])
-            raise ValueError(
-                f"the class folders of train and {split} in root={root!r} differ: "
-                f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
-            )
-    return sorted(classes["train"])
+    check_same_classes(classes, f"the class folders in root={root!r}")
+    return classes["train"]
+
+
+def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
+    """Raise ValueError unless all splits have the classes of "train", in the same order."""
+    train = list(classes["train"])
+    for split, names in classes.items():
+        if list(names) != train:
+            only_train, only_here = sorted({*train} - {*names}), sorted({*names} - {*train})
+            found = f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
+            if not only_train and not only_here:
+                found = "they are in another order"
+            raise ValueError(f"{what} differ between train and {split}: {found}")
 
 
 def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,9 @@
-"""Look at the training data as the model sees it, and measure how fast it comes."""
+"""Look at the training data as the model sees it, measure how fast it comes, and pack it into shards."""
 
 from __future__ import annotations
 
 from lit_tricks.commands.data.bench import bench
 from lit_tricks.commands.data.preview import preview
+from lit_tricks.commands.data.shard import shard
 
-__all__ = ["bench", "preview"]
+__all__ = ["bench", "preview", "shard"]

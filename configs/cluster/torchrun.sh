@@ -1,0 +1,16 @@
+#!/bin/bash
+# Machines without a scheduler: the same line on each of them, with the address of one of them, and your own paths.
+#
+#   MACHINES=2 FIRST=10.0.0.1 bash configs/cluster/torchrun.sh
+#
+# torchrun starts one process for each GPU, and Lightning finds them. All machines share the folder that this is called
+# in. What is added goes to lit-tricks: bash configs/cluster/torchrun.sh --ckpt_path runs/.../last.ckpt
+set -euo pipefail
+
+torchrun --nnodes "$MACHINES" --nproc-per-node 8 \
+    --rdzv-backend c10d --rdzv-endpoint "$FIRST:29500" --rdzv-id lit-tricks \
+    -m lit_tricks fit \
+    --config recipes/imagenet_efficient \
+    --data Streaming --data.root s3://bucket/imagenet --data.num_workers 12 \
+    --trainer.num_nodes "$MACHINES" --trainer.devices 8 \
+    "$@"

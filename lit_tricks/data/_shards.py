@@ -1,0 +1,195 @@
+"""What the index of litdata's shards says, in a folder or a bucket, and clear words where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from lit_tricks.data._jpeg import decode_image
+
+if TYPE_CHECKING:
+    from lit_tricks.data._base import Split
+
+__all__ = ["INDEX", "SCHEMES", "SPLITS", "Shards", "alone", "import_litdata", "read_shards"]
+
+INDEX = "index.json"
+SCHEMES = ("s3://", "gs://")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+WRITE = "`lit-tricks data shard FOLDER ROOT` writes them"
+
+
+def import_litdata() -> Any:
+    """Import litdata, which is optional.
+
+    Raises:
+        ModuleNotFoundError: that says how to install it.
+    """
+    try:
+        import litdata
+    except ModuleNotFoundError as error:
+        if error.name != "litdata":
+            raise
+        raise ModuleNotFoundError(
+            'shards need litdata, which is not installed: pip install "lit-tricks[streaming]"', name="litdata"
+        ) from error
+    return litdata
+
+
+class Shards:
+    """The shards of a split: how many samples they hold, of what classes, and single samples of them.
+
+    Args:
+        split: of the data.
+        url: where they are.
+        index: what the index says.
+        cache_dir: where litdata keeps what it reads from a bucket; None is its own place.
+    """
+
+    def __init__(self, split: Split, url: str, index: dict[str, Any], cache_dir: str | None) -> None:
+        self.split, self.url, self.cache_dir = split, url, cache_dir
+        self.classes: list[str] = list(index["classes"])
+        self.files = [shard["filename"] for shard in index["chunks"]]
+        self.ends: list[int] = list(accumulate(shard["chunk_size"] for shard in index["chunks"]))
+        self._dataset: Any = None
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        data, label, _ = self.item(index)
+        return decode_image(data, self.paths[index], exact=True), label
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_dataset": None}
+
+    def item(self, index: int) -> tuple[bytes, int, str]:
+        """Read a single sample, also one that is not in turn: slow from a bucket."""
+        if self._dataset is None:
+            with alone(self.url, self.cache_dir):
+                self._dataset = import_litdata().StreamingDataset(self.url, cache_dir=self.cache_dir, batch_decode=0)
+        data, label, name = self._dataset[index]
+        return bytes(data), label, name
+
+    def place(self, index: int) -> str:
+        """Say where a sample is, for messages."""
+        return f"sample {index} in {self.files[bisect_right(self.ends, index)]} of {self.url}"
+
+    @property
+    def paths(self) -> _Names:
+        """What the samples are called in messages: the file that each was made of, and where it is now."""
+        return _Names(self)
+
+
+class _Names:
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+
+    def __getitem__(self, index: int) -> str:
+        return f"{self.shards.item(index)[2]}: {self.shards.place(index)}"
+
+
+@contextmanager
+def alone(url: str, cache_dir: str | None) -> Iterator[None]:
+    """Let one process of a machine at a time make a data set that is cached.
+
+    litdata clears a cache that looks outdated, and one that another process is just about to fill looks so.
+    """
+    if not url.startswith(SCHEMES):
+        yield
+        return
+    from filelock import FileLock
+    from litdata.utilities.dataset_utilities import get_default_cache_dir
+
+    folder = cache_dir or get_default_cache_dir()
+    os.makedirs(folder, exist_ok=True)
+    with FileLock(os.path.join(folder, "lit_tricks.lock")):
+        yield
+
+
+def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards:
+    """Read the index of ``root/split``.
+
+    Raises:
+        ModuleNotFoundError: if a package for that kind of bucket is missing.
+        FileNotFoundError: if there is no index.
+        RuntimeError: if a shard in a folder is missing or cut off.
+        PermissionError: if a bucket refuses the credentials.
+        ConnectionError: if a bucket can not be reached.
+        ValueError: if the index was not written by ``lit-tricks data shard``.
+    """
+    remote = root.startswith(SCHEMES)
+    url = f"{root.rstrip('/')}/{split}" if remote else os.path.join(root, split)
+    try:
+        index = json.loads(_remote_index(url) if remote else Path(url, INDEX).read_bytes())
+        shards = Shards(split, url, index, cache_dir)
+        if not len(shards) or not shards.classes:
+            raise ValueError("it is empty")
+    except FileNotFoundError as error:
+        hint = "these are folders of images: use ImageFolder, or write shards of them" if _has_folders(url) else WRITE
+        raise FileNotFoundError(f"no index of shards ({INDEX}) in {url!r}; {hint}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{url}/{INDEX} is no index of shards with names of classes ({error!r}); {WRITE}") from error
+    if not remote:
+        _check_whole(url, index["chunks"])
+    return shards
+
+
+def _has_folders(folder: str) -> bool:
+    return any(path.is_dir() for path in Path(folder).glob("*"))
+
+
+def _check_whole(folder: str, shards: list[dict[str, Any]]) -> None:
+    """A shard that is shorter than it should be would let litdata wait for the rest."""
+    for shard in shards:
+        path = os.path.join(folder, shard["filename"])
+        size = os.path.getsize(path) if os.path.exists(path) else None
+        if size != shard["chunk_bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes in the place of {shard['chunk_bytes']}"
+            raise RuntimeError(f"the shard {path!r} {found}: copy it anew, or write the shards again")
+
+
+def _remote_index(url: str) -> bytes:
+    """Load the index from a bucket, with the clients that litdata uses but without its 1000 attempts."""
+    from litdata.streaming.downloader import get_downloader
+
+    options: dict[str, Any] = {}
+    if url.startswith("s3://"):
+        from botocore.config import Config
+
+        options["config"] = Config(connect_timeout=10, read_timeout=30, retries={"total_max_attempts": 3})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, INDEX)
+        try:
+            get_downloader(url, folder, [], options, {}).download_file(f"{url}/{INDEX}", str(path))
+            return path.read_bytes()
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{url} needs a package: pip install google-cloud-storage") from error
+        except Exception as error:
+            _explain(error, url)
+            raise
+
+
+def _explain(error: Exception, url: str) -> None:
+    """Raise the built-in exception that says what a client of S3 or GCS found."""
+    response = getattr(error, "response", None)  # of botocore
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    status = status or getattr(error, "code", None)  # of google.api_core
+    name = type(error).__name__
+    if status == 404:
+        raise FileNotFoundError(f"{url}/{INDEX}: {error}") from error
+    if status in (400, 401, 403) or "Credentials" in name or name == "ProfileNotFound":
+        raise PermissionError(
+            f"{url} may not be read ({error}): check the bucket's name and the credentials, of S3 those that boto3 "
+            "finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...), of GCS those of `gcloud auth application-default login`"
+        ) from error
+    if "Connect" in name or "Timeout" in name or "Endpoint" in name:
+        raise ConnectionError(f"{url} can not be reached ({error}): check AWS_ENDPOINT_URL and the network") from error

@@ -1,0 +1,163 @@
+"""Images in litdata's shards, in a folder or a bucket, with the pipeline of ``ImageFolder``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from lit_tricks.data._bad_images import OnBadImage
+from lit_tricks.data._base import Split
+from lit_tricks.data._loader import eval_batch_size
+from lit_tricks.data._photos import Augmentation
+from lit_tricks.data._samples import Source
+from lit_tricks.data._shards import SCHEMES, SPLITS, import_litdata, read_shards
+from lit_tricks.data.image_folder import ImageFolder, check_same_classes
+from lit_tricks.data.transforms import Transform
+
+__all__ = ["Streaming"]
+
+
+class Streaming(ImageFolder):
+    """Images in shards, in a folder or a bucket, for more of them than a disk holds.
+
+    ``lit-tricks data shard`` makes the shards of a folder of images; copy them into a bucket, or leave them where they
+    are. [litdata](https://github.com/Lightning-AI/litdata) reads them. All that ``ImageFolder`` says of crops, colours,
+    sizes and classes holds here too.
+
+    Each process and worker has samples of its own. For training the shards are shuffled, and the samples in each, by
+    the seed and the epoch; crops and colours depend on the seed, the epoch and the sample alone. A run that is resumed
+    in the middle of an epoch goes on with exactly the samples that were not seen, with the same number of workers in
+    the same order. Training drops the samples that do not fill a batch in each process, others in each epoch.
+
+    Credentials and endpoint of S3 are those of boto3 (``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
+    ...), those of GCS of google-cloud-storage. Shards of a bucket are kept in ``cache_dir``, by default
+    ``~/.lightning/chunks``, up to three quarters of the free disk; shards in a folder are read where they are.
+
+    Cost: needs ``pip install "lit-tricks[streaming]"``, and for GCS google-cloud-storage. It is as fast as
+    ``ImageFolder`` from a local disk; take that where the files fit there, since its batches do not depend on the
+    number of workers. litdata asks PyPI for newer versions if LITDATA_CHECK_UPDATES=1 is set, and not otherwise.
+
+    Args:
+        root: folder, or URL that starts with s3:// or gs://, with the shards of ``train``, ``val`` and perhaps
+            ``test``.
+        image_size: side of the images as the model sees them in pixels, at least 1.
+        batch_size: images in a batch of one process, from 1 to the number of training images.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
+            the machine, 16 at most; 0 loads in the main process.
+        resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
+            times 256/224, rounded.
+        augmentation: "paper" crops, flips and changes colours; "basic" only crops and flips; "none" trains on what
+            validation sees.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        random_erasing: probability that a rectangle of a training image is covered with the mean colour, in [0, 1].
+        decode: "auto" stops decoding a JPEG where the crop ends; "exact" decodes all of it, and so finds damage below.
+        workers: "process", or "thread" for one process with ``num_workers`` threads.
+        on_bad_image: "raise" stops; "skip" takes another sample in training, none in evaluation, and lists what is bad
+            in ``bad_images.csv`` in the folder of the run.
+        cache_dir: folder that shards of a bucket are kept in; None is litdata's own.
+
+    Raises:
+        ModuleNotFoundError: without litdata.
+        ValueError: if an argument is out of range, the classes of train, val and test differ, or a run is resumed
+            with other shards.
+        FileNotFoundError: if there are no shards.
+        PermissionError: if the bucket does not let us in.
+        RuntimeError: if a shard in a folder is missing or cut off; and while loading, for a sample that cannot be
+            read; the message names its shard and number.
+
+    Example:
+        ``data: {class_path: Streaming, init_args: {root: s3://bucket/imagenet, batch_size: 256}}``
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 256,
+        num_workers: int | Literal["auto"] = "auto",
+        resize_size: int | None = None,
+        augmentation: Augmentation = "paper",
+        mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
+        std: tuple[float, float, float] = (58.393, 57.12, 57.375),
+        predict_dir: str | None = None,
+        random_erasing: float = 0.0,
+        decode: Literal["auto", "exact"] = "auto",
+        workers: Literal["process", "thread"] = "process",
+        on_bad_image: OnBadImage = "raise",
+        cache_dir: str | None = None,
+    ) -> None:
+        import_litdata()
+        root, cache_dir = os.fspath(root), None if cache_dir is None else os.fspath(cache_dir)
+        self.cache_dir = cache_dir
+        super().__init__(
+            root,
+            image_size,
+            batch_size,
+            num_workers,
+            resize_size,
+            augmentation,
+            mean,
+            std,
+            predict_dir,
+            random_erasing=random_erasing,
+            decode=decode,
+            workers=workers,
+            on_bad_image=on_bad_image,
+        )
+        self.hparams.pop("repeats", None)  # an argument of ImageFolder that this one does not have
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Give shuffled and augmented training batches."""
+        self._check_enough()
+        return self._stream("train", self.train_transform)
+
+    def _eval_loader(self, split: Split) -> DataLoader[Any]:
+        return self._stream(split, self.eval_transform)
+
+    def _stream(self, split: Split, transform: Transform) -> DataLoader[Any]:
+        from lit_tricks.data._stream import ShardSamples, StreamLoader, collate
+
+        warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # litdata's is exact
+        shards: Any = self._source(split)
+        training, trainer, (replicas, rank) = split == "train", self.trainer, self._replicas()
+        samples = self._samples(split, shards, transform)
+        dataset = ShardSamples(shards, samples, training, replicas, rank, self.decode == "exact")
+        # New workers for each epoch: those that live on would not learn which one it is.
+        loading = self._loader_args(samples) | {"persistent_workers": False, "collate_fn": collate}
+        if replicas > 1 and not training:
+            loading["batch_size"] = eval_batch_size(self.batch_size, len(shards), replicas)
+        epoch = (lambda: trainer.current_epoch) if training and trainer is not None else None
+        return StreamLoader(dataset, epoch, **loading)
+
+    def _check_enough(self) -> None:
+        replicas, _ = self._replicas()
+        images = len(self._source("train")) // replicas
+        if self.batch_size > images:
+            share = f" in each of {replicas} processes" if replicas > 1 else ""
+            raise ValueError(
+                f"batch_size={self.batch_size} is larger than the {images} training images{share}, and training drops "
+                f"what does not fill a batch, so that none is left: use a batch_size of at most {images}"
+            )
+
+    def _read_classes(self) -> list[str]:
+        root = self.root
+        if "://" in root and not root.startswith(SCHEMES):
+            raise ValueError(f"root={root!r} must be a folder, or a URL that starts with {' or '.join(SCHEMES)}")
+        if self.predict_dir is not None and not os.path.isdir(root):
+            return []
+        shards: dict[str, Any] = {split: self._source(split) for split in SPLITS}
+        check_same_classes({split: each.classes for split, each in shards.items()}, f"the shards in root={root!r}")
+        return list(shards["train"].classes)
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        try:
+            return {split: read_shards(self.root, split, self.cache_dir)}
+        except (FileNotFoundError, PermissionError):  # a bucket that may not be listed refuses what is not there
+            if split == "test":
+                return {"test": self._source("val")}
+            raise
