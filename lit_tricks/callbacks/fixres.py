@@ -21,7 +21,7 @@ from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.callbacks._initializer import sign_of_training
 from lit_tricks.callbacks._layers import is_norm
 from lit_tricks.callbacks._optimizers import Group, groups_of, on_each_group
-from lit_tricks.callbacks._sizes import require_size
+from lit_tricks.callbacks._sizes import require_fit, require_size
 from lit_tricks.callbacks._switch import SwitchedTransforms
 
 if TYPE_CHECKING:
@@ -127,13 +127,19 @@ class FixRes(Trick):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is trained, and warn if the weights look random."""
+        """Say what is trained, and warn if the weights look random.
+
+        Raises:
+            RuntimeError: if the network can not take images of the size.
+        """
         run = self._now
+        if self.test_size is not None:
+            require_fit(pl_module, (self.test_size, self.test_size), None, f"FixRes(test_size={self.test_size})")
         names = [f"{name} ({kind})" for kind, layers in run.trained.items() for name in layers]
         shown = ", ".join(names if len(names) < 5 else [*names[:3], f"... ({len(names)} layers)", names[-1]])
         rates = {float(group["lr"]) for group in groups_of(trainer.optimizers) if "lr" in group}
-        size = f" at {self.test_size} pixels" if self.test_size else ""
-        self._say(f"trains {shown}{size}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
+        at = f" at {self.test_size} pixels" if self.test_size else ""
+        self._say(f"trains {shown}{at}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
         has_norms = any(map(is_norm, pl_module.modules()))
         if has_norms and not sign_of_training(pl_module, set(pl_module.parameters())):
             rank_zero_only(warnings.warn)(
@@ -194,13 +200,7 @@ class FixRes(Trick):
         if batch_idx == 0:
             self._require_size(batch)
 
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        """See that images have the size."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        """See that images have the size."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         """The size."""
