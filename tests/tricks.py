@@ -136,7 +136,7 @@ TRICKS = {
         logs=("precise_bn/shift",),
     ),
     "ProgressiveResizing": Row(
-        make=lambda: callbacks.ProgressiveResizing(start_scale=0.5, end=0.2, multiple_of=4),
+        make=lambda: callbacks.ProgressiveResizing(start_scale=0.5, end=0.1, multiple_of=4),
         tests="test_progressive_resizing.py",
         logs=("progressive_resizing/size",),
     ),

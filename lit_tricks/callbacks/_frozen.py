@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-__all__ = ["Frozen"]
+from lit_tricks.callbacks._base import Trick, callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["Frozen", "refuse_rivals"]
+
+_RIVALS = {
+    "DropPath": "drops branches of layers that FixRes holds in evaluation mode",
+    "ProgressiveResizing": "trains at other sizes than the one that FixRes trains for",
+    "BaseFinetuning": "freezes and unfreezes layers, as FixRes does",
+}
+
+
+def refuse_rivals(trainer: Trainer, trick: Trick) -> None:
+    """See that no other callback freezes, drops, or changes sizes.
+
+    Raises:
+        RuntimeError: if one does.
+    """
+    for other in callbacks_of(trainer):
+        for cls in type(other).__mro__:
+            if other is not trick and cls.__name__ in _RIVALS:
+                raise RuntimeError(f"FixRes: {type(other).__name__} {_RIVALS[cls.__name__]}. Remove one of the two.")
 
 
 class Frozen:

@@ -82,7 +82,7 @@ def require_fit(module: Any, size: tuple[int, int], known: Tensor | None, trick:
     if vanished and not other_vanished and not other_error:
         raise RuntimeError(
             f"{trick}: images of {sizes[0]} pixels are too small for {type(module).__name__}: at {vanished}, which "
-            "halves them, one pixel is left. Choose a larger size, or a network for small images."
+            "shrinks them, one pixel is left. Choose a larger size, or a network for small images."
         )
 
 

@@ -15,8 +15,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
-from lit_tricks.callbacks._frozen import Frozen
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._frozen import Frozen, refuse_rivals
 from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.callbacks._initializer import sign_of_training
 from lit_tricks.callbacks._layers import is_norm
@@ -109,7 +109,7 @@ class FixRes(Trick):
             self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
             self._wrap(trainer.strategy, "process_dataloader", self._run.data.around)
         if stage == "fit":
-            _refuse_rivals(self, trainer)
+            refuse_rivals(trainer, self)
             self._wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
             self._wrap(pl_module, "configure_optimizers", self._with_rate)
             self._wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
@@ -163,6 +163,19 @@ class FixRes(Trick):
             self._require_size(batch)
         if self._is_logged(trainer):
             pl_module.log("fixres/parameters", float(run.parameters))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """See that the loss depends on what is trained.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        if not loss.requires_grad:
+            names = [name for layers in self._now.trained.values() for name in layers]
+            raise RuntimeError(
+                f"FixRes trains {', '.join(names)}, and the loss of {type(pl_module).__name__} depends on none of it: "
+                'name the layers that end the network, as FixRes(classifier="model.fc", batch_norm="model.bn2").'
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -283,16 +296,3 @@ class _Run:
     norms: list[Any] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)  # that they had seen before
     seen: bool = False  # a whole step
-
-
-def _refuse_rivals(trick: FixRes, trainer: Trainer) -> None:
-    reasons = {
-        "FixRes": "is there twice",
-        "DropPath": "drops branches of layers that FixRes holds in evaluation mode",
-        "ProgressiveResizing": "trains at other sizes than the one that FixRes trains for",
-        "BaseFinetuning": "freezes and unfreezes layers, as FixRes does",
-    }
-    for other in callbacks_of(trainer):
-        for cls in type(other).__mro__:
-            if other is not trick and cls.__name__ in reasons:
-                raise RuntimeError(f"FixRes: {type(other).__name__} {reasons[cls.__name__]}. Remove one of the two.")
