@@ -41,7 +41,7 @@ def test_views_are_those_of_torchvision(kwargs, count):
         expected += [flipped for crop in crops for flipped in ([crop, crop.flip(-1)] if kwargs["flip"] else [crop])]
     if kwargs["crops"] == 10:
         ten = v2.functional.ten_crop(images(), [14, 14])
-        assert sorted(float(crop.sum()) for crop in ten) == sorted(float(view.sum()) for view in found)
+        assert all(any(torch.equal(crop, view) for view in found) for crop in ten)
     assert len(found) == len(expected) == count
     key = lambda view: float(view[0, 0, 0, 0] + 1000 * view[0, 1, 2, 3])  # noqa: E731
     for view, other in zip(sorted(found, key=key), sorted(expected, key=key), strict=True):
@@ -177,7 +177,7 @@ def test_refuses_arguments(kwargs, message):
         TestTimeAugment(**kwargs)
 
 
-def test_error(*callbacks: Any) -> None:
+def test_refuses_what_it_can_not_average() -> None:
     def error(trick: TestTimeAugment, module: Any = None, data: Any = None) -> str:
         with pytest.raises(RuntimeError) as caught:
             make_trainer(trick).test(module or Net(), data or loader(), verbose=False)

@@ -197,7 +197,7 @@ class TestTimeAugment(Trick):
                 if view.shape == images.shape:
                     raise
                 raise RuntimeError(
-                    f"TestTimeAugment: `forward` failed for a view of {tuple(view.shape[-2:])} pixels "
+                    f"TestTimeAugment: `forward` failed for a view of {view.size(2)} x {view.size(3)} pixels "
                     f"({type(error).__name__}: {error}). A network for one size takes flips alone: leave crops and "
                     "scales out, or build it for any size."
                 ) from error
