@@ -51,17 +51,19 @@ class Frozen:
         self._before: dict[nn.Module, bool] = {}  # modes
         self._modes: dict[nn.Module, bool] = {}
 
-    def begin(self) -> None:
-        """Note the modes, when layers are not replaced any more."""
-        self._before = {part: part.training for part in self._module.modules()}
-        working = {part for name in self._layers for part in self._module.get_submodule(name).modules()}
-        self._modes = {part: part in working for part in self._before if part is not self._module}
-
     def hold(self) -> None:
         """Set the modes, whoever has changed them since. That of the module itself is its own."""
+        if not self._modes:
+            self._begin()
         for part, training in self._modes.items():
             if part.training != training:
                 part.training = training
+
+    def _begin(self) -> None:
+        """Note the modes as they are in the first batch: layers are not replaced, and modes not set, after that."""
+        self._before = {part: part.training for part in self._module.modules()}
+        working = {part for name in self._layers for part in self._module.get_submodule(name).modules()}
+        self._modes = {part: part in working for part in self._before if part is not self._module}
 
     def loose(self) -> nn.Module | None:
         """A part that is in training mode and should not be."""

@@ -149,9 +149,8 @@ class FixRes(Trick):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the modes that are to be put back; by now no layer is replaced any more."""
+        """Look at the BatchNorm layers; by now no layer is replaced any more."""
         run = self._now
-        run.frozen.begin()
         run.norms = [pl_module.get_submodule(name) for name in run.trained[_NORM]]
         run.steps = [int(norm.num_batches_tracked) for norm in run.norms]
 
