@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from lit_tricks.commands.ablate import ablate
 from lit_tricks.commands.average import average
+from lit_tricks.commands.card import card
+from lit_tricks.commands.report import report
 
-__all__ = ["ablate", "average"]
+__all__ = ["ablate", "average", "card", "report"]
