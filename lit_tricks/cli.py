@@ -188,6 +188,7 @@ class TricksCLI(LightningCLI):
         if self.run.path is None:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        seconds = self.timer.time_elapsed("train")  # before the test, whose checkpoint would put the timer forward
         best = best if Path(best).is_file() else ""  # a resumed run that had nothing left to do knows the old run's
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
@@ -195,7 +196,7 @@ class TricksCLI(LightningCLI):
         self.evidence.save(self.run.path / "predictions.npz", trainer, classes)
         if trainer.is_global_zero:
             split = trainer.profiler.result() if isinstance(trainer.profiler, TimeSplit) else None
-            report_fit(self.run.path, best, self.timer.time_elapsed("train"), split)
+            report_fit(self.run.path, best, seconds, split)
             send_pictures(self.run.path, trainer.loggers)
 
 

@@ -109,12 +109,16 @@ def cell(name: str, value: float | None) -> str:
 
 
 def tricks_table(run: Run) -> Table:
-    """The tricks of a run, with their arguments and effects."""
+    """The tricks of a run, with their effects, and the arguments that are set."""
     rows = [
-        [name, ", ".join(f"{k}={v}" for k, v in trick["arguments"].items()) or "-", trick["effect"] or "-"]
+        [
+            name,
+            trick["effect"] or "-",
+            ", ".join(f"{k}={v}" for k, v in trick["arguments"].items() if v is not None) or "-",
+        ]
         for name, trick in run.tricks.items()
     ]
-    return Table(f"Tricks in force, {run.name}", ["trick", "arguments", "effect"], rows)
+    return Table(f"Tricks in force, {run.name}", ["trick", "effect", "arguments"], rows)
 
 
 def time_table(runs: list[Run]) -> Table:

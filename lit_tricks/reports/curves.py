@@ -68,8 +68,14 @@ def _side_by_side(titles: list[str], rows: list[Row], theme: Theme) -> Figure:
 
 
 def _keys(title: str, rows: list[Row]) -> dict[str, str]:
+    if PANELS[title]:
+        return PANELS[title]
     rates = sorted({key for row in rows for key in row if key.startswith("lr-")})
-    return PANELS[title] or {rate.removeprefix("lr-"): rate for rate in rates}
+    lines = {rate: points(rows, rate) for rate in rates}
+    different = {rate: line for i, (rate, line) in enumerate(lines.items()) if line not in list(lines.values())[:i]}
+    if len(different) == 1:  # groups of parameters that differ in other settings
+        return {rate.removeprefix("lr-").partition("/")[0]: rate for rate in different}
+    return {rate.removeprefix("lr-"): rate for rate in different}
 
 
 def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], theme: Theme) -> None:
@@ -99,8 +105,7 @@ def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], theme: Theme) -> N
         _log_scale(axes)
     else:
         axes.set_ylim(bottom=0 if title == RATE else None)
-    if len(ends) > 1 or len(runs) > 1 or title != RATE:
-        label_ends(axes, ends)
+    label_ends(axes, ends)
 
 
 def _log_scale(axes: Axes) -> None:
@@ -108,3 +113,4 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from lit_tricks.reports.predictions import Predictions
@@ -45,23 +46,22 @@ def draw_calibration(runs: Said, theme: Theme) -> Figure:
     """Accuracy against confidence, and how many images have which confidence."""
     figure = new_figure(4.8, 4.4)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    axes.plot([0, 100], [0, 100], color=theme.faint, linewidth=1, linestyle="--")
-    axes.text(4, 96, "- - as sure as it is right", color=theme.faint, fontsize=9, va="top")
+    axes.plot([0, 100], [0, 100], color=theme.faint, linewidth=1, linestyle="--", label="as sure as it is right")
     for number, (name, said) in enumerate(runs.items()):
         found = said.calibration()
         some = found.count > 0
         color, style = color_of(theme, number)
         text = f"{name}: " if len(runs) > 1 else ""
-        axes.plot(
-            100 * found.confidence[some], 100 * found.accuracy[some], marker="o", markersize=4, color=color,
-            linestyle=style, label=f"{text}error {100 * found.error:.1f} points",
-        )  # fmt: skip
+        x, y = 100 * found.confidence[some], 100 * found.accuracy[some]
+        text += f"off by {100 * found.error:.1f} points on average"
+        axes.plot(x, y, color=color, linestyle=style, linewidth=1.2, label=text)
+        axes.scatter(x, y, 8 + 150 * found.count[some] / found.count.sum(), color=color, clip_on=False, zorder=3)
         edges = np.linspace(0, 100, len(found.count) + 1)
         below.stairs(100 * found.count / found.count.sum(), edges, color=color, fill=len(runs) == 1, linestyle=style)
     tidy(axes, "Reliability", "", "right in %")
     tidy(below, "", "confidence: probability of the predicted class in %", "images in %")
     axes.set(xlim=(0, 100), ylim=(-2, 102))
-    figure.legend(loc="outside lower center", ncols=1 + (len(runs) > 4), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
     return figure
 
 
@@ -75,7 +75,9 @@ def draw_confusion(said: Predictions, theme: Theme) -> Figure:
     side = 2.2 + 0.3 * classes if classes <= 12 else 3.4 + 0.14 * classes
     figure = new_figure(side + 0.6, side)
     axes = figure.subplots()
-    image = axes.imshow(100 * parts, cmap=theme.map, vmin=0, vmax=100)
+    image = axes.imshow(
+        100 * parts, cmap=LinearSegmentedColormap.from_list("", (theme.band, theme.cycle[0])), vmin=0, vmax=100
+    )
     axes.set(title="Confusion matrix", xlabel="predicted class", ylabel="true class")
     small = 9 if classes <= 12 else 7
     upright = max(map(len, said.classes)) <= 2

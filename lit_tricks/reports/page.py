@@ -38,7 +38,8 @@ thead th { color: var(--faint); font-weight: 600; white-space: nowrap }
 tbody th { font-weight: 600; white-space: nowrap }
 td { max-width: 34rem }
 .number { text-align: right; white-space: nowrap }
-.pictures { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.25rem 2.5rem; align-items: flex-start }
+.pictures .wide { max-width: 100% }
 .pictures picture { flex: 0 1 auto; min-width: 0; max-width: 100% }
 .pictures img { display: block; max-width: 100%; height: auto }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; margin: 1rem 0 }
@@ -95,11 +96,13 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
 def _section(section: Section, key: str) -> str:
     parts = [f'<section aria-labelledby="{key}"><h2 id="{key}">{escape(section.title)}</h2>']
     parts += [f"<p>{escape(text)}</p>" for text in section.text]
-    parts += [_table(table) for table in section.tables]
+    tables = "".join(map(_table, section.tables))
     if section.images:  # one by one, which fit any width: better than the grid that is one picture
-        parts.append(f'<div class="images">{"".join(map(_image, section.images))}</div>')
-    elif section.pictures:
-        parts.append(f'<div class="pictures">{"".join(map(_picture, section.pictures))}</div>')
+        parts += [tables, f'<div class="images">{"".join(map(_image, section.images))}</div>']
+    elif section.pictures:  # tables beside them, where there is room
+        parts.append(f'<div class="pictures">{tables}{"".join(map(_picture, section.pictures))}</div>')
+    else:
+        parts.append(tables)
     return "\n".join([*parts, "</section>"])
 
 

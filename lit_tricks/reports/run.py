@@ -93,7 +93,7 @@ def read_run_folder(path: Path, name: str = "") -> Run:
         inside = sorted(str(found.parent) for found in path.glob("*/metrics.csv"))
         remedy = f"give one of those in it, {', '.join(inside[:3])}" if inside else f"it has none of {', '.join(FILES)}"
         raise FileNotFoundError(f"{path} is not the folder of a run: {remedy}.")
-    run = Run(name or path.resolve().name, path)
+    run = Run(name or "/".join(path.resolve().parts[-2:]), path)
 
     def read(file: str, shows: str, without: str, parse: Any) -> Any:
         target = path / file

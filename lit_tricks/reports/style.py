@@ -18,7 +18,7 @@ DPI = 160
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a ground: that of the page, of text, of what is faint, a map, and a cycle for lines.
+    """Colours of a ground: that of the page, of text, of what is faint, of nothing on a map, and a cycle for lines.
 
     The cycles are those of [Okabe & Ito](https://jfly.uni-koeln.de/color/), ordered by contrast with the ground.
     """
@@ -26,15 +26,15 @@ class Theme:
     ground: str
     ink: str
     faint: str
-    map: str
+    band: str
     cycle: tuple[str, ...]
 
 
 LIGHT = Theme(
-    "#ffffff", "#1f2328", "#6e7781", "Blues", ("#0072b2", "#d55e00", "#009e73", "#b3548c", "#a67500", "#56b4e9")
+    "#ffffff", "#1f2328", "#6e7781", "#f0f4f8", ("#0072b2", "#d55e00", "#009e73", "#b3548c", "#a67500", "#56b4e9")
 )
 DARK = Theme(
-    "#15181d", "#e6e8eb", "#949ba4", "Blues_r", ("#56b4e9", "#e69f00", "#2fc79c", "#e08fc0", "#f0e442", "#f2733d")
+    "#15181d", "#e6e8eb", "#949ba4", "#1d2127", ("#56b4e9", "#e69f00", "#2fc79c", "#e08fc0", "#f0e442", "#f2733d")
 )
 LINES = ("-", "--", ":", "-.")
 
