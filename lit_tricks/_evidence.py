@@ -96,13 +96,14 @@ class Evidence(Callback):
         """
         name = "test" if "test" in self._splits else "val"
         parts: list[Any] = [self._splits[name].arrays() if name in self._splits else None]
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
             parts = [parts[0]] * trainer.world_size
             torch.distributed.all_gather_object(parts, parts[0])  # it fills the list in place
         if path is None or not trainer.is_global_zero or not parts[0] or not all(parts):
             return
+        arrays: dict[str, Any] = {"split": np.array(name), "classes": np.array(classes or [])} | _joined(parts)
         with path.open("wb") as stream:
-            np.savez_compressed(stream, split=np.array(name), classes=np.array(classes or []), **_joined(parts))
+            np.savez_compressed(stream, **arrays)
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         self._unhook()
@@ -156,14 +157,14 @@ class _Split:
         logs = output.clamp_min(1e-38).log() if self.are_probabilities else output.log_softmax(1)
         top, classes = logs.topk(min(TOP, logs.size(1)), 1)
         log = logs.gather(1, labels.clamp(0, logs.size(1) - 1).long()[:, None])[:, 0]
-        at = {"device": logs.device, "dtype": torch.int32}
+        places = torch.arange(self.places, self.places + len(labels), device=logs.device, dtype=torch.int32)
         self.batches.append(
             {
                 "label": labels.int(),
                 "top": classes.int(),
                 "confidence": top[:, 0].exp(),
                 "probability": log.exp(),
-                "index": torch.arange(self.places, self.places + len(labels), **at) * self.replicas + self.rank,
+                "index": places * self.replicas + self.rank,
             }
         )
         images = next((x for x in inputs.values() if x.dim() == 4), None)

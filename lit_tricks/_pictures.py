@@ -24,8 +24,9 @@ def send_pictures(run: Path, loggers: Iterable[Any]) -> None:
     said = read_run_folder(run).predictions if loggers else None
     if said is None:
         return
-    pictures = {"confusion": draw_confusion} | ({"most_wrong": draw_wrong} if list(said.wrong()) else {})
-    for name, function in pictures.items():
-        (run / f"{name}.png").write_bytes(draw(function, said))
+    pictures = {"confusion": draw(draw_confusion, said, "")}
+    pictures |= {"most_wrong": draw(draw_wrong, said)} if list(said.wrong()) else {}
+    for name, picture in pictures.items():
+        (run / f"{name}.png").write_bytes(picture)
         for logger in loggers:
             logger.log_image(key=f"{said.split}/{name}", images=[str(run / f"{name}.png")])

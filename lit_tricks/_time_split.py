@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import time
@@ -105,8 +106,8 @@ class TimeSplit(Profiler):
         return {"clock": "device" if timed else "host", "seconds": {k: round(v, 4) for k, v in seconds.items()}}
 
     def _begin(self) -> None:
-        if self._event is None and torch.cuda.is_initialized():
-            self._event = lambda: torch.cuda.Event(enable_timing=True)
+        if self._event is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._event = functools.partial(torch.cuda.Event, enable_timing=True)
         self._running, self._stack = True, []
         self._part, self._since = "other", self._clock()
 

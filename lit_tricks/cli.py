@@ -195,7 +195,8 @@ class TricksCLI(LightningCLI):
         classes = getattr(self.model, "class_names", None) or getattr(self.datamodule, "classes", None)
         self.evidence.save(self.run.path / "predictions.npz", trainer, classes)
         if trainer.is_global_zero:
-            split = trainer.profiler.result() if isinstance(trainer.profiler, TimeSplit) else None
+            profiler = trainer.profiler  # type: ignore[attr-defined]
+            split = profiler.result() if isinstance(profiler, TimeSplit) else None
             report_fit(self.run.path, best, seconds, split)
             send_pictures(self.run.path, trainer.loggers)
 

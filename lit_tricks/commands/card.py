@@ -21,6 +21,7 @@ from lit_tricks.reports.content import Table, results_table, tricks_table
 from lit_tricks.reports.fit import metrics_at
 from lit_tricks.reports.page import markdown_table
 from lit_tricks.reports.run import FILES, Run, read_run_folder
+from lit_tricks.reports.style import duration
 
 __all__ = ["card"]
 
@@ -216,6 +217,6 @@ def _recipe(facts: _Facts) -> Table:
         "precision": trainer.get("precision"),
         "devices": trainer.get("devices"),
         "seed": facts.run.config.get("seed_everything"),
-        "training time": f"{facts.run.results['seconds']:.0f} s" if facts.run.results.get("seconds") else None,
+        "training time": duration(facts.run.results["seconds"]) if facts.run.results.get("seconds") else None,
     }
     return Table("Recipe", ["setting", "value"], [[k, str(v)] for k, v in found.items() if v is not None])

@@ -18,7 +18,7 @@ from lit_tricks.reports.figures import (
     worst_classes,
 )
 from lit_tricks.reports.run import Run
-from lit_tricks.reports.style import DARK, LIGHT, draw
+from lit_tricks.reports.style import DARK, LIGHT, draw, duration
 
 __all__ = [
     "Image",
@@ -122,13 +122,13 @@ def tricks_table(run: Run) -> Table:
 
 
 def time_table(runs: list[Run]) -> Table:
-    """Seconds and part of the whole, by what they went into."""
+    """Time and part of the whole, by what it went into."""
     runs = [run for run in runs if run.seconds]
     parts = list(runs[0].seconds) if runs else []
     rows = []
     for part in parts:
         seconds = [(run.seconds.get(part, 0.0), sum(run.seconds.values()) or 1.0) for run in runs]
-        rows.append([part, *(f"{value:.1f} s, {value / whole:.0%}" for value, whole in seconds)])
+        rows.append([part, *(f"{duration(value)}, {value / whole:.0%}" for value, whole in seconds)])
     header = [run.name for run in runs] if len(runs) > 1 else ["time"]
     return Table("Time of the training", ["part", *header], rows)
 
@@ -138,7 +138,7 @@ def _results(runs: list[Run]) -> Section:
     for run in runs:
         if run.results:
             best = f"epoch {run.results.get('epoch', '?')}, {run.kind} weights"
-            took = f", {run.results['seconds']:.0f} s of training" if run.results.get("seconds") else ""
+            took = f", {duration(run.results['seconds'])} of training" if run.results.get("seconds") else ""
             peak = f", {run.results['peak_memory'] / 1e9:.2f} GB at most" if run.results.get("peak_memory") else ""
             section.text.append(f"{run.name}: {best}{took}{peak}.")
     table = results_table(runs)
@@ -199,14 +199,15 @@ def _time(runs: list[Run]) -> Section:
         section.text = [CLOCKS[clock] for clock in dict.fromkeys(run.results["time"]["clock"] for run in timed)]
         table = time_table(timed)
         section.tables = [table]
-        alt = "Seconds of each part of the training. " + "; ".join(
-            f"{row[0]}: {', '.join(row[1:])}" for row in table.rows
-        )
-        section.pictures = [_picture("time", f"{alt}.", draw_time, {run.name: run.seconds for run in timed})]
+        alt = "Time of each part of the training. " + "; ".join(f"{row[0]}: {', '.join(row[1:])}" for row in table.rows)
+        section.pictures = [
+            _picture("time", f"{alt}.", draw_time, {run.name: run.seconds for run in timed}, [run.name for run in runs])
+        ]
     return section
 
 
 def _predictions(runs: list[Run]) -> Iterator[Section]:
+    names = [run.name for run in runs]
     said: Said = {run.name: run.predictions for run in runs if run.predictions and len(run.predictions.label)}
     if not said:
         return
@@ -223,13 +224,15 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
         many = len(found.classes) > MOST_CLASSES
         alt = f"{'Most frequent mistakes' if many else 'Confusion matrix'} of {name}. Most frequent: {words or 'none'}."
         if not many or frequent:
-            mistakes.pictures.append(_picture(_file("confusion", name, several), alt, draw_confusion, found))
+            mistakes.pictures.append(
+                _picture(_file("confusion", name, several), alt, draw_confusion, found, f", {name}" * several)
+            )
     yield mistakes
     errors = ", ".join(f"{name} {found.calibration().error:.4f}" for name, found in said.items())
     alt = f"Reliability diagram: accuracy against confidence. Expected calibration error: {errors}."
-    yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, said)])
+    yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, said, names)])
     same = {name: found for name, found in said.items() if found.classes == next(iter(said.values())).classes}
-    yield _classes(same)
+    yield _classes(same, names)
     for name, found in said.items():
         images = [
             Image(
@@ -248,7 +251,7 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
         yield section
 
 
-def _classes(said: Said) -> Section:
+def _classes(said: Said, names: list[str]) -> Section:
     order = worst_classes(said)
     first = next(iter(said.values()))
     rows = []
@@ -262,7 +265,7 @@ def _classes(said: Said) -> Section:
         "Found: of the images of the class, those taken for it. Right: of the images taken for it, those of the class."
     ]
     alt = "Worst classes: " + ", ".join(f"{row[0]} {row[2]}" for row in rows) + "."
-    picture = _picture("classes", alt, draw_recalls, said)
+    picture = _picture("classes", alt, draw_recalls, said, names)
     return Section("Worst classes", text, [Table("Worst classes", ["class", "images", *heads], rows)], [picture])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lit_tricks.reports.run import Row, points
 from lit_tricks.reports.style import LIGHT, Theme, color_of, draw, label_ends, new_figure, tidy
@@ -80,6 +80,10 @@ def _keys(title: str, rows: list[Row]) -> dict[str, str]:
 
 def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], theme: Theme) -> None:
     tidy(axes, title, "training step", UNITS[title])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}")
+    )
     factor = 100 if title == ACCURACY else 1
     ends: list[tuple[float, str, str]] = []
     for number, (name, rows) in enumerate(runs.items()):

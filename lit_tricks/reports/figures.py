@@ -7,7 +7,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from lit_tricks.reports.predictions import Predictions
-from lit_tricks.reports.style import Theme, color_of, new_figure, tidy
+from lit_tricks.reports.style import Theme, color_of, new_figure, tidy, unit_of_time
 
 __all__ = ["MOST_CLASSES", "draw_calibration", "draw_confusion", "draw_recalls", "draw_time", "draw_wrong"]
 
@@ -17,24 +17,25 @@ WORST = 10  # classes, or mistakes
 Said = dict[str, Predictions]  # by the name of the run
 
 
-def draw_time(runs: dict[str, dict[str, float]], theme: Theme) -> Figure:
-    """Bars of the seconds that each part of the training took."""
+def draw_time(runs: dict[str, dict[str, float]], names: list[str], theme: Theme) -> Figure:
+    """Bars of the time that each part of the training took; the colours go by the names of all runs."""
     parts = [part for part in next(iter(runs.values())) if any(seconds.get(part) for seconds in runs.values())]
     figure = new_figure(4.8, 1.1 + 0.28 * len(parts) * max(1, 0.6 * len(runs)))
     axes = figure.subplots()
     height = 0.8 / len(runs)
     most = max(max(seconds.values()) for seconds in runs.values())
+    unit, unit_name = unit_of_time(most)
     for number, (name, seconds) in enumerate(runs.items()):
         whole = sum(seconds.values()) or 1.0
         places = [i + (number - (len(runs) - 1) / 2) * height for i in range(len(parts))]
-        values = [seconds.get(part, 0.0) for part in parts]
-        axes.barh(places, values, height * 0.92, color=color_of(theme, number)[0], label=name)
+        values = [seconds.get(part, 0.0) / unit for part in parts]
+        axes.barh(places, values, height * 0.92, color=color_of(theme, names.index(name))[0], label=name)
         for place, value in zip(places, values, strict=True):
-            text = f" {value:.3g} s" + (f", {value / whole:.0%}" if len(runs) == 1 else "")
+            text = f" {value:.3g}" + (f", {value * unit / whole:.0%}" if len(runs) == 1 else "")
             axes.text(value, place, text, va="center", fontsize=9 if len(runs) < 4 else 7)
-    tidy(axes, "Time of the training", "seconds", "")
+    tidy(axes, "Time of the training", unit_name, "")
     axes.set_yticks(range(len(parts)), parts)
-    axes.set_xlim(0, most * 1.3)
+    axes.set_xlim(0, 1.3 * most / unit)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     if len(runs) > 1:
@@ -42,15 +43,15 @@ def draw_time(runs: dict[str, dict[str, float]], theme: Theme) -> Figure:
     return figure
 
 
-def draw_calibration(runs: Said, theme: Theme) -> Figure:
+def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
     """Accuracy against confidence, and how many images have which confidence."""
     figure = new_figure(4.8, 4.4)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 100], [0, 100], color=theme.faint, linewidth=1, linestyle="--", label="as sure as it is right")
-    for number, (name, said) in enumerate(runs.items()):
+    for name, said in runs.items():
         found = said.calibration()
         some = found.count > 0
-        color, style = color_of(theme, number)
+        color, style = color_of(theme, names.index(name))
         text = f"{name}: " if len(runs) > 1 else ""
         x, y = 100 * found.confidence[some], 100 * found.accuracy[some]
         text += f"off by {100 * found.error:.1f} points on average"
@@ -65,10 +66,16 @@ def draw_calibration(runs: Said, theme: Theme) -> Figure:
     return figure
 
 
-def draw_confusion(said: Predictions, theme: Theme) -> Figure:
-    """The matrix of true and predicted classes; of more than 30 classes the most frequent mistakes instead."""
+def draw_confusion(said: Predictions, of: str, theme: Theme) -> Figure:
+    """The matrix of true and predicted classes; of more than 30 classes the most frequent mistakes instead.
+
+    Args:
+        said: what was said.
+        of: what follows in the title, such as ", quickstart/v0".
+        theme: the ground.
+    """
     if len(said.classes) > MOST_CLASSES:
-        return _draw_mistakes(said, theme)
+        return _draw_mistakes(said, of, theme)
     classes = len(said.classes)
     matrix = said.confusion().dense(classes)
     parts = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
@@ -78,7 +85,7 @@ def draw_confusion(said: Predictions, theme: Theme) -> Figure:
     image = axes.imshow(
         100 * parts, cmap=LinearSegmentedColormap.from_list("", (theme.band, theme.cycle[0])), vmin=0, vmax=100
     )
-    axes.set(title="Confusion matrix", xlabel="predicted class", ylabel="true class")
+    axes.set(title=f"Confusion matrix{of}", xlabel="predicted class", ylabel="true class")
     small = 9 if classes <= 12 else 7
     upright = max(map(len, said.classes)) <= 2
     axes.set_xticks(range(classes), said.classes, rotation=0 if upright else 90, fontsize=small)
@@ -91,11 +98,11 @@ def draw_confusion(said: Predictions, theme: Theme) -> Figure:
                 dark = image.cmap(image.norm(100 * parts[row, column]))[:3]
                 light = np.dot(dark, (0.299, 0.587, 0.114)) < 0.5
                 axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color="w" if light else "k")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="of the images of a true class, in %").outline.set_visible(False)  # type: ignore[operator]
+    figure.colorbar(image, ax=axes, shrink=0.8, label="of the images of a true class, in %").outline.set_visible(False)
     return figure
 
 
-def _draw_mistakes(said: Predictions, theme: Theme) -> Figure:
+def _draw_mistakes(said: Predictions, of: str, theme: Theme) -> Figure:
     mistakes = said.confusion().mistakes()[:15]
     figure = new_figure(4.8, 1.2 + 0.24 * max(1, len(mistakes)))
     axes = figure.subplots()
@@ -103,7 +110,7 @@ def _draw_mistakes(said: Predictions, theme: Theme) -> Figure:
     axes.barh(range(len(mistakes)), counts, 0.7, color=theme.cycle[1])
     for place, count in enumerate(counts):
         axes.text(count, place, f" {count}", va="center", fontsize=9)
-    tidy(axes, "Most frequent mistakes", "images", "")
+    tidy(axes, f"Most frequent mistakes{of}", "images", "")
     axes.set_yticks(
         range(len(mistakes)), [f"{_short(said.classes[a])} → {_short(said.classes[b])}" for a, b, _ in mistakes]
     )
@@ -113,15 +120,15 @@ def _draw_mistakes(said: Predictions, theme: Theme) -> Figure:
     return figure
 
 
-def draw_recalls(runs: Said, theme: Theme) -> Figure:
+def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
     """The classes of which the least is found, by the mean over the runs."""
     order = worst_classes(runs)
     classes = next(iter(runs.values())).classes
     figure = new_figure(4.8, 1.4 + 0.26 * len(order))
     axes = figure.subplots()
-    for number, (name, said) in enumerate(runs.items()):
+    for name, said in runs.items():
         values = 100 * said.recalls()[0][order]
-        axes.plot(values, range(len(order)), "o", color=color_of(theme, number)[0], label=name, alpha=0.9)
+        axes.plot(values, range(len(order)), "o", color=color_of(theme, names.index(name))[0], label=name, alpha=0.9)
         if len(runs) == 1:
             for place, value in enumerate(values):
                 axes.annotate(

@@ -46,10 +46,10 @@ def report_fit(
     results |= {"seconds": seconds, "time": time, "peak_memory": _peak_memory()}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png")
-    found = read_run_folder(run)
-    (run / "report.md").write_text(_short_report(found, curves), encoding="utf-8")
+    read = read_run_folder(run)
+    (run / "report.md").write_text(_short_report(read, curves), encoding="utf-8")
     console = Console()
-    console.print(_table(found))
+    console.print(_table(read))
     for what, path in {"best checkpoint": best, "curves": curves, "run": run}.items():
         if path:
             console.print(f"{what:>15}  {path}", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Theme", "color_of", "draw", "label_ends", "new_figure", "tidy"]
+__all__ = ["DARK", "LIGHT", "Theme", "color_of", "draw", "duration", "label_ends", "new_figure", "tidy", "unit_of_time"]
 
 DPI = 160
 
@@ -50,12 +50,23 @@ def draw(function: Callable[..., Figure], *args: Any, theme: Theme = LIGHT) -> b
     inks = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
     lines = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     text = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold"}
-    settings: dict[str, Any] = colors | dict.fromkeys(inks, theme.ink) | dict.fromkeys(lines, theme.faint) | text
+    settings: Any = colors | dict.fromkeys(inks, theme.ink) | dict.fromkeys(lines, theme.faint) | text
     with mpl.rc_context(settings):
         figure = function(*args, theme)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
+
+
+def unit_of_time(seconds: float) -> tuple[float, str]:
+    """Seconds of a unit in which a time is a handy number, and its name."""
+    return (3600, "hours") if seconds >= 7200 else (60, "minutes") if seconds >= 300 else (1, "seconds")
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 8.1 s, 12.5 min, 7.8 h."""
+    unit, name = unit_of_time(seconds)
+    return f"{seconds / unit:.1f} {name[0] if unit != 60 else 'min'}"
 
 
 def new_figure(width: float = 4.6, height: float = 3.2) -> Figure:
