@@ -20,11 +20,11 @@ PARTS = (*STEP_PARTS, "validation", "checkpoints")
 # Actions, as Lightning names them, and the part that their time belongs to, what they call aside. The first match
 # counts; those without any belong to whoever called them. EMA and PreciseBN act in on_validation_model_eval.
 ACTIONS = {
+    r"^\[Callback\]|on_validation_model_(eval|train)$": "callbacks",
     r"train_dataloader_next|val_next|batch_transfer$|batch_to_device": "data",
     r"^\[Strategy\].*\.(training_step|validation_step)$": "forward",
     r"^\[Strategy\].*\.backward$": "backward",
     r"optimizer_step$|optimizer_zero_grad$|configure_gradient_clipping$|lr_scheduler_step$": "optimizer",
-    r"^\[Callback\]|on_validation_model_(eval|train)$": "callbacks",
     r"^save_checkpoint$": "checkpoints",
 }
 SAMPLED = 11  # one batch in so many is timed on the device; a prime, so that the loader's workers take turns
