@@ -62,7 +62,7 @@ FLAGS = {
     "command": (("fitt",), "there is no command 'fitt'; did you mean 'fit'?"),
     "strange command": (
         ("bake",),
-        r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average\.",
+        r"there is no command 'bake'; there are fit, validate, test, predict, ablate, average, card, report\.",
     ),
     "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),
     "no data": (("fit",), r"fit needs --data\."),

@@ -121,15 +121,15 @@ def test_nothing_of_the_run_changes(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_no_hook() -> None:
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     evidence = Evidence()
-    module = module_class("lightning")(raises={"validation_step": Stop()})
-    module.validation_step = lambda *_: (_ for _ in ()).throw(Stop())
+    module = module_class("lightning")(raises={"validation_step": StopError()})
+    module.validation_step = lambda *_: (_ for _ in ()).throw(StopError())
     from modules import eval_loader, train_loader
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         make_trainer(evidence).fit(module, train_loader("list"), eval_loader("list"))
     assert not module._forward_hooks
 

@@ -26,12 +26,14 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lit_tricks
 from lit_tricks import callbacks
+from lit_tricks.commands import report
 from lit_tricks.reports.citations import FILE, citations, link_of
 from lit_tricks.reports.content import report_sections
+from lit_tricks.reports.figures import draw_confusion, draw_recalls
 from lit_tricks.reports.page import to_html
 from lit_tricks.reports.predictions import Predictions
 from lit_tricks.reports.run import read_runs
-from lit_tricks.reports.style import DARK, LIGHT, color_of
+from lit_tricks.reports.style import DARK, LIGHT, color_of, draw
 
 TRICKS = (*COSINE, "--trainer.callbacks+=LabelSmoothing", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")
 
@@ -47,6 +49,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with workplace(tmp_path_factory.mktemp("trained")) as folder:
         done(*FIT, *TRICKS, "--trainer.max_epochs=3")
     return folder / "runs" / "tiny" / "v0"
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are white squares: drawing them takes seconds."""
+    square = io.BytesIO()
+    Image.new("RGB", (16, 16), "white").save(square, "PNG")
+    monkeypatch.setattr("lit_tricks.reports.content.draw", lambda *args, **kwargs: square.getvalue())
+
+
+@pytest.fixture(scope="module")
+def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its report."""
+    run = tmp_path_factory.mktemp("reported") / "tiny" / "v0"
+    shutil.copytree(trained, run)
+    assert report([str(run)]) == run / "report.html"
+    return run
 
 
 @pytest.fixture
@@ -106,7 +125,7 @@ def test_calibration_error_is_that_of_torchmetrics() -> None:
     found = said()
     found.confidence, found.top = scores.max(1).values.numpy(), scores.argmax(1)[:, None].numpy()
     expected = multiclass_calibration_error(scores, torch.from_numpy(found.label), 7, n_bins=15)
-    assert found.calibration().error == pytest.approx(float(expected), abs=1e-9)
+    assert found.calibration().error == pytest.approx(float(expected), abs=1e-7)  # theirs is in single precision
 
 
 def test_a_real_run_agrees_with_its_metrics(trained: Path) -> None:
@@ -159,12 +178,11 @@ SECTIONS = [
 ]  # fmt: skip
 
 
-def test_the_report_of_a_run(run: Path) -> None:
-    outcome = done("report", str(run))
-    assert "report: runs/tiny/v0/report.html" in outcome.log
+def test_the_report_of_a_run(reported: Path) -> None:
+    run = reported
     text = (run / "report.html").read_text()
     page = Page(text)
-    assert [word for word in page.words if word in SECTIONS][len(SECTIONS) :] == SECTIONS  # after the navigation
+    assert re.findall(r"<h2 [^>]+>(.+?)</h2>", text) == SECTIONS
     # accessible, and complete by itself
     assert len(page.all("h1")) == 1
     assert [tag for tag, _ in page.tags if tag in ("h1", "h2", "h3")] == ["h1"] + ["h2"] * len(SECTIONS)
@@ -192,12 +210,14 @@ def test_the_report_of_a_run(run: Path) -> None:
             assert image.width > 300
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_runs_are_laid_over_each_other(run: Path) -> None:
     shutil.copytree(run, "runs/tiny/v1")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.5
     Path("runs/tiny/v1/config.yaml").write_text(yaml.safe_dump(config))
-    done("report", str(run), "runs/tiny/v1", "--out", "both")
+    outcome = done("report", str(run), "runs/tiny/v1", "--out", "both")
+    assert "report: both/report.html" in outcome.log
     assert not (run / "report.html").exists()
     markdown = Path("both/report.md").read_text()
     assert "| model.init_args.optimizer.init_args.lr | 0.1 | 0.5 |" in markdown
@@ -215,6 +235,7 @@ PARTS = {
 }
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("how", ["missing", "empty", "damaged"])
 @pytest.mark.parametrize("file", PARTS)
 def test_what_is_missing_is_said(run: Path, file: str, how: str) -> None:
@@ -233,6 +254,7 @@ def test_what_is_missing_is_said(run: Path, file: str, how: str) -> None:
     Page(to_html("x", report_sections([found])))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_of_an_older_version(folder: Path) -> None:
     """It has metrics and results alone."""
     Path("old").mkdir()
@@ -264,13 +286,16 @@ def test_errors(run: Path, words: tuple[str, ...], message: str) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 12, 30, 200])
-def test_any_number_of_classes(run: Path, classes: int) -> None:
-    [found] = read_runs([run])
-    found.predictions = said(classes)
-    titles = [section.title for section in report_sections([found])]
-    assert titles == SECTIONS
+def test_any_number_of_classes(classes: int) -> None:
+    for function, *args in (
+        (draw_confusion, said(classes), ""),
+        (draw_recalls, {"a": said(classes), "b": said(classes, seed=1)}, ["a", "gone", "b"]),
+    ):
+        with Image.open(io.BytesIO(draw(function, *args, theme=DARK))) as image:
+            assert image.width > 300
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_mistake(run: Path) -> None:
     [found] = read_runs([run])
     found.predictions = perfect = said(200)
@@ -285,10 +310,10 @@ def chromium() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-BROWSER = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-).split()
+BROWSER = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 
 def browse(folder: Path, *words: str) -> str:
@@ -303,9 +328,9 @@ def browse(folder: Path, *words: str) -> str:
 @pytest.mark.skipif(
     chromium() is None and not os.environ.get("LIT_TRICKS_BROWSER"), reason="there is no chromium on the PATH"
 )
-def test_a_browser_shows_the_page(run: Path, folder: Path) -> None:
-    done("report", str(run))
-    page = (folder / run / "report.html").as_uri()
+def test_a_browser_shows_the_page(reported: Path, folder: Path) -> None:
+    run = reported
+    page = (run / "report.html").as_uri()
     # What it makes of the page: the sizes of all pictures, and whether anything sticks out.
     probe = """<script>addEventListener("load", () => { document.body.dataset.found = JSON.stringify({
       broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length, pictures: document.images.length,

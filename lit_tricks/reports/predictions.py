@@ -94,7 +94,7 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> Predictions:
         """Read ``predictions.npz``."""
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = dict(file)
         labels, top = arrays["label"].astype(np.int64), arrays["top"].astype(np.int64)
         known = 1 + max(int(labels.max(initial=0)), int(top.max(initial=0)))
