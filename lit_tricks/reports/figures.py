@@ -110,7 +110,8 @@ def _draw_mistakes(said: Predictions, of: str, theme: Theme) -> Figure:
     axes.barh(range(len(mistakes)), counts, 0.7, color=theme.cycle[1])
     for place, count in enumerate(counts):
         axes.text(count, place, f" {count}", va="center", fontsize=9)
-    tidy(axes, f"Most frequent mistakes{of}", "images", "")
+    tidy(axes, "", "images", "")
+    figure.suptitle(f"Most frequent mistakes{of}", x=0.02, ha="left", fontsize=11, fontweight="bold")
     axes.set_yticks(
         range(len(mistakes)), [f"{_short(said.classes[a])} → {_short(said.classes[b])}" for a, b, _ in mistakes]
     )
