@@ -63,7 +63,7 @@ class RunFolder:
         """Remove the folder of a run that failed before it had anything to show, the configuration aside."""
         if self.path and _is_rank_zero() and self.path.is_dir():
             files = {p.name for p in self.path.rglob("*") if p.is_file()}
-            if files <= {"config.yaml", "hparams.yaml"}:
+            if files <= {"config.yaml", "hparams.yaml", "tricks.json"}:
                 shutil.rmtree(self.path)
                 with contextlib.suppress(OSError):  # not empty
                     self.path.parent.rmdir()

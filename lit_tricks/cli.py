@@ -23,10 +23,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
-import lit_tricks.data
+import lit_tricks.data  # noqa: F401
 from lit_tricks import __version__, commands
+from lit_tricks._evidence import Evidence
+from lit_tricks._in_force import TricksInForce
 from lit_tricks._parser import explain, given, resolve_configs
+from lit_tricks._pictures import send_pictures
 from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
+from lit_tricks._time_split import TimeSplit
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import plain
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
@@ -48,15 +52,14 @@ LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder, and hands it with the tricks' names to remote loggers."""
+    """Saves the resolved configuration in the run folder, and hands it to remote loggers."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the configuration where no run folder is seen."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        tricks = [name for c in trainer.callbacks if (name := type(c).__name__) in lit_tricks.callbacks.__all__]  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams({"config": config, "tricks": tricks})
+                logger.log_hyperparams({"config": config})
 
 
 class TricksCLI(LightningCLI):
@@ -149,8 +152,10 @@ class TricksCLI(LightningCLI):
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.run.path:
-            self.timer = Timer()
-            callbacks.append(self.timer)
+            self.timer, self.evidence = Timer(), Evidence()
+            callbacks += [self.timer, self.evidence, TricksInForce(self.run.path)]
+            if config.profiler is None:
+                kwargs["profiler"] = TimeSplit()
             # saved as it was asked for: who repeats the configuration wants another W&B run
             self.config[self.subcommand].trainer.logger = self.logger_config
             loggers = config.logger if isinstance(config.logger, list) else [config.logger]
@@ -187,11 +192,17 @@ class TricksCLI(LightningCLI):
         if self.run.path is None:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        seconds = self.timer.time_elapsed("train")  # before the test, whose checkpoint would put the timer forward
         best = best if Path(best).is_file() else ""  # a resumed run that had nothing left to do knows the old run's
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        classes = getattr(self.model, "class_names", None) or getattr(self.datamodule, "classes", None)
+        self.evidence.save(self.run.path / "predictions.npz", trainer, classes)
         if trainer.is_global_zero:
-            report_fit(self.run.path, best, self.timer.time_elapsed("train"))
+            profiler = trainer.profiler  # type: ignore[attr-defined]
+            split = profiler.result() if isinstance(profiler, TimeSplit) else None
+            report_fit(self.run.path, best, seconds, split)
+            send_pictures(self.run.path, trainer.loggers)
 
 
 class _Unrun(TricksCLI):

@@ -14,6 +14,9 @@ FILES = (
     "metrics.csv",
     "results.json",
     "curves.png",
+    "report.md",
+    "predictions.npz",
+    "tricks.json",
     "checkpoints/best.ckpt",
     "checkpoints/last.ckpt",
 )

@@ -95,7 +95,9 @@ def expected(path: str, images: torch.Tensor, labels: torch.Tensor, split: str) 
 
 def test_a_run_leaves_all_of_its_folder(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
-    promised = {"config.yaml", "metrics.csv", "curves.png", "results.json"}
+    promised = {
+        "config.yaml", "metrics.csv", "curves.png", "results.json", "report.md", "predictions.npz", "tricks.json"
+    }  # fmt: skip
     assert files == promised | {"hparams.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     with Image.open(trained / "curves.png") as picture:
         picture.load()
@@ -150,7 +152,7 @@ def test_a_second_run_leaves_the_first_as_it_is() -> None:
     done(*FIT)
     first = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     done(*FIT, "--seed_everything=1")
-    assert len(first) == 6
+    assert len(first) == 9
     assert {path: path.read_bytes() for path in first} == first
     one, other = (checkpoint(f"runs/tiny/v{i}/checkpoints/last.ckpt")["state_dict"] for i in (0, 1))
     assert not torch.equal(one["model.fc.weight"], other["model.fc.weight"])

@@ -68,7 +68,7 @@ def test_results_at_the_best_checkpoint(run: Path, capsys: pytest.CaptureFixture
     torch.save({"epoch": 1, "state_dict": {"w": torch.zeros(3)}}, best)
     found = report_fit(run, str(best), seconds=12.5)
     assert found.pop("peak_memory") > 1e8
-    assert found == {"best_checkpoint": str(best), "epoch": 1, "raw": OF_EPOCH[1] | TEST, "seconds": 12.5}
+    assert found == {"best_checkpoint": str(best), "epoch": 1, "raw": OF_EPOCH[1] | TEST, "seconds": 12.5, "time": None}
     assert json.loads((run / "results.json").read_text()).items() > found.items()
     out = capsys.readouterr().out
     assert out.startswith("epoch 1, raw weights")
@@ -109,7 +109,7 @@ def test_columns_of_a_foreign_module_are_shown(run: Path, capsys: pytest.Capture
 def test_a_run_that_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = report_fit(tmp_path, "")
     assert (found["best_checkpoint"], found["epoch"], found["raw"], found["seconds"]) == ("", 0, {}, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "report.md"}
     assert str(tmp_path) in capsys.readouterr().out
 
 
@@ -131,23 +131,25 @@ def test_curves(run: Path, figures: list[Figure]) -> None:
         "val": [(1, 2.25), (3, 1.25), (5, 0.75)],
     }
     assert lines(accuracy) == {
-        "train": [(1, 0.125), (3, 0.625), (5, 0.875)],
-        "val": [(1, 0.5), (3, 0.75), (5, 0.625)],
+        "train": [(1, 12.5), (3, 62.5), (5, 87.5)],
+        "val": [(1, 50), (3, 75), (5, 62.5)],
     }
     assert lines(rate) == {"SGD": [(0, 0.05), (2, 0.1), (4, 0.05)]}
-    assert [axes.get_title() for axes in (loss, accuracy, rate)] == ["loss", "top-1 accuracy", "learning rate"]
+    titles = ["Loss", "Top-1 accuracy", "Learning rate"]
+    assert [axes.get_title(loc="left") for axes in (loss, accuracy, rate)] == titles
     assert [axes.get_yscale() for axes in (loss, accuracy, rate)] == ["log", "linear", "linear"]
-    assert {axes.get_xlabel() for axes in (loss, accuracy, rate)} == {"step"}
-    assert [axes.get_legend() is None for axes in (loss, accuracy, rate)] == [False, False, True]
+    assert {axes.get_xlabel() for axes in (loss, accuracy, rate)} == {"training step"}
+    named = [[text.get_text() for text in axes.texts] for axes in (loss, accuracy, rate)]
+    assert list(map(set, named)) == [{"train", "val"}, {"train", "val"}, {"SGD"}]  # at the ends of their lines
     assert rate.get_ylim()[0] == 0
 
 
 @pytest.mark.parametrize(
     ("columns", "titles"),
     [
-        (("val/loss",), ["loss"]),
-        (("raw/val/loss",), ["loss"]),
-        (("train/top1", "lr-SGD/pg1", "lr-SGD/pg2"), ["top-1 accuracy", "learning rate"]),
+        (("val/loss",), ["Loss"]),
+        (("raw/val/loss",), ["Loss"]),
+        (("train/top1", "lr-SGD/pg1", "lr-SGD/pg2"), ["Top-1 accuracy", "Learning rate"]),
         (("val/f1",), None),
         ((), None),
     ],
@@ -155,12 +157,15 @@ def test_curves(run: Path, figures: list[Figure]) -> None:
 def test_curves_of_what_there_is(
     tmp_path: Path, figures: list[Figure], columns: tuple[str, ...], titles: list[str] | None
 ) -> None:
-    rows = [{"epoch": 0.0, "step": float(step)} | dict.fromkeys(columns, step + 0.5) for step in range(3)]
+    rows = [
+        {"epoch": 0.0, "step": float(step)} | {column: step + 0.5 + i for i, column in enumerate(columns)}
+        for step in range(3)
+    ]
     path = draw_curves(rows, tmp_path / "curves.png")
     assert (path is None) == (titles is None)
     assert (tmp_path / "curves.png").exists() == (titles is not None)
     if titles:
-        assert [axes.get_title() for axes in figures[0].axes] == titles
+        assert [axes.get_title(loc="left") for axes in figures[0].axes] == titles
         assert len(figures[0].axes[-1].lines) == len([name for name in columns if name.startswith("lr")] or columns)
 
 

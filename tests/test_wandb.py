@@ -18,6 +18,7 @@ import wandb
 import yaml
 from _cli import COSINE, FIT, built, cli, done, metrics, workplace
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
@@ -117,7 +118,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_without_a_login_it_is_offline_in_the_folder_of_the_run(first: Path) -> None:
     assert Tracked(first).folder.name.startswith("offline-run-")
     assert {path.name for path in first.iterdir()} == {
-        "checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "results.json", "wandb",
+        "checkpoints", "config.yaml", "confusion.png", "hparams.yaml", "metrics.csv", "most_wrong.png",
+        "predictions.npz", "report.md", "results.json", "tricks.json", "wandb",
     }  # fmt: skip
     assert not list(first.parents[2].glob("wandb"))
 
@@ -125,7 +127,8 @@ def test_without_a_login_it_is_offline_in_the_folder_of_the_run(first: Path) -> 
 def test_the_configuration_and_the_tricks_are_there(first: Path) -> None:
     run = Tracked(first)
     assert (run.run.project, run.run.display_name) == ("lit-tricks", "tiny-v0")
-    assert run.config["tricks"] == ["WarmupCosine"]
+    assert run.config["tricks"] == json.loads((first / "tricks.json").read_text())
+    assert run.config["tricks"]["WarmupCosine"]["effect"].startswith("0 -> 0.1 in 2 steps")
     config = yaml.safe_load((first / "config.yaml").read_text())
     for key in ("seed_everything", "model", "data", "name"):
         assert run.config["config"][key] == config[key]
@@ -136,6 +139,8 @@ def test_the_configuration_and_the_tricks_are_there(first: Path) -> None:
 def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
     told: dict[tuple[float, str], float] = {}
     for row in Tracked(first).history:
+        if any(key.endswith("/filenames") for key in row):
+            continue  # pictures
         step = row["trainer/global_step"]
         told |= {(step, key): value for key, value in row.items() if "/" in key or key.startswith("lr")}
     rows = metrics(first)
@@ -149,6 +154,16 @@ def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
         "test/ece",
     }
     assert {key: value for key, value in told.items() if key[1] != "trainer/global_step"} == pytest.approx(written)
+
+
+def test_confusion_and_most_wrong_images_are_media_once(first: Path) -> None:
+    run = Tracked(first)
+    for name in ("confusion", "most_wrong"):
+        [row] = [row for row in run.history if f"test/{name}/count" in row]
+        assert (row[f"test/{name}/_type"], row[f"test/{name}/count"]) == ("images/separated", 1)
+        [file] = row[f"test/{name}/filenames"]
+        with Image.open(run.folder / "files" / file) as picture:
+            assert (picture.format, picture.width > 300) == ("PNG", True)
 
 
 def test_a_run_ends_with_its_command(first: Path) -> None:

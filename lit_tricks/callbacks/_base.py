@@ -66,6 +66,8 @@ class Trick(_Callback):
     (Lightning calls only one of them), in whatever order several tricks come off the same method.
     """
 
+    effect = ""  # what it does in this run, in one line, once it has said so
+
     _takes_batches = False  # the loop over training batches, in this fit, of a trick that changes them
     _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
 
@@ -79,6 +81,7 @@ class Trick(_Callback):
 
     def _say(self, effect: str) -> None:
         """Say once, on rank zero, what the trick does in this run, as a line of the start-up summary."""
+        self.effect = effect
         rank_zero_only(log.info)(f"{type(self).__name__}: {effect}")
 
     @staticmethod

@@ -188,7 +188,9 @@ def _parser(function: Callable[..., Any], name: str) -> ArgumentParser:
         if argument == "config":
             parser.add_argument("-c", "--config", action="append", required=required, help=helps[argument])
         elif argument == "output":
-            parser.add_argument("-o", "--output", required=True, **kind)
+            parser.add_argument(
+                "-o", "--output", required=required, default=None if required else parameter.default, **kind
+            )
         elif required and not flag:
             parser.add_argument(argument, **kind)
         elif item and argument != "fit_args":

@@ -1,20 +1,39 @@
-"""``curves.png``: loss, accuracy and learning rate over a run."""
+"""Loss, accuracy and learning rate over a run, or over several."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-__all__ = ["draw_curves"]
+from lit_tricks.reports.run import Row, points
+from lit_tricks.reports.style import LIGHT, Theme, color_of, draw, label_ends, new_figure, tidy
 
-TRAINED = "val, trained weights"  # where an average is validated beside them
-COLORS = {"train": "tab:blue", "val": "tab:orange", TRAINED: "tab:gray"}
+__all__ = ["PANELS", "draw_curves", "draw_panel", "panels_of"]
+
+# Of each panel the lines and their metrics. What is validated as "raw" beside an average are the trained weights.
+LOSS, ACCURACY, RATE = "Loss", "Top-1 accuracy", "Learning rate"
+PANELS = {
+    LOSS: {"train": "train/loss_epoch", "val": "val/loss", "val, trained weights": "raw/val/loss"},
+    ACCURACY: {"train": "train/top1", "val": "val/top1", "val, trained weights": "raw/val/top1"},
+    RATE: {},  # its lines are those of the optimizers
+}
+UNITS = {LOSS: "loss (log scale)", ACCURACY: "right in %", RATE: "learning rate"}
+WIDTHS = {"train": 1.0, "val": 1.9, "val, trained weights": 1.3}
+DASHES = {"train": (0, (1, 1)), "val": (0, ()), "val, trained weights": (0, (4, 1.5))}
+MOST = 2000  # points of a line; more are not seen
 
 
-def draw_curves(rows: list[dict[str, float]], path: Path) -> Path | None:
-    """Draw loss, top-1 accuracy and learning rate against the step.
+def panels_of(rows: Sequence[list[Row]]) -> list[str]:
+    """The panels for which at least one run has something."""
+    return [title for title in PANELS if any(points(r, key) for r in rows for key in _keys(title, r).values())]
+
+
+def draw_curves(rows: list[Row], path: Path) -> Path | None:
+    """Draw all there is of one run side by side.
 
     Args:
         rows: rows of ``metrics.csv``, see ``read_metrics``.
@@ -23,36 +42,79 @@ def draw_curves(rows: list[dict[str, float]], path: Path) -> Path | None:
     Returns:
         The path, or None if there is nothing to draw.
     """
-    rates = sorted({key for row in rows for key in row if key.startswith("lr-")})
-    panels = {
-        "loss": {"train": "train/loss_epoch", TRAINED: "raw/val/loss", "val": "val/loss"},
-        "top-1 accuracy": {"train": "train/top1", TRAINED: "raw/val/top1", "val": "val/top1"},
-        "learning rate": {rate.removeprefix("lr-"): rate for rate in rates},
-    }
-    drawn = {
-        title: lines for title, lines in panels.items() if any(key in row for row in rows for key in lines.values())
-    }
-    if not drawn:
+    titles = panels_of([rows])
+    if not titles:
         return None
-    figure = Figure(figsize=(4.5 * len(drawn), 3.6), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
-        _draw_panel(axes, title, lines, rows)
-    figure.savefig(path, dpi=120)
+    path.write_bytes(draw(_side_by_side, titles, rows))
     return path
 
 
-def _draw_panel(axes: Axes, title: str, lines: dict[str, str], rows: list[dict[str, float]]) -> None:
-    for label, key in lines.items():
-        points = [(row["step"], row[key]) for row in rows if key in row and "step" in row]
-        if points:
-            marker = "." if len(points) < 60 else None
-            axes.plot(*zip(*points, strict=True), label=label, color=COLORS.get(label), linewidth=1.5, marker=marker)
-    axes.set(title=title, xlabel="step")
-    if title == "loss":
-        axes.set_yscale("log")
-    if title == "learning rate":
-        axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(axes.lines) > 1:
-        axes.legend(frameon=False)
+def draw_panel(title: str, runs: dict[str, list[Row]], theme: Theme = LIGHT) -> Figure:
+    """Draw one of ``PANELS``, with the lines of all runs.
+
+    One run has a colour for each line. Of several runs each has a colour, and of each the line is solid for validation,
+    dotted for training, dashed for the trained weights beside an average.
+    """
+    figure = new_figure(4.8, 3.2)
+    _fill(figure.subplots(), title, runs, theme)
+    return figure
+
+
+def _side_by_side(titles: list[str], rows: list[Row], theme: Theme) -> Figure:
+    figure = new_figure(4.6 * len(titles), 3.2)
+    for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
+        _fill(axes, title, {"": rows}, theme)
+    return figure
+
+
+def _keys(title: str, rows: list[Row]) -> dict[str, str]:
+    if PANELS[title]:
+        return PANELS[title]
+    rates = sorted({key for row in rows for key in row if key.startswith("lr-")})
+    lines = {rate: points(rows, rate) for rate in rates}
+    different = {rate: line for i, (rate, line) in enumerate(lines.items()) if line not in list(lines.values())[:i]}
+    if len(different) == 1:  # groups of parameters that differ in other settings
+        return {rate.removeprefix("lr-").partition("/")[0]: rate for rate in different}
+    return {rate.removeprefix("lr-"): rate for rate in different}
+
+
+def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], theme: Theme) -> None:
+    tidy(axes, title, "training step", UNITS[title])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}")
+    )
+    factor = 100 if title == ACCURACY else 1
+    ends: list[tuple[float, str, str]] = []
+    for number, (name, rows) in enumerate(runs.items()):
+        keys = _keys(title, rows)
+        for place, (label, key) in enumerate(keys.items()):
+            line = [(step, factor * value) for step, value in points(rows, key)]
+            if not line:
+                continue
+            line = line[:: -(-len(line) // MOST)]
+            color, dashes = color_of(theme, place if len(runs) == 1 else number)
+            style = dashes if title == RATE else DASHES[label]
+            marker = "." if len(line) < 30 else None
+            text = f"{name} {label}".strip() if len(runs) > 1 else label
+            axes.plot(
+                *zip(*line, strict=True), label=text, color=color, linewidth=WIDTHS.get(label, 1.6), linestyle=style,
+                marker=marker, markersize=4,
+            )  # fmt: skip
+            if len(runs) == 1:
+                ends.append((line[-1][1], label.replace(", ", ",\n"), color))
+            elif label in ("val", *list(keys)[: title == RATE]):
+                ends.append((line[-1][1], name, color))
+    if title == LOSS:
+        _log_scale(axes)
+    else:
+        axes.set_ylim(bottom=0 if title == RATE else None)
+    label_ends(axes, ends)
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", length=0)

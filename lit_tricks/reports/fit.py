@@ -1,8 +1,7 @@
-"""The end of a fit: a table on the terminal, ``results.json`` and ``curves.png`` in the run's folder."""
+"""The end of a fit: a table on the terminal; ``results.json``, ``curves.png`` and ``report.md`` in the run's folder."""
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from pathlib import Path
@@ -12,51 +11,49 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lit_tricks.reports.content import Section, results_table, time_table, tricks_table
 from lit_tricks.reports.curves import draw_curves
+from lit_tricks.reports.page import to_markdown
+from lit_tricks.reports.run import Row, Run, read_metrics, read_run_folder
 
-__all__ = ["read_metrics", "report_fit"]
+__all__ = ["metrics_at", "report_fit"]
 
-COLUMNS = ("loss", "top1", "top5", "ece")
 SPLITS = ("train", "val", "test")
 
 
-def report_fit(run: Path, best: str, seconds: float | None = None) -> dict[str, Any]:
-    """Sum up a finished fit: print the table, write ``results.json`` and ``curves.png``.
+def report_fit(
+    run: Path, best: str, seconds: float | None = None, time: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Sum up a finished fit: print the table, write ``results.json``, ``curves.png`` and the short ``report.md``.
 
     Args:
         run: folder of the run, with ``metrics.csv``.
         best: path of the best checkpoint, or "" if there is none.
         seconds: that the training took, with the runs that it resumes.
+        time: what this training's seconds went into, see ``TimeSplit.result``.
 
     Returns:
         What ``results.json`` holds: the best checkpoint, its epoch, the metrics of ``train``, ``val`` and ``test``
         there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of the
-        average that the checkpoint has), the seconds, and the peak memory of this process in bytes: that of the GPU if
-        it has one, otherwise all of its own.
+        average that the checkpoint has), the seconds, the time, and the peak memory of this process in bytes: that of
+        the GPU if it has one, otherwise all of its own.
     """
     rows = read_metrics(run)
     checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
-    metrics = {split: found for split in SPLITS if (found := _metrics(rows, split, epoch))}
+    metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
-    results |= {"seconds": seconds, "peak_memory": _peak_memory()}
+    results |= {"seconds": seconds, "time": time, "peak_memory": _peak_memory()}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png")
+    read = read_run_folder(run)
+    (run / "report.md").write_text(_short_report(read, curves), encoding="utf-8")
     console = Console()
-    console.print(_table(epoch, _kind(checkpoint), metrics))
+    console.print(_table(read))
     for what, path in {"best checkpoint": best, "curves": curves, "run": run}.items():
         if path:
             console.print(f"{what:>15}  {path}", highlight=False, soft_wrap=True)
     return results
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Rows of ``metrics.csv``, each without its empty cells; none if nothing was trained, and so nothing logged."""
-    path = run / "metrics.csv"
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(stream)]
 
 
 def _peak_memory() -> int | None:
@@ -70,13 +67,13 @@ def _peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _last_epoch(rows: list[dict[str, float]]) -> int:
+def _last_epoch(rows: list[Row]) -> int:
     return int(max((row["epoch"] for row in rows if "epoch" in row), default=0))
 
 
-def _metrics(rows: list[dict[str, float]], split: str, epoch: int) -> dict[str, float]:
+def metrics_at(rows: list[Row], split: str, epoch: int) -> Row:
     """Metrics of a split, without its name; those of train and val at the given epoch."""
-    found: dict[str, float] = {}
+    found: Row = {}
     for row in rows:
         if split == "test" or row.get("epoch") == epoch:
             found |= {key: value for key, value in row.items() if key.startswith(f"{split}/")}
@@ -90,18 +87,23 @@ def _kind(checkpoint: dict[str, Any]) -> str:
     return "averaged" if any(isinstance(state, dict) and state.get("raw") for state in states) else "raw"
 
 
-def _table(epoch: int, kind: str, metrics: dict[str, dict[str, float]]) -> Table:
-    names = {name for of_split in metrics.values() for name in of_split}
-    columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
-    table = Table(title=f"epoch {epoch}, {kind} weights", title_justify="left")
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left")
-    for split, of_split in metrics.items():
-        table.add_row(split, *(_cell(name, of_split.get(name)) for name in columns))
+def _short_report(run: Run, curves: Path | None) -> str:
+    """What is there already, without drawing anything more."""
+    tables = [results_table([run]), tricks_table(run), time_table([run])]
+    sections = [Section(table.caption, tables=[table]) for table in tables if table.rows]
+    more = (
+        f"`lit-tricks report {run.path}` draws the confusion matrix, reliability, worst classes and most wrong images."
+    )
+    pictures = "![Loss, accuracy and learning rate against the training step](curves.png)\n\n" if curves else ""
+    return f"{to_markdown(run.name, sections)}\n{pictures}{more}\n"
+
+
+def _table(run: Run) -> Table:
+    found = results_table([run])
+    title = f"epoch {run.results['epoch']}, {run.kind} weights"
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(found.header):
+        table.add_column(column, justify="right" if i else "left")
+    for row in found.rows:
+        table.add_row(*row)
     return table
-
-
-def _cell(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if name.startswith("top") else f"{value:.4f}"

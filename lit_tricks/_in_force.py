@@ -1,0 +1,58 @@
+"""The tricks of a run: which, with which arguments, to which effect; kept in its folder and told to its loggers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_tricks.callbacks._base import Trick, callbacks_of
+
+__all__ = ["TricksInForce", "tricks_in_force"]
+
+
+def tricks_in_force(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """The tricks among the callbacks, in their order, by class name: its ``arguments``, and its ``effect`` in words."""
+    found: dict[str, dict[str, Any]] = {}
+    for trick in callbacks_of(trainer):
+        if isinstance(trick, Trick):
+            name = key = type(trick).__name__
+            while key in found:
+                key = f"{name} ({sum(other.startswith(name) for other in found) + 1})"
+            arguments = {p: _plain(getattr(trick, p, None)) for p in inspect.signature(type(trick)).parameters}
+            found[key] = {"arguments": arguments, "effect": trick.effect}
+    return found
+
+
+class TricksInForce(Callback):
+    """Keeps the tricks in ``tricks.json`` once all of them have said what they do, and tells W&B and its like.
+
+    Args:
+        folder: of the run; there only on rank zero.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them down. It is the last of the callbacks, so that the tricks come before."""
+        if not trainer.is_global_zero:
+            return
+        tricks = tricks_in_force(trainer)
+        (self.folder / "tricks.json").write_text(json.dumps(tricks, indent=2) + "\n")
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):
+                logger.log_hyperparams({"tricks": tricks})
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; a module, such as a teacher, by its class."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else type(value).__name__

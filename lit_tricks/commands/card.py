@@ -1,0 +1,222 @@
+"""``lit-tricks card``: a checkpoint's model card, in the form of Hugging Face's, from the folder of its run.
+
+One caveat: it can not know what a model is fit for, nor under which licence it may be given away. Write that.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import lit_tricks
+from lit_tricks import callbacks
+from lit_tricks.reports.citations import citations, link_of
+from lit_tricks.reports.content import Table, results_table, tricks_table
+from lit_tricks.reports.fit import metrics_at
+from lit_tricks.reports.page import markdown_table
+from lit_tricks.reports.run import FILES, Run, read_run_folder
+from lit_tricks.reports.style import duration
+
+__all__ = ["card"]
+
+log = logging.getLogger("lit_tricks")
+
+NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "ece": "expected calibration error"}
+TYPES = {"top1": "accuracy", "top5": "accuracy", "ece": "expected_calibration_error"}
+
+
+def card(
+    checkpoint: str,
+    *,
+    output: str | None = None,
+    license: str = "unknown",  # noqa: A002  # the name of the field
+    overwrite: bool = False,
+) -> Path:
+    """Write the model card of a checkpoint: recipe, metrics, tricks, and BibTeX of the methods used.
+
+    A README.md as the Hugging Face Hub shows it, with the metadata that it reads. What is not in the checkpoint comes
+    from the folder of its run.
+
+    Args:
+        checkpoint: file in the ``checkpoints`` of a run.
+        output: file to write; by default README.md in the folder of the run, or beside the checkpoint.
+        license: identifier of the licence that the model is given away under, such as apache-2.0.
+        overwrite: replace ``output`` if it exists.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        FileNotFoundError: if the checkpoint, or the folder of ``output``, does not exist.
+        FileExistsError: if ``output`` exists, unless it is to be replaced.
+        ValueError: if the file is no checkpoint.
+    """
+    path = Path(checkpoint)
+    content = _read(path)
+    folders = [f for f in (path.parent, path.parent.parent) if any((f / name).is_file() for name in FILES)]
+    run = read_run_folder(folders[0]) if folders else Run(path.stem, path.parent)
+    target = Path(output) if output else run.path / "README.md"
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists: choose another file with --output, or give --overwrite to replace it.")
+    if not target.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--output {target} lies in a folder that does not exist: make it first.")
+    facts = _Facts(path, content, run)
+    target.write_text(f"---\n{_front_matter(facts, license)}---\n\n{_text(facts)}", encoding="utf-8")
+    log.info("card: %s", target)
+    return target
+
+
+class _Facts:
+    """What is known of a checkpoint, from it and from its run."""
+
+    def __init__(self, path: Path, content: dict[str, Any], run: Run) -> None:
+        self.path, self.content, self.run = path, content, run
+        hparams = content.get("hyper_parameters", {})
+        data = content.get("datamodule_hyper_parameters", {})
+        model = run.config.get("model", {}).get("init_args", {}) | hparams
+        self.settings: dict[str, Any] = model
+        self.model = str(model.get("model", hparams.get("_class_path", "")).rpartition(".")[2] or "model")
+        self.module = str(hparams.get("_class_path") or run.config.get("model", {}).get("class_path", ""))
+        self.classes: list[str] = model.get("class_names") or []
+        settings = run.config.get("data") or {}
+        self.data = str(data.get("_class_path") or settings.get("class_path", "")).rpartition(".")[2]
+        self.data_settings = settings.get("init_args", {}) | {k: v for k, v in data.items() if not k.startswith("_")}
+        optimizer = model.get("optimizer") or {}
+        self.optimizer = str(optimizer.get("class_path", "")) or ", ".join(content.get("optimizers", []))
+        self.optimizer_settings: dict[str, Any] = optimizer.get("init_args", {})
+        self.is_best = Path(run.results.get("best_checkpoint") or "-").name == path.name
+        self.tricks: dict[str, dict[str, Any]] = run.tricks or {
+            name: {"arguments": {}, "effect": ""}
+            for key in content.get("callbacks", {})
+            if (name := key.partition("{")[0]) in callbacks.__all__
+        }
+        self.metrics = (
+            run.metrics
+            if self.is_best
+            else {
+                split: found for split in ("train", "val") if (found := metrics_at(run.rows, split, content["epoch"]))
+            }
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.dataset}" if self.dataset else self.model
+
+    @property
+    def dataset(self) -> str:
+        """A short name of the data: of a folder of images it is that of the folder."""
+        root = str(self.data_settings.get("root", "")) if self.data == "ImageFolder" else ""
+        return re.sub(r"[^\w.-]+", "-", Path(root).name if root else self.data).lower()
+
+    def citations(self) -> list[str]:
+        names = [re.sub(r" \(\d+\)$", "", name) for name in self.tricks]
+        links = [link_of(getattr(callbacks, name).__doc__) for name in names if name in callbacks.__all__]
+        ours = self.module.rpartition(".")[2] in ("Classifier", "")
+        methods = {self.data, self.optimizer.rpartition(".")[2]} | ({"timm"} if ours else set())
+        methods |= {known for known in ("resnet", "inception_v3", "mobilenetv1") if self.model.startswith(known)}
+        if self.model == "resnet" and (self.settings.get("model_args") or {}).get("variant", "D") != "B":
+            links.append("https://arxiv.org/abs/1812.01187")  # its variants are that paper's
+        methods |= {"average"} if "averaged_from" in self.content else set()
+        return citations(links, methods)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such file. Give a checkpoint, runs/NAME/vN/checkpoints/best.ckpt."
+        )
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content["pytorch-lightning_version"], content["state_dict"].items()
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged.") from error
+    return content
+
+
+def _front_matter(facts: _Facts, license_id: str) -> str:
+    tags = ["image-classification", "lit-tricks", "pytorch-lightning"]
+    tags += [re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower() for name in facts.tricks]
+    results = [
+        {
+            "task": {"type": "image-classification", "name": "Image Classification"},
+            "dataset": {"name": facts.data or facts.dataset, "type": facts.dataset, "split": split},
+            "metrics": [
+                {"type": TYPES[name], "name": NAMES[name], "value": round(found[name], 4)}
+                for name in NAMES
+                if math.isfinite(found.get(name, math.nan))
+            ],
+        }
+        for split, found in facts.metrics.items()
+        if split != "train" and facts.dataset and not NAMES.keys().isdisjoint(found)
+    ]
+    matter: dict[str, Any] = {"license": license_id, "library_name": "lit-tricks", "tags": tags}
+    matter |= {"pipeline_tag": "image-classification"}
+    matter |= {"datasets": [facts.dataset]} if facts.dataset else {}
+    if results:
+        matter |= {"metrics": ["accuracy"], "model-index": [{"name": facts.name, "results": results}]}
+    return yaml.safe_dump(matter, sort_keys=False)
+
+
+def _text(facts: _Facts) -> str:
+    run, content = facts.run, facts.content
+    classes = f" for {len(facts.classes)} classes" if facts.classes else ""
+    data = f" trained on {facts.data}" if facts.data else ""
+    lines = [f"# {facts.name}", "", f"`{facts.model}`{classes},{data} with lit_tricks {lit_tricks.__version__}.", ""]
+    if averaged := content.get("averaged_from"):
+        lines += [f"Its weights are the average of {len(averaged)} checkpoints.", ""]
+    lines += ["## Results", ""]
+    shown = Run(run.name, run.path, results={run.kind or "raw": facts.metrics})
+    table = results_table([shown])
+    what = f"{run.kind} weights" if run.kind else "weights"
+    epoch = f"At epoch {content['epoch']}, {what}. " if "epoch" in content else ""
+    if table.rows:
+        test = "" if "test" in facts.metrics else " This checkpoint was not tested."
+        lines += [f"{epoch}Accuracies in per cent; ece is the expected calibration error.{test}", ""]
+        lines += [*markdown_table(table), ""]
+    else:
+        lines += ["None are known: the folder of the run has no metrics of this checkpoint.", ""]
+    if facts.module.rpartition(".")[2] in ("Classifier", ""):
+        lines += ["## Use", "", "```python", "from lit_tricks import Classifier", ""]
+        lines += [f'model = Classifier.load_from_checkpoint("{facts.path.name}", map_location="cpu").eval()']
+        lines += ["logits = model(images)  # float images (N, C, H, W), normalised as in training", "```", ""]
+    lines += ["## Recipe", "", *markdown_table(_recipe(facts)), ""]
+    if run.config:
+        text = yaml.safe_dump(run.config, sort_keys=False)
+        lines += ["<details><summary>All settings, for <code>lit-tricks fit --config FILE</code></summary>", ""]
+        lines += ["```yaml", text.rstrip(), "```", "", "</details>", ""]
+    lines += ["## Tricks", ""]
+    if facts.tricks:
+        tricks = tricks_table(Run(run.name, run.path, tricks=facts.tricks))
+        lines += [*markdown_table(tricks), ""]
+        lines += [] if run.tricks else ["Those that left a trace in the checkpoint; the run keeps no list of them.", ""]
+    else:
+        lines += ["None.", ""]
+    lines += ["## Citation", "", "```bibtex", "\n\n".join(facts.citations()), "```", ""]
+    return "\n".join(lines)
+
+
+def _recipe(facts: _Facts) -> Table:
+    trainer = facts.run.config.get("trainer", {})
+    arguments = ", ".join(f"{k}={v}" for k, v in facts.optimizer_settings.items())
+    found = {
+        "model": f"{facts.model} {facts.settings.get('model_args') or ''}".strip(),
+        "start": facts.settings.get("weights") or "random weights",
+        "optimizer": f"{facts.optimizer}({arguments})" if facts.optimizer else None,
+        "data": f"{facts.data}({', '.join(f'{k}={v}' for k, v in facts.data_settings.items())})"
+        if facts.data
+        else None,
+        "epochs": trainer.get("max_epochs"),
+        "batches accumulated": trainer.get("accumulate_grad_batches"),
+        "gradient clipping": trainer.get("gradient_clip_val"),
+        "precision": trainer.get("precision"),
+        "devices": trainer.get("devices"),
+        "seed": facts.run.config.get("seed_everything"),
+        "training time": duration(facts.run.results["seconds"]) if facts.run.results.get("seconds") else None,
+    }
+    return Table("Recipe", ["setting", "value"], [[k, str(v)] for k, v in found.items() if v is not None])

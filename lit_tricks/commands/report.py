@@ -1,0 +1,41 @@
+"""``lit-tricks report``: what became of a run, or of several, as one page."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+__all__ = ["report"]
+
+log = logging.getLogger("lit_tricks")
+
+
+def report(runs: list[str], *, out: str | None = None) -> Path:
+    """Show runs: curves, time, mistakes, calibration; several are laid over each other.
+
+    It reads nothing but the folders of the runs, those of interrupted runs too. A part that a run lacks is named in the
+    report, with the reason. It leaves ``report.html``, one file that opens in any browser without a network, and the
+    same as ``report.md`` with its pictures.
+
+    Args:
+        runs: folders of runs, such as runs/quickstart/v0.
+        out: folder for the report; by default that of the run, or ``report`` for several.
+
+    Returns:
+        The page, ``report.html``.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist or is no run's.
+        ValueError: if a run is given twice.
+    """
+    from lit_tricks.reports.content import report_sections
+    from lit_tricks.reports.page import write
+    from lit_tricks.reports.run import read_runs
+
+    found = read_runs(runs)
+    folder = Path(out or (runs[0] if len(runs) == 1 else "report"))
+    folder.mkdir(parents=True, exist_ok=True)
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs: {', '.join(run.name for run in found)}"
+    write(folder, title, report_sections(found))
+    log.info("report: %s", folder / "report.html")
+    return folder / "report.html"

@@ -1,0 +1,277 @@
+"""What a report says, in one order for every form of it: sections of text, tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_tricks.reports.curves import PANELS, draw_panel, panels_of
+from lit_tricks.reports.figures import (
+    MOST_CLASSES,
+    Said,
+    draw_calibration,
+    draw_confusion,
+    draw_recalls,
+    draw_time,
+    draw_wrong,
+    worst_classes,
+)
+from lit_tricks.reports.run import Run
+from lit_tricks.reports.style import DARK, LIGHT, draw, duration
+
+__all__ = [
+    "Image",
+    "Picture",
+    "Section",
+    "Table",
+    "cell",
+    "report_sections",
+    "results_table",
+    "time_table",
+    "tricks_table",
+]
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("loss", "top1", "top5", "ece")
+CLOCKS = {
+    "host": "Seconds of the main process, by the clock of the CPU. Where a GPU computes, most of its time is spent "
+    "wherever the process waits for it.",
+    "device": "Steps are divided by events in the stream of the GPU, in every 11th step: data is what it waits for.",
+}
+
+
+@dataclass
+class Table:
+    """A table: its caption, header and rows of text; the first column names the row."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class Picture:
+    """A picture on light and on dark ground, PNG files, and what it shows, in words."""
+
+    name: str
+    alt: str
+    light: bytes
+    dark: bytes
+
+
+@dataclass
+class Image:
+    """One of the most wrong images: its pixels, and what to say of it."""
+
+    pixels: Any
+    alt: str
+    caption: str
+
+
+@dataclass
+class Section:
+    """A heading and what stands below it, in this order."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+
+
+def report_sections(runs: list[Run]) -> list[Section]:
+    """All sections of a report on these runs; those for which no run has anything are left out."""
+    sections = [_results(runs), _tricks(runs), _settings(runs), _curves(runs), _time(runs), *_predictions(runs)]
+    gaps = [f"{run.name}: no {part}. The reason: {why}." for run in runs for part, why in run.missing.items()]
+    sections.append(Section("What is missing", gaps))
+    return [s for s in sections if s.text or s.tables or s.pictures or s.images]
+
+
+def results_table(runs: list[Run]) -> Table:
+    """The metrics of the best checkpoint, by run and split."""
+    names = {name for run in runs for found in run.metrics.values() for name in found}
+    columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
+    rows = []
+    for run in runs:
+        for split in SPLITS:
+            if found := run.metrics.get(split):
+                label = f"{run.name}, {split}" if len(runs) > 1 else split
+                rows.append([label, *(cell(name, found.get(name)) for name in columns)])
+    return Table("Metrics at the best checkpoint", ["", *columns], rows)
+
+
+def cell(name: str, value: float | None) -> str:
+    """A metric as it is written: accuracies in per cent."""
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if name.startswith("top") else f"{value:.4f}"
+
+
+def tricks_table(run: Run) -> Table:
+    """The tricks of a run, with their effects, and the arguments that are set."""
+    rows = [
+        [
+            name,
+            trick["effect"] or "-",
+            ", ".join(f"{k}={v}" for k, v in trick["arguments"].items() if v is not None) or "-",
+        ]
+        for name, trick in run.tricks.items()
+    ]
+    return Table(f"Tricks in force, {run.name}", ["trick", "effect", "arguments"], rows)
+
+
+def time_table(runs: list[Run]) -> Table:
+    """Time and part of the whole, by what it went into."""
+    runs = [run for run in runs if run.seconds]
+    parts = list(runs[0].seconds) if runs else []
+    rows = []
+    for part in parts:
+        seconds = [(run.seconds.get(part, 0.0), sum(run.seconds.values()) or 1.0) for run in runs]
+        rows.append([part, *(f"{duration(value)}, {value / whole:.0%}" for value, whole in seconds)])
+    header = [run.name for run in runs] if len(runs) > 1 else ["time"]
+    return Table("Time of the training", ["part", *header], rows)
+
+
+def _results(runs: list[Run]) -> Section:
+    section = Section("Results")
+    for run in runs:
+        if run.results:
+            best = f"epoch {run.results.get('epoch', '?')}, {run.kind} weights"
+            took = f", {duration(run.results['seconds'])} of training" if run.results.get("seconds") else ""
+            peak = f", {run.results['peak_memory'] / 1e9:.2f} GB at most" if run.results.get("peak_memory") else ""
+            section.text.append(f"{run.name}: {best}{took}{peak}.")
+    table = results_table(runs)
+    section.tables += [table] if table.rows else []
+    return section
+
+
+def _tricks(runs: list[Run]) -> Section:
+    return Section("Tricks in force", tables=[tricks_table(run) for run in runs if run.tricks])
+
+
+def _settings(runs: list[Run]) -> Section:
+    """What is not the same in the configurations of several runs."""
+    flat = {run.name: dict(_flat(run.config)) for run in runs if run.config}
+    keys = sorted({key for settings in flat.values() for key in settings} - {"name"})
+    rows = []
+    for key in keys:
+        values = [str(settings.get(key, "-")) for settings in flat.values()]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    section = Section("What differs in the settings")
+    if len(flat) > 1:
+        section.text = [] if rows else ["Nothing: the runs have the same settings."]
+        section.tables = [Table("Settings that differ", ["setting", *flat], rows)] if rows else []
+    return section
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if path == "trainer.callbacks":  # the tricks have a table of their own; others by name
+        names = [str(c.get("class_path", c)).rpartition(".")[2] for c in value or [] if isinstance(c, dict)]
+        yield path, ", ".join(names) or "none"
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, value
+
+
+def _curves(runs: list[Run]) -> Section:
+    section = Section("Learning curves")
+    shown = {run.name: run.rows for run in runs if run.rows}
+    titles = panels_of(list(shown.values()))
+    if titles and len(shown) > 1:
+        section.text.append(
+            "Solid: validation. Dotted: training. Dashed: trained weights, validated beside an average."
+        )
+    for title in titles:
+        alt = f"{title} against the training step, of {', '.join(shown)}."
+        section.pictures.append(_picture(title.lower().replace(" ", "_"), alt, draw_panel, title, shown))
+    section.text += [f"{title} was not logged." for title in PANELS if shown and title not in titles]
+    return section
+
+
+def _time(runs: list[Run]) -> Section:
+    timed = [run for run in runs if run.seconds]
+    section = Section("Where the time went")
+    if timed:
+        section.text = [CLOCKS[clock] for clock in dict.fromkeys(run.results["time"]["clock"] for run in timed)]
+        table = time_table(timed)
+        section.tables = [table]
+        alt = "Time of each part of the training. " + "; ".join(f"{row[0]}: {', '.join(row[1:])}" for row in table.rows)
+        section.pictures = [
+            _picture("time", f"{alt}.", draw_time, {run.name: run.seconds for run in timed}, [run.name for run in runs])
+        ]
+    return section
+
+
+def _predictions(runs: list[Run]) -> Iterator[Section]:
+    names = [run.name for run in runs]
+    said: Said = {run.name: run.predictions for run in runs if run.predictions and len(run.predictions.label)}
+    if not said:
+        return
+    several = len(said) > 1
+    what = {
+        "test": "test images, with the best checkpoint",
+        "val": "validation images, with the weights of the last epoch",
+    }
+    text = [f"{name}: {len(found.label):,} {what[found.split]}." for name, found in said.items()]
+    mistakes = Section("Mistakes", text)
+    for name, found in said.items():
+        frequent = found.confusion().mistakes()[:5]
+        words = ", ".join(f"{found.classes[a]} as {found.classes[b]}: {n}" for a, b, n in frequent)
+        many = len(found.classes) > MOST_CLASSES
+        alt = f"{'Most frequent mistakes' if many else 'Confusion matrix'} of {name}. Most frequent: {words or 'none'}."
+        if not many or frequent:
+            mistakes.pictures.append(
+                _picture(_file("confusion", name, several), alt, draw_confusion, found, f", {name}" * several)
+            )
+    yield mistakes
+    errors = ", ".join(f"{name} {found.calibration().error:.4f}" for name, found in said.items())
+    alt = f"Reliability diagram: accuracy against confidence. Expected calibration error: {errors}."
+    yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, said, names)])
+    same = {name: found for name, found in said.items() if found.classes == next(iter(said.values())).classes}
+    yield _classes(same, names)
+    for name, found in said.items():
+        images = [
+            Image(
+                pixels, f"{where}: {label}, taken for {predicted}", f"{label} → {predicted}, {sure:.0%} sure ({where})"
+            )
+            for pixels, label, predicted, _, sure, where in found.wrong()
+        ]
+        section = Section(f"Most wrong images, {name}" if several else "Most wrong images", images=images)
+        if images:
+            alt = f"Grid of the {len(images)} most wrong images of {name}."
+            section.pictures = [_picture(_file("most_wrong", name, several), alt, draw_wrong, found)]
+        elif found.wrong_image is None:
+            section.text = ["No images were kept: the batches of the run hold none."]
+        else:
+            section.text = [f"None: {name} has all images right."]
+        yield section
+
+
+def _classes(said: Said, names: list[str]) -> Section:
+    order = worst_classes(said)
+    first = next(iter(said.values()))
+    rows = []
+    for label in order:
+        row = [first.classes[label], f"{first.recalls()[1][label]}"]
+        for found in said.values():
+            row += [f"{found.recalls()[0][label]:.1%}", f"{found.precisions()[label]:.1%}".replace("nan%", "-")]
+        rows.append(row)
+    heads = [f"{what}{f', {name}' if len(said) > 1 else ''}" for name in said for what in ("found", "right")]
+    text = [
+        "Found: of the images of the class, those taken for it. Right: of the images taken for it, those of the class."
+    ]
+    alt = "Worst classes: " + ", ".join(f"{row[0]} {row[2]}" for row in rows) + "."
+    picture = _picture("classes", alt, draw_recalls, said, names)
+    return Section("Worst classes", text, [Table("Worst classes", ["class", "images", *heads], rows)], [picture])
+
+
+def _file(what: str, name: str, several: bool) -> str:
+    return f"{what}_{name.replace('/', '_')}" if several else what
+
+
+def _picture(name: str, alt: str, function: Any, *args: Any) -> Picture:
+    return Picture(name, alt, draw(function, *args, theme=LIGHT), draw(function, *args, theme=DARK))

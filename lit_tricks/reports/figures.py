@@ -1,0 +1,174 @@
+"""Pictures of where the time went and of what a model said, of one run or of several."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from lit_tricks.reports.predictions import Predictions
+from lit_tricks.reports.style import Theme, color_of, new_figure, tidy, unit_of_time
+
+__all__ = ["MOST_CLASSES", "draw_calibration", "draw_confusion", "draw_recalls", "draw_time", "draw_wrong"]
+
+MOST_CLASSES = 30  # of a matrix; with more it is the most frequent mistakes that are shown
+WORST = 10  # classes, or mistakes
+
+Said = dict[str, Predictions]  # by the name of the run
+
+
+def draw_time(runs: dict[str, dict[str, float]], names: list[str], theme: Theme) -> Figure:
+    """Bars of the time that each part of the training took; the colours go by the names of all runs."""
+    parts = [part for part in next(iter(runs.values())) if any(seconds.get(part) for seconds in runs.values())]
+    figure = new_figure(4.8, 1.1 + 0.28 * len(parts) * max(1, 0.6 * len(runs)))
+    axes = figure.subplots()
+    height = 0.8 / len(runs)
+    most = max(max(seconds.values()) for seconds in runs.values())
+    unit, unit_name = unit_of_time(most)
+    for number, (name, seconds) in enumerate(runs.items()):
+        whole = sum(seconds.values()) or 1.0
+        places = [i + (number - (len(runs) - 1) / 2) * height for i in range(len(parts))]
+        values = [seconds.get(part, 0.0) / unit for part in parts]
+        axes.barh(places, values, height * 0.92, color=color_of(theme, names.index(name))[0], label=name)
+        for place, value in zip(places, values, strict=True):
+            text = f" {value:.3g}" + (f", {value * unit / whole:.0%}" if len(runs) == 1 else "")
+            axes.text(value, place, text, va="center", fontsize=9 if len(runs) < 4 else 7)
+    tidy(axes, "Time of the training", unit_name, "")
+    axes.set_yticks(range(len(parts)), parts)
+    axes.set_xlim(0, 1.3 * most / unit)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    if len(runs) > 1:
+        figure.legend(loc="outside lower center", ncols=min(3, len(runs)), frameon=False, fontsize=9)
+    return figure
+
+
+def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
+    """Accuracy against confidence, and how many images have which confidence."""
+    figure = new_figure(4.8, 4.4)
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    axes.plot([0, 100], [0, 100], color=theme.faint, linewidth=1, linestyle="--", label="as sure as it is right")
+    for name, said in runs.items():
+        found = said.calibration()
+        some = found.count > 0
+        color, style = color_of(theme, names.index(name))
+        text = f"{name}: " if len(runs) > 1 else ""
+        x, y = 100 * found.confidence[some], 100 * found.accuracy[some]
+        text += f"off by {100 * found.error:.1f} points on average"
+        axes.plot(x, y, color=color, linestyle=style, linewidth=1.2, label=text)
+        axes.scatter(x, y, 8 + 150 * found.count[some] / found.count.sum(), color=color, clip_on=False, zorder=3)
+        edges = np.linspace(0, 100, len(found.count) + 1)
+        below.stairs(100 * found.count / found.count.sum(), edges, color=color, fill=len(runs) == 1, linestyle=style)
+    tidy(axes, "Reliability", "", "right in %")
+    tidy(below, "", "confidence: probability of the predicted class in %", "images in %")
+    axes.set(xlim=(0, 100), ylim=(-2, 102))
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    return figure
+
+
+def draw_confusion(said: Predictions, of: str, theme: Theme) -> Figure:
+    """The matrix of true and predicted classes; of more than 30 classes the most frequent mistakes instead.
+
+    Args:
+        said: what was said.
+        of: what follows in the title, such as ", quickstart/v0".
+        theme: the ground.
+    """
+    if len(said.classes) > MOST_CLASSES:
+        return _draw_mistakes(said, of, theme)
+    classes = len(said.classes)
+    matrix = said.confusion().dense(classes)
+    parts = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    side = 2.2 + 0.3 * classes if classes <= 12 else 3.4 + 0.14 * classes
+    figure = new_figure(side + 0.6, side)
+    axes = figure.subplots()
+    image = axes.imshow(
+        100 * parts, cmap=LinearSegmentedColormap.from_list("", (theme.band, theme.cycle[0])), vmin=0, vmax=100
+    )
+    axes.set(title=f"Confusion matrix{of}", xlabel="predicted class", ylabel="true class")
+    small = 9 if classes <= 12 else 7
+    upright = max(map(len, said.classes)) <= 2
+    axes.set_xticks(range(classes), said.classes, rotation=0 if upright else 90, fontsize=small)
+    axes.set_yticks(range(classes), said.classes, fontsize=small)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if classes <= 12:
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                dark = image.cmap(image.norm(100 * parts[row, column]))[:3]
+                light = np.dot(dark, (0.299, 0.587, 0.114)) < 0.5
+                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color="w" if light else "k")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="of the images of a true class, in %").outline.set_visible(False)
+    return figure
+
+
+def _draw_mistakes(said: Predictions, of: str, theme: Theme) -> Figure:
+    mistakes = said.confusion().mistakes()[:15]
+    figure = new_figure(4.8, 1.2 + 0.24 * max(1, len(mistakes)))
+    axes = figure.subplots()
+    counts = [count for _, _, count in mistakes]
+    axes.barh(range(len(mistakes)), counts, 0.7, color=theme.cycle[1])
+    for place, count in enumerate(counts):
+        axes.text(count, place, f" {count}", va="center", fontsize=9)
+    tidy(axes, "", "images", "")
+    figure.suptitle(f"Most frequent mistakes{of}", x=0.02, ha="left", fontsize=11, fontweight="bold")
+    axes.set_yticks(
+        range(len(mistakes)), [f"{_short(said.classes[a])} → {_short(said.classes[b])}" for a, b, _ in mistakes]
+    )
+    axes.set_xlim(0, 1.15 * max(counts, default=1))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
+    """The classes of which the least is found, by the mean over the runs."""
+    order = worst_classes(runs)
+    classes = next(iter(runs.values())).classes
+    figure = new_figure(4.8, 1.4 + 0.26 * len(order))
+    axes = figure.subplots()
+    for name, said in runs.items():
+        values = 100 * said.recalls()[0][order]
+        axes.plot(values, range(len(order)), "o", color=color_of(theme, names.index(name))[0], label=name, alpha=0.9)
+        if len(runs) == 1:
+            for place, value in enumerate(values):
+                axes.annotate(
+                    f"{value:.1f}", (value, place), (7, 0), textcoords="offset points", va="center", fontsize=9
+                )
+    tidy(axes, "Worst classes", "found, of the images of the class, in %", "")
+    axes.set_yticks(range(len(order)), [_short(classes[i]) for i in order])
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(-2.0, low), min(102.0, high) + 0.12 * (high - low) * (len(runs) == 1))
+    if len(runs) > 1:
+        figure.legend(loc="outside lower center", ncols=min(3, len(runs)), frameon=False, fontsize=9)
+    return figure
+
+
+def worst_classes(runs: Said) -> list[int]:
+    """Labels of the classes of which the least is found, the worst first; those without images are left out."""
+    recalls = np.array([said.recalls()[0] for said in runs.values()])
+    known = np.flatnonzero(~np.isnan(recalls).any(0))
+    mean = recalls[:, known].mean(0)
+    return [int(known[i]) for i in np.argsort(mean, kind="stable")[:WORST]]
+
+
+def draw_wrong(said: Predictions, theme: Theme) -> Figure:
+    """The most wrong images as a grid: what they are, and what they were taken for."""
+    found = list(said.wrong())
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure = new_figure(1.75 * columns, 1.95 * rows + 0.3)
+    figure.suptitle("Most wrong: true class → predicted class", x=0.02, ha="left", fontsize=11, fontweight="bold")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (image, label, predicted, _, confidence, _) in zip(figure.axes, found, strict=False):
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        title = f"{_short(label, 14)} → {_short(predicted, 14)}"
+        words = f"{title}\n{confidence:.0%} sure" if len(title) < 20 else title.replace(" → ", "\n→ ")
+        axes.set_title(words, fontsize=8, fontweight="normal", loc="center")
+    return figure
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -1,0 +1,160 @@
+"""What a model said of each image of a split, and what can be counted of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Calibration", "Confusion", "Predictions"]
+
+Floats = npt.NDArray[np.floating[Any]]
+Ints = npt.NDArray[np.integer[Any]]
+
+
+@dataclass
+class Confusion:
+    """How often images of a class were taken for another, as far as that happened: three arrays of one length.
+
+    Args:
+        label: the true class.
+        predicted: the most probable class.
+        count: number of images.
+    """
+
+    label: Ints
+    predicted: Ints
+    count: Ints
+
+    def dense(self, classes: int) -> Ints:
+        """The matrix, (classes, classes): a row is a true class."""
+        matrix = np.zeros((classes, classes), dtype=np.int64)
+        matrix[self.label, self.predicted] = self.count
+        return matrix
+
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """Label, predicted class and number of images, the most frequent mistake first."""
+        triples = zip(self.label.tolist(), self.predicted.tolist(), self.count.tolist(), strict=True)
+        return sorted((t for t in triples if t[0] != t[1]), key=lambda t: (-t[2], t[0], t[1]))
+
+
+@dataclass
+class Calibration:
+    """Confidence and accuracy in bins of equal width over [0, 1], and how far they lie apart.
+
+    Args:
+        count: images in a bin.
+        confidence: their mean probability of the most probable class; NaN without any.
+        accuracy: how many of them were right, in [0, 1]; NaN without any.
+    """
+
+    count: Ints
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error ([Guo et al., 2017](https://arxiv.org/abs/1706.04599))."""
+        gap = np.nan_to_num(np.abs(self.accuracy - self.confidence))
+        return float((gap * self.count).sum() / max(1, self.count.sum()))
+
+
+@dataclass
+class Predictions:
+    """Predictions of N images, in their order.
+
+    Args:
+        split: "test" or "val".
+        classes: names of the C classes.
+        label: (N,), the true classes.
+        top: (N, up to 5), the most probable classes.
+        confidence: (N,), probability of the most probable class.
+        probability: (N,), probability of the true class.
+        index: (N,), places of the images in the data set.
+        wrong_index: places of the most wrong images, the worst first.
+        wrong_image: uint8 (K, H, W, 3 or 1), those images; None where they are no images.
+        wrong_file: their files, or "".
+    """
+
+    split: str
+    classes: list[str]
+    label: Ints
+    top: Ints
+    confidence: Floats
+    probability: Floats
+    index: Ints
+    wrong_index: Ints
+    wrong_image: npt.NDArray[np.uint8] | None
+    wrong_file: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Predictions:
+        """Read ``predictions.npz``."""
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = dict(file)
+        labels, top = arrays["label"].astype(np.int64), arrays["top"].astype(np.int64)
+        known = 1 + max(int(labels.max(initial=0)), int(top.max(initial=0)))
+        names = [str(name) for name in arrays["classes"]]
+        return cls(
+            str(arrays["split"]),
+            names if len(names) >= known else [str(i) for i in range(known)],
+            labels,
+            top,
+            arrays["confidence"].astype(np.float64),
+            arrays["probability"].astype(np.float64),
+            arrays["index"],
+            arrays.get("wrong_index", np.zeros(0, np.int64)),
+            arrays.get("wrong_image"),
+            [str(file) for file in arrays.get("wrong_file", [])],
+        )
+
+    @property
+    def predicted(self) -> Ints:
+        """The most probable class of each image."""
+        found: Ints = self.top[:, 0]
+        return found
+
+    def confusion(self) -> Confusion:
+        """Count each pair of a true and a predicted class."""
+        pairs, count = np.unique(self.label * len(self.classes) + self.predicted, return_counts=True)
+        return Confusion(pairs // len(self.classes), pairs % len(self.classes), count)
+
+    def calibration(self, bins: int = 15) -> Calibration:
+        """Compare confidence and accuracy."""
+        right = (self.predicted == self.label).astype(np.float64)
+        places = np.clip(np.ceil(self.confidence * bins).astype(int) - 1, 0, bins - 1)  # ]a, b], as torchmetrics has it
+        count = np.bincount(places, minlength=bins)
+        with np.errstate(invalid="ignore"):
+            confidence = np.bincount(places, self.confidence, bins) / count
+            accuracy = np.bincount(places, right, bins) / count
+        return Calibration(count, confidence, accuracy)
+
+    def recalls(self) -> tuple[Floats, Ints]:
+        """Of each class the part of its images that was right, NaN without any, and their number."""
+        count = np.bincount(self.label, minlength=len(self.classes))
+        right = np.bincount(self.label[self.predicted == self.label], minlength=len(self.classes))
+        with np.errstate(invalid="ignore"):
+            return right / count, count
+
+    def precisions(self) -> Floats:
+        """Of each class the part of what was taken for it that was it; NaN where nothing was."""
+        taken = np.bincount(self.predicted, minlength=len(self.classes))
+        right = np.bincount(self.label[self.predicted == self.label], minlength=len(self.classes))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(right / taken)
+
+    def wrong(self) -> Iterator[tuple[npt.NDArray[np.uint8], str, str, float, float, str]]:
+        """Of the most wrong images: pixels, true class, predicted class, their probabilities, and where it is from."""
+        places = {int(place): i for i, place in enumerate(self.index)}
+        files = self.wrong_file or [""] * len(self.wrong_index)
+        for image, place, file in zip(
+            [] if self.wrong_image is None else self.wrong_image, self.wrong_index, files, strict=False
+        ):
+            i = places[int(place)]
+            label, predicted = self.classes[self.label[i]], self.classes[self.predicted[i]]
+            where = Path(file).name if file else f"image {place}"
+            yield image, label, predicted, float(self.probability[i]), float(self.confidence[i]), where

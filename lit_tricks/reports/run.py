@@ -1,0 +1,152 @@
+"""What a run's folder holds, part by part; of a part that it lacks, why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_tricks.reports.predictions import Predictions
+
+__all__ = ["Row", "Run", "read_metrics", "read_run_folder", "read_runs"]
+
+Row = dict[str, float]
+FILES = ("results.json", "metrics.csv", "config.yaml")  # a folder with one of these is a run's
+
+
+@dataclass
+class Run:
+    """The parts of a run's folder; empty where they are missing.
+
+    Args:
+        name: short, to tell it from the others of a report.
+        path: the folder.
+        rows: of ``metrics.csv``.
+        results: of ``results.json``.
+        tricks: of ``tricks.json``: arguments and effect, by name.
+        config: of ``config.yaml``.
+        predictions: of ``predictions.npz``.
+        missing: why a part is missing, by the name of what it would show.
+    """
+
+    name: str
+    path: Path
+    rows: list[Row] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    tricks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    predictions: Predictions | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Which weights the metrics are of: "raw", "averaged", or "" without results."""
+        return next((kind for kind in ("averaged", "raw") if kind in self.results), "")
+
+    @property
+    def metrics(self) -> dict[str, Row]:
+        """Metrics of the best checkpoint, by split."""
+        found: dict[str, Row] = self.results.get(self.kind, {})
+        return found
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the training, by what they went into."""
+        found: dict[str, float] = (self.results.get("time") or {}).get("seconds", {})
+        return found
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """Read several folders, named by as much of their path as tells them apart.
+
+    Raises:
+        FileNotFoundError: if one does not exist, or is no run's.
+        ValueError: if one is given twice.
+    """
+    folders = [Path(path) for path in paths]
+    resolved = [folder.resolve() for folder in folders]
+    for i, folder in enumerate(resolved):
+        if folder in resolved[:i]:
+            raise ValueError(f"{folders[i]} is given twice: give each run once.")
+    depth = 2  # NAME/vN
+    while len({folder.parts[-depth:] for folder in resolved}) < len(resolved):
+        depth += 1
+    names = ["/".join(folder.parts[-depth:]) for folder in resolved]
+    return [read_run_folder(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run_folder(path: Path, name: str = "") -> Run:
+    """Read a run's folder. A part that is missing, or damaged, is noted.
+
+    Raises:
+        FileNotFoundError: if it does not exist, or is no run's.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder. Give that of a run, such as runs/quickstart/v0.")
+    if not any((path / file).is_file() for file in FILES):
+        inside = sorted(str(found.parent) for found in path.glob("*/metrics.csv"))
+        remedy = f"give one of those in it, {', '.join(inside[:3])}" if inside else f"it has none of {', '.join(FILES)}"
+        raise FileNotFoundError(f"{path} is not the folder of a run: {remedy}.")
+    run = Run(name or "/".join(path.resolve().parts[-2:]), path)
+
+    def read(file: str, shows: str, without: str, parse: Any) -> Any:
+        target = path / file
+        if not target.is_file():
+            run.missing[shows] = f"there is no {file}: {without}"
+            return None
+        try:
+            return parse(target)
+        except Exception as error:  # damaged files fail in many ways
+            run.missing[shows] = f"{file} can not be read ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            return None
+
+    older = "the run did not come to its end, or an older version made it"
+    run.rows = read("metrics.csv", "curves", "nothing was logged", _read_metrics) or []
+    run.results = read("results.json", "results", older, _read_json) or {}
+    run.tricks = (
+        read("tricks.json", "tricks", "the training did not start, or an older version made it", _read_json) or {}
+    )
+    run.config = read("config.yaml", "settings", "the run was not made by lit-tricks", _read_yaml) or {}
+    run.predictions = read(
+        "predictions.npz",
+        "predictions",
+        "the run did not come to its end, an older version made it, or the module does not compute class scores in its "
+        "forward, called from test_step or validation_step",
+        Predictions.read,
+    )
+    if not run.seconds and "results" not in run.missing:
+        run.missing["time"] = "results.json has no time: an older version made it, or the Trainer had another profiler"
+    return run
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """Rows of ``metrics.csv``, each without its empty cells; none if nothing was trained, and so nothing logged."""
+    return _read_metrics(run / "metrics.csv") if (run / "metrics.csv").is_file() else []
+
+
+def _read_metrics(path: Path) -> list[Row]:
+    with path.open(newline="") as stream:
+        return [{key: float(cell) for key, cell in row.items() if key and cell} for row in csv.DictReader(stream)]
+
+
+def points(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    """Steps and values of a metric, where it is finite."""
+    return [(row["step"], row[key]) for row in rows if key in row and "step" in row and math.isfinite(row[key])]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__}, not an object")
+    return content
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
