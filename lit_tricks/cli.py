@@ -11,22 +11,24 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
 import lit_tricks.data
 from lit_tricks import __version__, commands
+from lit_tricks._memory import PeakMemory
 from lit_tricks._parser import explain, given, resolve_configs
-from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
+from lit_tricks._runs import RunFolder
+from lit_tricks._wandb import own_wandb_run, prepare_wandb, tell_wandb
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._command import run_command, summary
 from lit_tricks.predictions import PredictionWriter
@@ -55,6 +57,17 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": config, "tricks": tricks})
+            if isinstance(logger, WandbLogger):
+                tell_wandb(logger, pl_module, config.get("watch"))
+
+
+class _Last(ModelCheckpoint):
+    """Saves the last checkpoint, and tells no logger of it: W&B's would call it the best one too."""
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        trainer.save_checkpoint(filepath, self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
 
 
 class TricksCLI(LightningCLI):
@@ -90,6 +103,11 @@ class TricksCLI(LightningCLI):
         if subcommand == "fit":
             parser.add_argument(
                 "--name", type=str, help="Name of the run's folder; by default that of the first configuration file."
+            )
+            parser.add_argument(
+                "--watch",
+                type=Literal["gradients", "parameters", "all", None],
+                help="Send histograms of these to Weights & Biases, as often as metrics are logged.",
             )
         if subcommand == "predict":
             parser.add_argument("--images", type=str, help="Folder of the images to classify.", required=True)
@@ -127,7 +145,8 @@ class TricksCLI(LightningCLI):
             config.name = config.name or self.run.name
             self.run.create(config.trainer.default_root_dir or "runs", config.name)
             self.logger_config = copy.deepcopy(config.trainer.logger)
-            prepare_wandb(config.trainer.logger, self.run, config.ckpt_path)
+            prepare_wandb(config.trainer.logger, self.run, config.ckpt_path, config.watch)
+            self.memory = PeakMemory()
             return
         self.save_config_callback = None
         if config.trainer.logger in (None, True):
@@ -159,7 +178,7 @@ class TricksCLI(LightningCLI):
                 scored = isinstance(self.model, Classifier) and config.limit_val_batches != 0
                 monitor = "val/top1" if scored else None
                 callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
-                callbacks.append(ModelCheckpoint(filename="last"))  # save_last would save along with the best alone
+                callbacks.append(_Last(filename="last"))  # save_last would save along with the best alone
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self.config_init.predict.output))
         return super().instantiate_trainer(**kwargs)
@@ -187,7 +206,7 @@ class TricksCLI(LightningCLI):
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         if trainer.is_global_zero:
-            report_fit(self.run.path, best, self.timer.time_elapsed("train"))
+            report_fit(self.run.path, best, self.timer.time_elapsed("train"), self.memory.read())
 
 
 def main(args: list[str] | None = None) -> None:

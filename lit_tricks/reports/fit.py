@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,26 @@ COLUMNS = ("loss", "top1", "top5", "ece")
 SPLITS = ("train", "val", "test")
 
 
-def report_fit(run: Path, best: str, seconds: float | None = None) -> dict[str, Any]:
+def report_fit(run: Path, best: str, seconds: float | None = None, memory: int | None = None) -> dict[str, Any]:
     """Sum up a finished fit: print the table, write ``results.json`` and ``curves.png``.
 
     Args:
         run: folder of the run, with ``metrics.csv``.
         best: path of the best checkpoint, or "" if there is none.
         seconds: that the training took, with the runs that it resumes.
+        memory: bytes that the run took at most.
 
     Returns:
         What ``results.json`` holds: the best checkpoint, its epoch, the metrics of ``train``, ``val`` and ``test``
         there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of the
-        average that the checkpoint has), the seconds, and the peak memory of this process in bytes: that of the GPU if
-        it has one, otherwise all of its own.
+        average that the checkpoint has), the seconds, and the peak memory.
     """
     rows = read_metrics(run)
     checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := _metrics(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
-    results |= {"seconds": seconds, "peak_memory": _peak_memory()}
+    results |= {"seconds": seconds, "peak_memory": memory}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png")
     console = Console()
@@ -57,17 +56,6 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         return []
     with path.open(newline="") as stream:
         return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(stream)]
-
-
-def _peak_memory() -> int | None:
-    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
-        return peak
-    if sys.platform == "win32":
-        return None
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _last_epoch(rows: list[dict[str, float]]) -> int:
