@@ -71,7 +71,7 @@ def tell_wandb(logger: Any, module: Any, watch: str | None) -> None:
     Args:
         logger: a ``WandbLogger``.
         module: that is trained. Of another one than a ``Classifier`` it is not known which metrics are of an epoch.
-        watch: "gradients", "parameters" or "all": histograms of these, as often as metrics are logged; None for nothing.
+        watch: "gradients", "parameters" or "all": histograms of these, as often as metrics are logged; or None.
     """
     if isinstance(module, Classifier):
         # by their full names: of two patterns that match, W&B takes one at random, and Lightning has set "*"

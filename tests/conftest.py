@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _once  # noqa: F401
 import numpy as np
 import pytest
 import torch
