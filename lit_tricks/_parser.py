@@ -87,7 +87,8 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
         if path.is_file():
             return path
-    known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+    names = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
+    known = sorted(str(name) for name in names if name.parts[0] != "sweeps")  # those are for `wandb sweep`
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     raise FileNotFoundError(f"--config {name}: there is no such file{_nearest(wanted, known) or _among(known)}")
 

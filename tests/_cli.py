@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,21 @@ def done(*words: str) -> Outcome:
     outcome = cli(*words)
     assert (outcome.code, outcome.err) == (0, ""), outcome
     return outcome
+
+
+class InThisProcess:
+    """Stands in for ``subprocess.Popen``: a ``lit-tricks`` that is asked for runs here. Importing takes longer."""
+
+    def __init__(self, command: list[str], stdout: Any, env: dict[str, str], **kwargs: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "lit_tricks"]
+        with mock.patch.dict(os.environ, env):
+            outcome = cli(*command[3:])
+        self.returncode = outcome.code
+        stdout.write(f"{outcome.out}{outcome.log}{outcome.err}".encode())
+
+    def wait(self) -> int:
+        """It has ended."""
+        return int(self.returncode)
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *words: str) -> TricksCLI:

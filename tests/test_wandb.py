@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +12,12 @@ from typing import Any
 import pytest
 import wandb
 import yaml
-from _cli import COSINE, FIT, built, cli, done, metrics, workplace
+from _cli import COSINE, FIT, InThisProcess, built, cli, done, metrics, workplace
+from _wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 
 TRACKED = (*FIT, "--config=loggers/wandb")
-
-
-def stranger(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Nobody is logged in here."""
-    for name in os.environ:
-        if name.startswith("WANDB") or name == "NETRC":
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("USERPROFILE", str(home))
-    monkeypatch.setenv("WANDB_SILENT", "true")  # it writes to the terminal past pytest
 
 
 @pytest.fixture(autouse=True)
@@ -49,58 +35,11 @@ def service() -> Iterator[None]:
     wandb.teardown()
 
 
-def records(path: Path) -> list[Any]:
-    """Records of a run file: LevelDB's log format, behind seven bytes of wandb's own.
-
-    wandb 0.31 has no reader in Python any more, only a viewer; this one reads the files of all versions.
-    """
-    content, found, parts = path.read_bytes(), [], b""
-    assert content[:4] == b":W&B"
-    at = 7
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        if left < 7:  # padding at the end of a block
-            at += left
-            continue
-        length, kind = struct.unpack_from("<HB", content, at + 4)
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(wandb_internal_pb2.Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def items(updates: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
-
-
 def track(*words: str) -> None:
     """Fit with W&B, which has its say on stderr."""
     outcome = cli(*TRACKED, *words)
     assert outcome.code == 0, outcome
     assert "error" not in outcome.err
-
-
-class Tracked:
-    """What W&B was told of the run in a folder."""
-
-    def __init__(self, run: Path) -> None:
-        (self.folder,) = run.glob("wandb/*run-*-*")
-        (file,) = self.folder.glob("run-*.wandb")
-        deadline = time.monotonic() + 30
-        while True:  # W&B's process writes the last of it after the run has ended
-            self.records = records(file)
-            self.exits = [record.exit.exit_code for record in self.records if record.HasField("exit")]
-            if self.exits or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        (self.run,) = [record.run for record in self.records if record.HasField("run")]
-        self.config = items(self.run.config.update)
-        for record in self.records:
-            if record.HasField("config"):
-                self.config |= items(record.config.update)
-        self.history = [items(record.history.item) for record in self.records if record.HasField("history")]
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def _write_sweep(
         "program": "lit-tricks",
         "method": "grid",
         "metric": {"name": "val/top1", "goal": "maximize"},
-        "command": ["${env}", "lit-tricks", "fit", *fit, *fit_args, "${args}"],
+        "command": ["${env}", "lit-tricks", "fit", f"--name={name}", *fit, *fit_args, "${args}"],
         "parameters": {
             "row": {"values": [json.dumps(row) for row in rows.values()]},
             "seed_everything": {"values": seeds},
