@@ -7,8 +7,6 @@ import json
 import math
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,9 +17,10 @@ import pytest
 import yaml
 from _cli import InThisProcess, checkpoint, cli, done, results, workplace
 from _fits import differences
+from _sleepers import alive, interrupted, sleepers, wait_for
 from scipy import stats
 
-from lit_tricks.commands._cells import Cell, run_all, run_here
+from lit_tricks.commands._cells import run_here
 from lit_tricks.commands.ablate import rows_of
 from lit_tricks.reports.ablation import paired_change, report_ablation
 
@@ -255,57 +254,12 @@ def test_a_killed_run_resumes_and_ends_as_one_that_was_not(probe: None, folder: 
     assert results(runs / "all-seed3/v1")["averaged"]["test"] == results("runs/whole/v0")["averaged"]["test"]
 
 
-class Sleeper(Cell):
-    """A run without torch: sleeps, and leaves results, or fails if its seed is odd."""
-
-    @property
-    def words(self) -> list[str]:
-        done = self.folder / "v0"
-        script = (
-            f"import os, pathlib, time; pathlib.Path({str(self.folder)!r} + '.pid').write_text(str(os.getpid())); "
-            f"start = time.time(); time.sleep({self.settings[0]}); folder = pathlib.Path({str(done)!r}); "
-            f"assert {self.seed} % 2 == 0, 'odd'; folder.mkdir(parents=True); "
-            f"(folder / 'times.json').write_text(str([start, time.time()])); "
-            "(folder / 'results.json').write_text('{}')"
-        )
-        return ["-c", script]
-
-
-def sleepers(folder: Path, seconds: float, count: int = 4) -> list[Cell]:
-    return [Sleeper("row", seed, folder.resolve() / f"cell{seed}", [str(seconds)]) for seed in range(count)]
-
-
-def alive(folder: Path) -> list[int]:
-    """Processes that the sleepers left."""
-    pids = [int(path.read_text()) for path in folder.glob("*.pid")]
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-def interrupted(cells: list[Cell], engine: Any, kind: int) -> None:
-    """Run cells, with a signal once the first two run."""
-
-    def watch() -> None:
-        deadline = time.monotonic() + 30
-        while sum(cell.folder.with_suffix(".pid").exists() for cell in cells) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.kill(os.getpid(), kind)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_all(cells, engine)
-    thread.join()
-
-
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes the Linux way")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_runs_end_with_the_ablation(folder: Path, kind: int) -> None:
     before = signal.getsignal(kind)
-    cells = sleepers(folder, 60)
+    cells = sleepers(folder, 60, (0, 2, 4))
     interrupted(cells, partial(run_here, jobs=2, environment={}), kind)
-    deadline = time.monotonic() + 20
-    while alive(folder) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(folder)
-    assert len(list(folder.glob("*.pid"))) == 2, "others were started"
+    wait_for(lambda: not alive(folder))
+    assert len(list(folder.glob("*.pid"))) == 2, "another one was started"
     assert signal.getsignal(kind) is before

@@ -1,4 +1,4 @@
-"""Sweeps of W&B, those of configs/sweeps and those of ``ablate --as-sweep``: the commands of an agent, and their runs."""
+"""Sweeps of W&B, of configs/sweeps and of ``ablate --as-sweep``: the commands of an agent, and their runs."""
 
 from __future__ import annotations
 

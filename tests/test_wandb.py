@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import wandb
 import yaml
-from _cli import COSINE, FIT, InThisProcess, built, cli, done, metrics, workplace
+from _cli import COSINE, FIT, InThisProcess, built, checkpoint, cli, done, metrics, workplace
+from _fits import differences
 from _wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,6 +92,94 @@ def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
     assert {key: value for key, value in told.items() if key[1] != "trainer/global_step"} == pytest.approx(written)
 
 
+def test_metrics_of_an_epoch_are_drawn_against_it(first: Path) -> None:
+    """And those of a step against the step, as Lightning has it."""
+    run = Tracked(first)
+    defined = [record.metric for record in run.records if record.HasField("metric")]
+    axes = {metric.name: metric.step_metric for metric in defined if metric.name}
+    assert [(metric.glob_name, metric.step_metric) for metric in defined if metric.glob_name] == [
+        ("*", "trainer/global_step")
+    ]
+    logged = {key for row in run.history for key in row if "/" in key or key.startswith("lr")} - {"trainer/global_step"}
+    of_steps = {"train/loss_step", "lr-SGD"}
+    assert logged >= of_steps
+    assert {name for name in logged if axes.get(name) == "epoch"} == logged - of_steps
+    assert {row["epoch"] for row in run.history if "val/top1" in row} == {0, 1}
+
+
+def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
+    """With tricks that swap weights and run batches of their own, which no histogram disturbs."""
+    tricks = ("--config=tricks/ema", "--config=tricks/precise_bn", "--config=tricks/mixup")
+    asked = ("--trainer.logger.group=ours", "--trainer.logger.tags=[small,fast]", "--trainer.logger.notes=why")
+    track(*tricks, *asked, "--trainer.logger.log_model=true", "--watch=all", "--trainer.max_epochs=2")
+    run = Tracked(Path("runs/tiny/v0"))
+    assert (run.run.run_group, list(run.run.tags), run.run.notes) == ("ours", ["small", "fast"], "why")
+    logged = {key for row in run.history for key in row}
+    assert logged >= {"ema/decay", "mixup/lambda", "precise_bn/shift"}
+    assert {key.partition("/")[0] for key in logged} >= {"gradients", "parameters"}
+    (artifact,) = [record.artifact for record in run.records if record.HasField("artifact")]
+    assert (artifact.type, sorted(artifact.aliases)) == ("model", ["best", "latest"])
+    (entry,) = artifact.manifest.contents
+    assert Path(entry.local_path).read_bytes() == Path("runs/tiny/v0/checkpoints/best.ckpt").read_bytes()
+    done(*FIT, *tricks, "--trainer.max_epochs=2", "--name=plain")
+    watched, plain = (checkpoint(f"runs/{name}/v0/checkpoints/last.ckpt") for name in ("tiny", "plain"))
+    assert not differences(watched["state_dict"], plain["state_dict"])
+
+
+def test_an_unasked_run_has_no_artifact(first: Path) -> None:
+    assert not [record for record in Tracked(first).records if record.HasField("artifact")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*FIT, "--watch=all"), "--watch all is for Weights & Biases: add --config loggers/wandb, or leave it out."),
+        ((*TRACKED, "--watch=everything"), "--watch"),
+    ],
+)
+def test_watch_says_what_it_needs(words: tuple[str, ...], message: str) -> None:
+    outcome = cli(*words)
+    assert outcome.code
+    assert message in outcome.err
+    assert not Path("runs").exists()
+
+
+def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_tricks.commands._cells.subprocess.Popen", InThisProcess)
+    wandb.teardown()  # it reads the environment once, and the group is there
+    words = ("ablate", "--config=tiny.yaml", "--config=loggers/wandb", "--stack", "tricks/ema", "--seeds", "0")
+    outcome = cli(*words, "--out", "which")
+    wandb.teardown()
+    assert outcome.code == 0, outcome
+    cells = [Tracked(Path(f"which/runs/{name}-seed0/v0")).run for name in ("baseline", "with-ema")]
+    assert [cell.display_name for cell in cells] == ["baseline-seed0-v0", "with-ema-seed0-v0"]
+    summary = Tracked(Path("which"))
+    assert (summary.run.display_name, summary.run.job_type) == ("which", "ablation")
+    assert {run.run_group for run in (*cells, summary.run)} == {"which"}
+    assert {run.project for run in (*cells, summary.run)} == {"lit-tricks"}
+    (table,) = [row["ablation"] for row in summary.history if "ablation" in row]
+    content = json.loads((summary.folder / "files" / table["path"]).read_text())
+    rows = [line for line in Path("which/ablation.md").read_text().splitlines() if "|" in line]
+    lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [content["columns"], *content["data"]] == [lines[0], *lines[2:]]
+    assert any("plot" in row for row in summary.history)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tracks() -> None:
+    words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.num_sanity_val_steps=0")
+    command = [sys.executable, "-m", "lit_tricks", *TRACKED, *words]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert len(list(Path().rglob("*.wandb"))) == 1
+    run = Tracked(Path("runs/tiny/v0"))
+    assert run.config["config"]["trainer"]["devices"] == 2
+    steps = [row["trainer/global_step"] for row in run.history if "train/loss_step" in row]
+    assert steps == [0, 1]
+    assert sum("val/top1" in row for row in run.history) == 1
+    assert [path.name for path in Path("runs/tiny").iterdir()] == ["v0"]
+
+
 def test_a_run_ends_with_its_command(first: Path) -> None:
     assert Tracked(first).exits == [0]
     assert wandb.run is None
@@ -143,7 +233,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
     words = ("--trainer.logger.name=mine", "--trainer.logger.project=ours", "--trainer.logger.save_dir=there")
     built(monkeypatch, *TRACKED, *words)
-    assert [asked[0][key] for key in ("name", "project", "save_dir", "offline")] == ["mine", "ours", "there", True]
+    assert [asked[0][key] for key in ("name", "project", "save_dir", "mode")] == ["mine", "ours", "there", "offline"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +269,7 @@ def test_a_login_is_found(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     built(monkeypatch, *TRACKED)
-    assert [arguments["offline"] for arguments in asked] == [offline]
+    assert [arguments["mode"] == "offline" for arguments in asked] == [offline]
 
 
 def test_wandb_beside_another_logger(
