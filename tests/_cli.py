@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -85,7 +86,10 @@ def done(*words: str) -> Outcome:
 
 
 class InThisProcess:
-    """Stands in for ``subprocess.Popen``: a ``lit-tricks`` that is asked for runs here. Importing takes longer."""
+    """Stands in for ``subprocess`` in an ablation: its runs are in this process, since importing takes longer.
+
+    ``monkeypatch.setattr(*CELLS)`` puts it there.
+    """
 
     def __init__(self, command: list[str], stdout: Any, env: dict[str, str], **kwargs: Any) -> None:
         assert command[:3] == [sys.executable, "-m", "lit_tricks"]
@@ -97,6 +101,9 @@ class InThisProcess:
     def wait(self) -> int:
         """It has ended."""
         return int(self.returncode)
+
+
+CELLS = ("lit_tricks.commands._cells.subprocess", SimpleNamespace(Popen=InThisProcess))
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *words: str) -> TricksCLI:

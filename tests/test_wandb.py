@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import wandb
 import yaml
-from _cli import COSINE, FIT, InThisProcess, built, checkpoint, cli, done, metrics, workplace
+from _cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metrics, workplace
 from _fits import differences
 from _wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
@@ -145,7 +145,7 @@ def test_watch_says_what_it_needs(words: tuple[str, ...], message: str) -> None:
 
 
 def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_tricks.commands._cells.subprocess.Popen", InThisProcess)
+    monkeypatch.setattr(*CELLS)
     wandb.teardown()  # it reads the environment once, and the group is there
     words = ("ablate", "--config=tiny.yaml", "--config=loggers/wandb", "--stack", "tricks/ema", "--seeds", "0")
     outcome = cli(*words, "--out", "which")
@@ -157,12 +157,12 @@ def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.M
     assert (summary.run.display_name, summary.run.job_type) == ("which", "ablation")
     assert {run.run_group for run in (*cells, summary.run)} == {"which"}
     assert {run.project for run in (*cells, summary.run)} == {"lit-tricks"}
-    (table,) = [row["ablation"] for row in summary.history if "ablation" in row]
-    content = json.loads((summary.folder / "files" / table["path"]).read_text())
+    (table,) = [row["ablation/path"] for row in summary.history if "ablation/path" in row]
+    content = json.loads((summary.folder / "files" / table).read_text())
     rows = [line for line in Path("which/ablation.md").read_text().splitlines() if "|" in line]
     lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert [content["columns"], *content["data"]] == [lines[0], *lines[2:]]
-    assert any("plot" in row for row in summary.history)
+    assert any("plot/path" in row for row in summary.history)
 
 
 @pytest.mark.slow
