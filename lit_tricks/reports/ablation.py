@@ -121,8 +121,8 @@ def _legend(runs: Runs, relative_to: str) -> str:
     text = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}, in per cent. Change: points of top-1 "
         f"against {reference}, paired by seed, ± the reach of the 95 % interval by Student's t. Time and peak memory: "
-        "medians over the seeds, relative to the first row; memory is what torch allocates on a GPU, and without one by "
-        "how much the process grows over Python and its libraries."
+        "medians over the seeds, relative to the first row; memory is what torch allocates on a GPU, without one what "
+        "the process takes besides Python and its libraries."
     )
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 
