@@ -206,7 +206,7 @@ class TricksCLI(LightningCLI):
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         if trainer.is_global_zero:
-            report_fit(self.run.path, best, self.timer.time_elapsed("train"), self.memory.read())
+            report_fit(self.run.path, best, self.timer.time_elapsed("train"), memory=self.memory.read())
 
 
 def main(args: list[str] | None = None) -> None:

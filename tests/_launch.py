@@ -7,17 +7,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-TIMEOUT = 300  # seconds
+TIMEOUT = 400  # seconds
 
 
-def two_processes(script: Path, folder: Path) -> list[dict[str, Any]]:
-    """Run ``python SCRIPT FOLDER`` as two ranks; return what each left in ``FOLDER/<rank>.pt``."""
+def two_processes(scripts: Sequence[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run the scripts as two ranks, see ``_two.py``; return what each rank left, of each script."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -27,7 +28,7 @@ def two_processes(script: Path, folder: Path) -> list[dict[str, Any]]:
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as output:
-            command = [sys.executable, str(script), str(folder)]
+            command = [sys.executable, str(Path(__file__).with_name("_two.py")), str(folder), *scripts]
             env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + TIMEOUT
@@ -45,4 +46,7 @@ def two_processes(script: Path, folder: Path) -> list[dict[str, Any]]:
     if codes != [0, 0]:
         output = "\n".join(f"--- rank {rank}\n{log.read_text()[-5000:]}" for rank, log in enumerate(logs))
         pytest.fail(f"exit codes {codes} (None: still running after {TIMEOUT} s)\n{output}", pytrace=False)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return {
+        script: [torch.load(folder / script / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        for script in scripts
+    }

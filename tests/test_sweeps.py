@@ -55,15 +55,20 @@ def trained(command: list[str], environment: dict[str, str], run: Path) -> Track
 
 
 def test_an_ablation_as_a_sweep_is_the_same_grid(folder: Path) -> None:
-    done(*GRID, "--as-sweep", "sweep.yaml", "--", "--trainer.max_epochs=7")
+    Path("more.yaml").write_text("trainer: {log_every_n_steps: 3}")
+    more = ("--config=more.yaml", "--config", "optimizers/adamw", "--trainer.max_epochs=7")
+    done(*GRID, "--as-sweep", "sweep.yaml", "--", *more)
     assert not Path("ablation").exists()
-    for name in ("tiny.yaml", "mine.yaml"):  # on another machine they are not there
+    assert str(CONFIGS) not in Path("sweep.yaml").read_text()
+    for name in ("tiny.yaml", "mine.yaml", "more.yaml"):  # on another machine they are not there
         (folder / name).unlink()
     found = []
     for command, _, parameters in agent_commands(folder / "sweep.yaml"):
         config = printed(command)
         assert config["trainer"]["logger"]["class_path"].endswith(".WandbLogger")
+        assert config["trainer"]["log_every_n_steps"] == 3
         assert config["model"]["init_args"]["model_args"]["width"] == 0.03125
+        assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"
         tricks = {trick["class_path"].rpartition(".")[2]: trick for trick in config["trainer"]["callbacks"] or []}
         if "EMA" in tricks:
             assert tricks["EMA"]["init_args"]["decay"] == 0.9

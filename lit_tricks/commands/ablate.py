@@ -184,17 +184,16 @@ def _merged(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
 def _write_sweep(
     path: Path, name: str, rows: dict[str, dict[str, Any]], seeds: list[int], configs: list[Path], fit_args: list[str]
 ) -> Path:
-    # installed configurations by their names, others with all they hold: the file goes to other machines
-    fit = [f"--config={config_name(config) or json.dumps(_read(config))}" for config in configs]
-    if "WandbLogger" not in " ".join([*(config.read_text(encoding="utf-8") for config in configs), *fit_args]):
-        fit.append("--config=loggers/wandb")
+    words = _portable([*(f"--config={config}" for config in configs), *fit_args])
+    if not any("WandbLogger" in word or word.endswith("loggers/wandb") for word in words):
+        words.append("--config=loggers/wandb")
     sweep = {
         "name": name,
         "project": "lit-tricks",
         "program": "lit-tricks",
         "method": "grid",
         "metric": {"name": "val/top1", "goal": "maximize"},
-        "command": ["${env}", "lit-tricks", "fit", f"--name={name}", *fit, *fit_args, "${args}"],
+        "command": ["${env}", "lit-tricks", "fit", f"--name={name}", *words, "${args}"],
         "parameters": {
             "row": {"values": [json.dumps(row) for row in rows.values()]},
             "seed_everything": {"values": seeds},
@@ -202,6 +201,19 @@ def _write_sweep(
     }
     path.write_text(yaml.safe_dump(sweep, sort_keys=False))
     return path
+
+
+def _portable(words: Sequence[str]) -> list[str]:
+    """The words with installed configurations by their names, and others with all they hold: for other machines."""
+    found: list[str] = []
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        is_config = (flag in ("-c", "--config") and equals) or (i and words[i - 1] in ("-c", "--config"))
+        path = Path(value if equals else word)
+        if is_config and path.is_file():
+            word = f"{flag}=" * bool(equals) + (config_name(path) or json.dumps(_read(path)))
+        found.append(word)
+    return found
 
 
 def _track(folder: Path, cells: Sequence[Cell], table: Sequence[Sequence[str]]) -> None:
