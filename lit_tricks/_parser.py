@@ -16,7 +16,7 @@ import yaml
 
 from lit_tricks.data._workers import explain_death
 
-__all__ = ["CONFIGS", "explain", "find_config", "given", "resolve_configs"]
+__all__ = ["CONFIGS", "config_name", "explain", "find_config", "given", "resolve_configs"]
 
 _INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -34,7 +34,8 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
     Args:
         args: words of a command line. A ``--config`` that is no file but a bare name ("quickstart", "tricks/ema") is
-            looked up.
+            looked up. One that begins with a brace is JSON, and holds the settings themselves; so does ``--row``, for
+            sweeps: of a parameter "config" W&B would show the value in the place of the run's resolved configuration.
 
     Returns:
         The words with paths in place of names, and the paths.
@@ -43,10 +44,13 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         FileNotFoundError: for a name that is neither; it tells the nearest names.
         ValueError: for a file that is no YAML, or holds no settings.
     """
+    args = ["--config" + arg[5:] if arg.startswith("--row={") else arg for arg in args]
     words, paths = list(args), []
     for i, word in enumerate(args):
         flag, equals, value = word.partition("=")
         if flag not in ("-c", "--config") or not (equals or i + 1 < len(args)):
+            continue
+        if (value if equals else args[i + 1]).startswith("{"):
             continue
         path = find_config(value if equals else args[i + 1])
         _check_yaml(path)
@@ -86,9 +90,16 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
         if path.is_file():
             return path
-    known = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+    names = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
+    known = sorted(str(name) for name in names if name.parts[0] != "sweeps")  # those are for `wandb sweep`
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     raise FileNotFoundError(f"--config {name}: there is no such file{_nearest(wanted, known) or _among(known)}")
+
+
+def config_name(path: Path) -> str | None:
+    """The name of a configuration that is installed with the package."""
+    path = path.resolve()
+    return path.relative_to(CONFIGS).with_suffix("").as_posix() if CONFIGS in path.parents else None
 
 
 def _check_yaml(path: Path) -> None:

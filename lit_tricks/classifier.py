@@ -179,6 +179,15 @@ class Classifier(LightningModule):
         probabilities: Tensor = self(images).softmax(dim=-1)
         return probabilities
 
+    def epoch_metrics(self) -> list[str]:
+        """Names of what is logged once an epoch, also of the trained weights beside an average."""
+        train, val, test = (
+            [str(name) for name in metrics.keys()]  # noqa: SIM118  # which, unlike iteration, has the prefix
+            for metrics in (self.train_metrics, self.val_metrics, self.test_metrics)
+        )
+        val = ["val/loss", *val]
+        return ["train/loss_epoch", *train, *val, *(f"raw/{name}" for name in val), "test/loss", *test]
+
     def configure_optimizers(self) -> Optimizer:
         """Give the optimizer all parameters."""
         return self.optimizer(self.parameters())

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -27,10 +27,12 @@ import lit_tricks.data  # noqa: F401
 from lit_tricks import __version__, commands
 from lit_tricks._evidence import Evidence
 from lit_tricks._in_force import TricksInForce
+from lit_tricks._memory import PeakMemory
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks._pictures import send_pictures
-from lit_tricks._runs import RunFolder, own_wandb_run, prepare_wandb
+from lit_tricks._runs import RunFolder
 from lit_tricks._time_split import TimeSplit
+from lit_tricks._wandb import own_wandb_run, prepare_wandb, tell_wandb
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import plain
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
@@ -60,6 +62,17 @@ class SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": config})
+            if isinstance(logger, WandbLogger):
+                tell_wandb(logger, pl_module, config.get("watch"))
+
+
+class _Last(ModelCheckpoint):
+    """Saves the last checkpoint, and tells no logger of it: W&B's would call it the best one too."""
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        trainer.save_checkpoint(filepath, self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
 
 
 class TricksCLI(LightningCLI):
@@ -95,6 +108,11 @@ class TricksCLI(LightningCLI):
         if subcommand == "fit":
             parser.add_argument(
                 "--name", type=str, help="Name of the run's folder; by default that of the first configuration file."
+            )
+            parser.add_argument(
+                "--watch",
+                type=Literal["gradients", "parameters", "all", None],
+                help="Send histograms of these to Weights & Biases, as often as metrics are logged.",
             )
         if subcommand == "predict":
             parser.add_argument("--images", type=str, help="Folder of the images to classify.", required=True)
@@ -132,7 +150,8 @@ class TricksCLI(LightningCLI):
             config.name = config.name or self.run.name
             self.run.create(config.trainer.default_root_dir or "runs", config.name)
             self.logger_config = copy.deepcopy(config.trainer.logger)
-            prepare_wandb(config.trainer.logger, self.run, config.ckpt_path)
+            prepare_wandb(config.trainer.logger, self.run, config.ckpt_path, config.watch)
+            self.memory = PeakMemory()
             return
         self.save_config_callback = None
         if config.trainer.logger in (None, True):
@@ -168,7 +187,7 @@ class TricksCLI(LightningCLI):
                 scored = isinstance(self.model, Classifier) and config.limit_val_batches != 0
                 monitor = "val/top1" if scored else None
                 callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
-                callbacks.append(ModelCheckpoint(filename="last"))  # save_last would save along with the best alone
+                callbacks.append(_Last(filename="last"))  # save_last would save along with the best alone
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self.config_init.predict.output))
         return super().instantiate_trainer(**kwargs)
@@ -201,7 +220,7 @@ class TricksCLI(LightningCLI):
         if trainer.is_global_zero:
             profiler = trainer.profiler  # type: ignore[attr-defined]
             split = profiler.result() if isinstance(profiler, TimeSplit) else None
-            report_fit(self.run.path, best, seconds, split)
+            report_fit(self.run.path, best, seconds, split, self.memory.read())
             send_pictures(self.run.path, trainer.loggers)
 
 

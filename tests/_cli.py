@@ -8,9 +8,11 @@ import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -81,6 +83,27 @@ def done(*words: str) -> Outcome:
     outcome = cli(*words)
     assert (outcome.code, outcome.err) == (0, ""), outcome
     return outcome
+
+
+class InThisProcess:
+    """Stands in for ``subprocess`` in an ablation: its runs are in this process, since importing takes longer.
+
+    ``monkeypatch.setattr(*CELLS)`` puts it there.
+    """
+
+    def __init__(self, command: list[str], stdout: Any, env: dict[str, str], **kwargs: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "lit_tricks"]
+        with mock.patch.dict(os.environ, env):
+            outcome = cli(*command[3:])
+        self.returncode = outcome.code
+        stdout.write(f"{outcome.out}{outcome.log}{outcome.err}".encode())
+
+    def wait(self) -> int:
+        """It has ended."""
+        return int(self.returncode)
+
+
+CELLS = ("lit_tricks.commands._cells.subprocess", SimpleNamespace(Popen=InThisProcess))
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *words: str) -> TricksCLI:

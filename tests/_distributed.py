@@ -1,13 +1,12 @@
-"""One of two processes that run every trick under DDP and under FSDP2: ``python tests/_distributed.py FOLDER``.
+"""One of two processes that run every trick under DDP and under FSDP2.
 
-Started by a fixture of ``conftest.py``. It leaves ``FOLDER/<rank>.pt``: per strategy and trick what the run ended with,
+Run by ``_two.py``. It leaves ``FOLDER/<rank>.pt``: per strategy and trick what the run ended with,
 and what it ended with when it was resumed, or the message with which the trick refused it.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,3 @@ def main(folder: Path) -> None:
         for name, row in TRICKS.items():
             found[strategy][name] = fit_and_resume(strategy, row.make, folder / strategy / name)
     torch.save(found, folder / f"{RANK}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -1,10 +1,8 @@
-"""One of two processes that test a Classifier on the digits: ``python tests/_evidence_distributed.py FOLDER``."""
+"""What two processes do to test a Classifier on the digits."""
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -12,10 +10,8 @@ from test_evidence import see_test
 
 from lit_tricks.reports.predictions import Predictions
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message=".*use `Trainer\\(devices=1")
-    folder = Path(sys.argv[1])
+
+def main(folder: Path) -> None:
     rank = os.environ["RANK"]
     place = folder if rank == "0" else folder / rank
     place.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _once  # noqa: F401
 import torch
 from modules import eval_loader, lightning, module_class, sgd, train_loader
 

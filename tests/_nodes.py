@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,9 +86,3 @@ def main(folder: Path) -> None:
         path = folder / f"{kind}.ckpt"
         found[kind] = {"full": fit(make(), Saver(path)), "resumed": fit(make(), ckpt_path=path)}
     torch.save(found, folder / f"{RANK}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))

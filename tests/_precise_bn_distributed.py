@@ -1,13 +1,11 @@
-"""One of two processes that re-estimate BatchNorm: ``python tests/_precise_bn_distributed.py FOLDER``.
+"""One of two processes that re-estimate BatchNorm.
 
-Started by ``test_precise_bn.py``. It leaves ``FOLDER/<rank>.pt``: per case what the runs ended with.
+Run by ``_two.py`` for ``test_precise_bn.py``. It leaves ``FOLDER/<rank>.pt``: per case what the runs ended with.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,9 +77,3 @@ def main(folder: Path) -> None:
             found[case]["resumed"][path.name] = fit(case, *tricks, ckpt_path=path)["weights"]
     found["unequal numbers of batches"] = of_unequal_numbers_of_batches()
     torch.save(found, folder / f"{RANK}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))

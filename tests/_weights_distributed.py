@@ -1,13 +1,11 @@
-"""One of two processes that average weights under DDP and FSDP2: ``python tests/_weights_distributed.py FOLDER``.
+"""One of two processes that average weights under DDP and FSDP2.
 
-Started by ``test_weights.py``. It leaves ``FOLDER/<rank>.pt``: per case what the runs ended with.
+Run by ``_two.py`` for ``test_weights.py``. It leaves ``FOLDER/<rank>.pt``: per case what the runs ended with.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +90,3 @@ def main(folder: Path) -> None:
         del plain["trainer"]
         found[case] = {"full": full, "resumed": resumed, "plain": plain, "checkpoints": checkpoints}
     torch.save(found, folder / f"{RANK}.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _once  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -49,7 +50,33 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# What is run by two processes, by the fixture that has what they ended with. Starting them takes longer than any.
+SCRIPTS = {"ranks": "_distributed", "weights_ranks": "_weights_distributed", "bn_ranks": "_precise_bn_distributed"}
+
+
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes ended with: ``ranks[rank][strategy][trick]``. One launch for all tests."""
-    return two_processes(Path(__file__).parent / "_distributed.py", tmp_path_factory.mktemp("distributed"))
+def launched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """What each of two processes ended with, by script: one launch for all of those that this session needs."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    scripts = [script for fixture, script in SCRIPTS.items() if fixture in needed]
+    return two_processes(scripts, tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="session")
+def ranks(launched: dict[str, Any]) -> Any:
+    """``ranks[rank][strategy][trick]``, for every trick."""
+    return launched["_distributed"]
+
+
+@pytest.fixture(scope="session")
+def weights_ranks(launched: dict[str, Any]) -> Any:
+    """``weights_ranks[rank][case]``, of averages."""
+    return launched["_weights_distributed"]
+
+
+@pytest.fixture(scope="session")
+def bn_ranks(launched: dict[str, Any]) -> Any:
+    """``bn_ranks[rank][plan]``, of statistics."""
+    return launched["_precise_bn_distributed"]

@@ -1,20 +1,26 @@
-"""lit-tricks ablate: its rows, its table, its sweep, and a real one that is stopped and goes on."""
+"""lit-tricks ablate: its rows, its table, and runs that fail, are killed, are interrupted, and go on."""
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
+import os
+import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
-from _cli import cli, done, metrics, workplace
+from _cli import CELLS, checkpoint, cli, done, results, workplace
+from _fits import differences
+from _sleepers import alive, interrupted, sleepers, wait_for
 from scipy import stats
 
+from lit_tricks.commands._cells import run_here
 from lit_tricks.commands.ablate import rows_of
 from lit_tricks.reports.ablation import paired_change, report_ablation
 
@@ -105,6 +111,10 @@ def test_the_table(folder: Path, relative_to: Any, change: str) -> None:
         (("--seeds", "1", "1"), "seeds has 1 twice: give each once."),
         (("--seeds", "one"), "--seeds: "),
         (("--jobs", "0"), "jobs=0 is below 1"),
+        (("--engine", "ray", "--jobs", "2"), "jobs=2 is for runs on this machine"),
+        (("--cpus", "2"), "cpus=2 is for --engine ray"),
+        (("--engine", "ray", "--gpus", "-1"), "gpus=-1 is negative"),
+        (("--engine", "slurm"), "engine"),
         (("--mode", "stacked"), "mode"),
         (
             ("--out", "taken"),
@@ -122,29 +132,16 @@ def test_errors(folder: Path, words: tuple[str, ...], message: str) -> None:
     assert not (folder / "ablation" / "runs").exists()
 
 
-def test_the_sweep_is_the_same_grid(folder: Path) -> None:
-    """The commands that an agent of W&B makes of the file."""
-    done(*GRID, "--seeds", "3", "4", "--as-sweep", "sweep.yaml", "--", "--trainer.max_epochs=7")
-    sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
-    assert sweep["method"] == "grid"
-    names = list(sweep["parameters"])
-    found = []
-    for values in itertools.product(*(parameter["values"] for parameter in sweep["parameters"].values())):
-        args = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
-        command = [word for part in sweep["command"] for word in (args if part == "${args}" else [part])]
-        assert command[:3] == ["${env}", "lit-tricks", "fit"]
-        config = yaml.safe_load(done(*command[2:], "--print_config").out)
-        tricks = [trick["class_path"].rpartition(".")[2] for trick in config["trainer"]["callbacks"] or []]
-        found.append((tricks, config["seed_everything"], config["trainer"]["max_epochs"]))
-    rows: list[list[str]] = [[], ["LabelSmoothing"], ["LabelSmoothing", "EMA"]]
-    assert found == [(row, seed, 7) for row in rows for seed in (3, 4)]
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs are in this process."""
+    monkeypatch.setattr(*CELLS)
 
 
-@pytest.mark.slow
-def test_a_real_one_is_stopped_and_goes_on(folder: Path) -> None:
+def test_a_failed_run_stops_no_other_and_is_tried_again(here: None, folder: Path) -> None:
     (folder / "broken.yaml").write_text("trainer: {callbacks+: [{class_path: WarmupCosine, init_args: {min_lr: -1}}]}")
     words = ("ablate", "--config", "tiny.yaml", "--stack", "tricks/ema", "broken.yaml", "--mode", "single")
-    words += ("--seeds", "5", "--jobs", "2")
+    words += ("--seeds", "5")
     outcome = cli(*words)
     assert outcome.code == 1
     assert "1 of 3 runs failed, the table has the others. '+ broken' with seed 5: lit-tricks: error: " in outcome.err
@@ -156,8 +153,6 @@ def test_a_real_one_is_stopped_and_goes_on(folder: Path) -> None:
     ]
     runs = folder / "ablation" / "runs"
     plain, ema = runs / "baseline-seed5" / "v0", runs / "with-ema-seed5" / "v0"
-    losses = [[row["train/loss_step"] for row in metrics(run) if "train/loss_step" in row] for run in (plain, ema)]
-    assert losses[0] == losses[1], "other weights or data in the same seed"
 
     # as if it had been stopped in the second run, and the third one had been mended
     before = (plain / "results.json").stat().st_mtime_ns
@@ -171,3 +166,100 @@ def test_a_real_one_is_stopped_and_goes_on(folder: Path) -> None:
         "with-broken-seed5/v0",
         "with-ema-seed5/v1",
     ]
+
+
+PROBE = """
+import hashlib, json, os, signal, sys
+from pathlib import Path
+import torch
+from lightning.pytorch import Callback
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+class Probe(Callback):
+    '''Notes the weights before any trick, and what the loaders give.'''
+    def setup(self, trainer, module, stage):
+        if stage != "fit":
+            return
+        self.seen = {"weights": digest(module.state_dict().values()), "train": [], "val": []}
+        trainer.datamodule.on_before_batch_transfer = self.note
+        self.trainer = trainer
+
+    def note(self, batch, dataloader_idx):
+        if not self.trainer.sanity_checking and not self.trainer.testing:
+            self.seen["train" if self.trainer.training else "val"].append(digest(batch))
+        return batch
+
+    def on_fit_end(self, trainer, module):
+        Path(trainer.loggers[0].log_dir, "seen.json").write_text(json.dumps(self.seen))
+
+class Die(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.current_epoch == 1 and not os.path.exists("died"):
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def probe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of ``tiny.yaml`` in ``base.yaml``, with callbacks of ``probe.py``."""
+    (folder / "probe.py").write_text(PROBE)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    tiny = yaml.safe_load((folder / "tiny.yaml").read_text())
+    tiny["trainer"] |= {"max_epochs": 2, "callbacks": ["probe.Probe"]}
+    (folder / "base.yaml").write_text(yaml.safe_dump(tiny))
+
+
+def test_a_seed_has_the_same_weights_split_and_order_in_every_row(here: None, probe: None, folder: Path) -> None:
+    """Also where tricks draw random numbers and change weights."""
+    stack = ("tricks/xavier_init", "tricks/drop_path", "tricks/mixup")
+    done("ablate", "--config", "base.yaml", "--stack", *stack, "--seeds", "0", "1")
+    seen = {path.parts[-3]: json.loads(path.read_text()) for path in folder.glob("ablation/runs/*/v0/seen.json")}
+    assert len(seen) == 8
+    of_seed = {seed: [note for name, note in seen.items() if name.endswith(seed)] for seed in ("seed0", "seed1")}
+    for notes in of_seed.values():
+        assert all(note == notes[0] for note in notes)
+        assert len(notes[0]["train"]) == len(set(notes[0]["train"])) == 4
+        assert len(notes[0]["val"]) == 2
+    first, second = (notes[0] for notes in of_seed.values())
+    assert first["weights"] != second["weights"]
+    assert not set(first["train"]) & set(second["train"])
+    assert first["val"] == second["val"], "the split has a seed of its own"
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_ends_as_one_that_was_not(probe: None, folder: Path) -> None:
+    """Killed in its second epoch, in a process of its own."""
+    config = yaml.safe_load((folder / "base.yaml").read_text())
+    config["trainer"]["callbacks"] = ["probe.Die"]
+    (folder / "base.yaml").write_text(yaml.safe_dump(config))
+    words = ("ablate", "--config", "base.yaml", "--stack", "tricks/ema", "--mode", "drop", "--seeds", "3")
+    outcome = cli(*words)
+    assert (outcome.code, Path("died").exists()) == (1, True)
+    assert "1 of 2 runs failed" in outcome.err
+    runs = folder / "ablation" / "runs"
+    assert not list(runs.glob("all-seed3/*/results.json"))
+    with mock.patch(*CELLS):
+        done(*words)
+    assert [path.parts[-2] for path in runs.glob("all-seed3/*/results.json")] == ["v1"]
+    done("fit", "--config=base.yaml", "--config=tricks/ema", "--seed_everything=3", "--name=whole")
+    whole, resumed = (
+        checkpoint(run / "checkpoints/last.ckpt") for run in (Path("runs/whole/v0"), runs / "all-seed3/v1")
+    )
+    assert not differences(resumed["state_dict"], whole["state_dict"])
+    assert not differences(resumed["optimizer_states"], whole["optimizer_states"])
+    assert results(runs / "all-seed3/v1")["averaged"]["test"] == results("runs/whole/v0")["averaged"]["test"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at processes the Linux way")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_runs_end_with_the_ablation(folder: Path, kind: int) -> None:
+    before = signal.getsignal(kind)
+    cells = sleepers(folder, 60, (0, 2, 4))
+    interrupted(cells, partial(run_here, jobs=2, environment={}), kind)
+    wait_for(lambda: not alive(folder))
+    assert len(list(folder.glob("*.pid"))) == 2, "another one was started"
+    assert signal.getsignal(kind) is before

@@ -24,7 +24,9 @@ from lit_tricks._parser import CONFIGS
 from lit_tricks.commands.data import shard
 
 REPOSITORY = Path(__file__).parents[1]
-NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+NAMES = sorted(  # sweeps are no configurations of a run
+    str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sweeps"
+)
 
 # What a configuration is stacked on, by its folder; small, since nothing here is trained.
 STACKS: dict[str, tuple[str, ...]] = {

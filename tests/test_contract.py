@@ -368,7 +368,8 @@ def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
         assert not differences(resumed.tricks, full.tricks), path.name
         todo = {step: metrics for step, metrics in full.logged.items() if step in resumed.logged}
         assert not differences(resumed.logged, todo), path.name
-    assert set(run(TRICKS[name].make(), ckpt_path=saver.paths[0], **how).logged) >= set(list(full.logged)[1:])
+        if path == saver.paths[0]:
+            assert set(resumed.logged) >= set(list(full.logged)[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_validation_batches_of_all_layouts(tmp_path: Path, layout: str) -> None:
     evidence = Evidence()
     trainer = run(evidence, layout=layout, max_epochs=2).trainer
     evidence.save(tmp_path / "predictions.npz", trainer, None)
-    found = Predictions.read(tmp_path / "predictions.npz")
+    found = Predictions.read(tmp_path / "_evidence_distributed" / "predictions.npz")
     assert found.split == "val"
     assert len(found.label) == len(found.index) > 0
     assert found.classes == ["0", "1", "2"]
@@ -136,10 +136,10 @@ def test_an_error_leaves_no_hook() -> None:
 
 @pytest.mark.slow
 def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
-    two_processes(Path(__file__).parent / "_evidence_distributed.py", tmp_path)
+    two_processes(["_evidence_distributed"], tmp_path)
     (tmp_path / "one").mkdir()
     _, one = see_test(tmp_path / "one")
-    two = Predictions.read(tmp_path / "predictions.npz")
+    two = Predictions.read(tmp_path / "_evidence_distributed" / "predictions.npz")
     for name in ("label", "top", "index", "wrong_index", "wrong_image"):
         np.testing.assert_array_equal(getattr(two, name), getattr(one, name), name)
     np.testing.assert_allclose(two.confidence, one.confidence, rtol=1e-5)

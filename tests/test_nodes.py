@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,8 @@ STEPS = TRAIN // 2 // BATCH_SIZE
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("nodes")
+    root = tmp_path_factory.mktemp("nodes")
+    folder = root / "_nodes"  # where the script looks
     for label, (train, val) in enumerate([(12, 4), (12, 3)]):
         write_images(folder / "images" / "train" / f"{label}", train, seed=label)
         write_images(folder / "images" / "val" / f"{label}", val, seed=10 + label)
@@ -31,7 +31,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with bucket(folder / "shards", "shards") as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        return two_processes(Path(__file__).with_name("_nodes.py"), folder, nodes=True)
+        return two_processes(["_nodes"], root, nodes=True)["_nodes"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards", "bucket"])

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import timm
 import torch
 from _averages import Interrupt
 from _fits import Saver, differences, make_trainer, run, said, weights_of
-from _launch import two_processes
 from modules import BATCHES, eval_loader, image_and_label, images, lightning, module_class, train_loader
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -1030,21 +1028,14 @@ def test_batches_without_inputs_are_refused():
 # ---------------------------------------------------------------------------------------------------------------------
 # Two processes
 
-SCRIPT = Path(__file__).parent / "_precise_bn_distributed.py"
 PLANS = ["DDP", "DDP, unequal", "FSDP2, whole", "FSDP2, in shards"]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes ended with."""
-    return two_processes(SCRIPT, tmp_path_factory.mktemp("precise_bn"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
-def test_two_processes_estimate_from_the_data_of_both_and_train_as_without(plan, ranks):
-    for rank in ranks:
-        full, first = rank[plan]["full"], ranks[0][plan]["full"]
+def test_two_processes_estimate_from_the_data_of_both_and_train_as_without(plan, bn_ranks):
+    for rank in bn_ranks:
+        full, first = rank[plan]["full"], bn_ranks[0][plan]["full"]
         assert not differences(full["trained"], rank[plan]["plain"]["trained"])
         assert len(full["validated"]) == 3
         for weights in [*full["validated"], full["weights"]]:
@@ -1055,14 +1046,14 @@ def test_two_processes_estimate_from_the_data_of_both_and_train_as_without(plan,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
-def test_two_processes_resume_bitwise(plan, ranks):
-    for rank in ranks:
+def test_two_processes_resume_bitwise(plan, bn_ranks):
+    for rank in bn_ranks:
         assert len(rank[plan]["resumed"]) == 3
         for path, weights in rank[plan]["resumed"].items():
             assert not differences(weights, rank[plan]["full"]["weights"]), path
 
 
 @pytest.mark.slow
-def test_two_processes_with_unequal_numbers_of_batches(ranks):
-    for rank in ranks:
+def test_two_processes_with_unequal_numbers_of_batches(bn_ranks):
+    for rank in bn_ranks:
         assert_precise(rank["unequal numbers of batches"]["0"], population(images(16).tensors[0]))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +13,14 @@ from typing import Any
 import pytest
 import wandb
 import yaml
-from _cli import COSINE, FIT, built, cli, done, metrics, workplace
+from _cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metrics, workplace
+from _fits import differences
+from _wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 
 TRACKED = (*FIT, "--config=loggers/wandb")
-
-
-def stranger(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Nobody is logged in here."""
-    for name in os.environ:
-        if name.startswith("WANDB") or name == "NETRC":
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("USERPROFILE", str(home))
-    monkeypatch.setenv("WANDB_SILENT", "true")  # it writes to the terminal past pytest
 
 
 @pytest.fixture(autouse=True)
@@ -50,58 +38,11 @@ def service() -> Iterator[None]:
     wandb.teardown()
 
 
-def records(path: Path) -> list[Any]:
-    """Records of a run file: LevelDB's log format, behind seven bytes of wandb's own.
-
-    wandb 0.31 has no reader in Python any more, only a viewer; this one reads the files of all versions.
-    """
-    content, found, parts = path.read_bytes(), [], b""
-    assert content[:4] == b":W&B"
-    at = 7
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        if left < 7:  # padding at the end of a block
-            at += left
-            continue
-        length, kind = struct.unpack_from("<HB", content, at + 4)
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            found.append(wandb_internal_pb2.Record.FromString(parts))
-            parts = b""
-    return found
-
-
-def items(updates: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
-
-
 def track(*words: str) -> None:
     """Fit with W&B, which has its say on stderr."""
     outcome = cli(*TRACKED, *words)
     assert outcome.code == 0, outcome
     assert "error" not in outcome.err
-
-
-class Tracked:
-    """What W&B was told of the run in a folder."""
-
-    def __init__(self, run: Path) -> None:
-        (self.folder,) = run.glob("wandb/*run-*-*")
-        (file,) = self.folder.glob("run-*.wandb")
-        deadline = time.monotonic() + 30
-        while True:  # W&B's process writes the last of it after the run has ended
-            self.records = records(file)
-            self.exits = [record.exit.exit_code for record in self.records if record.HasField("exit")]
-            if self.exits or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        (self.run,) = [record.run for record in self.records if record.HasField("run")]
-        self.config = items(self.run.config.update)
-        for record in self.records:
-            if record.HasField("config"):
-                self.config |= items(record.config.update)
-        self.history = [items(record.history.item) for record in self.records if record.HasField("history")]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +107,94 @@ def test_confusion_and_most_wrong_images_are_media_once(first: Path) -> None:
             assert (picture.format, picture.width > 300) == ("PNG", True)
 
 
+def test_metrics_of_an_epoch_are_drawn_against_it(first: Path) -> None:
+    """And those of a step against the step, as Lightning has it."""
+    run = Tracked(first)
+    defined = [record.metric for record in run.records if record.HasField("metric")]
+    axes = {metric.name: metric.step_metric for metric in defined if metric.name}
+    assert [(metric.glob_name, metric.step_metric) for metric in defined if metric.glob_name] == [
+        ("*", "trainer/global_step")
+    ]
+    logged = {key for row in run.history for key in row if "/" in key or key.startswith("lr")} - {"trainer/global_step"}
+    of_steps = {"train/loss_step", "lr-SGD"}
+    assert logged >= of_steps
+    assert {name for name in logged if axes.get(name) == "epoch"} == logged - of_steps
+    assert {row["epoch"] for row in run.history if "val/top1" in row} == {0, 1}
+
+
+def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
+    """With tricks that swap weights and run batches of their own, which no histogram disturbs."""
+    tricks = ("--config=tricks/ema", "--config=tricks/precise_bn", "--config=tricks/mixup")
+    asked = ("--trainer.logger.group=ours", "--trainer.logger.tags=[small,fast]", "--trainer.logger.notes=why")
+    track(*tricks, *asked, "--trainer.logger.log_model=true", "--watch=all", "--trainer.max_epochs=2")
+    run = Tracked(Path("runs/tiny/v0"))
+    assert (run.run.run_group, list(run.run.tags), run.run.notes) == ("ours", ["small", "fast"], "why")
+    logged = {key for row in run.history for key in row}
+    assert logged >= {"ema/decay", "mixup/lambda", "precise_bn/shift"}
+    assert {key.partition("/")[0] for key in logged} >= {"gradients", "parameters"}
+    (artifact,) = [record.artifact for record in run.records if record.HasField("artifact")]
+    assert (artifact.type, sorted(artifact.aliases)) == ("model", ["best", "latest"])
+    (entry,) = artifact.manifest.contents
+    assert Path(entry.local_path).read_bytes() == Path("runs/tiny/v0/checkpoints/best.ckpt").read_bytes()
+    done(*FIT, *tricks, "--trainer.max_epochs=2", "--name=plain")
+    watched, plain = (checkpoint(f"runs/{name}/v0/checkpoints/last.ckpt") for name in ("tiny", "plain"))
+    assert not differences(watched["state_dict"], plain["state_dict"])
+
+
+def test_an_unasked_run_has_no_artifact(first: Path) -> None:
+    assert not [record for record in Tracked(first).records if record.HasField("artifact")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*FIT, "--watch=all"), "--watch all is for Weights & Biases: add --config loggers/wandb, or leave it out."),
+        ((*TRACKED, "--watch=everything"), "--watch"),
+    ],
+)
+def test_watch_says_what_it_needs(words: tuple[str, ...], message: str) -> None:
+    outcome = cli(*words)
+    assert outcome.code
+    assert message in outcome.err
+    assert not Path("runs").exists()
+
+
+def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*CELLS)
+    wandb.teardown()  # it reads the environment once, and the group is there
+    words = ("ablate", "--config=tiny.yaml", "--config=loggers/wandb", "--stack", "tricks/ema", "--seeds", "0")
+    outcome = cli(*words, "--out", "which")
+    wandb.teardown()
+    assert outcome.code == 0, outcome
+    cells = [Tracked(Path(f"which/runs/{name}-seed0/v0")).run for name in ("baseline", "with-ema")]
+    assert [cell.display_name for cell in cells] == ["baseline-seed0-v0", "with-ema-seed0-v0"]
+    summary = Tracked(Path("which"))
+    assert (summary.run.display_name, summary.run.job_type) == ("which", "ablation")
+    assert {run.run_group for run in (*cells, summary.run)} == {"which"}
+    assert {run.project for run in (*cells, summary.run)} == {"lit-tricks"}
+    (table,) = [row["ablation/path"] for row in summary.history if "ablation/path" in row]
+    content = json.loads((summary.folder / "files" / table).read_text())
+    rows = [line for line in Path("which/ablation.md").read_text().splitlines() if "|" in line]
+    lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [content["columns"], *content["data"]] == [lines[0], *lines[2:]]
+    assert any("plot/path" in row for row in summary.history)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tracks() -> None:
+    words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.num_sanity_val_steps=0")
+    command = [sys.executable, "-m", "lit_tricks", *TRACKED, *words]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert len(list(Path().rglob("*.wandb"))) == 1
+    run = Tracked(Path("runs/tiny/v0"))
+    assert run.config["config"]["trainer"]["devices"] == 2
+    steps = [row["trainer/global_step"] for row in run.history if "train/loss_step" in row]
+    assert steps == [0, 1]
+    assert sum("val/top1" in row for row in run.history) == 1
+    assert [path.name for path in Path("runs/tiny").iterdir()] == ["v0"]
+
+
 def test_a_run_ends_with_its_command(first: Path) -> None:
     assert Tracked(first).exits == [0]
     assert wandb.run is None
@@ -219,7 +248,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
     words = ("--trainer.logger.name=mine", "--trainer.logger.project=ours", "--trainer.logger.save_dir=there")
     built(monkeypatch, *TRACKED, *words)
-    assert [asked[0][key] for key in ("name", "project", "save_dir", "offline")] == ["mine", "ours", "there", True]
+    assert [asked[0][key] for key in ("name", "project", "save_dir", "mode")] == ["mine", "ours", "there", "offline"]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +284,7 @@ def test_a_login_is_found(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     built(monkeypatch, *TRACKED)
-    assert [arguments["offline"] for arguments in asked] == [offline]
+    assert [arguments["mode"] == "offline" for arguments in asked] == [offline]
 
 
 def test_wandb_beside_another_logger(

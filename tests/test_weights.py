@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from _fits import differences
-from _launch import two_processes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lit_tricks.callbacks._weights import AveragedWeights
 
 timm = pytest.importorskip("timm")
-SCRIPT = Path(__file__).parent / "_weights_distributed.py"
 NETWORKS = {
     "ResNet": lambda: timm.create_model("resnet10t", num_classes=5),
     "Swin": lambda: timm.create_model(
@@ -178,12 +175,6 @@ def test_state_and_restore_are_inverse():
 # Two processes
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes ended with."""
-    return two_processes(SCRIPT, tmp_path_factory.mktemp("weights"))
-
-
 def is_trained(name: str) -> bool:
     """Not one of BatchNorm's statistics, which each process has for itself."""
     return name.endswith(("weight", "bias"))
@@ -212,19 +203,19 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 @pytest.mark.slow
 @each_case
-def test_two_processes_train_as_without(case, ranks):
-    for rank in ranks:
+def test_two_processes_train_as_without(case, weights_ranks):
+    for rank in weights_ranks:
         full, plain = rank[case]["full"], rank[case]["plain"]
         assert not differences(full["trained"], plain["trained"])
 
 
 @pytest.mark.slow
 @each_case
-def test_two_processes_end_with_one_average(case, ranks):
+def test_two_processes_end_with_one_average(case, weights_ranks):
     """Of the weights, and of the buffers of the first process: those that DDP spreads."""
     bf16 = "bf16" in case
-    first = ranks[0][case]["full"]
-    for rank in ranks:
+    first = weights_ranks[0][case]["full"]
+    for rank in weights_ranks:
         full = rank[case]["full"]
         assert not differences(full["weights"], first["weights"])
         assert_close(full["weights"], average(first["trained"], 0.8), bf16=bf16)
@@ -235,8 +226,8 @@ def test_two_processes_end_with_one_average(case, ranks):
 
 @pytest.mark.slow
 @each_case
-def test_two_processes_resume_bitwise(case, ranks):
-    for rank in ranks:
+def test_two_processes_resume_bitwise(case, weights_ranks):
+    for rank in weights_ranks:
         full = rank[case]["full"]
         assert len(rank[case]["resumed"]) == 4
         for path, resumed in rank[case]["resumed"].items():
@@ -249,9 +240,9 @@ def test_two_processes_resume_bitwise(case, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "shards" not in case])
-def test_two_processes_write_the_average_and_the_weights(case, ranks):
-    bf16, history = "bf16" in case, ranks[0][case]["full"]["trained"]
-    for checkpoint in ranks[0][case]["checkpoints"].values():
+def test_two_processes_write_the_average_and_the_weights(case, weights_ranks):
+    bf16, history = "bf16" in case, weights_ranks[0][case]["full"]["trained"]
+    for checkpoint in weights_ranks[0][case]["checkpoints"].values():
         done = history[: checkpoint["global_step"]]
         assert_close(checkpoint["state_dict"], average(done, 0.8), bf16=bf16)
         assert not differences(

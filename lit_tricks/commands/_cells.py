@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from rich.table import Table
 
 from lit_tricks.reports.ablation import read_run
 
-__all__ = ["Cell", "run_all"]
+__all__ = ["Cell", "run_all", "run_here"]
 
 log = logging.getLogger("lit_tricks")
 
@@ -32,13 +35,13 @@ class Cell:
         name: of the row.
         seed: of the run.
         folder: ``ROOT/NAME``, in which ``lit-tricks fit`` makes ``v0``, and ``v1`` where it resumes.
-        config: the words that name its configurations.
+        settings: words for ``lit-tricks fit``.
     """
 
     name: str
     seed: int
     folder: Path
-    config: list[str]
+    settings: list[str]
     state: str = ""
 
     @property
@@ -51,6 +54,13 @@ class Cell:
         """The last checkpoint of a run that was stopped."""
         lasts = (run / "checkpoints" / "last.ckpt" for run in self._versions())
         return next((path for path in lasts if path.is_file()), None)
+
+    @property
+    def words(self) -> list[str]:
+        """What follows ``python``."""
+        own = [f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder.parent}"]
+        own += [f"--name={self.folder.name}"] + [f"--ckpt_path={self.checkpoint}"] * bool(self.checkpoint)
+        return ["-m", "lit_tricks", "fit", *self.settings, *own]
 
     @property
     def log(self) -> Path:
@@ -67,65 +77,90 @@ class Cell:
         return sorted(versions, key=lambda path: int(path.name[1:]), reverse=True)
 
 
-def run_all(cells: Sequence[Cell], fit_args: Sequence[str], jobs: int) -> None:
-    """Run the cells that are not finished. Those that fail are left unfinished.
+Engine = Callable[[Sequence[Cell]], Generator[Cell, None, None]]
+
+
+def run_all(cells: Sequence[Cell], engine: Engine) -> None:
+    """Run the cells that are not finished, and show how far they are. Those that fail are left unfinished.
 
     Args:
         cells: of the table.
-        fit_args: words for each ``lit-tricks fit``.
-        jobs: runs at a time.
+        engine: runs them, and yields each when its run has ended.
     """
     for cell in cells:
-        cell.state = "waits"
-        if cell.finished:
-            cell.state = _result(cell)
+        cell.state = _result(cell) if cell.finished else "waits"
     todo = [cell for cell in cells if not cell.finished]
     if len(todo) < len(cells):
         log.info("ablate: %d of %d runs are there already", len(cells) - len(todo), len(cells))
+    if not todo:
+        return
+    todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with (
+        _interrupted_by_signals(),
+        contextlib.closing(engine(todo)) as ended,
+        Live(get_renderable=lambda: _table(cells), console=console, transient=True) as live,
+    ):
+        if not console.is_terminal:
+            live.stop()
+        for number, cell in enumerate(ended, start=1):
+            cell.state = _result(cell) if cell.finished else "failed"
+            log.info("ablate: %d/%d %s, seed %d: %s", number, len(todo), cell.name, cell.seed, cell.state)
+
+
+def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -> Generator[Cell, None, None]:
+    """Run cells in processes of this machine, several at a time.
+
+    Args:
+        cells: to run.
+        jobs: runs at a time.
+        environment: variables of the runs, besides those of this process.
+    """
     running: set[subprocess.Popen[bytes]] = set()
     slots: queue.Queue[dict[str, str]] = queue.Queue()
-    for environment in _shares(jobs):
-        slots.put(environment)
+    for share in _shares(jobs):
+        slots.put(share | dict(environment))
 
     def run(cell: Cell) -> None:
-        environment = slots.get()
+        share = slots.get()
         try:
             cell.state = "resumes" if cell.checkpoint else "runs"
             with cell.log.open("ab") as stream:
                 # a session of its own: Ctrl-C is for this process, which then ends the others
                 process = subprocess.Popen(
-                    _words(cell, fit_args), stdout=stream, stderr=stream, env=environment, start_new_session=True
+                    [sys.executable, *cell.words], stdout=stream, stderr=stream, env=share, start_new_session=True
                 )
             running.add(process)
             process.wait()
             running.discard(process)
         finally:
-            slots.put(environment)
+            slots.put(share)
 
-    if todo:
-        todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
     pool = ThreadPoolExecutor(jobs)
     try:
-        with Live(get_renderable=lambda: _table(cells), console=console, transient=True) as live:
-            if not console.is_terminal:
-                live.stop()
-            futures = {pool.submit(run, cell): cell for cell in todo}
-            for number, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                cell = futures[future]
-                cell.state = _result(cell) if cell.finished else "failed"
-                log.info("ablate: %d/%d %s, seed %d: %s", number, len(todo), cell.name, cell.seed, cell.state)
+        futures = {pool.submit(run, cell): cell for cell in cells}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.terminate()
 
 
-def _words(cell: Cell, fit_args: Sequence[str]) -> list[str]:
-    own = [f"--seed_everything={cell.seed}", f"--trainer.default_root_dir={cell.folder.parent}"]
-    own += [f"--name={cell.folder.name}"] + [f"--ckpt_path={cell.checkpoint}"] * bool(cell.checkpoint)
-    return [sys.executable, "-m", "lit_tricks", "fit", *cell.config, *fit_args, *own]
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Let the end of a job or of a terminal be as Ctrl-C: the runs end too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def _shares(jobs: int) -> list[dict[str, str]]:

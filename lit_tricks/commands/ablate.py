@@ -6,14 +6,18 @@ One caveat: a few seeds tell large differences only. The table has the intervals
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from lit_tricks._parser import find_config
-from lit_tricks.commands._cells import Cell, run_all
+from lit_tricks._parser import config_name, find_config
+from lit_tricks._wandb import log_summary
+from lit_tricks.commands._cells import Cell, run_all, run_here
+from lit_tricks.commands._ray import run_on_ray
 from lit_tricks.reports.ablation import report_ablation
 
 __all__ = ["ablate", "rows_of"]
@@ -44,6 +48,9 @@ def ablate(
     seeds: list[int] | None = None,
     mode: Mode = "stack",
     jobs: int = 1,
+    engine: Literal["local", "ray"] = "local",
+    cpus: float | None = None,
+    gpus: float | None = None,
     out: str = "ablation",
     fit_args: list[str] | None = None,
     as_sweep: str | None = None,
@@ -53,7 +60,8 @@ def ablate(
     Each cell of the table is a plain ``lit-tricks fit`` in a process and a run folder of its own. A stopped ablation
     goes on where it was when the command is given again: finished runs are kept, others resume from their last
     checkpoint. A run that fails is reported, and the others go on. In one seed all rows start from the same weights and
-    see the same data in the same order.
+    see the same data in the same order. With ``loggers/wandb`` among the configurations the runs are a group of W&B,
+    and the table is in a run of that group.
 
     Args:
         config: configurations of all runs, by name or file.
@@ -61,9 +69,13 @@ def ablate(
         seeds: one run for each of them in every row; 0, 1 and 2 by default.
         mode: one more trick in each row ("stack"), each alone ("single"), or all but one ("drop").
         jobs: runs at a time, 1 or more. They share the cores, and take turns with the GPUs.
+        engine: "local", or "ray": as tasks of a Ray cluster, as many at a time as its resources allow.
+        cpus: CPUs of each run on the cluster, 1 by default.
+        gpus: GPUs of each run on the cluster; by default 1 where it has any.
         out: folder for the runs, ``ablation.csv``, ``ablation.md`` and ``ablation.png``.
         fit_args: words for every ``lit-tricks fit``; on the command line what follows ``--``.
-        as_sweep: write the same grid as a W&B sweep to this file, for ``wandb sweep``, and train nothing.
+        as_sweep: write the same grid as a W&B sweep to this file, for ``wandb sweep``, and train nothing. The file
+            holds all settings: agents on any machine that has the data need no other.
 
     Returns:
         The folder, or the file of the sweep.
@@ -74,25 +86,34 @@ def ablate(
         RuntimeError: if runs failed, after the table of the others is written.
     """
     seeds = [0, 1, 2] if seeds is None else seeds
-    _check(stack, seeds, jobs)
-    paths = [str(find_config(name).resolve()) for name in config]
+    _check(stack, seeds, jobs, engine, cpus, gpus)
+    paths = [find_config(name).resolve() for name in config]
     rows = rows_of(stack, mode)
+    settings = {name: _settings(tricks) for name, tricks in rows.items()}
     folder = Path(out)
-    plan = {"config": config, "rows": rows, "fit_args": fit_args or []}
-    _write_plan(folder, plan)
-    fit = [arg for path in paths for arg in ("--config", path)]
     if as_sweep:
-        return _write_sweep(Path(as_sweep), folder, rows, seeds, fit, fit_args or [])
+        return _write_sweep(Path(as_sweep), folder.name, settings, seeds, paths, fit_args or [])
+    _write_plan(folder, {"config": config, "rows": rows, "fit_args": fit_args or []}, settings)
+    runs = folder.resolve() / "runs"  # processes elsewhere have other working folders
     cells = [  # the first seed of all rows comes first: so the table says something early
         Cell(
-            name, seed, folder / "runs" / f"{_slug(name)}-seed{seed}", [*fit, "--config", str(_row_file(folder, name))]
+            name,
+            seed,
+            runs / f"{_slug(name)}-seed{seed}",
+            [*(f"--config={path}" for path in [*paths, _row_file(folder, name).resolve()]), *(fit_args or [])],
         )
         for seed in seeds
         for name in rows
     ]
-    run_all(cells, fit_args or [], jobs)
-    runs = {name: {cell.seed: cell.finished for cell in cells if cell.name == name} for name in rows}
-    report_ablation(folder, runs, relative_to="above" if mode == "stack" else "first")
+    told = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    told.setdefault("WANDB_RUN_GROUP", folder.resolve().name)
+    if engine == "ray":
+        run_all(cells, partial(run_on_ray, cpus=1 if cpus is None else cpus, gpus=gpus, environment=told))
+    else:
+        run_all(cells, partial(run_here, jobs=jobs, environment=told))
+    found = {name: {cell.seed: cell.finished for cell in cells if cell.name == name} for name in rows}
+    table = report_ablation(folder, found, relative_to="above" if mode == "stack" else "first")
+    _track(folder, cells, table)
     failed = [cell for cell in cells if not cell.finished]
     if failed:
         raise RuntimeError(
@@ -102,7 +123,7 @@ def ablate(
     return folder
 
 
-def _check(stack: list[str], seeds: list[int], jobs: int) -> None:
+def _check(stack: list[str], seeds: list[int], jobs: int, engine: str, cpus: float | None, gpus: float | None) -> None:
     if not stack:
         raise ValueError("stack is empty: name configurations of tricks, such as tricks/ema.")
     for what, values in (("stack", stack), ("seeds", seeds)):
@@ -117,20 +138,36 @@ def _check(stack: list[str], seeds: list[int], jobs: int) -> None:
         raise ValueError("seeds is empty: give one or more, such as 0 1 2.")
     if jobs < 1:
         raise ValueError(f"jobs={jobs} is below 1: it is the number of runs at a time.")
+    if engine == "ray" and jobs > 1:
+        raise ValueError(f"jobs={jobs} is for runs on this machine: on Ray, cpus and gpus of a run say how many fit.")
+    for name, value in {"cpus": cpus, "gpus": gpus}.items():
+        if value is not None and engine != "ray":
+            raise ValueError(f"{name}={value:g} is for --engine ray: here the runs share what there is, see jobs.")
+        if value is not None and value < 0:
+            raise ValueError(f"{name}={value:g} is negative: it is the number that each run takes.")
 
 
-def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
+def _write_plan(folder: Path, plan: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:
     """Keep what the folder is for, and the configuration of each row: all its tricks in one file."""
     path = folder / "plan.json"
     if path.is_file() and json.loads(path.read_text()) != plan:
         raise ValueError(f"{folder} holds another ablation, as {path} says: choose another folder with --out.")
     (folder / "rows").mkdir(parents=True, exist_ok=True)
-    for name, tricks in plan["rows"].items():
-        row: dict[str, Any] = {}
-        for trick in tricks:
-            row = _merged(row, yaml.safe_load(find_config(trick).read_text(encoding="utf-8")))
+    for name, row in settings.items():
         _row_file(folder, name).write_text(yaml.safe_dump(row, sort_keys=False))
     path.write_text(json.dumps(plan, indent=2) + "\n")
+
+
+def _settings(tricks: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for trick in tricks:
+        row = _merged(row, _read(find_config(trick)))
+    return row
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _merged(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
@@ -145,20 +182,47 @@ def _merged(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_sweep(
-    path: Path, folder: Path, rows: dict[str, list[str]], seeds: list[int], fit: list[str], fit_args: list[str]
+    path: Path, name: str, rows: dict[str, dict[str, Any]], seeds: list[int], configs: list[Path], fit_args: list[str]
 ) -> Path:
+    words = _portable([*(f"--config={config}" for config in configs), *fit_args])
+    if not any("WandbLogger" in word or word.endswith("loggers/wandb") for word in words):
+        words.append("--config=loggers/wandb")
     sweep = {
-        "name": folder.name,
+        "name": name,
+        "project": "lit-tricks",
         "program": "lit-tricks",
         "method": "grid",
-        "command": ["${env}", "lit-tricks", "fit", *fit, "${args}", *fit_args],
+        "metric": {"name": "val/top1", "goal": "maximize"},
+        "command": ["${env}", "lit-tricks", "fit", f"--name={name}", *words, "${args}"],
         "parameters": {
-            "config": {"values": [str(_row_file(folder, name).resolve()) for name in rows]},
+            "row": {"values": [json.dumps(row) for row in rows.values()]},
             "seed_everything": {"values": seeds},
         },
     }
     path.write_text(yaml.safe_dump(sweep, sort_keys=False))
     return path
+
+
+def _portable(words: Sequence[str]) -> list[str]:
+    """The words with installed configurations by their names, and others with all they hold: for other machines."""
+    found: list[str] = []
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        is_config = (flag in ("-c", "--config") and equals) or (i and words[i - 1] in ("-c", "--config"))
+        path = Path(value if equals else word)
+        if is_config and path.is_file():
+            word = f"{flag}=" * bool(equals) + (config_name(path) or json.dumps(_read(path)))
+        found.append(word)
+    return found
+
+
+def _track(folder: Path, cells: Sequence[Cell], table: Sequence[Sequence[str]]) -> None:
+    """Put the table in W&B, where the runs are."""
+    finished = [cell.finished for cell in cells if cell.finished]
+    loggers = _read(finished[0] / "config.yaml")["trainer"]["logger"] if finished else None
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, dict) and logger["class_path"].endswith(".WandbLogger"):
+            log_summary(folder, logger["init_args"], table[0], table[1:], folder / "ablation.png")
 
 
 def _row_file(folder: Path, name: str) -> Path:

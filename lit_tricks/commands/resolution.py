@@ -6,7 +6,6 @@ One caveat: the best of many sizes is chosen on the images that it is told for; 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,12 +131,12 @@ def _log(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Track the result in a W&B run of its own."""
     import wandb  # takes a second to import
 
-    from lit_tricks._runs import _logged_in
+    from lit_tricks._wandb import tracking_mode
 
     best = max(rows, key=lambda row: row["top1"])
     with wandb.init(
         project="lit-tricks", job_type="resolution", name=f"resolution-{Path(name).stem}", dir=str(folder.resolve()),
-        mode=None if os.environ.get("WANDB_MODE") or _logged_in() else "offline",
+        mode=tracking_mode(),
         config={"model": name, "best/size": best["size"], "best/top1": best["top1"]},
     ) as run:  # fmt: skip
         table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])

@@ -43,16 +43,20 @@ def read_run(run: Path) -> dict[str, float]:
     metrics = results.get("averaged") or results.get("raw") or {}
     found = metrics.get("test") or metrics.get("val") or {}
     values = {name: found.get(name, math.nan) for name in ("top1", "top5")}
-    return values | {"seconds": results.get("seconds", math.nan), "memory": results.get("peak_memory", math.nan)}
+    # none where it is not known
+    return values | {"seconds": results.get("seconds") or math.nan, "memory": results.get("peak_memory") or math.nan}
 
 
-def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "first"]) -> None:
+def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "first"]) -> list[tuple[str, ...]]:
     """Write ``ablation.csv``, ``ablation.md`` and ``ablation.png``, and print the table.
 
     Args:
         folder: where they go.
         runs: the run folders.
         relative_to: the row that a row is compared with: the one above it, or the first.
+
+    Returns:
+        The header and the rows of the table, as they are printed.
     """
     found = {name: {s: read_run(run) for s, run in seeds.items() if run} for name, seeds in runs.items()}
     with (folder / "ablation.csv").open("w", newline="") as stream:
@@ -82,6 +86,7 @@ def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "fir
     console = Console()
     console.print(table)
     console.print(f"table and plot  {folder}", highlight=False, soft_wrap=True)
+    return [HEADER, *rows]
 
 
 def _row(
@@ -116,7 +121,8 @@ def _legend(runs: Runs, relative_to: str) -> str:
     text = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}, in per cent. Change: points of top-1 "
         f"against {reference}, paired by seed, ± the reach of the 95 % interval by Student's t. Time and peak memory: "
-        "medians over the seeds, relative to the first row."
+        "medians over the seeds, relative to the first row; memory is what torch allocates on a GPU, without one what "
+        "the process takes besides Python and its libraries."
     )
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,11 @@ SPLITS = ("train", "val", "test")
 
 
 def report_fit(
-    run: Path, best: str, seconds: float | None = None, time: dict[str, Any] | None = None
+    run: Path,
+    best: str,
+    seconds: float | None = None,
+    time: dict[str, Any] | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Sum up a finished fit: print the table, write ``results.json``, ``curves.png`` and the short ``report.md``.
 
@@ -31,19 +34,19 @@ def report_fit(
         best: path of the best checkpoint, or "" if there is none.
         seconds: that the training took, with the runs that it resumes.
         time: what this training's seconds went into, see ``TimeSplit.result``.
+        memory: bytes that the run took at most.
 
     Returns:
         What ``results.json`` holds: the best checkpoint, its epoch, the metrics of ``train``, ``val`` and ``test``
         there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of the
-        average that the checkpoint has), the seconds, the time, and the peak memory of this process in bytes: that of
-        the GPU if it has one, otherwise all of its own.
+        average that the checkpoint has), the seconds, the time, and the peak memory.
     """
     rows = read_metrics(run)
     checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
-    results |= {"seconds": seconds, "time": time, "peak_memory": _peak_memory()}
+    results |= {"seconds": seconds, "time": time, "peak_memory": memory}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png")
     read = read_run_folder(run)
@@ -54,17 +57,6 @@ def report_fit(
         if path:
             console.print(f"{what:>15}  {path}", highlight=False, soft_wrap=True)
     return results
-
-
-def _peak_memory() -> int | None:
-    if torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
-        return peak
-    if sys.platform == "win32":
-        return None
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _last_epoch(rows: list[Row]) -> int:

@@ -1,0 +1,142 @@
+"""What Weights & Biases is told of a run: where it lies, its name, its axes; offline where nobody is logged in."""
+
+from __future__ import annotations
+
+import contextlib
+import netrc
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lit_tricks._runs import RunFolder
+from lit_tricks.classifier import Classifier
+
+__all__ = ["is_wandb", "log_summary", "own_wandb_run", "prepare_wandb", "tell_wandb", "tracking_mode"]
+
+
+@contextlib.contextmanager
+def own_wandb_run() -> Iterator[None]:
+    """End the W&B run that is started meanwhile, or the next fit of the same process would go on in it."""
+    before, code = _wandb_run(), 1
+    try:
+        yield
+        code = 0
+    finally:
+        started = _wandb_run()
+        if started is not None and started is not before:
+            started.finish(exit_code=code)
+
+
+def is_wandb(logger: Any) -> bool:
+    """Whether the configuration of a logger is that of W&B's."""
+    return str(getattr(logger, "class_path", "")).endswith(".WandbLogger")
+
+
+def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None, watch: str | None) -> None:
+    """Tell W&B where the run lies and what it is called; offline where nobody is logged in; resume where it stopped.
+
+    Args:
+        loggers: configuration of ``trainer.logger``, changed in place: what it sets itself stays.
+        run: the folder of the run.
+        checkpoint: the checkpoint that is resumed; if it lies in the folder of a tracked run, that run goes on.
+        watch: what is to be watched, see ``tell_wandb``.
+
+    Raises:
+        ValueError: if something is to be watched, and nothing is tracked.
+    """
+    found = [logger for logger in (loggers if isinstance(loggers, list) else [loggers]) if is_wandb(logger)]
+    if watch and not found:
+        raise ValueError(f"--watch {watch} is for Weights & Biases: add --config loggers/wandb, or leave it out.")
+    for logger in found:
+        settings = logger.init_args
+        settings.name = settings.name or f"{run.name}-{run.version}"
+        if settings.save_dir in (None, "."):  # absolute, for W&B's process, which does not follow ours to other folders
+            settings.save_dir = str(Path(run.root, run.name, run.version).resolve())
+        if checkpoint and not (settings.id or settings.version):
+            settings.id = _last_id(Path(checkpoint).resolve().parent.parent)
+        if not settings.offline and tracking_mode() == "offline":
+            settings.mode = "offline"  # Lightning's own `offline` would refuse to keep a checkpoint as an artifact
+
+
+def tell_wandb(logger: Any, module: Any, watch: str | None) -> None:
+    """Draw the metrics of an epoch against the epoch, and watch the module.
+
+    The other metrics stay where Lightning has them, on the optimizer step.
+
+    Args:
+        logger: a ``WandbLogger``.
+        module: that is trained. Of another one than a ``Classifier`` it is not known which metrics are of an epoch.
+        watch: "gradients", "parameters" or "all": histograms of these, as often as metrics are logged; or None.
+    """
+    if isinstance(module, Classifier):
+        # by their full names: of two patterns that match, W&B takes one at random, and Lightning has set "*"
+        for name in module.epoch_metrics():
+            logger.experiment.define_metric(name, step_metric="epoch")
+    if watch:
+        logger.watch(module, log=watch, log_freq=module.trainer.log_every_n_steps, log_graph=False)
+
+
+def log_summary(
+    folder: Path, settings: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], plot: Path
+) -> None:
+    """Track the table of several runs in a run of its own, in their group.
+
+    Args:
+        folder: of the runs; W&B's files go there too. A summary that is there already is replaced.
+        settings: of the runs' ``WandbLogger``.
+        columns: headers of the table.
+        rows: of the table.
+        plot: a picture to go with it.
+    """
+    import wandb
+
+    mode = "offline" if settings.get("offline") else tracking_mode()
+    with own_wandb_run():
+        run = wandb.run or wandb.init(
+            project=settings.get("project"),
+            entity=settings.get("entity"),
+            group=settings.get("group") or os.environ.get("WANDB_RUN_GROUP") or folder.name,
+            name=folder.name,
+            job_type="ablation",
+            dir=str(folder.resolve()),
+            id=_last_id(folder),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+        )
+        run.log({"ablation": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        run.log({"plot": wandb.Image(str(plot))})
+
+
+def tracking_mode() -> str | None:
+    """Offline, where nobody is logged in and nothing else is said."""
+    if os.environ.get("WANDB_MODE") or _logged_in():
+        return None
+    rank_zero_info("wandb: no login found, so the run is tracked offline; `wandb sync` uploads it later.")
+    return "offline"
+
+
+def _last_id(folder: Path) -> str | None:
+    """Of the W&B run whose files lie in a folder."""
+    found = sorted(folder.glob("wandb/*run-*-*"), key=os.path.getmtime)
+    return found[-1].name.rpartition("-")[2] if found else None
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+def _logged_in() -> bool:
+    """Whether W&B would find a key. W&B itself can not be asked: it settles on online or offline when it is."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
+    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if any(host == server or "wandb" in host for host in netrc.netrc(os.path.expanduser(path)).hosts):
+                return True
+    return False

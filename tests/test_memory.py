@@ -1,0 +1,56 @@
+"""Peak memory: of the run, not of what was there before, nor of the process that started this one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lit_tricks import _memory
+from lit_tricks._memory import PeakMemory
+
+MIB = 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak can not be forgotten")
+def test_what_was_there_before_does_not_count() -> None:
+    kept = np.ones(64 * MIB, np.uint8)
+    freed = np.ones(128 * MIB, np.uint8)
+    del freed
+    memory = PeakMemory()
+    first = memory.read()
+    assert first is not None
+    assert 0 <= first < 16 * MIB
+    held = np.ones(96 * MIB, np.uint8)
+    del held  # a peak that is over
+    peak = memory.read()
+    assert peak is not None
+    assert 90 * MIB < peak < 120 * MIB
+    assert kept[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the peak of a parent down")
+def test_nor_does_the_process_that_started_this_one() -> None:
+    """By the file alone, since the package brings torch, which is large itself."""
+    script = (
+        "import importlib.util, sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
+        f"spec = importlib.util.spec_from_file_location('memory', {_memory.__file__!r}); "
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); print(module._resident())"
+    )
+    large = np.ones(256 * MIB, np.uint8)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(found) < 64 * MIB < large.nbytes
+
+
+def test_a_gpu_counts_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that took most, and from now on."""
+    reset: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: [0, 5000][device])
+    assert PeakMemory().read() == 5000
+    assert reset == [0, 1]
