@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -112,7 +112,7 @@ def log_summary(
         run.log({"plot": wandb.Image(str(plot))})
 
 
-def tracking_mode() -> str | None:
+def tracking_mode() -> Literal["offline"] | None:
     """Offline, where nobody is logged in and nothing else is said."""
     if os.environ.get("WANDB_MODE") or _logged_in():
         return None
