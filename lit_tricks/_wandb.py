@@ -106,7 +106,7 @@ def log_summary(
             dir=str(folder.resolve()),
             id=_last_id(folder),
             resume="allow",
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
         )
         run.log({"ablation": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
         run.log({"plot": wandb.Image(str(plot))})
