@@ -497,10 +497,11 @@ def test_predicting_needs_no_training_data(folder: Path, images: Path) -> None:
     header, *rows = predictions("out.csv")
     assert header == ["file", "label1", "probability1", "label2", "probability2", "label3", "probability3"]
     names = ["Mule, old", "ant", "zebra"]
-    transform = ImageFolder(str(folder / "gone"), image_size=16).eval_transform
+    data = ImageFolder(str(folder / "gone"), image_size=16)
     for row in rows:
         with Image.open(row[0]) as image:
-            probabilities = logits_of(path, transform(image)[None])[0].softmax(0).tolist()
+            pixels, _ = data.on_after_batch_transfer([data.eval_transform(image)[None], None], 0)
+        probabilities = logits_of(path, pixels)[0].softmax(0).tolist()
         assert {name: float(cell) for name, cell in zip(row[1::2], row[2::2], strict=True)} == pytest.approx(
             dict(zip(names, probabilities, strict=True)), abs=2e-6
         )

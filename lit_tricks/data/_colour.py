@@ -114,7 +114,15 @@ def _in_chunks(images: Tensor, matrices: Tensor) -> Tensor:
     return result.view(images.shape)
 
 
-_rooms: list[npt.NDArray[np.float32]] = []
+_Array = npt.NDArray[np.float32]
+
+
+def _references(arrays: list[_Array], index: int) -> int:
+    return sys.getrefcount(arrays[index])
+
+
+_rooms: list[_Array] = []
+_FREE = _references([np.empty(0, np.float32)], 0)  # those of an array that no tensor has, in this Python
 
 
 def _room(shape: tuple[int, ...]) -> Tensor:
@@ -123,12 +131,11 @@ def _room(shape: tuple[int, ...]) -> Tensor:
     Memory that is new takes as long as the work itself: the system maps and clears its pages one by one.
     """
     size = math.prod(shape)
-    for array in _rooms:
-        if array.size == size and sys.getrefcount(array) == 3:  # the list, the loop, the argument; else, a tensor
-            return torch.from_numpy(array).view(shape)
-    array = np.empty(size, np.float32)
-    _rooms[:] = [*_rooms[-1:], array]
-    return torch.from_numpy(array).view(shape)
+    for index in range(len(_rooms)):
+        if _rooms[index].size == size and _references(_rooms, index) == _FREE:
+            return torch.from_numpy(_rooms[index]).view(shape)
+    _rooms[:] = [*_rooms[-1:], np.empty(size, np.float32)]
+    return torch.from_numpy(_rooms[-1]).view(shape)
 
 
 def _pointwise(images: Tensor, matrices: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

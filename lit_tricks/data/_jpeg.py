@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ __all__ = ["JPEG", "Pixels", "decode_image", "pixels_of", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
 
-# What libjpeg says of files that it decodes all the same, and rightly: ImageNet has a few of the first.
-HARMLESS = ("extraneous bytes before marker", "unknown JFIF revision", "Unknown Adobe color transform")
+# What libjpeg says at the end of an image whose height was lowered, and of a few files of ImageNet, which are right.
+HARMLESS = "extraneous bytes before marker"
 SOF0, SOF1, SOF2, SOS = 0xC0, 0xC1, 0xC2, 0xDA
 END = b"\xff\xd9"
 
@@ -47,10 +48,10 @@ def decode_image(data: bytes, name: str, exact: bool = False) -> Image.Image:
 
 
 def pixels_of(image: Image.Image, bottom: int | None = None) -> Pixels:
-    """Give the RGB values of an image, shape (rows, width, 3): all rows, or at least those above ``bottom``."""
+    """Give the RGB values of an image, shape (rows, width, 3): all rows, or those above ``bottom``."""
     if isinstance(image, JPEG):
         return image.pixels(bottom)
-    return np.asarray(to_rgb(image))
+    return np.array(to_rgb(image))[:bottom]
 
 
 class JPEG(Image.Image):
@@ -80,7 +81,7 @@ class JPEG(Image.Image):
         return JPEG, self._args
 
     def pixels(self, bottom: int | None = None) -> Pixels:
-        """Give the RGB values, shape (rows, width, 3): all rows, or at least those above ``bottom``."""
+        """Give the RGB values, shape (rows, width, 3): all rows, or those above ``bottom``."""
         data, name, exact, header = self._args
         rows = header.height
         if bottom is not None and header.scan and not exact and data.rfind(END, header.scan) > 0:
@@ -90,7 +91,7 @@ class JPEG(Image.Image):
                 at = header.position
                 data = b"".join((data[:at], struct.pack(">H", rows), data[at + 2 :]))
             self._pixels = _decode(data, name, rows, header.width)
-        return self._pixels
+        return self._pixels[:bottom]
 
     def load(self) -> Any:
         """Decode, for PIL."""
@@ -118,8 +119,8 @@ class _Header(NamedTuple):
     scan: int
 
     def rows_for(self, bottom: int) -> int:
-        """Rows to decode so that those above ``bottom`` are right: those below a block smooth its colours."""
-        spare = 1 if self.block == 8 else 2
+        """Rows to decode for those above ``bottom``; colours of half the height are smoothed over blocks."""
+        spare = 0 if self.block == 8 else 1
         return (-(-bottom // self.block) + spare) * self.block
 
 
@@ -135,7 +136,8 @@ def _header(data: bytes) -> _Header | None:
             continue
         if marker in (SOF0, SOF1, SOF2):
             precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
-            if precision != 8 or channels not in (1, 3) or not height or not width:
+            bomb = width * height > (Image.MAX_IMAGE_PIXELS or math.inf)  # which PIL warns of, or refuses
+            if precision != 8 or channels not in (1, 3) or not height or not width or bomb:
                 return None
             sampling = data[at + 11 : at + 11 + 3 * channels : 3]
             frame = marker, width, height, at + 5, 8 * max(code & 15 for code in sampling), channels
@@ -157,11 +159,11 @@ def _decode(data: bytes, name: str, rows: int, width: int) -> Pixels:
         decode_jpeg(data, buffer=pixels)
     except ValueError as error:  # the first thing that libjpeg complained about; what it decoded is in the buffer
         message = str(error)
-        if any(harmless in message for harmless in HARMLESS):
+        if HARMLESS in message:
             return pixels
         if message.startswith("Corrupt JPEG data"):  # PIL would not say so
             raise _unreadable(name, error) from error
-        return np.asarray(_decode_any(data, name))
+        return np.array(_decode_any(data, name))
     return pixels
 
 

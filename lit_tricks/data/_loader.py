@@ -103,7 +103,7 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
         Raises:
             RuntimeError: if it was saved with worker processes, and there are none now, or the other way round.
         """
-        if state and state["workers"] != self.num_workers > 0:
+        if state and state["workers"] != (self.num_workers > 0):
             before = "at least 1" if state["workers"] else "0"
             raise RuntimeError(
                 f"num_workers={self.num_workers} cannot go on in the middle of an epoch that was begun with "

@@ -71,10 +71,10 @@ class PhotoDataModule(ImageDataModule, ABC):
             return [self._coloured(part, matrices) for part in images]
         if images.dtype != torch.uint8:
             return images
-        if matrices is None:
-            matrices = normalisation(self.mean, self.std)
+        floats = normalisation(self.mean, self.std) if matrices is None else matrices.view(torch.float32)
         single = images.dim() == 3
-        result = apply_matrices(images[None] if single else images, matrices, self._dtype(), self._is_channels_last())
+        images = images[None] if single else images
+        result = apply_matrices(images, floats, self._dtype(), self._is_channels_last())
         return result[0] if single else result
 
     def _dtype(self) -> torch.dtype:
@@ -86,7 +86,9 @@ class PhotoDataModule(ImageDataModule, ABC):
     def _is_channels_last(self) -> bool:
         module = None if self.trainer is None else self.trainer.lightning_module
         parameters = module.parameters() if module is not None else ()
-        weight: Any = next((param for param in parameters if param.dim() == 4), None)
+        # A filter of one pixel or one channel is in either format.
+        filters = (param for param in parameters if param.dim() == 4 and param.size(1) > 1 and param.size(3) > 1)
+        weight: Any = next(filters, None)
         if weight is None:
             return False
         weight = getattr(weight, "_local_tensor", weight)  # of a DTensor

@@ -47,7 +47,8 @@ class Samples(Dataset[tuple[Any, ...]]):
     know it. A transform of ours (a ``Crop``) draws from a generator of its own, and fills its part of one batch, in
     memory that is shared between processes. For any other, torch's generator of the CPU is seeded, and put back.
 
-    A sample is (image, label), or (image, label, matrix) where the transform has a jitter of the colours.
+    A sample is (image, label), or (image, label, matrix) where the transform has a jitter of the colours; the matrix is
+    the bits of float32, shape (3, 4).
 
     Args:
         source: gives (image, label).
@@ -75,11 +76,13 @@ class Samples(Dataset[tuple[Any, ...]]):
         transform = self.transform
         if not isinstance(transform, Crop):
             return self._map(self._any, indices)
-        images = _shared(transform.empty(len(indices)))
+        with torch.inference_mode(False):  # in which a worker may be born, but not its threads
+            images = _shared(transform.empty(len(indices)))
         labels, draws = zip(*self._map(self._crop, indices, images), strict=True)
         whole = [images, default_collate(list(labels))]
         if transform.jitter:
-            whole.append(transform.jitter.matrices(np.stack(draws)))
+            # As bits: Lightning rounds all floats of a batch where the precision of the run is half.
+            whole.append(transform.jitter.matrices(np.stack(draws)).view(torch.int32))
         samples = _Samples(zip(images, labels, *whole[2:], strict=True))
         samples.whole = whole
         return samples

@@ -28,26 +28,42 @@ class ImageFolder(PhotoDataModule):
 
     With the defaults it is the input pipeline of [He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1. For
     training a crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, resized to ``image_size``; a horizontal
-    flip for every second image; coefficients of brightness, saturation and hue from U[0.6, 1.4], in random order (the
-    hue turns by (coefficient - 1) * pi radians, as in the authors' framework, MXNet); PCA noise with coefficients from
-    N(0, 0.1). Otherwise the short side to ``resize_size`` and the centre crop. All resizing is antialiased bilinear.
+    flip for every second image; coefficients of brightness, saturation and hue from U[0.6, 1.4]; PCA noise with
+    coefficients from N(0, 0.1). Otherwise the short side to ``resize_size`` and the centre crop. All resizing is
+    antialiased bilinear.
+
+    The workers read, decode, crop, resize and flip, and give uint8. The colours follow on the device that trains, all
+    in one pass over the batch (``on_after_batch_transfer``), in floating point and without clipping; the hue turns by
+    (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the
+    Trainer: its loaders alone give uint8.
 
     The classes are the folders of ``root/train``, sorted. Without ``root/test`` the test is on ``root/val``. Files are
     found by their ending (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp) at any depth. Grey, CMYK, palette
-    and transparent images become RGB (alpha is dropped); EXIF orientation is not applied, as in torchvision.
+    and transparent images become RGB (alpha is dropped); EXIF orientation is not applied, as in torchvision. In
+    validation, several processes share the images, and each is counted once.
 
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
         image_size: side of the images as the model sees them in pixels, at least 1.
-        batch_size: images in a batch of one process, from 1 to the number of training images.
-        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
-            the machine, 16 at most; 0 loads in the main process.
+        batch_size: images in a batch of one process, from 1 to the number of training images. For validation in several
+            processes it may be lowered, so that all have as many batches.
+        num_workers: processes or threads that load, for each loader; "auto" shares the available cores among the
+            processes of the machine, 16 at most; 0 loads in the main process.
         resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
             times 256/224, rounded.
-        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on the resized centre crop.
+        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on the resized centre crop;
+            "trivial" (TrivialAugment), "rand" (RandAugment), "augmix" (AugMix) are torchvision's, after "basic".
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        random_erasing: probability that a rectangle of a training image, 2 to 33 % of it, gets the mean colour
+            ([Zhong et al., 2017](https://arxiv.org/abs/1708.04896)), before the colours are changed; 0 to 1.
+        repeats: how often an image is in an epoch, augmented anew each time; the epoch has as many samples, of fewer
+            images ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). At least 1.
+        decode: "auto" decodes a JPEG down to the crop's bottom, which gives the same pixels, and finds files that were
+            cut off, but not what is broken below; "exact" decodes all of it.
+        workers: "process", or "thread" for threads in one process for each loader, which saves memory and reads ahead
+            fewer batches. In threads, what torchvision augments takes turns.
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
 
     Raises:
