@@ -32,6 +32,7 @@ each_trick = pytest.mark.parametrize("name", TRICKS)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers"),
     pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network"),  # runs here start from random weights
+    pytest.mark.filterwarnings("ignore:TestTimeAugment has no effect"),  # the test_step here does nothing
 ]
 
 

@@ -41,7 +41,7 @@ class Row:
         logs: names of the metrics that it logs in a run with one SGD.
         refused: cases that it refuses, each with a regex of the RuntimeError's message.
         flags: what the command line needs besides its name.
-        same_numbers: it changes how fast a run is, and its numbers by no more than rounding.
+        same_numbers: it changes how fast a run is, or acts in evaluation only: weights change by rounding at most.
     """
 
     make: Callable[[], Trick]
@@ -135,10 +135,21 @@ TRICKS = {
         tests="test_precise_bn.py",
         logs=("precise_bn/shift",),
     ),
+    "ProgressiveResizing": Row(
+        make=lambda: callbacks.ProgressiveResizing(start_scale=0.5, end=0.1, multiple_of=4),
+        tests="test_progressive_resizing.py",
+        logs=("progressive_resizing/size",),
+    ),
     "SWA": Row(
         make=lambda: callbacks.SWA(lr=0.2, start=0.25),
         tests="test_swa.py",
         logs=("swa/averaged", "lr-SGD"),
+    ),
+    "TestTimeAugment": Row(
+        make=callbacks.TestTimeAugment,
+        tests="test_test_time_augment.py",
+        logs=("test_time_augment/views",),
+        same_numbers=True,
     ),
     "WarmupCosine": Row(
         make=lambda: callbacks.WarmupCosine(warmup_epochs=1),

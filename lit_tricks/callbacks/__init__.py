@@ -14,7 +14,9 @@ from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.mixup import MixUp
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.precise_bn import PreciseBN
+from lit_tricks.callbacks.progressive_resizing import ProgressiveResizing
 from lit_tricks.callbacks.swa import SWA
+from lit_tricks.callbacks.test_time_augment import TestTimeAugment
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
 from lit_tricks.callbacks.warmup_exponential import WarmupExponential
 from lit_tricks.callbacks.warmup_step import WarmupStep
@@ -37,6 +39,8 @@ __all__ = [
     "MixUp",
     "NoBiasDecay",
     "PreciseBN",
+    "ProgressiveResizing",
+    "TestTimeAugment",
     "WarmupCosine",
     "WarmupExponential",
     "WarmupStep",

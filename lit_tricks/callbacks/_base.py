@@ -64,6 +64,7 @@ class Trick(_Callback):
     (Lightning calls only one of them), in whatever order several tricks come off the same method.
     """
 
+    _takes_batches = False  # the loop over training batches, in this fit, of a trick that changes them
     _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

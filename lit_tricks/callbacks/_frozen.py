@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-__all__ = ["Frozen"]
+from lit_tricks.callbacks._base import Trick, callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["Frozen", "refuse_rivals"]
+
+_RIVALS = {
+    "DropPath": "drops branches of layers that FixRes holds in evaluation mode",
+    "ProgressiveResizing": "trains at other sizes than the one that FixRes trains for",
+    "BaseFinetuning": "freezes and unfreezes layers, as FixRes does",
+}
+
+
+def refuse_rivals(trainer: Trainer, trick: Trick) -> None:
+    """See that no other callback freezes, drops, or changes sizes.
+
+    Raises:
+        RuntimeError: if one does.
+    """
+    for other in callbacks_of(trainer):
+        for cls in type(other).__mro__:
+            if other is not trick and cls.__name__ in _RIVALS:
+                raise RuntimeError(f"FixRes: {type(other).__name__} {_RIVALS[cls.__name__]}. Remove one of the two.")
 
 
 class Frozen:
@@ -27,17 +51,19 @@ class Frozen:
         self._before: dict[nn.Module, bool] = {}  # modes
         self._modes: dict[nn.Module, bool] = {}
 
-    def begin(self) -> None:
-        """Note the modes, when layers are not replaced any more."""
-        self._before = {part: part.training for part in self._module.modules()}
-        working = {part for name in self._layers for part in self._module.get_submodule(name).modules()}
-        self._modes = {part: part in working for part in self._before if part is not self._module}
-
     def hold(self) -> None:
         """Set the modes, whoever has changed them since. That of the module itself is its own."""
+        if not self._modes:
+            self._begin()
         for part, training in self._modes.items():
             if part.training != training:
                 part.training = training
+
+    def _begin(self) -> None:
+        """Note the modes as they are in the first batch: layers are not replaced, and modes not set, after that."""
+        self._before = {part: part.training for part in self._module.modules()}
+        working = {part for name in self._layers for part in self._module.get_submodule(name).modules()}
+        self._modes = {part: part in working for part in self._before if part is not self._module}
 
     def loose(self) -> nn.Module | None:
         """A part that is in training mode and should not be."""

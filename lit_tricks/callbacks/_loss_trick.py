@@ -32,7 +32,6 @@ class LossTrick(Trick):
     _trainer: Trainer | None = None
     _recipe: Recipe | None = None  # of the batch in work
     _seen = False  # a loss has seen the target, in this fit
-    _begun = False  # the loop over training batches, in this fit
 
     def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
         """Change inputs, or target, or the recipe of its loss. The inputs that were given are not changed in place."""
@@ -56,7 +55,7 @@ class LossTrick(Trick):
                 f"{name} can not reach the batches that {type(pl_module).__name__}.training_step takes from "
                 "`dataloader_iter`: let it take `batch`."
             )
-        self._trainer, self._seen, self._begun = trainer, False, False
+        self._trainer, self._seen, self._takes_batches = trainer, False, False
         if team[0] is self:
             connector: Any = trainer._data_connector
             hook = "on_after_batch_transfer"
@@ -64,12 +63,12 @@ class LossTrick(Trick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect training batches from now on."""
-        self._begun = True
+        self._takes_batches = True
 
     def _transferred(self, hook: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         batch = hook(batch, *args, **kwargs)
         # the same hook serves all other loops, and the example input of the summary
-        if self._trainer is None or not self._trainer.training or not self._begun:
+        if self._trainer is None or not self._trainer.training or not self._takes_batches:
             return batch
         team = _team(self._trainer)
         names = tuple(sorted(type(trick).__name__ for trick in team))
@@ -127,12 +126,16 @@ def _team(trainer: Trainer) -> list[LossTrick]:
 
 @contextlib.contextmanager
 def without_loss_tricks(trainer: Trainer) -> Iterator[None]:
-    """Let training batches pass as they are, for a while."""
-    begun = {trick: trick._begun for trick in _team(trainer)}
+    """Let training batches pass as they are, for a while; those that ProgressiveResizing makes small, too."""
+    begun = {
+        trick: trick._takes_batches
+        for trick in callbacks_of(trainer)
+        if isinstance(trick, Trick) and trick._takes_batches
+    }
     try:
         for trick in begun:
-            trick._begun = False
+            trick._takes_batches = False
         yield
     finally:
         for trick, before in begun.items():
-            trick._begun = before
+            trick._takes_batches = before

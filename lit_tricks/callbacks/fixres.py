@@ -15,13 +15,13 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
-from lit_tricks.callbacks._frozen import Frozen
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._frozen import Frozen, refuse_rivals
 from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.callbacks._initializer import sign_of_training
 from lit_tricks.callbacks._layers import is_norm
 from lit_tricks.callbacks._optimizers import Group, groups_of, on_each_group
-from lit_tricks.callbacks._sizes import require_size
+from lit_tricks.callbacks._sizes import require_fit, require_size
 from lit_tricks.callbacks._switch import SwitchedTransforms
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class FixRes(Trick):
             self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
             self._wrap(trainer.strategy, "process_dataloader", self._run.data.around)
         if stage == "fit":
-            _refuse_rivals(self, trainer)
+            refuse_rivals(trainer, self)
             self._wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
             self._wrap(pl_module, "configure_optimizers", self._with_rate)
             self._wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
@@ -127,13 +127,19 @@ class FixRes(Trick):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is trained, and warn if the weights look random."""
+        """Say what is trained, and warn if the weights look random.
+
+        Raises:
+            RuntimeError: if the network can not take images of the size.
+        """
         run = self._now
+        if self.test_size is not None:
+            require_fit(pl_module, (self.test_size, self.test_size), None, f"FixRes(test_size={self.test_size})")
         names = [f"{name} ({kind})" for kind, layers in run.trained.items() for name in layers]
         shown = ", ".join(names if len(names) < 5 else [*names[:3], f"... ({len(names)} layers)", names[-1]])
         rates = {float(group["lr"]) for group in groups_of(trainer.optimizers) if "lr" in group}
-        size = f" at {self.test_size} pixels" if self.test_size else ""
-        self._say(f"trains {shown}{size}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
+        at = f" at {self.test_size} pixels" if self.test_size else ""
+        self._say(f"trains {shown}{at}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
         has_norms = any(map(is_norm, pl_module.modules()))
         if has_norms and not sign_of_training(pl_module, set(pl_module.parameters())):
             rank_zero_only(warnings.warn)(
@@ -143,9 +149,8 @@ class FixRes(Trick):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the modes that are to be put back; by now no layer is replaced any more."""
+        """Look at the BatchNorm layers; by now no layer is replaced any more."""
         run = self._now
-        run.frozen.begin()
         run.norms = [pl_module.get_submodule(name) for name in run.trained[_NORM]]
         run.steps = [int(norm.num_batches_tracked) for norm in run.norms]
 
@@ -157,6 +162,19 @@ class FixRes(Trick):
             self._require_size(batch)
         if self._is_logged(trainer):
             pl_module.log("fixres/parameters", float(run.parameters))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """See that the loss depends on what is trained.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        if not loss.requires_grad:
+            names = [name for layers in self._now.trained.values() for name in layers]
+            raise RuntimeError(
+                f"FixRes trains {', '.join(names)}, and the loss of {type(pl_module).__name__} depends on none of it: "
+                'name the layers that end the network, as FixRes(classifier="model.fc", batch_norm="model.bn2").'
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -194,13 +212,7 @@ class FixRes(Trick):
         if batch_idx == 0:
             self._require_size(batch)
 
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        """See that images have the size."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        """See that images have the size."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
         """The size."""
@@ -283,16 +295,3 @@ class _Run:
     norms: list[Any] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)  # that they had seen before
     seen: bool = False  # a whole step
-
-
-def _refuse_rivals(trick: FixRes, trainer: Trainer) -> None:
-    reasons = {
-        "FixRes": "is there twice",
-        "DropPath": "drops branches of layers that FixRes holds in evaluation mode",
-        "ProgressiveResizing": "trains at other sizes than the one that FixRes trains for",
-        "BaseFinetuning": "freezes and unfreezes layers, as FixRes does",
-    }
-    for other in callbacks_of(trainer):
-        for cls in type(other).__mro__:
-            if other is not trick and cls.__name__ in reasons:
-                raise RuntimeError(f"FixRes: {type(other).__name__} {reasons[cls.__name__]}. Remove one of the two.")

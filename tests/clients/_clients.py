@@ -44,10 +44,13 @@ OWN_RATES = ("SWA",)  # at its start it goes to a rate of its own
 SCHEDULES = [name for name, row in TRICKS.items() if isinstance(row.make(), Schedule)]
 NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), LossTrick)]
 
-# Those that the contract's module has to be named something for, which they find by themselves in most clients.
+# Those that the contract's module has to be named something for, which they find by themselves in most clients; that
+# set a rate of their own; or that would leave nothing of the clients' images.
 MAKE: dict[str, Callable[[], Trick]] = {
     "DropPath": lambda: callbacks.DropPath(rate=0.5),
+    "FixRes": lambda: callbacks.FixRes(test_size=None, lr=None),
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=32),
+    "ProgressiveResizing": lambda: callbacks.ProgressiveResizing(start_scale=0.75, end=0.1, multiple_of=2),
     "ZeroGamma": callbacks.ZeroGamma,
 }
 
@@ -91,6 +94,7 @@ def spy_on(fit: Fit, *tricks: Any) -> Spy:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", ResourceWarning)  # they come whenever garbage is collected
         warnings.filterwarnings("ignore", "SWA averages the statistics of the BatchNorm layers")
+        warnings.filterwarnings("ignore", "FixRes fine-tunes a trained network")  # clients start from random weights
         fit(*tricks, spy)
     spy.warnings = {f"{warning.category.__name__}: {warning.message}" for warning in caught}
     spy.weights = weights_of(spy.trainer.lightning_module)
@@ -159,6 +163,9 @@ def check(
 
 # What else a client can lack, and the errors and warnings that say so.
 NO_BATCHNORM = {"PreciseBN": "^UserWarning: PreciseBN has no effect: .+ has no BatchNorm with running statistics"}
+NO_BATCHNORM_TO_TRAIN = {"FixRes": "^FixRes found no BatchNorm with running statistics in "}
+NO_IMAGES = {"ProgressiveResizing": "^ProgressiveResizing found no images in the training batch: "}
+NO_FORWARD = {"TestTimeAugment": "^UserWarning: TestTimeAugment has no effect: forward of .+ was not called"}
 NO_RESIDUAL_BRANCHES = {
     "DropPath": "^DropPath found no drop-path layers, nor branches that end with a norm, in ",
     "ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in ",

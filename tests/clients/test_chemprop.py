@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from _clients import (
     NO_BATCHNORM,
+    NO_BATCHNORM_TO_TRAIN,
     NO_CONVOLUTIONS,
+    NO_IMAGES,
     NO_RESIDUAL_BRANCHES,
     NO_WEIGHT_DECAY,
     check,
@@ -56,6 +58,8 @@ def test_mpnn(name):
         | no_labels("2 tensors that could be the target")
         | NO_RESIDUAL_BRANCHES
         | NO_CONVOLUTIONS
+        | NO_BATCHNORM_TO_TRAIN
+        | NO_IMAGES
         | NO_WEIGHT_DECAY,
         idle=NO_BATCHNORM,
     )

@@ -10,7 +10,9 @@ import pytest
 import torch
 from _clients import (
     NO_BATCHNORM,
+    NO_BATCHNORM_TO_TRAIN,
     NO_CONVOLUTIONS,
+    NO_IMAGES,
     NO_RESIDUAL_BRANCHES,
     check,
     each_schedule,
@@ -53,7 +55,9 @@ def test_nbeats(name):
         fit,
         refused=no_labels("no target in the training batch: TorchTrainingBatch(")
         | NO_RESIDUAL_BRANCHES
-        | NO_CONVOLUTIONS,
+        | NO_CONVOLUTIONS
+        | NO_BATCHNORM_TO_TRAIN
+        | NO_IMAGES,
         idle=NO_BATCHNORM,
     )
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 from _clients import (
     NO_BATCHNORM,
+    NO_BATCHNORM_TO_TRAIN,
     NO_CONVOLUTIONS,
+    NO_FORWARD,
+    NO_IMAGES,
     NO_RESIDUAL_BRANCHES,
     check,
     each_schedule,
@@ -60,7 +63,8 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 def test_mlp(name):
     no_class_labels = no_labels("no target in the training batch: dict(")
     refused = own_schedule("StepLR", "MLP") | no_class_labels | NO_RESIDUAL_BRANCHES | NO_CONVOLUTIONS
-    check(name, fit, refused=refused, idle=NO_BATCHNORM)
+    refused |= NO_BATCHNORM_TO_TRAIN | NO_IMAGES
+    check(name, fit, refused=refused, idle=NO_BATCHNORM | NO_FORWARD)
 
 
 @each_schedule

@@ -1,0 +1,217 @@
+"""Progressive resizing: small images at first, full ones at the end, for the same number of steps (Howard, 2018).
+
+One caveat: each size is another kernel and another graph: with ``torch.compile`` the first step at each size is slow.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._batch import describe, find, replace, tensors_in
+from lit_tricks.callbacks._clock import Clock, steps_done
+from lit_tricks.callbacks._sizes import require_fit, resize, resize_nearest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["ProgressiveResizing", "side_at"]
+
+
+def side_at(progress: float, side: int, start_scale: float, start: float, end: float, multiple_of: int) -> int:
+    """Side of the images in pixels: ``start_scale`` of the full one until ``start``, then rising, full from ``end`` on.
+
+    Args:
+        progress: part of the run that is over, in [0, 1].
+        side: the full one.
+        start_scale: part of it at first.
+        start: progress from which it rises.
+        end: progress from which it is full.
+        multiple_of: smaller sides are rounded to the nearest multiple of it, and are one at least.
+    """
+    if progress >= end:
+        return side
+    scale = start_scale + (1 - start_scale) * max(0.0, progress - start) / (end - start)
+    return min(side, multiple_of * max(1, round(side * scale / multiple_of)))
+
+
+class ProgressiveResizing(Trick):
+    """Train on small images first, and on larger ones as the run goes on ([Howard, 2018](https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html)).
+
+    Batches are resized on the device (bilinear, antialiased), their sides rising linearly from ``start_scale`` to all
+    of the image between two parts of the run. Dense targets (N, H, W) follow (nearest). The size is a closed form of
+    the number of the step. Mixing tricks mix what was resized; PreciseBN, and all evaluation, see full images.
+
+    Cost: none, it saves time: a step at half the side has a quarter of the operations. Use it for long runs of
+    convolutional networks at 160 pixels or more. Leave it out where details decide the class, where loading is what
+    takes the time, and for networks with a fixed size. The last part at full size, or FixRes or PreciseBN after it, is
+    needed: the statistics of small images are not those of large ones.
+
+    Args:
+        start_scale: part of the side at first, in (0, 1). Near 0 nothing is to be seen; 0.5 is usual.
+        start: part of the run from which the images grow, in [0, ``end``).
+        end: part of the run from which they are full, in (``start``, 1]; at 1 never before the last step.
+        multiple_of: smaller sides are multiples of it, in pixels, 1 or more: 32 for a network with that stride. The
+            fewer sizes, the fewer kernels and graphs.
+        mode: "resize", or "crop", which cuts a random part of that size out of all images of a batch.
+        total_steps: length of the run in steps, where it can not be told from the Trainer and its loaders.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the training starts, if the length of the run is unknown; in the first batch, if it has no
+            images, they are too small to be made smaller, or the network can not take the smallest ones.
+
+    Example:
+        ``- {class_path: ProgressiveResizing, init_args: {start_scale: 0.5, end: 0.8}}``
+    """
+
+    _trainer: Trainer | None = None
+
+    def __init__(
+        self,
+        start_scale: float = 0.5,
+        start: float = 0.0,
+        end: float = 0.8,
+        multiple_of: int = 32,
+        mode: Literal["resize", "crop"] = "resize",
+        total_steps: int | None = None,
+    ) -> None:
+        if not 0 < start_scale < 1:
+            raise ValueError(f"start_scale={start_scale} must lie in (0, 1): 0.5 begins with half the side.")
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"start={start} and end={end} must be parts of the run with 0 <= start < end <= 1.")
+        if not isinstance(multiple_of, int) or multiple_of < 1:
+            raise ValueError(f"multiple_of={multiple_of!r} must be a number of pixels, 1 or more.")
+        if mode not in ("resize", "crop"):
+            raise ValueError(f"mode={mode!r} is unknown: write 'resize' or 'crop'.")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps={total_steps} is below 1; give the steps of the whole run, or None.")
+        self.start_scale = start_scale
+        self.start = start
+        self.end = end
+        self.multiple_of = multiple_of
+        self.mode = mode
+        self.total_steps = total_steps
+        self._seeds, self._draws = Generator(), Generator()
+        self._clock = Clock("ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", total_steps)
+        self._side = 0
+        self._checked = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the batches first, before tricks that change their targets."""
+        if stage != "fit":
+            return
+        self._trainer, self._takes_batches, self._checked = trainer, False, False
+        connector: Any = trainer._data_connector
+        hook = "on_after_batch_transfer"
+        self._wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
+        if trainer.global_step == 0:
+            seed: int = trainer.strategy.broadcast(torch.initial_seed())
+            self._seeds.manual_seed(seed ^ zlib.crc32(b"ProgressiveResizing"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the run in steps, and say what comes.
+
+        Raises:
+            RuntimeError: if its length is unknown.
+        """
+        self._clock.measure(trainer, pl_module)
+        first, full = round(self.start * self._clock.run), round(self.end * self._clock.run)
+        self._takes_batches = True
+        self._say(
+            f"{self.mode} to {self.start_scale:g} of the side, rising from step {first}, full from step {full} of "
+            f"{self._clock.run}; for the last epochs, or after it, FixRes or PreciseBN fit the statistics to full size"
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the shorter side."""
+        if self._side and self._is_logged(trainer):
+            pl_module.log("progressive_resizing/size", float(self._side))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See that a batch makes as many steps as was assumed."""
+        self._clock.check(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator of the seeds of crops."""
+        return {"seeds": self._seeds.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the generator of the seeds."""
+        self._seeds.set_state(state_dict["seeds"].cpu())
+
+    def _transferred(self, hook: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = hook(batch, *args, **kwargs)
+        trainer = self._trainer
+        if trainer is None or not trainer.training or not self._takes_batches:  # the same hook serves all other loops
+            return batch
+        images = _images_in(batch)
+        height, width = images[next(iter(images))].shape[-2:]
+        if not self._checked:
+            self._check(trainer, next(iter(images.values())))
+        progress = steps_done(trainer, trainer.lightning_module) / self._clock.run
+        size = self._side_at(progress, height), self._side_at(progress, width)
+        self._side = min(size)
+        seed = int(torch.randint(2**62, (), generator=self._seeds)) + trainer.global_rank
+        if size == (height, width):
+            return batch
+        self._draws.manual_seed(seed)
+        top, left = (
+            int(torch.randint(full - new + 1, (), generator=self._draws))
+            for full, new in zip((height, width), size, strict=True)
+        )
+        for path, tensor in list(tensors_in(batch)):
+            if tensor.shape[-2:] != (height, width) or tensor.dim() < 3:
+                continue
+            if self.mode == "crop":
+                changed = tensor[..., top : top + size[0], left : left + size[1]].contiguous()
+            else:
+                changed = resize(tensor, size) if path in images else resize_nearest(tensor, size)
+            batch = replace(batch, path, changed)
+        return batch
+
+    def _side_at(self, progress: float, side: int) -> int:
+        return side_at(progress, side, self.start_scale, self.start, self.end, self.multiple_of)
+
+    def _check(self, trainer: Trainer, images: Tensor) -> None:
+        """See, once, that there is something to do, and that the network can take it."""
+        self._checked = True
+        sides = tuple(images.shape[-2:])
+        smallest = self._side_at(0.0, sides[0]), self._side_at(0.0, sides[1])
+        if smallest == sides:
+            raise RuntimeError(
+                f"ProgressiveResizing has no effect: of {sides[0]} x {sides[1]} pixels, {self.start_scale:g} is not "
+                f"less in multiples of {self.multiple_of}: give a smaller multiple_of, as ProgressiveResizing("
+                f"multiple_of={max(1, min(sides) // 8)})."
+            )
+        known = torch.zeros_like(images[:1])
+        require_fit(trainer.lightning_module, smallest, known, f"ProgressiveResizing(start_scale={self.start_scale:g})")
+
+    def _unwrap(self) -> None:  # at any end of the fit
+        super()._unwrap()
+        self._trainer, self._takes_batches, self._side = None, False, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_trainer"}
+
+
+def _images_in(batch: Any) -> dict[Any, Tensor]:
+    """The images of a batch with a target or without: 4 dimensions, floats or uint8, of the size of the first."""
+    try:
+        found = find(batch, "ProgressiveResizing")[0]
+    except RuntimeError:
+        found = dict(tensors_in(batch))
+    images = {p: t for p, t in found.items() if t.dim() == 4 and (t.is_floating_point() or t.dtype == torch.uint8)}
+    if not images:
+        raise RuntimeError(
+            f"ProgressiveResizing found no images in the training batch: {describe(batch)}. It looks for tensors of "
+            "floats or uint8 of shape (N, C, H, W): let the collate_fn of the loader return such."
+        )
+    return images

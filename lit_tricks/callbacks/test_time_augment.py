@@ -1,0 +1,217 @@
+"""Test-time augmentation: the prediction for an image is the mean over several views of it (Krizhevsky et al., 2012).
+
+One caveat: figures with it are not to be compared with figures of a single view, as most published ones are.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks._batch import describe
+from lit_tricks.callbacks._sizes import resize
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["TestTimeAugment", "mean_logits", "views"]
+
+_CROP = 7 / 8  # part of the side: 224 of 256 pixels, as in the paper
+
+
+def views(images: Tensor, flip: bool, crops: Literal[1, 5, 10], scales: Sequence[float]) -> Iterator[Tensor]:
+    """The views of images, one after another.
+
+    Args:
+        images: (N, C, H, W), floats or uint8.
+        flip: each one also flipped horizontally.
+        crops: 1 is the whole image; 5 are the four corners and the centre, each 7/8 of the side; 10 are these flipped
+            too, whatever ``flip`` says.
+        scales: factors on the sides, before the crops.
+    """
+    for scale in scales:
+        height, width = (round(side * scale) for side in images.shape[-2:])
+        image = images if scale == 1 else resize(images, (height, width))
+        h, w = (height, width) if crops == 1 else (round(height * _CROP), round(width * _CROP))
+        low, right = height - h, width - w
+        corners = [(0, 0), (0, right), (low, 0), (low, right)] if crops > 1 else []
+        for top, left in (*corners, (low // 2, right // 2)):
+            view = image[..., top : top + h, left : left + w]
+            yield view
+            if flip or crops == 10:
+                yield view.flip(-1)
+
+
+def mean_logits(logits: Sequence[Tensor], activation: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
+    """The logits of the mean of probabilities: with "softmax" its logarithm, with "sigmoid" its log odds.
+
+    Args:
+        logits: of the views, each (N, K).
+        activation: what makes probabilities of them.
+    """
+    stacked = torch.stack(list(logits))
+    if stacked.dtype in (torch.float16, torch.bfloat16):
+        stacked = stacked.float()
+    number = math.log(len(stacked))
+    if activation == "softmax":
+        return stacked.log_softmax(-1).logsumexp(0) - number
+    return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
+
+
+class TestTimeAugment(Trick):
+    """Average the probabilities over several views of each image ([Krizhevsky et al., 2012](https://papers.nips.cc/paper/4824)).
+
+    In validation, test and prediction, ``forward`` of the module runs once for each view, and returns the logits of the
+    mean of their probabilities: its logarithm, in float32 at least. What the module makes of logits is right for the
+    mean, then: softmax gives its probabilities, argmax its class, cross entropy its loss. Training, and the sanity
+    check before it, run as ever. Batches stay as they are.
+
+    Cost: that of a validation, times the number of views. Use it for the last bit of accuracy in a test. Leave ``flip``
+    out where left and right matter (digits, text), and all of it where the time of a prediction does, or published
+    figures are to be compared with.
+
+    Args:
+        flip: whether the views are also flipped horizontally: 2 of each.
+        crops: 1 (the whole image), 5 (the corners and the centre, each 7/8 of the side), or 10 (these, and flipped).
+        scales: factors on the sides, each above 0 and another set of views, as ``[0.875, 1.0, 1.125]``: bilinear,
+            antialiased, before the crops. With 8/7 crops are as large as the image was.
+        activation: what makes probabilities of the logits: "softmax", or "sigmoid" for several labels, or one logit.
+        layer: name of the module whose ``forward`` gives the logits, as ``"model"``; None is the LightningModule.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: in the first batch, if that ``forward`` gets no images, does not give logits (N, K), or can not
+            take a view.
+
+    Example:
+        ``- {class_path: TestTimeAugment, init_args: {flip: true}}``
+    """
+
+    __test__ = False  # pytest takes what is called so for tests
+    _calls = 0
+
+    def __init__(
+        self,
+        flip: bool = True,
+        crops: Literal[1, 5, 10] = 1,
+        scales: Sequence[float] = (1.0,),
+        activation: Literal["softmax", "sigmoid"] = "softmax",
+        layer: str | None = None,
+    ) -> None:
+        if crops not in (1, 5, 10):
+            raise ValueError(f"crops={crops!r} must be 1, 5 or 10.")
+        if isinstance(scales, int | float | str) or not scales or not all(scale > 0 for scale in scales):
+            raise ValueError(f"scales={scales!r} must be a list of factors above 0, as [1.0].")
+        if activation not in ("softmax", "sigmoid"):
+            raise ValueError(f"activation={activation!r} is unknown: write 'softmax' or 'sigmoid'.")
+        self.flip = flip
+        self.crops = crops
+        self.scales = list(scales)
+        self.activation = activation
+        self.layer = layer
+        self.number = len(self.scales) * (crops if crops == 10 else crops * (1 + flip))
+        if self.number == 1 and self.scales == [1.0]:
+            raise ValueError("flip=False, crops=1 and scales=[1.0] are the image itself: give more, or leave it out.")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say what the views are.
+
+        Raises:
+            RuntimeError: if it is there twice, or the module has no such layer.
+        """
+        if any(isinstance(c, TestTimeAugment) and c is not self for c in callbacks_of(trainer)):
+            raise RuntimeError("TestTimeAugment is there twice: leave one of them in the list of callbacks.")
+        if self.layer is not None and self.layer not in dict(pl_module.named_modules()):
+            children = ", ".join(name for name, _ in pl_module.named_children())
+            raise RuntimeError(
+                f"TestTimeAugment(layer={self.layer!r}): {type(pl_module).__name__} has no such module. Its parts are "
+                f"{children}."
+            )
+        self._say(f"{self.number} views of each image, in {'validation' if stage == 'fit' else stage}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, but for the sanity check, and log the number of views."""
+        if not trainer.sanity_checking:
+            self._begin(pl_module)
+            pl_module.log("test_time_augment/views", float(self.number), on_step=False, on_epoch=True, batch_size=1)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Warn, once, if there were no views."""
+        if self._wrappers and not self._calls:
+            self._calls = 1
+            rank_zero_only(warnings.warn)(
+                f"TestTimeAugment has no effect: {'forward' if self.layer is None else self.layer} of "
+                f"{type(pl_module).__name__} was not called for the first batch. Name the module that gives the "
+                'logits, as TestTimeAugment(layer="model").',
+                stacklevel=2,
+            )
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """End: training has its own ``forward`` again."""
+        self._unwrap()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._begin(pl_module)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Warn, once, if there were no views."""
+        self.on_validation_batch_end(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._begin(pl_module)
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Warn, once, if there were no views."""
+        self.on_validation_batch_end(trainer, pl_module)
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        self._calls = 0
+        self._wrap(pl_module.get_submodule(self.layer or ""), "forward", self._forward)
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        where = next((key for key, value in named.items() if isinstance(value, Tensor) and value.dim() == 4), None)
+        if where is None:
+            raise RuntimeError(
+                "TestTimeAugment makes views of images (N, C, H, W), and `forward` gets none, but "
+                f"{describe(list(named.values()))}. Name the module that gets them, as TestTimeAugment(layer="
+                '"model"), or remove TestTimeAugment.'
+            )
+        images, outputs = named[where], []
+        for view in views(images, self.flip, self.crops, self.scales):
+            named[where] = view
+            try:
+                output = forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})
+            except Exception as error:
+                if view.shape == images.shape:
+                    raise
+                raise RuntimeError(
+                    f"TestTimeAugment: `forward` failed for a view of {view.size(2)} x {view.size(3)} pixels "
+                    f"({type(error).__name__}: {error}). A network for one size takes flips alone: leave crops and "
+                    "scales out, or build it for any size."
+                ) from error
+            self._check(output, len(images))
+            outputs.append(output)
+        return mean_logits(outputs, self.activation)
+
+    def _check(self, output: Any, number: int) -> None:
+        is_logits = isinstance(output, Tensor) and output.dim() == 2 and len(output) == number
+        if is_logits and (output.size(1) > 1 or self.activation == "sigmoid"):
+            return
+        what = describe(output) if not is_logits else "a single logit"
+        remedy = "give activation='sigmoid'" if is_logits else "name the module that does, as layer='model'"
+        raise RuntimeError(
+            f"TestTimeAugment averages the probabilities of logits (N, K), and `forward` gives {what}: {remedy}, or "
+            "remove TestTimeAugment."
+        )
