@@ -180,21 +180,6 @@ def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.M
     assert any("plot/path" in row for row in summary.history)
 
 
-@pytest.mark.slow
-def test_of_two_processes_one_tracks() -> None:
-    words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.num_sanity_val_steps=0")
-    command = [sys.executable, "-m", "lit_tricks", *TRACKED, *words]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr
-    assert len(list(Path().rglob("*.wandb"))) == 1
-    run = Tracked(Path("runs/tiny/v0"))
-    assert run.config["config"]["trainer"]["devices"] == 2
-    steps = [row["trainer/global_step"] for row in run.history if "train/loss_step" in row]
-    assert steps == [0, 1]
-    assert sum("val/top1" in row for row in run.history) == 1
-    assert [path.name for path in Path("runs/tiny").iterdir()] == ["v0"]
-
-
 def test_a_run_ends_with_its_command(first: Path) -> None:
     assert Tracked(first).exits == [0]
     assert wandb.run is None
