@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from _fits import make_trainer
+from _fits import make_trainer, said
 from modules import lightning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -126,7 +126,9 @@ def test_evaluation_is_by_the_mean_and_training_as_ever(layer):
     for stage in ("train", "sanity"):
         assert all(map(torch.equal, module.seen[stage], plain.seen[stage])), stage
     trainer.validate(module, loader(), verbose=False)
-    trainer.test(module, loader(), verbose=False)
+    with said() as records:
+        trainer.test(module, loader(), verbose=False)
+    assert [record.getMessage() for record in records] == ["TestTimeAugment: 20 views of each image, in the test"]
     predicted = trainer.predict(module, loader())
     reference = expected(module, **kwargs)
     found = {"fit": module.seen["val"][:2], "validate": module.seen["val"][2:], "test": module.seen["test"]}

@@ -135,7 +135,9 @@ class TestTimeAugment(Trick):
                 f"TestTimeAugment(layer={self.layer!r}): {type(pl_module).__name__} has no such module. Its parts are "
                 f"{children}."
             )
-        self._say(f"{self.number} views of each image, in {'validation' if stage == 'fit' else stage}")
+        where = {"fit": "validation", "validate": "validation", "test": "the test", "predict": "prediction"}
+        [loop] = [name for fn, name in where.items() if fn == stage]  # of the enum, only the equality is a string's
+        self._say(f"{self.number} views of each image, in {loop}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, but for the sanity check, and log the number of views."""
