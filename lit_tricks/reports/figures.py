@@ -158,7 +158,7 @@ def draw_wrong(said: Predictions, theme: Theme) -> Figure:
     found = list(said.wrong())
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
-    figure = new_figure(1.75 * columns, 1.95 * rows + 0.3)
+    figure = new_figure(max(3.6, 1.75 * columns), 1.95 * rows + 0.3)  # the title needs some width
     figure.suptitle("Most wrong: true class → predicted class", x=0.02, ha="left", fontsize=11, fontweight="bold")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
