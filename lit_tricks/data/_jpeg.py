@@ -131,8 +131,8 @@ class _Header(NamedTuple):
     scan: int
 
     def rows_for(self, bottom: int) -> int:
-        """Rows to decode so that those above ``bottom`` are right: those below a block smooth its colours."""
-        spare = 1 if self.block == 8 else 2
+        """Rows to decode for those above ``bottom``; colours of half the height are smoothed over blocks."""
+        spare = 0 if self.block == 8 else 1
         return (-(-bottom // self.block) + spare) * self.block
 
 

@@ -33,10 +33,10 @@ class ImageFolder(PhotoDataModule):
     coefficients from N(0, 0.1). Otherwise the short side to ``resize_size`` and the centre crop. All resizing is
     antialiased bilinear.
 
-    The workers read, decode, crop, resize and flip, and give uint8. The colours follow on the device that trains, all in
-    one pass over the batch (``on_after_batch_transfer``), in floating point and without clipping; the hue turns by
-    (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the Trainer:
-    its loaders alone give uint8.
+    The workers read, decode, crop, resize and flip, and give uint8. The colours follow on the device that trains, all
+    in one pass over the batch (``on_after_batch_transfer``), in floating point and without clipping; the hue turns by
+    (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the
+    Trainer: its loaders alone give uint8.
 
     The classes are the folders of ``root/train``, sorted. Without ``root/test`` the test is on ``root/val``. Files are
     found by their ending (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp) at any depth. Grey, CMYK, palette
@@ -55,8 +55,8 @@ class ImageFolder(PhotoDataModule):
             processes of the machine, 16 at most; 0 loads in the main process.
         resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
             times 256/224, rounded.
-        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on what validation sees; "trivial"
-            (TrivialAugment), "rand" (RandAugment) and "augmix" (AugMix) are torchvision's, after "basic".
+        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on what validation sees;
+            "trivial" (TrivialAugment), "rand" (RandAugment), "augmix" (AugMix) are torchvision's, after "basic".
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
