@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/data.py cpu FOLDER --out benchmarks/results/data.md
     python benchmarks/data.py loader FOLDER --workers 2
-    python benchmarks/data.py gpu FOLDER --workers 16 --seconds 12
+    python benchmarks/data.py gpu FOLDER --workers 16 --seconds 8
 
 FOLDER holds CLASS/*.jpg. "cpu" is CPU time in one thread; all candidates take turns on the same images, batch by batch.
 "loader" is images per second of whole loaders, alone and beside a training step. "gpu" times the colours on a GPU and

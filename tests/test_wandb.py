@@ -133,10 +133,18 @@ def test_the_configuration_and_the_tricks_are_there(first: Path) -> None:
     assert run.config["config"]["trainer"]["callbacks"] == config["trainer"]["callbacks"]
 
 
+def test_a_picture_of_the_first_batch_is_there_once(first: Path) -> None:
+    steps = [row["trainer/global_step"] for row in Tracked(first).history if any("data/preview" in key for key in row)]
+    assert steps == [0]
+    [file] = Tracked(first).folder.glob("files/media/images/data/preview*.png")
+    assert file.stat().st_size > 10_000
+
+
 def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
     told: dict[tuple[float, str], float] = {}
     for row in Tracked(first).history:
         step = row["trainer/global_step"]
+        row = {key: value for key, value in row.items() if not key.startswith("data/preview")}  # a picture
         told |= {(step, key): value for key, value in row.items() if "/" in key or key.startswith("lr")}
     rows = metrics(first)
     written = {(row["step"], key): row[key] for row in rows for key in row if key not in ("epoch", "step")}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -44,7 +45,7 @@ class BadImages:
     def new(self) -> list[int]:
         """Give those that were found since this was asked last."""
         marks = self.marks.numpy().view(bool)
-        if int(marks.sum()) == len(self.told):
+        if np.count_nonzero(marks) == len(self.told):
             return []
         found = sorted(set(marks.nonzero()[0].tolist()) - set(self.told))
         self.told += found

@@ -56,6 +56,7 @@ def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
     if iterator._worker_pids_set:  # or torch would say so once more, in its own words, at any time
         _remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
+    iterator._shutdown_workers()  # the others
     code = dead[0].exitcode
     return _message(str(dead[0].pid), signal.strsignal(-code) or "" if code < 0 else "")
 

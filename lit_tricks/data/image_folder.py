@@ -44,6 +44,9 @@ class ImageFolder(PhotoDataModule):
     and transparent images become RGB (alpha is dropped); EXIF orientation is not applied, as in torchvision. In
     validation, several processes share the images, and each is counted once.
 
+    The list of 5000 files and more is remembered in the cache folder of the user, and only folders that have changed
+    are read again. ``LIT_TRICKS_CACHE`` names another folder; where it is empty, nothing is remembered.
+
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
         image_size: side of the images as the model sees them in pixels, at least 1.
@@ -66,11 +69,16 @@ class ImageFolder(PhotoDataModule):
             cut off, but not what is broken below; "exact" decodes all of it.
         workers: "process", or "thread" for threads in one process for each loader, which saves memory and reads ahead
             fewer batches. In threads, what torchvision augments takes turns.
+        on_bad_image: "raise" stops at a file that cannot be read; "skip" goes on. In training another image, which the
+            seed decides, takes the place of such a one; otherwise the batch is smaller (one with no other image gets
+            another). Files skipped are counted (``data/bad_images``, by the first process) and listed in
+            ``bad_images.csv`` in the folder of the run.
 
     Raises:
         ValueError: if an argument is out of range, or the class folders of train, val and test differ.
         FileNotFoundError: if a folder is missing or holds no image.
-        RuntimeError: while loading, for a file that cannot be read; the message names it.
+        RuntimeError: while loading, for a file that cannot be read, which the message names; with "skip" for 20 in a
+            row; and if a process that loads was killed.
 
     Example:
         ``data: {class_path: ImageFolder, init_args: {root: imagenet, batch_size: 256}}``
@@ -165,11 +173,11 @@ def _find_classes(root: str) -> list[str]:
     for split, names in classes.items():
         if not names:
             raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
-    check_same_classes(classes, f"the class folders in root={root!r}")
+    check_same_classes(classes, "the class folders", root)
     return classes["train"]
 
 
-def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
+def check_same_classes(classes: Mapping[str, Sequence[str]], what: str, root: str) -> None:
     """Raise ValueError unless all splits have the classes of "train", in the same order."""
     train = list(classes["train"])
     for split, names in classes.items():
@@ -178,7 +186,7 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
             found = f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
             if not only_train and not only_here:
                 found = "they are in another order"
-            raise ValueError(f"{what} differ between train and {split}: {found}")
+            raise ValueError(f"{what} of train and {split} in root={root!r} differ: {found}")
 
 
 def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
