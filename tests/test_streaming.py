@@ -220,8 +220,11 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tu
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("moment", ["1-batch", "6-batch", "6-epoch", "7-batch", "9-batch", "12-validation"])
+@pytest.mark.parametrize(
+    ("workers", "moment"),
+    [(0, moment) for moment in ("1-batch", "6-batch", "6-epoch", "9-batch", "12-validation")]
+    + [(2, moment) for moment in ("7-batch", "12-epoch", "15-batch", "16-batch")],
+)
 def test_resume(runs: dict[int, tuple[Recorder, Path]], shards: Path, workers: int, moment: str) -> None:
     full, folder = runs[workers]
     assert len({*full.seen}) == 3 * BATCHES
@@ -265,7 +268,7 @@ def test_epochs_that_end_early(shards: Path, tmp_path: Path, workers: int) -> No
 
     seen = run(Saver(tmp_path))
     assert len({name for _, name in seen}) == 12
-    for moment in ("4-epoch", "5-batch", "8-epoch"):
+    for moment in ("4-epoch",) if workers else ("4-epoch", "5-batch", "8-epoch"):
         assert run(ckpt_path=tmp_path / f"{moment}.ckpt") == seen[int(moment[0]) :]
 
 
@@ -282,14 +285,16 @@ def test_another_pass_disturbs_nothing(runs: dict[int, tuple[Recorder, Path]], s
 def test_bucket(runs: dict[int, tuple[Recorder, Path]], s3: str, tmp_path: Path, workers: int) -> None:
     full, folder = runs[workers]
     cache = tmp_path / "cache"
-    streamed = fit(Streaming(s3, 16, BATCH_SIZE, workers, cache_dir=str(cache)), Saver(tmp_path / "new", steps=(8,)))
-    assert streamed.seen == full.seen
-    assert sorted(streamed.validated) == sorted(full.validated)
+    data = Streaming(s3, 16, BATCH_SIZE, workers, cache_dir=str(cache))
+    streamed = fit(data, Saver(tmp_path / "new", steps=(8,)), max_epochs=2)
+    assert streamed.seen == full.seen[: 2 * BATCHES]
+    assert sorted(streamed.validated) == sorted(full.validated[: 2 * VAL])
     assert list(cache.rglob("chunk*.bin"))
     assert not (tmp_path / "home").exists()
     of = tmp_path / "new" if workers else folder  # begun from the bucket, or from the folder
-    resumed = fit(Streaming(s3, 16, BATCH_SIZE, workers, cache_dir=str(cache)), ckpt_path=of / "8-batch.ckpt")
-    assert resumed.seen == full.seen[8:]
+    data = Streaming(s3, 16, BATCH_SIZE, workers, cache_dir=str(cache))
+    resumed = fit(data, ckpt_path=of / "8-batch.ckpt", max_epochs=2)
+    assert resumed.seen == full.seen[8 : 2 * BATCHES]
 
 
 @pytest.mark.parametrize(
@@ -377,10 +382,12 @@ def test_folders_without_shards(images: Path, copied: Path) -> None:
 
 def test_classes_that_differ(copied: Path) -> None:
     change_index(copied / "val" / "index.json", classes=["ant", "bee", "cat"])
-    with pytest.raises(ValueError, match=r"differ between train and val: only in train: cow; only in val: cat"):
+    with pytest.raises(
+        ValueError, match=r"the classes of train and val in root=.* differ: only in train: cow; only in val: cat"
+    ):
         Streaming(str(copied))
     change_index(copied / "val" / "index.json", classes=["bee", "ant", "cow"])
-    with pytest.raises(ValueError, match=r"differ between train and val: they are in another order"):
+    with pytest.raises(ValueError, match=r"of train and val in root=.* differ: they are in another order"):
         Streaming(str(copied))
 
 
@@ -425,11 +432,12 @@ def test_a_damaged_sample_is_skipped(copied: Path, tmp_path: Path, workers: int)
             path.write_bytes(content[:start] + bytes(end - start) + content[end:])
             names.append(f"sample 0 in {path.name} of {path.parent}")
     data = Streaming(str(copied), 16, BATCH_SIZE, workers, on_bad_image="skip")
-    found = fit(data, default_root_dir=str(tmp_path), logger=CSVLogger(str(tmp_path), "run", "v0"))
-    assert len(found.images) == 3 * BATCHES * BATCH_SIZE  # another sample takes its place
-    assert len(found.validated) == 3 * (VAL - 1)  # and none, where it would count twice
+    log = CSVLogger(str(tmp_path), "run", "v0")
+    found = fit(data, default_root_dir=str(tmp_path), logger=log, max_epochs=2)
+    assert len(found.images) == 2 * BATCHES * BATCH_SIZE  # another sample takes its place
+    assert len(found.validated) == 2 * (VAL - 1)  # and none, where it would count twice
     data = Streaming(str(copied), 16, BATCH_SIZE, workers, on_bad_image="skip")
-    again = fit(data, default_root_dir=str(tmp_path / "again"))
+    again = fit(data, default_root_dir=str(tmp_path / "again"), max_epochs=2)
     assert again.images == found.images
     with (tmp_path / "run" / "v0" / "bad_images.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

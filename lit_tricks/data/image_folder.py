@@ -177,11 +177,11 @@ def _find_classes(root: str) -> list[str]:
     for split, names in classes.items():
         if not names:
             raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
-    check_same_classes(classes, f"the class folders in root={root!r}")
+    check_same_classes(classes, "the class folders", root)
     return classes["train"]
 
 
-def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
+def check_same_classes(classes: Mapping[str, Sequence[str]], what: str, root: str) -> None:
     """Raise ValueError unless all splits have the classes of "train", in the same order."""
     train = list(classes["train"])
     for split, names in classes.items():
@@ -190,7 +190,7 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str) -> None:
             found = f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
             if not only_train and not only_here:
                 found = "they are in another order"
-            raise ValueError(f"{what} differ between train and {split}: {found}")
+            raise ValueError(f"{what} of train and {split} in root={root!r} differ: {found}")
 
 
 def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

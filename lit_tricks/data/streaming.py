@@ -151,7 +151,7 @@ class Streaming(ImageFolder):
         if self.predict_dir is not None and not os.path.isdir(root):
             return []
         shards: dict[str, Any] = {split: self._source(split) for split in SPLITS}
-        check_same_classes({split: each.classes for split, each in shards.items()}, f"the shards in root={root!r}")
+        check_same_classes({split: each.classes for split, each in shards.items()}, "the classes", root)
         return list(shards["train"].classes)
 
     def _load(self, split: Split) -> dict[Split, Source]:
