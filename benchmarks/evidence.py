@@ -84,7 +84,7 @@ def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end
                     path, seconds = file_of(cell), time.time() - start
                     if path.exists():
                         result = json.loads(path.read_text()) | {"wall": round(seconds, 1), "settings": asdict(s)}
-                        lines.write(json.dumps(result | {"device": args.device_name}) + "\n")
+                        lines.write(json.dumps(result | {"machine": args.machine}) + "\n")
                         lines.flush()
                         took.append(seconds)
                         print(f"{time.time() - began:5.0f} s  {cell}: {result['top1']}", flush=True)
@@ -141,7 +141,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and the runs with it
     end = time.time() + args.seconds
     s = Settings(**{name: getattr(args, name) for name in asdict(defaults)})
-    if args.device == "cpu":
+    if args.device == "cpu" and not args.report:
         s = replace(s, precision="32-true")
     if args.cpu_smoke:
         s = replace(s, epochs=4, batch_size=64, width=0.125, teacher_width=0.125, fixres_epochs=1)
@@ -153,7 +153,7 @@ def main() -> None:
             parser.error(
                 f"--data {args.data}: no such folder or tar file; it holds train/CLASS/*.jpg and val/CLASS/*.jpg"
             )
-        args.device_name = evidence_report.device_name(args.device)
+        args.machine = evidence_report.machine(args.device)
         teacher_there = (args.out / "evidence_teacher.pt").exists()
         skip = {(c["run"], c["seed"]) for c in done if c["run"] != "teacher" or teacher_there}
         todo = [cell for cell in cells(args.runs, args.seeds) if cell not in skip]

@@ -43,7 +43,13 @@ ROWS: list[tuple[str, str, str, int | None]] = [
 FULL, PEERS = 7, 11
 
 
-def device_name(device: str) -> str:
+def machine(device: str) -> str:
+    """The device, and the versions that a run was made with."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "timm"))
+    return f"{_device_name(device)}; {versions}; {datetime.date.today()}"
+
+
+def _device_name(device: str) -> str:
     if device == "cuda":
         asked = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
@@ -95,7 +101,7 @@ def table(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
     sizes = (s.train_size, s.test_size)
     head = ["", *(cell for size in sizes for cell in (f"tested at {size}", "change")), "runs"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, run, model, reference in ROWS:
+    for name, run, model, reference in _shown(runs):
         cells: list[str] = []
         for size in sizes:
             values = accuracies(runs, run, model, size)
@@ -103,6 +109,11 @@ def table(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
             cells += [spread(values), change(values, other)]
         lines.append("| " + " | ".join([name, *cells, str(len(values)) if values else "-"]) + " |")
     return lines
+
+
+def _shown(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, int | None]]:
+    """Rows of which there is a run."""
+    return [row for row in ROWS if row[1] in {run["run"] for run in runs}]
 
 
 def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
@@ -117,14 +128,14 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
         f"- full stack (FixRes, tested at {large}) against the baseline (at {small}): {fewer(of(FULL, large), base)}",
         f"- both tested at {large}: {fewer(of(FULL, large), at_large)}",
         f"- without FixRes, both tested at {small}: {fewer(of(FULL - 1, small), base)}",
-        f"- without a teacher, as the first: {fewer(of(FULL + 3, large), base)}; as the second: "
-        f"{fewer(of(FULL + 3, large), at_large)}",
+        f"- without a teacher, cosine and smoothing alone, both tested at {large}: {fewer(of(2, large), at_large)}",
         "",
-        f"Fewer errors than the peers, all tested at {large}, full stack and without a teacher:",
+        f"Fewer errors than the peers, which have no teacher, all tested at {large}: the full stack; cosine and "
+        "smoothing alone; all but distillation:",
         "",
     ]
-    for row in range(PEERS, len(ROWS)):
-        ours = " and ".join(fewer(of(row_, large), of(row, large)) for row_ in (FULL, FULL + 3))
+    for row in (row for row in range(PEERS, len(ROWS)) if ROWS[row] in _shown(runs)):
+        ours = ", ".join(fewer(of(row_, large), of(row, large)) for row_ in (FULL, 2, FULL + 3))
         lines.append(f"- {ROWS[row][0]}: {ours}")
     return lines
 
@@ -133,8 +144,7 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     """Write evidence.md and evidence.png."""
     seeds = sorted({run["seed"] for run in runs if run["run"] != "teacher"})
     teachers = [spread(accuracies(runs, "teacher", "end", size)) for size in (s.train_size, s.test_size)]
-    devices = ", ".join(sorted({run["device"] for run in runs})) or "no run yet"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "timm"))
+    machines = ". ".join(sorted({run["machine"] for run in runs})) or "no run yet"
     text = [
         "# The stack on CIFAR-10, and timm and torchvision on the same budget",
         "",
@@ -154,30 +164,31 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
         f"BatchNorm at {s.test_size}. "
         "EMA and PreciseBN do not change the training: their rows are of the runs of + mixup.",
         "",
-        f"{devices}; {versions}; {datetime.date.today()}. `python benchmarks/evidence.py --data cifar10.tar.xz "
+        f"{machines}. `python benchmarks/evidence.py --data cifar10.tar.xz "
         f"--epochs {s.epochs} --width {s.width:g} --seeds {' '.join(map(str, seeds))}`; all runs together took "
         f"{sum(run['seconds'] for run in runs):.0f} s of training, several at a time.",
         "",
     ]
     (out / "evidence.md").write_text("\n".join(text))
     draw(out / "evidence.png", runs, s)
-    print("\n".join(text[2 : 5 + len(ROWS) + len(summary(runs, s)) + 2]))
+    print("\n".join(text[2:-3]))
 
 
 def draw(path: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
-    figure = Figure(figsize=(7.5, 1.2 + 0.33 * len(ROWS)), layout="constrained")
+    rows = _shown(runs)
+    figure = Figure(figsize=(7.5, 1.2 + 0.33 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for size, shift, colour in ((s.train_size, -0.13, "tab:blue"), (s.test_size, 0.13, "tab:orange")):
         axes.plot([], [], ".", color=colour, label=f"tested at {size} pixels")
-        for y, (_, run, model, _) in enumerate(ROWS):
+        for y, (_, run, model, _) in enumerate(rows):
             values = list(accuracies(runs, run, model, size).values())
             if values:
                 axes.plot(values, [y + shift] * len(values), ".", color=colour, alpha=0.5, markersize=7)
                 axes.plot([statistics.fmean(values)], [y + shift], "|", color=colour, markersize=11, markeredgewidth=2)
-    for line in (FULL + 0.5, PEERS - 0.5):
-        axes.axhline(line, color="0.8", linewidth=0.8)
-    axes.set_yticks(range(len(ROWS)), [name for name, *_ in ROWS])
-    axes.set_ylim(len(ROWS) - 0.4, -0.6)
+    for first in (FULL + 1, PEERS):
+        axes.axhline(sum(row in rows for row in ROWS[:first]) - 0.5, color="0.8", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("top-1 accuracy in %: seeds, and their mean")
     axes.grid(alpha=0.3, axis="x")
     axes.legend(loc="lower left", fontsize=8)

@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[Callable[[Scale, Tell], None], int]] = {  # with the seco
     "syncs": (gpu_exact.syncs, 30),
     "launches": (gpu_exact.launches, 20),
     "scaler": (gpu_exact.scaler, 40),
-    "overhead": (gpu_speed.overhead, 75),
+    "memory": (gpu_speed.memory, 30),
     "each": (gpu_speed.each, 75),
     "throughput": (gpu_speed.throughput, 45),
     "precise_bn": (gpu_speed.precise_bn, 30),
