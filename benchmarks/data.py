@@ -38,6 +38,7 @@ from torchvision.transforms import v2
 from lit_tricks.data import ImageFolder
 from lit_tricks.data._colour import Jitter, apply_matrices
 from lit_tricks.data._crops import RandomCrop, generator_at
+from lit_tricks.data._jpeg import read_image
 from lit_tricks.data._samples import Samples
 from lit_tricks.data.transforms import PCANoise, to_pixels
 
@@ -80,11 +81,12 @@ def read_pil(path: str) -> Image.Image:
 # CPU time of one thread
 
 
-def candidates(data: ImageFolder) -> dict[str, Step]:
+def candidates(root: str, batch_size: int) -> dict[str, Step]:
+    data = ImageFolder(root, batch_size=batch_size, num_workers=0)
     train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
     assert isinstance(train, Samples)
     assert isinstance(val, Samples)
-    paths = [path for path, _ in train.source.samples]  # type: ignore[attr-defined]
+    paths = [path for path, _ in torchvision.datasets.ImageFolder(f"{root}/train").samples]
 
     def peer(read: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Step:
         return lambda indices: torch.stack([transform(read(paths[index])) for index in indices])
@@ -99,7 +101,7 @@ def candidates(data: ImageFolder) -> dict[str, Step]:
     def decoded(indices: list[int]) -> None:
         """Only the decoding, of the crops that training has."""
         for index in indices:
-            image, _ = train.source[index]
+            image = read_image(paths[index])
             top, _, height, _ = RandomCrop.box(*image.size, generator_at(train.seed, 0, index))
             image.pixels(top + height)  # type: ignore[attr-defined]
 
@@ -125,8 +127,8 @@ def candidates(data: ImageFolder) -> dict[str, Step]:
 
 def cpu(root: str, rounds: int, batch_size: int) -> str:
     torch.set_num_threads(1)
-    steps = candidates(ImageFolder(root, batch_size=batch_size, num_workers=0))
-    count = len(ImageFolder(root, batch_size=batch_size)._source("train"))
+    steps = candidates(root, batch_size)
+    count = sum(path.is_file() for path in Path(root, "train").glob("*/*"))
     order, times = np.random.RandomState(0).permutation(count), {name: [] for name in steps}  # type: ignore[var-annotated]
     for turn in range(rounds + 1):
         indices = np.resize(np.roll(order, -turn * batch_size), batch_size).tolist()

@@ -300,7 +300,7 @@ def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
             shown.append((description, kwargs["total"]))
             return super().add_task(description, **kwargs)
 
-    command = sys.modules["lit_tricks.commands.average"]
+    command = sys.modules["lit_tricks.commands._progress"]
     monkeypatch.setattr(command, "Progress", Bar)
     monkeypatch.setattr(command, "Console", lambda **_: rich.console.Console(file=io.StringIO(), force_terminal=True))
     average(trained, "x.ckpt", data=Digits(), num_samples=200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ import pytest
 import torch
 from _cli import FIT, cli, done, workplace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lit_tricks.commands import _progress
 from lit_tricks.commands.data import bench
 
 pytestmark = pytest.mark.filterwarnings(
@@ -118,6 +121,16 @@ def test_from_the_command_line(workers: int) -> None:
 def test_misuse(words: tuple[str, ...], message: str) -> None:
     outcome = cli("data", "bench", *FIT[1:], *words)
     assert outcome.err == f"lit-tricks: error: {message}\n"
+
+
+def test_a_progress_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    bench(Data(0.001), seconds=0.05)
+    assert capfd.readouterr().err == ""
+    screen = io.StringIO()
+    monkeypatch.setattr(_progress, "Console", lambda **_: Console(file=screen, force_terminal=True))
+    bench(Data(0.001), seconds=0.05)
+    assert "data bench" in screen.getvalue()
+    assert "100%" in screen.getvalue()
 
 
 def test_no_batches() -> None:
