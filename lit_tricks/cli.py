@@ -25,19 +25,19 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lit_tricks.callbacks
 import lit_tricks.data  # noqa: F401
 from lit_tricks import __version__, commands
-from lit_tricks._evidence import Evidence
-from lit_tricks._in_force import TricksInForce
-from lit_tricks._memory import PeakMemory
 from lit_tricks._parser import explain, given, resolve_configs
-from lit_tricks._pictures import send_pictures
-from lit_tricks._runs import RunFolder
-from lit_tricks._time_split import TimeSplit
-from lit_tricks._wandb import own_wandb_run, prepare_wandb, tell_wandb
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import plain
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
-from lit_tricks.predictions import PredictionWriter
-from lit_tricks.preview import PreviewLogger
+from lit_tricks.recording.evidence import Evidence
+from lit_tricks.recording.in_force import TricksInForce
+from lit_tricks.recording.memory import PeakMemory
+from lit_tricks.recording.pictures import send_pictures
+from lit_tricks.recording.predictions import PredictionWriter
+from lit_tricks.recording.preview import PreviewLogger
+from lit_tricks.recording.run_folder import RunFolder
+from lit_tricks.recording.time_split import TimeSplit
+from lit_tricks.recording.wandb_run import own_wandb_run, prepare_wandb, tell_wandb
 from lit_tricks.reports import report_fit
 
 __all__ = ["TricksCLI", "main"]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_tricks import _memory
-from lit_tricks._memory import PeakMemory
+from lit_tricks.recording import memory
+from lit_tricks.recording.memory import PeakMemory
 
 MIB = 1 << 20
 
@@ -37,7 +37,7 @@ def test_nor_does_the_process_that_started_this_one() -> None:
     """By the file alone, since the package brings torch, which is large itself."""
     script = (
         "import importlib.util, sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
-        f"spec = importlib.util.spec_from_file_location('memory', {_memory.__file__!r}); "
+        f"spec = importlib.util.spec_from_file_location('memory', {memory.__file__!r}); "
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); print(module._resident())"
     )
     large = np.ones(256 * MIB, np.uint8)
