@@ -77,7 +77,7 @@ def test_validation_batches_of_all_layouts(tmp_path: Path, layout: str) -> None:
     evidence = Evidence()
     trainer = run(evidence, layout=layout, max_epochs=2).trainer
     evidence.save(tmp_path / "predictions.npz", trainer, None)
-    found = Predictions.read(tmp_path / "_evidence_distributed" / "predictions.npz")
+    found = Predictions.read(tmp_path / "predictions.npz")
     assert found.split == "val"
     assert len(found.label) == len(found.index) > 0
     assert found.classes == ["0", "1", "2"]

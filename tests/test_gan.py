@@ -86,10 +86,13 @@ REFUSED |= {
     "ZeroGamma": "^ZeroGamma found no residual branches",
     "DropPath": "^DropPath found no drop-path layers",
     "PreciseBN": "^PreciseBN .*forward",
+    "ProgressiveResizing": "shapes cannot be multiplied",  # the discriminator's, which is for one size
+    "TestTimeAugment": "^TestTimeAugment makes views of images .*, and `forward` gets none",
 }
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics:UserWarning")
+@pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network, and GAN looks as if:UserWarning")
 @pytest.mark.filterwarnings("ignore:PreciseBN runs `forward` of GAN on the inputs as they are in the batch:UserWarning")
 @pytest.mark.parametrize("name", TRICKS)
 def test_acts_or_says_why_not(name: str) -> None:

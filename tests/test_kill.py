@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from _fits import differences, logger_class, run
 from modules import BATCHES, lightning
 
@@ -76,6 +77,7 @@ def fit(folder: Path, name: str, seed: int, *callbacks: Any) -> Any:
 
 
 def fit_and_die(folder: Path, name: str, seed: int) -> None:
+    torch.set_num_threads(1)  # as in the tests
     draw = random.Random(seed)
     hook = draw.choice(["on_train_batch_start", "on_after_backward", "on_before_zero_grad", "on_train_batch_end"])
     fit(folder, name, seed, Die(hook, draw.randrange(1, STEPS)))

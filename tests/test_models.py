@@ -550,10 +550,10 @@ def test_a_type_error_about_an_argument_of_nobody_is_not_renamed(monkeypatch):
         create_model("resnet18", 10, drop_rate=0.1)
 
 
-def test_timm_is_imported_in_models_and_for_teachers_alone():
+def test_timm_is_imported_in_models_and_for_what_is_given_by_name_alone():
     root = Path(lit_tricks.__file__).parent
     pattern = re.compile(r"^\s*(import|from) timm\b", re.MULTILINE)
     found = {str(p.relative_to(root)) for p in root.rglob("*.py") if pattern.search(p.read_text("utf-8"))}
     elsewhere = {path for path in found if not path.startswith("models/")}
-    assert elsewhere == {"callbacks/_teacher.py"}  # within a function, for teachers by name
+    assert elsewhere == {"callbacks/_teacher.py", "commands/_subject.py"}  # within functions, for models by name
     assert found > elsewhere

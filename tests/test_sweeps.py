@@ -84,7 +84,7 @@ def test_an_agent_trains_an_ablation(folder: Path) -> None:
     run = trained(command, environment, folder / "runs" / "ablation" / "v0")
     assert (run.run.run_id, run.run.sweep_id) == ("agent2", "sweep0")
     assert run.config["row"] == parameters["row"]
-    assert run.config["tricks"] == ["LabelSmoothing", "EMA"]
+    assert [*run.config["tricks"]] == ["LabelSmoothing", "EMA"]
     assert run.config["config"]["trainer"]["max_epochs"] == 1  # the resolved configuration, not W&B's parameter
     assert any("val/top1" in row for row in run.history)
 

@@ -124,13 +124,13 @@ def digest_of_data(dataset: Any, samples: Callable[[list[int]], Iterable[Any]]) 
     """Of the files of a data set, by path, size, time and label, and of a few samples as they are loaded.
 
     Args:
-        dataset: files are found in a list ``samples`` of it, or of a data set in it.
+        dataset: files are found in ``samples`` or ``paths`` of it, or of a data set in it.
         samples: gives (image, label) tensors for a few indices.
     """
     digest = hashlib.sha256(f"{len(dataset)}".encode())
     inner = [part for whole in nested(dataset) for part in (whole, getattr(whole, "source", None))]
     for part in inner:
-        for entry in getattr(part, "samples", None) or ():
+        for entry in getattr(part, "samples", None) or getattr(part, "paths", None) or ():
             path = entry[0] if isinstance(entry, list | tuple) else entry
             if isinstance(path, str | os.PathLike):
                 found = os.stat(path)

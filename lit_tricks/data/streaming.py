@@ -60,6 +60,7 @@ class Streaming(ImageFolder):
         on_bad_image: "raise" stops; "skip" takes another sample in training, none in evaluation, and lists what is bad
             in ``bad_images.csv`` in the folder of the run.
         cache_dir: folder that shards of a bucket are kept in; None is litdata's own.
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
 
     Raises:
         ModuleNotFoundError: without litdata.
@@ -90,6 +91,7 @@ class Streaming(ImageFolder):
         workers: Literal["process", "thread"] = "process",
         on_bad_image: OnBadImage = "raise",
         cache_dir: str | None = None,
+        eval_size: int | None = None,
     ) -> None:
         import_litdata()
         root, cache_dir = os.fspath(root), None if cache_dir is None else os.fspath(cache_dir)
@@ -108,6 +110,7 @@ class Streaming(ImageFolder):
             decode=decode,
             workers=workers,
             on_bad_image=on_bad_image,
+            eval_size=eval_size,
         )
         self.hparams.pop("repeats", None)  # an argument of ImageFolder that this one does not have
 
