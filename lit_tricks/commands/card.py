@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import lit_tricks
 from lit_tricks import callbacks
+from lit_tricks.commands._checkpoint import read_checkpoint
 from lit_tricks.reports.citations import citations, link_of
 from lit_tricks.reports.content import Table, results_table, tricks_table
 from lit_tricks.reports.fit import metrics_at
@@ -58,7 +58,11 @@ def card(
         ValueError: if the file is no checkpoint.
     """
     path = Path(checkpoint)
-    content = _read(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such file. Give a checkpoint, runs/NAME/vN/checkpoints/best.ckpt."
+        )
+    content = read_checkpoint(path)
     folders = [f for f in (path.parent, path.parent.parent) if any((f / name).is_file() for name in FILES)]
     run = read_run_folder(folders[0]) if folders else Run(path.stem, path.parent)
     target = Path(output) if output else run.path / "README.md"
@@ -124,19 +128,6 @@ class _Facts:
             links.append("https://arxiv.org/abs/1812.01187")  # its variants are that paper's
         methods |= {"average"} if "averaged_from" in self.content else set()
         return citations(links, methods)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such file. Give a checkpoint, runs/NAME/vN/checkpoints/best.ckpt."
-        )
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        content["pytorch-lightning_version"], content["state_dict"].items()
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged.") from error
-    return content
 
 
 def _front_matter(facts: _Facts, license_id: str) -> str:
