@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 import yaml
-from _cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metrics, workplace
+from _cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metrics, results, workplace
 from _fits import differences
 from _wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
@@ -311,6 +312,32 @@ def test_nothing_is_asked_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> 
     for word in ("Traceback", "Warning", "Enter", "choice"):
         assert word not in process.stdout + process.stderr
     assert Tracked(Path("runs/tiny/v0")).exits == [0]
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tracks_and_writes() -> None:
+    """The second process is started with the same words, and makes nothing of its own."""
+    words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2")
+    command = [sys.executable, "-m", "lit_tricks", *TRACKED, *COSINE, *words]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
+    assert [path.name for path in Path("runs/tiny").iterdir()] == ["v0"]
+    assert {path.name for path in Path("runs/tiny/v0").iterdir()} == {
+        "checkpoints", "config.yaml", "confusion.png", "curves.png", "hparams.yaml", "metrics.csv", "most_wrong.png",
+        "predictions.npz", "report.md", "results.json", "tricks.json", "wandb",
+    }  # fmt: skip
+    with np.load("runs/tiny/v0/predictions.npz") as predictions:
+        assert len(predictions["label"]) == 2 * 64  # of the batch of each process
+    assert results("runs/tiny/v0")["peak_memory"] > 1e5
+    assert len(list(Path().rglob("*.wandb"))) == 1
+    run = Tracked(Path("runs/tiny/v0"))
+    assert run.exits == [0]
+    assert run.config["config"]["trainer"]["strategy"] == "ddp"
+    assert run.config["tricks"] == json.loads(Path("runs/tiny/v0/tricks.json").read_text())
+    assert [row["trainer/global_step"] for row in run.history if "train/loss_step" in row] == [0, 1, 2, 3]
+    assert [row["epoch"] for row in run.history if "val/top1" in row] == [0, 1]
+    assert sum("test/top1" in row for row in run.history) == 1
 
 
 def test_wandb_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
