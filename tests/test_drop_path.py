@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_tricks.callbacks import DropPath
 from lit_tricks.callbacks._residual import residual_branches
-from lit_tricks.callbacks.drop_path import drop, drop_rates
+from lit_tricks.callbacks.drop_path import _Scaled, drop, drop_rates
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas
@@ -61,8 +61,30 @@ def test_unbiased_in_low_precision(rate, dtype):
     exact = x.double() / (1 - rate)  # to half a unit in the last place: no factor was rounded before
     assert torch.equal(out[kept[0]], exact.to(dtype)[kept[0]]) or dtype == torch.float32
     assert out.double().isfinite().all()
-    if dtype != torch.float32:  # an overflow in a branch that is dropped is none
-        assert not drop(torch.full((2,), torch.inf, dtype=dtype), torch.tensor([False, False]), rate).any()
+    one_pass = torch.addcmul(x.new_zeros(()), x, kept[0].to(dtype), value=1 / (1 - rate))  # that of a GPU
+    assert torch.equal(one_pass, out) or dtype == torch.float32
+    largest = torch.full((2,), torch.finfo(dtype).max, dtype=dtype)  # no overflow in what is dropped
+    assert not drop(largest, torch.tensor([False, False]), rate).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_in_low_precision(dtype, compiled):
+    x = torch.randn(6, 3, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    kept, weight = torch.tensor([1, 0, 1, 1, 0, 1]).bool(), torch.randn_like(x)
+    out = (torch.compile(drop, fullgraph=True, backend="aot_eager") if compiled else drop)(x, kept, 0.3)
+    [grad] = torch.autograd.grad((out * weight).sum(), x)
+    mask = kept.double().view(-1, 1, 1, 1)
+    for found, of in ((out, x), (grad, weight)):
+        assert torch.equal(found, (of.double() * mask / 0.7).to(dtype))
+        assert found.stride() == x.stride()
+
+
+def test_derives_twice():
+    kept = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _Scaled.apply(x, kept, 1.25), x)
+    assert torch.autograd.gradgradcheck(lambda x: _Scaled.apply(x, kept, 1.25) ** 2, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
