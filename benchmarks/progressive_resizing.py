@@ -86,7 +86,7 @@ def report(found: dict[str, list[tuple[float, float]]], images: int, s: Settings
             "",
             *lines,
             "",
-            f"Means over {len(without)} seed(s), each one's top-1 in brackets, on the 10,000 validation images at "
+            f"Means over {len(without)} seed(s), each one's top-1 in brackets, on the 5,000 images of val at "
             f"{SIDE} pixels. ResNet-18-D of width {s.width:g} for small images, {images:,} training images, {s.epochs} "
             f"epochs each, batches of {s.batch_size}, SGD with half a cosine after one epoch of warm-up, "
             f"RandomResizedCrop of 25 to 100 % of the area. Sides are multiples of {MULTIPLE_OF} pixels. Seconds are "
