@@ -63,7 +63,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -> None:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lines = list(dict.fromkeys(row["crop_ratio"] for row in rows))
     for ratio in lines:
@@ -87,7 +87,7 @@ def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -
     for part in (axes, cost):
         part.spines["top"].set_visible(False)
     handles = [*axes.get_legend_handles_labels()[0], *cost.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, frameon=False, fontsize="small", loc="lower right")
+    figure.legend(handles=handles, frameon=False, fontsize="small", loc="outside lower center", ncols=3)
     unfinished = path.with_name(f".{path.name}.part")
     figure.savefig(unfinished, dpi=120, format="png")
     os.replace(unfinished, path)
