@@ -27,7 +27,7 @@ import lit_tricks.data  # noqa: F401
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks.classifier import Classifier
-from lit_tricks.commands._checkpoint import plain
+from lit_tricks.commands._checkpoint import settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
 from lit_tricks.recording.in_force import TricksInForce
@@ -298,12 +298,8 @@ def _settings_of(checkpoint: Path, predict: bool) -> dict[str, Any]:
         raise ValueError(f"--ckpt_path {checkpoint} is not a checkpoint of Lightning, or damaged.") from error
     if not predict:  # where the data is at hand, these come from it
         model = {key: value for key, value in model.items() if key not in LINKS.values()}
-    settings = {}
-    for key, hparams, default in (("model", model, "lit_tricks.Classifier"), ("data", data, None)):
-        init_args = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
-        if class_path := hparams.get("_class_path", default):
-            settings[key] = {"class_path": class_path, "init_args": plain(init_args)}
-    return settings
+    found = {"model": settings_in(model, "lit_tricks.Classifier"), "data": settings_in(data)}
+    return {key: settings for key, settings in found.items() if settings}
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-__all__ = ["RUN", "data_of", "data_settings", "module_of", "plain", "read_checkpoint", "written_whole"]
+__all__ = ["RUN", "data_of", "data_settings", "module_of", "plain", "read_checkpoint", "settings_in", "written_whole"]
 
 # What only a run that goes on needs.
 RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
@@ -52,10 +52,14 @@ def module_of(path: Path, **changes: Any) -> LightningModule:
 
 def data_settings(path: Path) -> dict[str, Any]:
     """Class path and arguments of the data module that a checkpoint was trained on; nothing if it does not say."""
-    hparams = dict(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
-    name = hparams.pop("_class_path", "")
-    hparams.pop("_instantiator", None)
-    return {"class_path": name, "init_args": plain(hparams)} if name else {}
+    return settings_in(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
+
+
+def settings_in(hparams: dict[str, Any], default: str = "") -> dict[str, Any]:
+    """Class path and arguments in saved hyper-parameters; nothing if no class is named, and none is given."""
+    name = hparams.get("_class_path", default)
+    init_args = {key: plain(value) for key, value in hparams.items() if key not in ("_class_path", "_instantiator")}
+    return {"class_path": name, "init_args": init_args} if name else {}
 
 
 def data_of(path: Path) -> LightningDataModule | None:

@@ -55,10 +55,8 @@ class Evidence(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was said of a batch, of the first loader."""
-        last, self._last = self._last, []
-        if self._hook and dataloader_idx == 0:
-            self._splits["val"].add(batch, last)
+        """Keep what was said of a batch."""
+        self._keep("val", batch, dataloader_idx)
 
     def on_test_batch_end(
         self,
@@ -69,10 +67,8 @@ class Evidence(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was said of a batch, of the first loader."""
-        last, self._last = self._last, []
-        if self._hook and dataloader_idx == 0:
-            self._splits["test"].add(batch, last)
+        """Keep what was said of a batch."""
+        self._keep("test", batch, dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch no more."""
@@ -104,6 +100,12 @@ class Evidence(Callback):
         arrays: dict[str, Any] = {"split": np.array(name), "classes": np.array(classes or [])} | _joined(parts)
         with path.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
+
+    def _keep(self, name: str, batch: Any, dataloader_idx: int) -> None:
+        """Of the first loader."""
+        last, self._last = self._last, []
+        if self._hook and dataloader_idx == 0:
+            self._splits[name].add(batch, last)
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         self._unhook()
