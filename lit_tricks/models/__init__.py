@@ -1,7 +1,10 @@
 """Models: ResNet in the variants A to D of Bag of Tricks, every model of timm, and weights to start from."""
 
 from lit_tricks.models._factory import create_model
+from lit_tricks.models.backbone import Backbone
 from lit_tricks.models.resnet import resnet
+from lit_tricks.models.separable import make_separable
+from lit_tricks.models.spp import SpatialPyramidPool2d
 from lit_tricks.models.weights import load_weights
 
-__all__ = ["create_model", "load_weights", "resnet"]
+__all__ = ["Backbone", "SpatialPyramidPool2d", "create_model", "load_weights", "make_separable", "resnet"]

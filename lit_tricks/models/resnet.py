@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from lit_tricks.models._norms import NORMS, Norm
+from lit_tricks.models.separable import make_separable
+from lit_tricks.models.spp import SpatialPyramidPool2d
 from lit_tricks.models.weights import load_weights
 
 __all__ = ["resnet"]
@@ -31,6 +34,12 @@ def resnet(
     in_chans: int = 3,
     small_input: bool = False,
     width: float = 1.0,
+    output_stride: Literal[8, 16, 32] = 32,
+    norm: Norm = "batch",
+    separable: bool = False,
+    pool: Literal["avg", "max", "avgmax", "spp"] = "avg",
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
     zero_init_last: bool = False,
     init: Literal["timm", "xavier"] = "timm",
     weights: str | None = None,
@@ -61,6 +70,18 @@ def resnet(
             least that still shrinks in every stage.
         width: factor on all channel counts, a multiple of 1/32 above 0. Parameters and multiply-adds grow with its
             square; 0.125 makes a net for tests, 2 makes every layer twice as wide.
+        output_stride: side of the image over that of the last feature map. 16 and 8 dilate the last stages in the place
+            of their strides, as segmentation has it; with ``small_input`` both are a quarter of that.
+        norm: "batch"; "group", over groups of 32 channels, or of all of fewer; "layer", over all channels of an image;
+            "instance", over each channel of an image; or "frozen_batch", statistics and affine as ``weights`` have them.
+            "layer" and "group" do not depend on the batch, for batches of a few images.
+        separable: replace each 3x3 convolution of the blocks by a depthwise one and a 1x1, as
+            [MobileNet](https://arxiv.org/abs/1704.04861) does (see `make_separable`).
+        pool: what comes before the classifier: mean, maximum, or half the sum of both, over the feature map; or "spp",
+            the maxima of a pyramid of bins, 50 times as many features (see `SpatialPyramidPool2d`).
+        drop_rate: of the features before the classifier, in [0, 1).
+        drop_path_rate: of the last residual branch, in [0, 1); those before it in proportion to their depth
+            ([stochastic depth](https://arxiv.org/abs/1603.09382)).
         zero_init_last: start the last batch norm of every block at gamma 0, so that every block starts as its shortcut.
             timm does that by default; here it is off, because it is a trick of its own that must be seen to act.
         init: "timm" is Kaiming normal over the fan-out for convolutions and torch's own for the classifier; "xavier" is
@@ -80,7 +101,13 @@ def resnet(
     """
     _require_one_of("depth", depth, tuple(_STAGES))
     _require_one_of("variant", variant, ("A", "B", "C", "D"))
+    _require_one_of("output_stride", output_stride, (8, 16, 32))
+    _require_one_of("norm", norm, tuple(NORMS))
+    _require_one_of("pool", pool, ("avg", "max", "avgmax", "spp"))
     _require_one_of("init", init, ("timm", "xavier"))
+    for name, rate in {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name}={rate!r} must be in [0, 1): 0 drops nothing, 1 would drop everything")
     require_positive(num_classes=num_classes, in_chans=in_chans)
     stem_width = _stem_width(width)
 
@@ -95,6 +122,11 @@ def resnet(
         stem_width=stem_width,
         channels=tuple(2 * stem_width * factor for factor in (1, 2, 4, 8)),
         avg_down=variant == "D",
+        output_stride=output_stride,
+        norm_layer=NORMS[norm],
+        global_pool="avg" if pool == "spp" else pool,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
         zero_init_last=zero_init_last,
     )
     if variant in "AB":
@@ -107,6 +139,11 @@ def resnet(
         for module in net.modules():
             if isinstance(module, Bottleneck):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    if separable:
+        make_separable(net)
+    if pool == "spp":
+        net.global_pool = SpatialPyramidPool2d()
+        net.fc = nn.Linear(net.num_features * net.global_pool.feat_mult(), num_classes)
     if small_input:
         net.maxpool = nn.Identity()
         for info in net.feature_info:  # what heads read the strides of the feature maps from

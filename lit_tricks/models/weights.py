@@ -140,8 +140,8 @@ def _bridge_num_classes(own: dict[str, torch.Tensor], state: dict[str, torch.Ten
 
 def _require_same(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:
     for key in [*own, *state]:
-        if key not in state and key.endswith("num_batches_tracked"):
-            continue  # checkpoints from before torch 0.4.1 lack it, and torch fills it in
+        if (key in state) != (key in own) and key.endswith("num_batches_tracked"):
+            continue  # checkpoints from before torch 0.4.1 lack it, and frozen batch norm has no use for it
         want, found = own.get(key), state.get(key)
         if want is None or found is None or want.shape != found.shape:
             raise RuntimeError(

@@ -1,0 +1,45 @@
+"""Spatial pyramid pooling: a vector of fixed length from a feature map of any size.
+
+Paper: https://arxiv.org/abs/1406.4729. One caveat: the pyramid pooling of PSPNet is something else, a feature map again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["SpatialPyramidPool2d"]
+
+
+class SpatialPyramidPool2d(nn.Module):
+    """Maxima over the bins of 1x1, 2x2, ... grids ([He et al., 2014](https://arxiv.org/abs/1406.4729)).
+
+    Of ``(N, C, H, W)`` it makes ``(N, C * sum(b * b for b in bins))``, the coarsest grid first, in each of them channel
+    by channel. Bin ``i`` of ``b`` reaches from ``floor(i * H / b)`` to ``ceil((i + 1) * H / b)``, so that bins overlap
+    where they do not divide the map, and no map is too small.
+
+    Args:
+        bins: side of each grid, each at least 1.
+
+    Raises:
+        ValueError: if there is no bin, or one below 1.
+    """
+
+    def __init__(self, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        if not bins or any(not isinstance(side, int) or side < 1 for side in bins):
+            raise ValueError(f"bins={bins!r} must be one or more integers of at least 1, such as (1, 2, 3, 6)")
+        self.bins = tuple(bins)
+
+    def feat_mult(self) -> int:
+        """How many features each channel becomes (timm's name for it)."""
+        return sum(side * side for side in self.bins)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pool a feature map."""
+        return torch.cat([F.adaptive_max_pool2d(features, side).flatten(1) for side in self.bins], 1)
+
+    def extra_repr(self) -> str:
+        """Name the bins."""
+        return f"bins={self.bins}"
