@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from lit_tricks._task import Task
 from lit_tricks.models import create_model, load_weights
 
 __all__ = ["Classifier"]
 
 
-class Classifier(LightningModule):
+class Classifier(Task):
     """Train an image classifier with cross entropy; log loss, top-1, top-5 and calibration error.
 
     Batches are ``(images, labels)``: float images (N, C, H, W), normalised, and int64 labels (N,) in
@@ -41,10 +39,16 @@ class Classifier(LightningModule):
         class_names: one name a class, for predictions. The command line takes them from the data.
         input_size: channels, height and width of an image. The command line takes it from the data.
         optimizer: from parameters to optimizer; in YAML a class with its arguments.
+        freeze: names of the network's parts that are not trained, such as ``[conv1, bn1, layer1]``, or "backbone" for
+            all but its classifier. They stay in evaluation mode: dropout and batch statistics too.
+        layer_decay: learning rate of a block over that of the next one towards the logits, above 0 and at most 1; the
+            classifier has the whole rate. 0.65 to 0.9 keeps early layers near the weights that they started from.
 
     Raises:
         ValueError: for an unknown model or model argument, or numbers that contradict each other.
     """
+
+    score = "top1"
 
     def __init__(
         self,
@@ -57,29 +61,19 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: SGD(
             p, lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True
         ),
+        freeze: list[str] | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
-        super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes} is below 2: there is nothing to tell apart.")
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
-                f"class_names has {len(class_names)} names for num_classes={num_classes}: give one a class."
-            )
+        super().__init__(num_classes, class_names, optimizer, layer_decay)
         if isinstance(model, nn.Module) and model_args:
             raise ValueError(f"model_args={model_args} are for a model given by name; {type(model).__name__} is built.")
-        # What the command line was given is plain text and numbers, and rebuilds all of this from the checkpoint alone.
-        # Objects given in Python are none of a checkpoint's business: they would have to be pickled.
-        objects = [] if _given_hyperparameters.get() else ["optimizer"] + ["model"] * isinstance(model, nn.Module)
-        self.save_hyperparameters(ignore=["weights", *objects])
+        self.save_hyperparameters(ignore=["weights", *self._objects(model=model)])
         if isinstance(model, str):
             model = create_model(model, num_classes, in_chans=input_size[0], **(model_args or {}))
         if weights:
             load_weights(model, weights)
         self.model = model
-        self.num_classes = num_classes
-        self.class_names = class_names or [str(i) for i in range(num_classes)]
         self.example_input_array = torch.zeros(2, *input_size)
-        self.optimizer = optimizer
         self.criterion = nn.CrossEntropyLoss()
         metrics = MetricCollection({"top1": MulticlassAccuracy(num_classes, average="micro")})
         self.train_metrics = metrics.clone(prefix="train/")
@@ -88,51 +82,10 @@ class Classifier(LightningModule):
         metrics.add_metrics({"ece": MulticlassCalibrationError(num_classes, n_bins=15)})
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
-        self._resumed_optimizers: list[str] | None = None
+        self._freeze(freeze)
 
-    def setup(self, stage: str) -> None:
-        """Compare the number of classes with that of the data, before anything is trained."""
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
-        if stage != "predict" and found != self.num_classes:
-            raise ValueError(
-                f"num_classes={self.num_classes} of the model disagrees with the {found} classes of the data: "
-                f"set num_classes={found}, or start from its weights instead of resuming it."
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizers."""
-        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the names of the optimizers."""
-        self._resumed_optimizers = checkpoint.get("optimizers")
-
-    def on_fit_start(self) -> None:
-        """Take the optimizer's settings, before a resumed checkpoint replaces them by its own.
-
-        Raises:
-            ValueError: if the checkpoint holds the state of another optimizer.
-        """
-        names = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
-        if self.trainer.ckpt_path and self._resumed_optimizers not in (None, names):
-            raise ValueError(
-                f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
-                f"{', '.join(names)}: keep the optimizer, or start from the weights alone, with --model.weights."
-            )
-        self._settings = [_settings(group) for opt in self.trainer.optimizers for group in opt.param_groups]
-
-    def on_train_start(self) -> None:
-        """Let the settings of this run win over those of the checkpoint that it resumes."""
-        groups = [group for opt in self.trainer.optimizers for group in opt.param_groups]
-        for group, settings in zip(groups, self._settings, strict=True):
-            changed = {name: value for name, value in settings.items() if group.get(name) != value}
-            if self.trainer.lr_scheduler_configs:
-                changed.pop("lr", None)  # it is where the scheduler had come to
-            # a rate that only a schedule had moved is no news
-            news = {k: v for k, v in changed.items() if k != "lr" or group.get("initial_lr") != v}
-            if self.trainer.ckpt_path and news:
-                rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in news.items())}")
-            group.update(changed)
+    def _network(self) -> nn.Module:
+        return self.model
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, C, H, W)."""
@@ -179,31 +132,9 @@ class Classifier(LightningModule):
         probabilities: Tensor = self(images).softmax(dim=-1)
         return probabilities
 
-    def epoch_metrics(self) -> list[str]:
-        """Names of what is logged once an epoch, also of the trained weights beside an average."""
-        train, val, test = (
-            [str(name) for name in metrics.keys()]  # noqa: SIM118  # which, unlike iteration, has the prefix
-            for metrics in (self.train_metrics, self.val_metrics, self.test_metrics)
-        )
-        val = ["val/loss", *val]
-        return ["train/loss_epoch", *train, *val, *(f"raw/{name}" for name in val), "test/loss", *test]
-
-    def configure_optimizers(self) -> Optimizer:
-        """Give the optimizer all parameters."""
-        return self.optimizer(self.parameters())
-
     def _evaluate(self, batch: Any, name: str, metrics: MetricCollection) -> None:
         images, labels = batch
         logits = self(images)
         metrics.update(logits, labels)
         loss = self.criterion(logits, labels)
         self.log(f"{name}/loss", loss, prog_bar=name == "val", batch_size=len(images), sync_dist=True)
-
-    def _log_metrics(self, metrics: MetricCollection) -> None:
-        for name, value in metrics.compute().items():  # over all ranks
-            self.log(name, value, prog_bar=name == "val/top1", sync_dist=True)
-        metrics.reset()
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}

@@ -26,7 +26,7 @@ import lit_tricks.callbacks
 import lit_tricks.data  # noqa: F401
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
-from lit_tricks.classifier import Classifier
+from lit_tricks._task import Task
 from lit_tricks.commands._checkpoint import settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
@@ -184,8 +184,8 @@ class TricksCLI(LightningCLI):
             if any(isinstance(logger, WandbLogger) for logger in kwargs["logger"]):
                 callbacks.append(PreviewLogger())
             if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-                scored = isinstance(self.model, Classifier) and config.limit_val_batches != 0
-                monitor = "val/top1" if scored else None
+                scored = isinstance(self.model, Task) and config.limit_val_batches != 0
+                monitor = f"val/{self.model.score}" if scored else None
                 callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
                 callbacks.append(_Last(filename="last"))  # save_last would save along with the best alone
         if self.subcommand == "predict":

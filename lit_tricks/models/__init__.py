@@ -5,6 +5,16 @@ from lit_tricks.models.backbone import Backbone
 from lit_tricks.models.resnet import resnet
 from lit_tricks.models.separable import make_separable
 from lit_tricks.models.spp import SpatialPyramidPool2d
+from lit_tricks.models.transfer import freeze, layer_scales
 from lit_tricks.models.weights import load_weights
 
-__all__ = ["Backbone", "SpatialPyramidPool2d", "create_model", "load_weights", "make_separable", "resnet"]
+__all__ = [
+    "Backbone",
+    "SpatialPyramidPool2d",
+    "create_model",
+    "freeze",
+    "layer_scales",
+    "load_weights",
+    "make_separable",
+    "resnet",
+]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from timm.layers import GroupNorm, GroupNorm1
+from timm.layers.norm import GroupNorm, GroupNorm1
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 

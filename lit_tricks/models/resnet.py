@@ -73,7 +73,7 @@ def resnet(
         output_stride: side of the image over that of the last feature map. 16 and 8 dilate the last stages in the place
             of their strides, as segmentation has it; with ``small_input`` both are a quarter of that.
         norm: "batch"; "group", over groups of 32 channels, or of all of fewer; "layer", over all channels of an image;
-            "instance", over each channel of an image; or "frozen_batch", statistics and affine as ``weights`` have them.
+            "instance", over each channel of an image; or "frozen_batch", which keeps what ``weights`` have.
             "layer" and "group" do not depend on the batch, for batches of a few images.
         separable: replace each 3x3 convolution of the blocks by a depthwise one and a 1x1, as
             [MobileNet](https://arxiv.org/abs/1704.04861) does (see `make_separable`).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 __all__ = ["make_separable", "separable_conv"]
@@ -10,13 +12,12 @@ __all__ = ["make_separable", "separable_conv"]
 def separable_conv(conv: nn.Conv2d) -> nn.Sequential:
     """A depthwise convolution and a 1x1 that map what ``conv`` maps, at 1/out_channels + 1/k^2 of its cost.
 
-    Kernel, stride, padding and dilation are those of ``conv``; its weights are not used. Nothing stands between the two,
-    as in [Xception](https://arxiv.org/abs/1610.02357), so that the network's norm and activation follow as before.
+    Kernel, stride, padding and dilation are those of ``conv``; its weights are not used. Nothing stands between the
+    two, as in [Xception](https://arxiv.org/abs/1610.02357): the network's norm and activation follow as before.
     """
-    depthwise = nn.Conv2d(
-        conv.in_channels, conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-        groups=conv.in_channels, bias=False, padding_mode=conv.padding_mode,
-    )  # fmt: skip
+    same = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    settings: dict[str, Any] = {name: getattr(conv, name) for name in same}
+    depthwise = nn.Conv2d(conv.in_channels, conv.in_channels, groups=conv.in_channels, bias=False, **settings)
     pointwise = nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None)
     for part in (depthwise, pointwise):
         nn.init.kaiming_normal_(part.weight, mode="fan_in", nonlinearity="linear")

@@ -1,6 +1,6 @@
 """Spatial pyramid pooling: a vector of fixed length from a feature map of any size.
 
-Paper: https://arxiv.org/abs/1406.4729. One caveat: the pyramid pooling of PSPNet is something else, a feature map again.
+Paper: https://arxiv.org/abs/1406.4729. One caveat: PSPNet's pyramid pooling is something else, a feature map.
 """
 
 from collections.abc import Sequence

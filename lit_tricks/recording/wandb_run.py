@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lit_tricks.classifier import Classifier
+from lit_tricks._task import Task
 from lit_tricks.recording.run_folder import RunFolder
 
 __all__ = ["is_wandb", "log_summary", "own_wandb_run", "prepare_wandb", "tell_wandb", "tracking_mode"]
@@ -70,10 +70,10 @@ def tell_wandb(logger: Any, module: Any, watch: str | None) -> None:
 
     Args:
         logger: a ``WandbLogger``.
-        module: that is trained. Of another one than a ``Classifier`` it is not known which metrics are of an epoch.
+        module: that is trained. Of another one than ours it is not known which metrics are of an epoch.
         watch: "gradients", "parameters" or "all": histograms of these, as often as metrics are logged; or None.
     """
-    if isinstance(module, Classifier):
+    if isinstance(module, Task):
         # by their full names: of two patterns that match, W&B takes one at random, and Lightning has set "*"
         for name in module.epoch_metrics():
             logger.experiment.define_metric(name, step_metric="epoch")

@@ -1,0 +1,173 @@
+"""What the LightningModules of the command line share: the optimizer, what is frozen, and how a run is resumed."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
+
+from lit_tricks.models import freeze, layer_scales
+
+__all__ = ["Task"]
+
+
+class Task(LightningModule):
+    """Base of the modules that train a network for a task; a subclass adds its network, steps and metrics.
+
+    Metrics are collections named ``train_metrics``, ``val_metrics`` and ``test_metrics``, with their prefix; the last
+    line of ``__init__`` of a subclass is ``self._freeze(freeze)``.
+
+    Attributes:
+        score: name of the metric that says which epoch is the best; more is better.
+
+    Args:
+        num_classes: number of classes, at least 2.
+        class_names: one name a class; None numbers them.
+        optimizer: from parameters to optimizer.
+        layer_decay: learning rate of a block over that of the next one, above 0 and at most 1.
+
+    Raises:
+        ValueError: for numbers out of range, or that contradict each other.
+    """
+
+    score: str
+    train_metrics: MetricCollection
+    val_metrics: MetricCollection
+    test_metrics: MetricCollection
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        layer_decay: float,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} is below 2: there is nothing to tell apart.")
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(
+                f"class_names has {len(class_names)} names for num_classes={num_classes}: give one a class."
+            )
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1: 1 is one rate for all layers.")
+        self.num_classes = num_classes
+        self.class_names = class_names or [str(i) for i in range(num_classes)]
+        self.optimizer = optimizer
+        self.layer_decay = layer_decay
+        self._frozen: list[str] = []
+        self._resumed_optimizers: list[str] | None = None
+
+    @abstractmethod
+    def _network(self) -> nn.Module:
+        """The network that has the names in ``freeze``, and the blocks of ``layer_decay``."""
+
+    def train(self, mode: bool = True) -> Task:
+        """Set the mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen:
+            self._network().get_submodule(name).eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Compare the number of classes with that of the data, before anything is trained."""
+        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
+        if stage != "predict" and found != self.num_classes:
+            raise ValueError(
+                f"num_classes={self.num_classes} of the model disagrees with the {found} classes of the data: "
+                f"set num_classes={found}, or start from its weights instead of resuming it."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizers."""
+        checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the names of the optimizers."""
+        self._resumed_optimizers = checkpoint.get("optimizers")
+
+    def on_fit_start(self) -> None:
+        """Take the optimizer's settings, before a resumed checkpoint replaces them by its own.
+
+        Raises:
+            ValueError: if the checkpoint holds the state of another optimizer.
+        """
+        names = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+        if self.trainer.ckpt_path and self._resumed_optimizers not in (None, names):
+            raise ValueError(
+                f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
+                f"{', '.join(names)}: keep the optimizer, or start from the weights alone, with --model.weights."
+            )
+        self._settings = [_settings(group) for opt in self.trainer.optimizers for group in opt.param_groups]
+
+    def on_train_start(self) -> None:
+        """Let the settings of this run win over those of the checkpoint that it resumes."""
+        groups = [group for opt in self.trainer.optimizers for group in opt.param_groups]
+        for group, settings in zip(groups, self._settings, strict=True):
+            changed = {name: value for name, value in settings.items() if group.get(name) != value}
+            if self.trainer.lr_scheduler_configs:
+                changed.pop("lr", None)  # it is where the scheduler had come to
+            # a rate that only a schedule had moved is no news
+            news = {k: v for k, v in changed.items() if k != "lr" or group.get("initial_lr") != v}
+            if self.trainer.ckpt_path and news:
+                rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in news.items())}")
+            group.update(changed)
+
+    def epoch_metrics(self) -> list[str]:
+        """Names of what is logged once an epoch, also of the trained weights beside an average."""
+        train, val, test = (
+            [str(name) for name in metrics.keys()]  # noqa: SIM118  # which, unlike iteration, has the prefix
+            for metrics in (self.train_metrics, self.val_metrics, self.test_metrics)
+        )
+        val = ["val/loss", *val]
+        return ["train/loss_epoch", *train, *val, *(f"raw/{name}" for name in val), "test/loss", *test]
+
+    def configure_optimizers(self) -> Optimizer:
+        """Give the optimizer the parameters that are trained, at the rates of their layers."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.layer_decay == 1:
+            return self.optimizer(trained)
+        scales = layer_scales(self._network(), self.layer_decay)
+        layers: dict[float, list[nn.Parameter]] = {}
+        for parameter in trained:
+            layers.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+        optimizer = self.optimizer([{"params": layer, "lr_scale": scale} for scale, layer in layers.items()])
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_scale")
+        return optimizer
+
+    def _objects(self, **networks: Any) -> list[str]:
+        """Arguments that no checkpoint saves.
+
+        What the command line was given is plain text and numbers, and rebuilds all of the module from the checkpoint
+        alone. Objects given in Python are none of a checkpoint's business: they would have to be pickled.
+        """
+        if _given_hyperparameters.get():
+            return []
+        return ["optimizer", *(name for name, value in networks.items() if isinstance(value, nn.Module))]
+
+    def _freeze(self, names: list[str] | None) -> None:
+        """Stop the training of parts of the network."""
+        if names:
+            self._frozen = freeze(self._network(), names)
+            if not any(parameter.requires_grad for parameter in self.parameters()):
+                raise ValueError(
+                    f"freeze={names} leaves nothing to train: give the names of some parts of the network."
+                )
+            self.train(self.training)
+
+    def _log_metrics(self, metrics: MetricCollection) -> None:
+        for name, value in metrics.compute().items():  # over all ranks
+            self.log(name, value, prog_bar=name == f"val/{self.score}", sync_dist=True)
+        metrics.reset()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}

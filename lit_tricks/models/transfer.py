@@ -1,0 +1,79 @@
+"""What is trained of a network that starts from weights: which parts, and how fast each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models import group_parameters
+from torch import nn
+
+__all__ = ["freeze", "layer_scales"]
+
+
+def freeze(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Let parts of a network train no more.
+
+    Args:
+        network: is changed: the parameters of these parts need no gradient any more.
+        names: of parts, such as "conv1", "layer1" or "layer2.0"; or "backbone", which is all but the classifier.
+
+    Returns:
+        Names of the parts that are to be held in evaluation mode.
+
+    Raises:
+        ValueError: for a name that it does not have.
+    """
+    parts = {name: part for name, part in network.named_modules() if name}
+    found: list[str] = []
+    for name in names:
+        if name == "backbone":
+            trained = {parameter for head in _heads_of(network) for parameter in parts[head].parameters()}
+            found += [child for child, part in network.named_children() if trained.isdisjoint(part.parameters())]
+            parameters = [parameter for parameter in network.parameters() if parameter not in trained]
+        elif name in parts:
+            found.append(name)
+            parameters = list(parts[name].parameters())
+        else:
+            children = ", ".join(child for child, _ in network.named_children())
+            raise ValueError(
+                f"freeze={name!r} is no part of {type(network).__name__}, which has {children}, and their parts, such "
+                'as layer1.0: give these names, or "backbone" for all but the classifier'
+            )
+        for parameter in parameters:
+            parameter.requires_grad = False
+    return found
+
+
+def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Factors on the learning rate, smaller from block to block away from the logits.
+
+    As in [BEiT](https://arxiv.org/abs/2106.08254): the classifier has 1, the last block ``decay``, the one before it
+    ``decay ** 2``, down to the stem. A network without a classifier starts at ``decay`` too.
+
+    Args:
+        network: knows its blocks, as timm's do, by ``group_matcher()``.
+        decay: above 0 and at most 1.
+
+    Raises:
+        ValueError: if it does not know them.
+    """
+    net: Any = network
+    if not hasattr(net, "group_matcher"):
+        raise ValueError(
+            f"layer_decay={decay} goes by the blocks of a network, and {type(network).__name__} has no group_matcher() "
+            "as timm's models have: give layer_decay=1, or a model by name"
+        )
+    heads = tuple(f"{name}." for name in _heads_of(network))
+    blocks: dict[str, int] = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
+    blocks = {name: block for name, block in blocks.items() if not name.startswith(heads)}
+    end = max(blocks.values(), default=0) + 1
+    return {network.get_parameter(name): decay ** (end - block) for name, block in blocks.items()}
+
+
+def _heads_of(network: nn.Module) -> list[str]:
+    """Names of the layers that give the logits, as timm's models tell; none for a network without them."""
+    find: Any = getattr(network, "get_classifier", tuple)
+    given = find()
+    heads = given if isinstance(given, tuple) else (given,)
+    return [name for name, part in network.named_modules() if part in heads and any(True for _ in part.parameters())]
