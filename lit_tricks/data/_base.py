@@ -73,6 +73,8 @@ class ImageDataModule(LightningDataModule, ABC):
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
     """
 
+    sample_type: type[Samples] = Samples
+    collate = staticmethod(collate)
     repeats = 1  # of an image in an epoch
     thread_workers = False  # threads of one process, or processes
     on_bad_image: OnBadImage = "raise"
@@ -196,7 +198,8 @@ class ImageDataModule(LightningDataModule, ABC):
         if self.on_bad_image == "skip" and name not in self._bad:
             # In evaluation another image would count twice.
             self._bad[name] = BadImages(source, name, replace=name == "train")
-        return Samples(source, transform, self._seed, max(workers, 1), self._bad.get(name))
+        kind = Samples if name == "predict" else self.sample_type
+        return kind(source, transform, self._seed, max(workers, 1), self._bad.get(name))
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
         samples = self._samples(split, self._source(split), self.eval_transform)
@@ -217,7 +220,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return {
             "batch_size": self.batch_size,
             "num_workers": workers,
-            "collate_fn": collate,
+            "collate_fn": self.collate,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # A generator of its own: otherwise each pass draws from that of the process, to seed the workers.

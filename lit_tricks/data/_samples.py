@@ -21,7 +21,7 @@ from lit_tricks.data._jpeg import BadImageError, read_image
 from lit_tricks.data._listing import Paths
 from lit_tricks.data.transforms import Transform
 
-__all__ = ["Files", "Samples", "Source", "collate", "derive_seed", "find_images"]
+__all__ = ["Files", "JointSamples", "Samples", "Source", "collate", "derive_seed", "find_images"]
 
 TRIES = 20  # images in a row that may be bad where bad ones are replaced
 
@@ -148,6 +148,16 @@ class Samples(Dataset[tuple[Any, ...]]):
         if all(each is None for each in loaded):  # of nothing there is no mean: rather an image that counts twice
             loaded[0] = self._load(function, True, *(arg[0] for arg in args))
         return loaded
+
+
+class JointSamples(Samples):
+    """Samples whose target lies in the image, and is transformed with it: ``transform(image, target)``."""
+
+    def _any(self, index: int, sample: tuple[Image.Image, Any], epoch: int) -> tuple[Any, ...]:
+        transform: Callable[..., Any] = self.transform
+        with seeded(derive_seed(self.seed, epoch, index)):
+            image, target = transform(*sample)
+        return image, target
 
 
 def collate(samples: list[Any]) -> Any:

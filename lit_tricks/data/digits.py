@@ -75,17 +75,22 @@ class Digits(ImageDataModule):
         return 0
 
     def _load(self, split: Split) -> dict[Split, Source]:
-        from sklearn.datasets import load_digits  # here, because its import takes more than half a second
+        return {name: _Ink(*part) for name, part in split_digits(self.split_seed).items()}
 
-        digits = load_digits()
-        rest, test = stratified_split(digits.target, NUM_TEST, self.split_seed)
-        train, val = stratified_split(digits.target[rest], NUM_VAL, self.split_seed)
-        parts: dict[Split, npt.NDArray[np.intp]] = {
-            "train": np.asarray(rest)[train],
-            "val": np.asarray(rest)[val],
-            "test": np.asarray(test),
-        }
-        return {name: _Ink(digits.images[part], digits.target[part]) for name, part in parts.items()}
+
+def split_digits(seed: int) -> dict[Split, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
+    """Ink (N, 8, 8) from 0 to 16 and labels (N,) of each split."""
+    from sklearn.datasets import load_digits  # here, because its import takes more than half a second
+
+    digits = load_digits()
+    rest, test = stratified_split(digits.target, NUM_TEST, seed)
+    train, val = stratified_split(digits.target[rest], NUM_VAL, seed)
+    parts: dict[Split, npt.NDArray[np.intp]] = {
+        "train": np.asarray(rest)[train],
+        "val": np.asarray(rest)[val],
+        "test": np.asarray(test),
+    }
+    return {name: (digits.images[part], digits.target[part]) for name, part in parts.items()}
 
 
 def to_ink(image: Image.Image, size: int = SIZE) -> Tensor:
