@@ -1,12 +1,13 @@
 """The tricks that make image classifiers more accurate, each as one PyTorch Lightning callback.
 
-Callbacks are imported here from ``lit_tricks.callbacks``; ``Classifier``, and with it timm, only when it is asked for.
+Callbacks are imported here from ``lit_tricks.callbacks``; the modules, and with them timm, only when asked for.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
 
 if TYPE_CHECKING:
     from lit_tricks.classifier import Classifier
+
+_MODULES = {"Classifier": "classifier"}  # where they are
 
 __all__ = ["Classifier"]
 __all__ += callbacks.__all__
@@ -38,8 +41,6 @@ if not logging.getLogger().hasHandlers():  # as Lightning does: its lines and ou
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Classifier":
-        from lit_tricks.classifier import Classifier
-
-        return Classifier
+    if name in _MODULES:
+        return getattr(import_module(f"lit_tricks.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -208,7 +208,7 @@ def _class_names() -> list[str]:
 
     modules = (lit_tricks.callbacks, lit_tricks.data, lightning.pytorch.callbacks, lightning.pytorch.loggers)
     optimizers = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
-    return ["Classifier", *optimizers, *(name for module in modules for name in module.__all__)]
+    return [*lit_tricks._MODULES, *optimizers, *(name for module in modules for name in module.__all__)]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

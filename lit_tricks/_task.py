@@ -69,13 +69,6 @@ class Task(LightningModule):
     def _network(self) -> nn.Module:
         """The network that has the names in ``freeze``, and the blocks of ``layer_decay``."""
 
-    def train(self, mode: bool = True) -> Task:
-        """Set the mode; what is frozen stays in evaluation mode."""
-        super().train(mode)
-        for name in self._frozen:
-            self._network().get_submodule(name).eval()
-        return self
-
     def setup(self, stage: str) -> None:
         """Compare the number of classes with that of the data, before anything is trained."""
         found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
@@ -108,7 +101,8 @@ class Task(LightningModule):
         self._settings = [_settings(group) for opt in self.trainer.optimizers for group in opt.param_groups]
 
     def on_train_start(self) -> None:
-        """Let the settings of this run win over those of the checkpoint that it resumes."""
+        """Let the settings of this run win over those of the checkpoint that it resumes; hold what is frozen."""
+        self._set_frozen(training=False)  # now, as Lightning warns of layers that are in evaluation mode before
         groups = [group for opt in self.trainer.optimizers for group in opt.param_groups]
         for group, settings in zip(groups, self._settings, strict=True):
             changed = {name: value for name, value in settings.items() if group.get(name) != value}
@@ -153,6 +147,14 @@ class Task(LightningModule):
             return []
         return ["optimizer", *(name for name, value in networks.items() if isinstance(value, nn.Module))]
 
+    def on_train_end(self) -> None:
+        """Let go of what is frozen, for whatever comes next."""
+        self._set_frozen(training=True)
+
+    def _set_frozen(self, training: bool) -> None:
+        for name in self._frozen:
+            self._network().get_submodule(name).train(training)
+
     def _freeze(self, names: list[str] | None) -> None:
         """Stop the training of parts of the network."""
         if names:
@@ -161,7 +163,6 @@ class Task(LightningModule):
                 raise ValueError(
                     f"freeze={names} leaves nothing to train: give the names of some parts of the network."
                 )
-            self.train(self.training)
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         for name, value in metrics.compute().items():  # over all ranks

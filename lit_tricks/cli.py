@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
+import lit_tricks.classifier
 import lit_tricks.data  # noqa: F401
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs

@@ -104,7 +104,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"models"},
     "data": {"data"},
     "reports": {"reports"},
-    "classifier": {"models"},
+    "_task": {"models"},
+    "classifier": {"_task", "models"},
     "__init__": {"callbacks", "classifier"},
 }
 # What a teacher is built with where it is given by name or file; the tests above see that it is not imported before.

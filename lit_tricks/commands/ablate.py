@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
+import lit_tricks
 from lit_tricks._parser import config_name, find_config
+from lit_tricks.classifier import Classifier
 from lit_tricks.commands._cells import Cell, run_all, run_here
 from lit_tricks.commands._ray import run_on_ray
 from lit_tricks.recording.wandb_run import log_summary
@@ -192,7 +194,7 @@ def _write_sweep(
         "project": "lit-tricks",
         "program": "lit-tricks",
         "method": "grid",
-        "metric": {"name": "val/top1", "goal": "maximize"},
+        "metric": {"name": f"val/{_score(configs)}", "goal": "maximize"},
         "command": ["${env}", "lit-tricks", "fit", f"--name={name}", *words, "${args}"],
         "parameters": {
             "row": {"values": [json.dumps(row) for row in rows.values()]},
@@ -201,6 +203,15 @@ def _write_sweep(
     }
     path.write_text(yaml.safe_dump(sweep, sort_keys=False))
     return path
+
+
+def _score(configs: list[Path]) -> str:
+    """The metric that the runs are judged by, as their module says."""
+    settings: dict[str, Any] = {}
+    for path in configs:
+        settings = _merged(settings, _read(path))
+    name = str(settings.get("model", {}).get("class_path", "")).rpartition(".")[2]
+    return str(getattr(getattr(lit_tricks, name, Classifier), "score", Classifier.score))
 
 
 def _portable(words: Sequence[str]) -> list[str]:

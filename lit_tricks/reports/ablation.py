@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import stdtrit
 
+from lit_tricks.reports.scores import SCORES, scores_in
+
 __all__ = ["paired_change", "read_run", "report_ablation"]
 
 Runs = Mapping[str, Mapping[int, Path | None]]  # of each row, by seed; None where a run failed
-HEADER = ("", "top-1", "top-5", "change", "time", "memory")
 
 
 def paired_change(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -35,14 +36,14 @@ def paired_change(differences: Sequence[float], confidence: float = 0.95) -> tup
 
 
 def read_run(run: Path) -> dict[str, float]:
-    """What the table needs of a run: ``top1``, ``top5``, ``seconds`` and ``memory``, as far as the run has them.
+    """What the table needs of a run: its scores, the one that counts first, then ``seconds`` and ``memory``.
 
-    Accuracies are those of the test data, or without any of the validation data.
+    Scores are those of the test data, or without any of the validation data. A run without any has top-1, not a number.
     """
     results: dict[str, Any] = json.loads((run / "results.json").read_text())
     metrics = results.get("averaged") or results.get("raw") or {}
     found = metrics.get("test") or metrics.get("val") or {}
-    values = {name: found.get(name, math.nan) for name in ("top1", "top5")}
+    values = {name: found[name] for name in scores_in(found)} or {"top1": math.nan}
     # none where it is not known
     return values | {"seconds": results.get("seconds") or math.nan, "memory": results.get("peak_memory") or math.nan}
 
@@ -59,46 +60,56 @@ def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "fir
         The header and the rows of the table, as they are printed.
     """
     found = {name: {s: read_run(run) for s, run in seeds.items() if run} for name, seeds in runs.items()}
+    scores = scores_in(key for seeds in found.values() for values in seeds.values() for key in values) or ["top1"]
     with (folder / "ablation.csv").open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["row", "seed", "top1", "top5", "seconds", "memory", "run"])
+        writer.writerow(["row", "seed", *scores, "seconds", "memory", "run"])
         for name, seeds in found.items():
             for seed, values in seeds.items():
-                writer.writerow([name, seed, *values.values(), runs[name][seed]])
+                costs = (values["seconds"], values["memory"])
+                writer.writerow(
+                    [name, seed, *(values.get(score, math.nan) for score in scores), *costs, runs[name][seed]]
+                )
     names = list(found)
+    header = ("", *(SCORES[score] for score in scores), "change", "time", "memory")
     rows = [
         _row(
             name,
             found[name],
             found[names[i - 1] if relative_to == "above" else names[0]] if i else None,
             found[names[0]],
+            scores,
         )
         for i, name in enumerate(names)
     ]
-    lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ("---",) * len(HEADER), *rows)]
-    (folder / "ablation.md").write_text("\n".join([*lines, "", _legend(runs, relative_to), ""]))
-    _draw(found, folder / "ablation.png")
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+    (folder / "ablation.md").write_text("\n".join([*lines, "", _legend(runs, relative_to, SCORES[scores[0]]), ""]))
+    _draw(found, scores[0], folder / "ablation.png")
     table = Table(box=None, pad_edge=False)
-    for i, title in enumerate(HEADER):
+    for i, title in enumerate(header):
         table.add_column(title, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console()
     console.print(table)
     console.print(f"table and plot  {folder}", highlight=False, soft_wrap=True)
-    return [HEADER, *rows]
+    return [header, *rows]
 
 
 def _row(
-    name: str, found: Mapping[int, Any], reference: Mapping[int, Any] | None, first: Mapping[int, Any]
+    name: str,
+    found: Mapping[int, Any],
+    reference: Mapping[int, Any] | None,
+    first: Mapping[int, Any],
+    scores: Sequence[str],
 ) -> tuple[str, ...]:
     shared = sorted(found.keys() & reference.keys()) if reference else []
-    differences = [100 * (found[s]["top1"] - reference[s]["top1"]) for s in shared] if reference else []
+    differences = [100 * (found[s][scores[0]] - reference[s][scores[0]]) for s in shared] if reference else []
     change = ""
     if differences:
         mean, reach = paired_change(differences)
         change = f"{mean:+.2f}" + (f" ± {reach:.2f}" if math.isfinite(reach) else "")
-    accuracies = (_spread([100 * values[key] for values in found.values()]) for key in ("top1", "top5"))
+    accuracies = (_spread([100 * values.get(key, math.nan) for values in found.values()]) for key in scores)
     costs = (_ratio(found, first, key) for key in ("seconds", "memory"))
     return (name, *accuracies, change, *costs)
 
@@ -114,12 +125,12 @@ def _ratio(found: Mapping[int, Any], first: Mapping[int, Any], key: str) -> str:
     return "-" if not ratios or math.isnan(ratios[0]) else f"{statistics.median(ratios):.2f}"
 
 
-def _legend(runs: Runs, relative_to: str) -> str:
+def _legend(runs: Runs, relative_to: str, score: str) -> str:
     seeds = sorted({seed for of_row in runs.values() for seed in of_row})
     failed = [f"{name} in seed {s}" for name, of_row in runs.items() for s, run in of_row.items() if run is None]
     reference = "the row above" if relative_to == "above" else "the first row"
     text = (
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}, in per cent. Change: points of top-1 "
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}, in per cent. Change: points of {score} "
         f"against {reference}, paired by seed, ± the reach of the 95 % interval by Student's t. Time and peak memory: "
         "medians over the seeds, relative to the first row; memory is what torch allocates on a GPU, without one what "
         "the process takes besides Python and its libraries."
@@ -127,17 +138,17 @@ def _legend(runs: Runs, relative_to: str) -> str:
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 
 
-def _draw(found: Mapping[str, Mapping[int, Any]], path: Path) -> None:
+def _draw(found: Mapping[str, Mapping[int, Any]], score: str, path: Path) -> None:
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(found)), layout="constrained")
     axes = figure.subplots()
     for y, seeds in enumerate(found.values()):
-        values = [100 * values["top1"] for values in seeds.values()]
+        values = [100 * values[score] for values in seeds.values()]
         if values:
             axes.plot(values, [y] * len(values), ".", color="tab:blue", alpha=0.4, markersize=9)
             axes.plot([statistics.fmean(values)], [y], "|", color="black", markersize=16, markeredgewidth=2)
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.4, -0.6)
-    axes.set_xlabel("top-1 accuracy in %: seeds, and their mean")
+    axes.set_xlabel(f"{SCORES[score]} in %: seeds, and their mean")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

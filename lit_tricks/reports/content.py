@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_tricks.reports.curves import PANELS, draw_panel, panels_of
+from lit_tricks.reports.curves import draw_panel, lacking, panels_of
 from lit_tricks.reports.figures import (
     MOST_CLASSES,
     Said,
@@ -18,6 +18,7 @@ from lit_tricks.reports.figures import (
     worst_classes,
 )
 from lit_tricks.reports.run import Run
+from lit_tricks.reports.scores import SCORES
 from lit_tricks.reports.style import DARK, LIGHT, draw, duration
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "val", "test")
-COLUMNS = ("loss", "top1", "top5", "ece")
+COLUMNS = ("loss", *SCORES, "ece")
 CLOCKS = {
     "host": "Seconds of the main process, by the clock of the CPU. Where a GPU computes, most of its time is spent "
     "wherever the process waits for it.",
@@ -102,10 +103,10 @@ def results_table(runs: list[Run]) -> Table:
 
 
 def cell(name: str, value: float | None) -> str:
-    """A metric as it is written: accuracies in per cent."""
+    """A metric as it is written: scores in per cent."""
     if value is None:
         return "-"
-    return f"{value:.2%}" if name.startswith("top") else f"{value:.4f}"
+    return f"{value:.2%}" if name in SCORES else f"{value:.4f}"
 
 
 def tricks_table(run: Run) -> Table:
@@ -188,7 +189,7 @@ def _curves(runs: list[Run]) -> Section:
     for title in titles:
         alt = f"{title} against the training step, of {', '.join(shown)}."
         section.pictures.append(_picture(title.lower().replace(" ", "_"), alt, draw_panel, title, shown))
-    section.text += [f"{title} was not logged." for title in PANELS if shown and title not in titles]
+    section.text += [f"{title} was not logged." for title in lacking(titles) if shown]
     return section
 
 

@@ -12,16 +12,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from lit_tricks.reports.run import Row, points
 from lit_tricks.reports.style import LIGHT, Theme, color_of, draw, label_ends, new_figure, tidy
 
-__all__ = ["PANELS", "draw_curves", "draw_panel", "panels_of"]
+__all__ = ["draw_curves", "draw_panel", "lacking", "panels_of"]
 
 # Of each panel the lines and their metrics. What is validated as "raw" beside an average are the trained weights.
-LOSS, ACCURACY, RATE = "Loss", "Top-1 accuracy", "Learning rate"
+LOSS, RATE = "Loss", "Learning rate"
+SCORED = {"Top-1 accuracy": "top1", "Mean IoU": "miou", "Mean average precision": "map"}  # a task has one of these
 PANELS = {
     LOSS: {"train": "train/loss_epoch", "val": "val/loss", "val, trained weights": "raw/val/loss"},
-    ACCURACY: {"train": "train/top1", "val": "val/top1", "val, trained weights": "raw/val/top1"},
+    **{
+        title: {"train": f"train/{name}", "val": f"val/{name}", "val, trained weights": f"raw/val/{name}"}
+        for title, name in SCORED.items()
+    },
     RATE: {},  # its lines are those of the optimizers
 }
-UNITS = {LOSS: "loss (log scale)", ACCURACY: "right in %", RATE: "learning rate"}
+UNITS = {LOSS: "loss (log scale)", "Top-1 accuracy": "right in %", RATE: "learning rate"}
 WIDTHS = {"train": 1.0, "val": 1.9, "val, trained weights": 1.3}
 DASHES = {"train": (0, (1, 1)), "val": (0, ()), "val, trained weights": (0, (4, 1.5))}
 MOST = 2000  # points of a line; more are not seen
@@ -30,6 +34,12 @@ MOST = 2000  # points of a line; more are not seen
 def panels_of(rows: Sequence[list[Row]]) -> list[str]:
     """The panels for which at least one run has something."""
     return [title for title in PANELS if any(points(r, key) for r in rows for key in _keys(title, r).values())]
+
+
+def lacking(titles: Sequence[str]) -> list[str]:
+    """The panels that any run should have, and that are not among these."""
+    scored = next((title for title in titles if title in SCORED), next(iter(SCORED)))
+    return [title for title in (LOSS, scored, RATE) if title not in titles]
 
 
 def draw_curves(rows: list[Row], path: Path) -> Path | None:
@@ -79,12 +89,12 @@ def _keys(title: str, rows: list[Row]) -> dict[str, str]:
 
 
 def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], theme: Theme) -> None:
-    tidy(axes, title, "training step", UNITS[title])
+    tidy(axes, title, "training step", UNITS.get(title, "%"))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}")
     )
-    factor = 100 if title == ACCURACY else 1
+    factor = 100 if title in SCORED else 1
     ends: list[tuple[float, str, str]] = []
     for number, (name, rows) in enumerate(runs.items()):
         keys = _keys(title, rows)

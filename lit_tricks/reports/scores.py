@@ -1,0 +1,24 @@
+"""The metrics that say how good a model is: fractions in [0, 1], of which more is better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["SCORES", "scores_in"]
+
+# The first that a run has is the one that it is judged by.
+SCORES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "map": "mAP",
+    "map50": "mAP50",
+    "map75": "mAP75",
+}
+
+
+def scores_in(names: Iterable[str]) -> list[str]:
+    """Those of the metrics that are scores, the one that counts first."""
+    found = set(names)
+    return [name for name in SCORES if name in found]
