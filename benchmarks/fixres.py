@@ -265,31 +265,39 @@ def report(arguments: argparse.Namespace) -> str:
     seeds = arguments.seeds
     lines = [
         "# FixRes on CIFAR-10: as a callback, and in one pass", "",
-        "| test size | without | callback | one pass | one pass - callback |", "|---|---|---|---|---|",
+        "| test size | without | callback | one pass | one pass - callback | its cost | that of the callback |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for size in arguments.sizes:
         found = {
-            name: [run(name, arguments, seed, size)["top1"] for seed in seeds]
-            for name in ("plain", "callback", "command")
+            name: [run(name, arguments, seed, size) for seed in seeds] for name in ("plain", "callback", "command")
         }
-        pairs = [one - other for one, other in zip(found["command"], found["callback"], strict=True)]
-        lines.append(f"| {size} | {' | '.join(map(spread, found.values()))} | {spread(pairs, '+')} |")
-    how, keys = "one after the other", [(seeds[0], arguments.timed_size)]
-    if not torch.cuda.is_available():
-        how, keys = f"on one core, mean of {len(seeds)}", [(seed, arguments.timed_size) for seed in seeds]
-    slow, fast = (
-        statistics.fmean(run(name, arguments, *key)["seconds"] for key in keys)
-        for name in (("callback_alone", "command_alone") if torch.cuda.is_available() else ("callback", "command"))
-    )
+        scores = {name: [each["top1"] for each in runs] for name, runs in found.items()}
+        pairs = [one - other for one, other in zip(scores["command"], scores["callback"], strict=True)]
+        fast, slow = (statistics.fmean(each["seconds"] for each in found[name]) for name in ("command", "callback"))
+        cells = [
+            *map(spread, scores.values()),
+            spread(pairs, "+"),
+            f"{fast:.1f} s, 1/{slow / fast:.0f}",
+            f"{slow:.0f} s",
+        ]
+        lines.append(f"| {size} | {' | '.join(cells)} |")
+    how = "of the CPU, one thread, means over the seeds"
+    if torch.cuda.is_available():
+        key = (seeds[0], arguments.timed_size)
+        slow, fast = (run(f"{name}_alone", arguments, *key)["seconds"] for name in ("callback", "command"))
+        how = (
+            f"with {arguments.jobs} runs side by side; at {arguments.timed_size} pixels, one after the other: callback "
+            f"{slow:.1f} s, one pass {fast:.1f} s, 1/{slow / fast:.0f}"
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     images = f"{arguments.limit} images" if arguments.limit else "50,000 images"
     text = (
         f"Top-1 accuracy on the test images in %, mean ± standard deviation over {len(seeds)} seed(s). ResNet-18-B of "
         f"width {arguments.width:g}, trained for {arguments.epochs} epochs at {TRAIN_SIZE} pixels (RandomResizedCrop, "
         f"8 to 100 % of the area; {images}), tested with a centre crop of {CROP_RATIO:.1%} of the side.",
-        f"Cost at {arguments.timed_size} pixels, {how}: callback {slow:.1f} s "
-        f"({arguments.tune_epochs} epochs, batches of 256, SGD with lr {arguments.tune_lr:g} and half a cosine), one "
-        f"pass {fast:.1f} s: 1/{slow / fast:.0f}.",
+        f"Callback: {arguments.tune_epochs} epochs, batches of 256, SGD, lr {arguments.tune_lr:g}, half a cosine. "
+        f"Cost: seconds {how}.",
         f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
         f"lightning {lightning.__version__}; {datetime.date.today()}.",
     )

@@ -167,6 +167,23 @@ def test_digits_train_transform_shifts_by_a_pixel() -> None:
     assert set(hits) == set(range(9))
 
 
+def test_digits_of_another_size_are_the_same_scaled() -> None:
+    data = Digits(image_size=24)
+    assert data.input_size == (1, 24, 24)
+    image = data._source("train")[0][0]
+    ink = torch.from_numpy(np.array(image))[None, None] * 16 / 255
+    want = torch.nn.functional.interpolate(ink, 24, mode="bilinear")
+    want = (want[0] - 4.88) / 6.02
+    torch.testing.assert_close(data.eval_transform(image), want, rtol=1e-4, atol=1e-4)
+    padded = torch.nn.functional.pad(want, (3, 3, 3, 3), value=-4.88 / 6.02)
+    shifts = [padded[:, row : row + 24, column : column + 24] for row in range(7) for column in range(7)]
+    for _ in range(10):
+        result = data.train_transform(image)
+        assert any(torch.allclose(result, shift, atol=1e-4) for shift in shifts)
+    with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got 0"):
+        Digits(image_size=0)
+
+
 def test_digits_predict_any_image(tmp_path: Path) -> None:
     data = Digits(predict_dir=str(tmp_path))
     digit = data._source("val")[3][0]
@@ -497,6 +514,7 @@ def test_hyper_parameters_are_plain(folder: Path) -> None:
         "split_seed": 3,
         "predict_dir": None,
         "eval_size": None,
+        "image_size": 8,
     }
     for module in (data, Digits()):
         assert pickle.loads(pickle.dumps(module)).classes == module.classes

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_tricks.data._base import ImageDataModule, Split, resize_size_for, stratified_split
+from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one, resize_size_for, stratified_split
 from lit_tricks.data._samples import Source
 from lit_tricks.data.transforms import Transform, to_rgb
 
@@ -37,7 +37,9 @@ class Digits(ImageDataModule):
         num_workers: loading processes; "auto" is 0 here, as the images are in memory and tiny.
         split_seed: decides which images are for training, validation and test; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
-        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is 8.
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
+        image_size: side of the training images in pixels, at least 1; the digits are scaled to it (bilinear), and the
+            shift grows with it.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -54,17 +56,20 @@ class Digits(ImageDataModule):
         split_seed: int = 0,
         predict_dir: str | None = None,
         eval_size: int | None = None,
+        image_size: int = SIZE,
     ) -> None:
         super().__init__(batch_size, num_workers, predict_dir)
+        check_at_least_one("image_size", image_size)
         self.save_hyperparameters()
         self.split_seed = split_seed
         self.classes = [str(digit) for digit in range(10)]
-        self.input_size = (1, SIZE, SIZE)
+        self.input_size = (1, image_size, image_size)
         self.mean, self.std = (MEAN * INK,), (STD * INK,)
         normalize = v2.Normalize([MEAN], [STD])
         # Padded with 0, which is the ground the digits are written on: hence before the normalisation.
-        self.train_transform = v2.Compose([to_ink, v2.RandomCrop(SIZE, padding=1), normalize])
-        self.eval_transform = self.eval_transform_at(SIZE if eval_size is None else eval_size)
+        shift = v2.RandomCrop(image_size, padding=round(image_size / SIZE))
+        self.train_transform = v2.Compose([partial(to_ink, size=image_size), shift, normalize])
+        self.eval_transform = self.eval_transform_at(image_size if eval_size is None else eval_size)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""
