@@ -53,7 +53,9 @@ class Task(LightningModule):
     ) -> None:
         super().__init__()
         if num_classes < self.least_classes:
-            raise ValueError(f"num_classes={num_classes} is below {self.least_classes}: there is nothing to tell apart.")
+            raise ValueError(
+                f"num_classes={num_classes} is below {self.least_classes}: there is nothing to tell apart."
+            )
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names for num_classes={num_classes}: give one a class."

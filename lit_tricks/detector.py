@@ -30,10 +30,10 @@ class Detector(Task):
     for a Classifier; torchvision's own normalisation is off. ``forward`` and ``predict_step`` give for each image a
     dict of ``boxes``, ``labels`` and ``scores``, the best first, in the pixels of the image as it came.
 
-    Metrics are ``train/loss`` and its parts by torchvision's names (``train/loss_classifier``, ...); ``val/map``, COCO's
-    mean over the thresholds of overlap from 0.5 to 0.95, ``val/map50`` and ``val/map75``, and the same for ``test``,
-    all in [0, 1], by COCO's own code over the images of all processes. There is no validation loss: torchvision's
-    detectors have none in evaluation mode. It needs ``pip install "lit-tricks[detection]"``.
+    Metrics are ``train/loss`` and its parts by torchvision's names (``train/loss_classifier``, ...); ``val/map``, the
+    mean over thresholds of overlap from 0.5 to 0.95, ``val/map50`` and ``val/map75``, and the same for ``test``, all in
+    [0, 1], by COCO's own code over the images of all processes. There is no validation loss: torchvision's detectors
+    have none in evaluation mode. It needs ``pip install "lit-tricks[detection]"``.
 
     What is drawn in training, as the regions of an image that the loss is computed from, depends on the seed, the epoch
     and the batch alone, so that a resumed run draws the same.
@@ -200,7 +200,8 @@ class Detector(Task):
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[dict[str, Tensor]]:
         """Objects in a batch: images alone, or images and anything."""
         is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and not isinstance(batch[0], Tensor)
-        return self(batch[0] if is_pair else batch)
+        found: list[dict[str, Tensor]] = self(batch[0] if is_pair else batch)
+        return found
 
     def epoch_metrics(self) -> list[str]:
         """Names of what is logged once an epoch, also of the trained weights beside an average."""

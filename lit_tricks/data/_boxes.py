@@ -199,8 +199,8 @@ def read_coco(file: str, folder: str, on_bad_box: OnBadBox) -> tuple[list[str], 
                 f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}, has category {category!r}, and there "
                 f"are {_some(sorted(categories))}"
             )
-        where = f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}"
-        _add(picture, (x, y, x + width, y + height), label_of[category], bool(each.get("iscrowd")), where, on_bad_box, skipped)
+        where, box = f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}", (x, y, x + width, y + height)
+        _add(picture, box, label_of[category], bool(each.get("iscrowd")), where, on_bad_box, skipped)
     _tell(skipped, file)
     return [categories[category] for category in sorted(categories)], list(pictures.values())
 
@@ -237,7 +237,7 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
     images = os.path.join(folder, "JPEGImages")
     if not os.path.isdir(images):
         raise FileNotFoundError(f"there is no folder {images!r} for the images that {listing!r} names")
-    known = {os.path.splitext(each)[0]: each for each in os.listdir(images) if each.lower().endswith(IMG_EXTENSIONS)}
+    known = {os.path.splitext(file)[0]: file for file in os.listdir(images) if file.lower().endswith(IMG_EXTENSIONS)}
     pictures = []
     skipped: Counter[str] = Counter()
     for stem in stems:
@@ -246,20 +246,20 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
         root = _xml(file)
         picture.size = _size(root)
         for each in root.findall("object"):
-            found = (each.findtext("name") or "").strip()
-            if found not in label_of:
+            kind = (each.findtext("name") or "").strip()
+            if kind not in label_of:
                 raise ValueError(
-                    f"{file!r} has an object {found!r}, which is not among the {len(classes)} classes, "
+                    f"{file!r} has an object {kind!r}, which is not among the {len(classes)} classes, "
                     f"{_some(list(classes))}: give all of them as `classes`"
                 )
             box = each.find("bndbox")
             try:
                 sides = [float((box.findtext(side) if box is not None else None) or "") for side in SIDES]
             except ValueError as error:
-                raise ValueError(f"{file!r} has an object {found!r} whose bndbox lacks {', '.join(SIDES)}") from error
+                raise ValueError(f"{file!r} has an object {kind!r} whose bndbox lacks {', '.join(SIDES)}") from error
             inside = (sides[0] - 1, sides[1] - 1, sides[2], sides[3])
             difficult = (each.findtext("difficult") or "0").strip() == "1"
-            _add(picture, inside, label_of[found], difficult, file, on_bad_box, skipped)
+            _add(picture, inside, label_of[kind], difficult, file, on_bad_box, skipped)
         pictures.append(picture)
     _require_files(pictures, images)
     _tell(skipped, folder)
@@ -286,7 +286,7 @@ def _tell(skipped: Counter[str], where: str) -> None:
         log.warning(
             "%s: %d boxes outside of their image or without an area were skipped, in %s",
             where,
-            skipped.total() if hasattr(skipped, "total") else sum(skipped.values()),
+            sum(skipped.values()),
             _some(list(skipped)),
         )
 

@@ -20,10 +20,10 @@ from lit_tricks.data.transforms import to_rgb
 
 __all__ = ["VOC_CLASSES", "CocoDetection", "DetectionDataModule", "DigitDetection", "VOCDetection"]
 
-VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor"
-).split()
+VOC_CLASSES = [
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+]
 
 MEAN, STD = (123.68, 116.779, 103.939), (58.393, 57.12, 57.375)  # the paper's, as for classification
 SCENE_MEAN, SCENE_STD = 31.97, 53.16  # of the training scenes of split_seed=0
@@ -90,8 +90,8 @@ class BoxTransform:
             if self.flip and torch.rand(()) < self.flip:
                 pixels, target["boxes"] = F.horizontal_flip(pixels), F.horizontal_flip(target["boxes"])
             if self.scale != (1.0, 1.0):
-                draws = torch.rand(3).tolist()
-                pixels, target = zoom(pixels, target, self.scale[0] + draws[0] * (self.scale[1] - self.scale[0]), draws[1:])
+                factor = float(torch.empty(()).uniform_(*self.scale))
+                pixels, target = zoom(pixels, target, factor, torch.rand(2).tolist())
             target["boxes"] = target["boxes"].as_subclass(Tensor)
         normal = F.normalize(pixels.float(), self.mean, self.std)
         return normal if target is None else (normal, target)

@@ -30,12 +30,12 @@ from lit_tricks.models.weights import nearest
 __all__ = ["Pyramid", "faster_rcnn", "retinanet"]
 
 # What the functions here set. torchvision takes any other name in silence.
-_OURS = ("self", "backbone", "num_classes", "image_mean", "image_std", "kwargs", "head", "proposal_matcher")
-_OURS += ("rpn_anchor_generator", "anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor")
+_OURS = {"backbone", "num_classes", "image_mean", "image_std", "kwargs", "head", "proposal_matcher"}
+_OURS |= {"rpn_anchor_generator", "anchor_generator", "rpn_head", "box_roi_pool", "box_head", "box_predictor"}
 
 
 class Pyramid(nn.Module):
-    """A backbone with a feature pyramid ([Lin et al., 2017](https://arxiv.org/abs/1612.03144)), as torchvision wants it.
+    """A feature pyramid on a backbone, for torchvision ([Lin et al., 2017](https://arxiv.org/abs/1612.03144)).
 
     Args:
         body: the backbone.
