@@ -26,9 +26,10 @@ class Task(LightningModule):
 
     Attributes:
         score: name of the metric that says which epoch is the best; more is better.
+        least_classes: the fewest classes that there is something to learn of.
 
     Args:
-        num_classes: number of classes, at least 2.
+        num_classes: number of classes, at least ``least_classes``.
         class_names: one name a class; None numbers them.
         optimizer: from parameters to optimizer.
         layer_decay: learning rate of a block over that of the next one, above 0 and at most 1.
@@ -38,6 +39,7 @@ class Task(LightningModule):
     """
 
     score: str
+    least_classes = 2
     train_metrics: MetricCollection
     val_metrics: MetricCollection
     test_metrics: MetricCollection
@@ -50,8 +52,10 @@ class Task(LightningModule):
         layer_decay: float,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes} is below 2: there is nothing to tell apart.")
+        if num_classes < self.least_classes:
+            raise ValueError(
+                f"num_classes={num_classes} is below {self.least_classes}: there is nothing to tell apart."
+            )
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names for num_classes={num_classes}: give one a class."

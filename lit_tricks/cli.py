@@ -23,11 +23,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
-import lit_tricks.classifier
-import lit_tricks.data  # noqa: F401
+import lit_tricks.data
+import lit_tricks.detector  # noqa: F401
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks._task import Task
+from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
@@ -116,7 +117,7 @@ class TricksCLI(LightningCLI):
                 help="Send histograms of these to Weights & Biases, as often as metrics are logged.",
             )
         if subcommand == "predict":
-            parser.add_argument("--images", type=str, help="Folder of the images to classify.", required=True)
+            parser.add_argument("--images", type=str, help="Folder of the images to predict.", required=True)
             parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file to write.")
         else:  # a checkpoint brings the names of its classes; the data that it was trained on need not be there
             for source, target in LINKS.items():
@@ -200,7 +201,9 @@ class TricksCLI(LightningCLI):
             if self.subcommand == "predict" or target not in known or target not in asked:
                 continue
             found = getattr(self.datamodule, source)
-            if asked[target] not in (found, known[target].default):
+            # what another class has in common with the default one is filled in from that
+            defaults = [cls[target].default for cls in (known, inspect.signature(Classifier).parameters)]
+            if asked[target] not in (found, *defaults):
                 raise ValueError(
                     f"--model.{target}={asked[target]} disagrees with the data, which has {found}: leave it out, it "
                     "is taken from there."

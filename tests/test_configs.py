@@ -14,6 +14,7 @@ import pytest
 import timm.optim
 import torch
 import yaml
+from _boxes import write_coco, write_voc
 from _cli import QUIET, built, cli, done, metrics, workplace, write_image_folder
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -44,6 +45,9 @@ STACKS: dict[str, tuple[str, ...]] = {
 def folder(tmp_path: Path) -> Iterator[Path]:
     with workplace(tmp_path):
         shard(str(write_image_folder(tmp_path / "imagenet")), str(tmp_path / "shards"))
+        write_coco(tmp_path / "coco")
+        lists = ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test")
+        write_voc(tmp_path / "VOCdevkit", lists, data.detection.VOC_CLASSES)
         yield tmp_path
 
 
@@ -54,8 +58,9 @@ def content(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_builds_what_it_says(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    made = built(monkeypatch, "fit", "--config", name, *STACKS[str(Path(name).parent)])
     written = content(name)
+    stack = () if Path(name).parent == Path() and "data" in written else STACKS[str(Path(name).parent)]
+    made = built(monkeypatch, "fit", "--config", name, *stack)
     for key, part in (("model", made.model), ("data", made.datamodule)):
         if "class_path" in written.get(key, {}):
             assert type(part).__name__ == written[key]["class_path"]
@@ -83,7 +88,11 @@ def teacher_of_three_classes() -> Path:
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("recipes/")])
 def test_a_recipe_makes_two_steps(cifar: Path, name: str) -> None:
     small = ("--model.model_args.width=0.125", "--data.batch_size=4", "--data.num_workers=0")
-    if name.startswith("recipes/imagenet"):
+    if name.endswith("faster_rcnn"):
+        sizes = {"channels": 8, "head_width": 16, "min_size": 64, "max_size": 64}
+        small = ("--model.backbone_args.width=0.125", "--data.batch_size=1", "--data.num_workers=0")
+        small += tuple(f"--model.{key}={value}" for key, value in sizes.items())
+    elif name.startswith("recipes/imagenet"):
         small += ("--data.root=imagenet", "--data.image_size=32")
         if "KnowledgeDistillation" in (CONFIGS / f"{name}.yaml").read_text():  # its teacher would be downloaded
             small += (f"--trainer.callbacks.teacher={teacher_of_three_classes()}",)
@@ -97,7 +106,7 @@ def test_a_recipe_says_what_it_costs_and_reaches() -> None:
         if name.startswith("recipes/"):
             header = (CONFIGS / f"{name}.yaml").read_text().partition("seed_everything")[0]
             assert f"#   lit-tricks fit --config {name}" in header
-            assert re.search(r"^# Expected: top-1 .*\d+\.?\d* .*%", header, re.MULTILINE), name
+            assert re.search(r"^# Expected: (top-1|mAP)[^%]*\d+\.?\d* .*%", header, re.MULTILINE), name
             assert re.search(r"^# Cost: .*GPU hours?", header, re.MULTILINE), name
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["describe", "find", "inputs_of", "replace", "tensors_in"]
+__all__ = ["describe", "find", "images_in_list", "inputs_of", "refuse_boxes", "replace", "tensors_in"]
 
 Path = tuple[Any, ...]  # keys, indices or field names, from the outside in
 
@@ -34,8 +34,9 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
         The inputs by their path (there may be none), the path of the target, and the target.
 
     Raises:
-        RuntimeError: if there is no target, or more than one.
+        RuntimeError: if there is no target, or more than one, or the targets are boxes.
     """
+    refuse_boxes(batch, trick, "a label of each image, or of each pixel")
     tensors = dict(tensors_in(batch))
     bytes_ = {path: t for path, t in tensors.items() if t.dtype == torch.uint8}
     images = {path: t for path, t in tensors.items() if t.dim() >= 3 and (t.is_floating_point() or path in bytes_)}
@@ -80,6 +81,32 @@ def inputs_of(batch: Any, trick: str) -> list[Tensor]:
             "uint8 images, with a dimension for the samples. Let the collate_fn of the loader return such."
         )
     return inputs
+
+
+def refuse_boxes(batch: Any, trick: str, what: str) -> None:
+    """See that a batch is none of object detection.
+
+    Args:
+        batch: what the module's ``training_step`` gets.
+        trick: who asks, for the message.
+        what: what the trick works on.
+
+    Raises:
+        RuntimeError: if the batch has a target with boxes.
+    """
+    if any(path[-1:] == ("boxes",) for path, _ in tensors_in(batch)):
+        raise RuntimeError(
+            f"{trick} works on {what}, and the targets of this batch are boxes: {describe(batch)}. It is not made for "
+            f"object detection: leave {trick} out. Train the classifier with it that the detector starts from."
+        )
+
+
+def images_in_list(batch: Any) -> list[Tensor]:
+    """The images of a batch that has them as a list, since they differ in size; each (C, H, W). Empty if it has not."""
+    images = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    if not isinstance(images, list | tuple):
+        return []
+    return [t for t in images if isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point()]
 
 
 def replace(batch: Any, path: Path, value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks._base import callbacks_of
-from lit_tricks.callbacks._batch import inputs_of
+from lit_tricks.callbacks._batch import describe, images_in_list, inputs_of
 from lit_tricks.callbacks._batch_norm import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
 from lit_tricks.callbacks._loss_trick import without_loss_tricks
@@ -111,23 +111,26 @@ def go_through(
     wanted = math.ceil(num_samples / trainer.world_size)
     seen = 0
 
-    def inputs() -> Generator[list[Tensor]]:
+    def inputs() -> Generator[list[Any]]:
         nonlocal seen
         for batch in _batches(trainer, loader, in_step):
             tensors = _inputs(trainer, pl_module, batch)
             if channels_last:
-                tensors = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+                tensors = [
+                    t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.dim() == 4 else t
+                    for t in tensors
+                ]
             yield tensors
             seen += len(tensors[0])
             if seen >= wanted:
                 return
 
-    def forward(tensors: Sequence[Tensor]) -> None:
+    def forward(tensors: Sequence[Any]) -> None:
         try:
             with trainer.precision_plugin.forward_context():
                 pl_module(*tensors)
         except Exception as error:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            shapes = ", ".join(map(describe, tensors))
             raise RuntimeError(
                 f"PreciseBN runs `forward` of {type(pl_module).__name__} on the inputs of training batches, here "
                 f"{shapes}, and it failed ({type(error).__name__}: {error}). Let it take these, in their order, and "
@@ -204,12 +207,13 @@ def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
             return
 
 
-def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Tensor]:
-    """Let a batch go the way of those of training, and take its inputs."""
+def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Any]:
+    """Let a batch go the way of those of training, and take its inputs; images in a list are one."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    return inputs_of(batch, "PreciseBN")
+    images = images_in_list(batch)
+    return [images] if images else inputs_of(batch, "PreciseBN")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

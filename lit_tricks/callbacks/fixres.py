@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks._batch import refuse_boxes
 from lit_tricks.callbacks._frozen import Frozen, refuse_rivals
 from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.callbacks._initializer import sign_of_training
@@ -258,6 +259,7 @@ class FixRes(Trick):
     # Helpers
 
     def _require_size(self, batch: Any) -> None:
+        refuse_boxes(batch, "FixRes", "the classifier of whole images")
         if self.test_size is not None:
             remedy = (
                 "the transform of its data set is none that FixRes can resize. Give FixRes(transform=...), a function "

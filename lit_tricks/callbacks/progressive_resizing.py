@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from lit_tricks.callbacks._base import Trick
-from lit_tricks.callbacks._batch import describe, find, replace, tensors_in
+from lit_tricks.callbacks._batch import describe, find, refuse_boxes, replace, tensors_in
 from lit_tricks.callbacks._clock import Clock, steps_done
 from lit_tricks.callbacks._sizes import require_fit, resize, resize_nearest
 
@@ -204,6 +204,7 @@ class ProgressiveResizing(Trick):
 
 def _images_in(batch: Any) -> dict[Any, Tensor]:
     """The images of a batch with a target or without: 4 dimensions, floats or uint8, of the size of the first."""
+    refuse_boxes(batch, "ProgressiveResizing", "images that go alone, or with masks")
     try:
         found = find(batch, "ProgressiveResizing")[0]
     except RuntimeError:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_tricks.callbacks._base import Trick, callbacks_of
-from lit_tricks.callbacks._batch import describe
+from lit_tricks.callbacks._batch import describe, images_in_list
 from lit_tricks.callbacks._sizes import resize
 
 if TYPE_CHECKING:
@@ -184,6 +184,11 @@ class TestTimeAugment(Trick):
         self._calls += 1
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         where = next((key for key, value in named.items() if isinstance(value, Tensor) and value.dim() == 4), None)
+        if any(map(images_in_list, ([value] for value in named.values()))):
+            raise RuntimeError(
+                "TestTimeAugment averages the probabilities of classes over views of an image, and `forward` gets a "
+                "list of images, as for object detection, whose boxes have no mean over views: leave it out."
+            )
         if where is None:
             raise RuntimeError(
                 "TestTimeAugment makes views of images (N, C, H, W), and `forward` gets none, but "

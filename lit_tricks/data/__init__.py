@@ -1,8 +1,18 @@
 """LightningDataModules: batches depend on the seed alone, and bad data ends in one clear message."""
 
 from lit_tricks.data.cifar import CIFAR10, CIFAR100
+from lit_tricks.data.detection import CocoDetection, DigitDetection, VOCDetection
 from lit_tricks.data.digits import Digits
 from lit_tricks.data.image_folder import ImageFolder
 from lit_tricks.data.streaming import Streaming
 
-__all__ = ["CIFAR10", "CIFAR100", "Digits", "ImageFolder", "Streaming"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "CocoDetection",
+    "DigitDetection",
+    "Digits",
+    "ImageFolder",
+    "Streaming",
+    "VOCDetection",
+]

@@ -1,9 +1,10 @@
-"""Predictions as a table: one line an image, its five most probable classes and their probabilities."""
+"""Predictions as a table: a line for each image with its most probable classes, or for each object with its box."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter(Callback):
-    """Write what ``predict_step`` returns, probabilities (N, classes), as a CSV file.
+    """Write what ``predict_step`` returns as a CSV file.
 
-    Batches are (images, paths). The columns are ``file``, ``label1``, ``probability1``, ... down to the fifth most
-    probable class, or the last where there are fewer. The file appears at the end, whole.
+    Batches are (images, paths). Of probabilities (N, classes) the columns are ``file``, ``label1``, ``probability1``,
+    ... down to the fifth most probable class, or the last where there are fewer. Of objects, a dict of ``boxes``,
+    ``labels`` from 1 and ``scores`` for each image, each has a line: ``file``, ``label``, ``score``, and its box in
+    pixels, ``x0``, ``y0``, ``x1``, ``y1``; an image without objects has none. The file appears at the end, whole.
 
     Args:
         output: the file.
@@ -32,7 +35,9 @@ class PredictionWriter(Callback):
     def __init__(self, output: str = "predictions.csv", top: int = 5) -> None:
         self.output = Path(output)
         self.top = top
+        self.header: list[str] = []
         self.rows: list[list[Any]] = []
+        self.images = 0
         if not self.output.resolve().parent.is_dir():
             raise FileNotFoundError(f"output={output!r} lies in a folder that does not exist: make it first.")
 
@@ -42,31 +47,48 @@ class PredictionWriter(Callback):
             raise RuntimeError(
                 f"{trainer.world_size} processes can not write one file: predict with --trainer.devices=1."
             )
-        self.rows = []
+        self.rows, self.images = [], 0
 
     def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Tensor,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the most probable classes of a batch."""
+        """Keep what was said of a batch."""
         _, files = batch
         names = getattr(pl_module, "class_names", None)
-        probabilities, labels = outputs.float().topk(min(self.top, outputs.shape[1]))
+        self.images += len(files)
+        if not isinstance(outputs, Tensor):
+            self.header = _OBJECTS
+            for file, found in zip(files, outputs, strict=True):
+                self.rows += [[file, *cells] for cells in _objects(found, names)]
+            return
+        top = min(self.top, outputs.shape[1])
+        self.header = ["file", *(f"{column}{i}" for i in range(1, top + 1) for column in ("label", "probability"))]
+        probabilities, labels = outputs.float().topk(top)
         for file, row, indices in zip(files, probabilities.tolist(), labels.tolist(), strict=True):
             pairs = [(names[i] if names else i, f"{p:.6f}") for i, p in zip(indices, row, strict=True)]
             self.rows.append([file, *(cell for pair in pairs for cell in pair)])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
-        top = (len(self.rows[0]) - 1) // 2
-        header = ["file", *(f"{column}{i}" for i in range(1, top + 1) for column in ("label", "probability"))]
         part = self.output.with_name(f".{self.output.name}.part")
         with part.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([header, *self.rows])
+            csv.writer(stream).writerows([self.header, *self.rows])
         os.replace(part, self.output)
-        rank_zero_info(f"{len(self.rows)} predictions written to {self.output}")
+        what = f"{len(self.rows)} objects in {self.images} images" if self.header == _OBJECTS else None
+        rank_zero_info(f"{what or f'{len(self.rows)} predictions'} written to {self.output}")
+
+
+_OBJECTS = ["file", "label", "score", "x0", "y0", "x1", "y1"]
+
+
+def _objects(found: dict[str, Tensor], names: list[str] | None) -> Iterator[list[Any]]:
+    """Cells of each object of an image, the best first."""
+    parts = (found[key].tolist() for key in ("labels", "scores", "boxes"))
+    for label, score, box in zip(*parts, strict=True):
+        yield [names[label - 1] if names else label, f"{score:.6f}", *(f"{side:.2f}" for side in box)]

@@ -1,0 +1,260 @@
+"""The LightningModule of object detection: torchvision's Faster R-CNN or RetinaNet on our backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torchmetrics import MetricCollection
+from torchmetrics.detection import MeanAveragePrecision
+
+from lit_tricks._task import Task
+from lit_tricks.models import Backbone
+from lit_tricks.models.detectors import faster_rcnn, retinanet
+
+__all__ = ["Detector"]
+
+
+class Detector(Task):
+    """Train an object detector on a classification network; log its losses and the mean average precision.
+
+    The detectors are torchvision's, with a feature pyramid: Faster R-CNN (two stages; cross entropy and smooth L1), or
+    RetinaNet (one stage; focal loss and L1). Batches are ``(images, targets)``: a list of float images (C, H, W) of any
+    sizes, and a list of dicts with ``boxes``, float (n, 4): (x0, y0, x1, y1) in pixels, and ``labels``, int64 (n,) from
+    1 to num_classes; objects whose ``iscrowd`` is 1 do not count in the evaluation. The data normalises the images, as
+    for a Classifier; torchvision's own normalisation is off. ``forward`` and ``predict_step`` give for each image a
+    dict of ``boxes``, ``labels`` and ``scores``, the best first, in the pixels of the image as it came.
+
+    Metrics are ``train/loss`` and its parts by torchvision's names (``train/loss_classifier``, ...); ``val/map``, the
+    mean over thresholds of overlap from 0.5 to 0.95, ``val/map50`` and ``val/map75``, and the same for ``test``, all in
+    [0, 1], by COCO's own code over the images of all processes. There is no validation loss: torchvision's detectors
+    have none in evaluation mode. It needs ``pip install "lit-tricks[detection]"``.
+
+    What is drawn in training, as the regions of an image that the loss is computed from, depends on the seed, the epoch
+    and the batch alone, so that a resumed run draws the same.
+
+    Args:
+        model: "faster_rcnn" or "retinanet".
+        num_classes: number of classes of objects, without the background, at least 1. The command line takes it from
+            the data.
+        backbone: ``resnet`` (see ``lit_tricks.models.resnet``), or the name of a timm model with feature maps.
+        backbone_args: its further arguments, such as ``{depth: 50, variant: D, norm: frozen_batch}``.
+        weights: of a classifier that the backbone starts from: a file (timm's, or a checkpoint of a Classifier) or the
+            name of pretrained weights of timm. They are not looked for again when a checkpoint is loaded.
+        levels: how many feature maps of the backbone are used, from the coarsest; None is 4 for Faster R-CNN and 3 for
+            RetinaNet. The pyramid adds one, or two, that are coarser.
+        channels: of the feature pyramid, and of RetinaNet's heads.
+        head_width: of the two layers of Faster R-CNN that look at a region.
+        min_size: length to which the shorter side of an image is resized, in pixels; of several one is drawn in each
+            training step, and the last is for evaluation.
+        max_size: the most that the longer side may have then.
+        anchor_scale: side of the anchors over the stride of their feature map. None is 8 for Faster R-CNN and 4 for
+            RetinaNet, made for 800 pixels; less is for small images. Objects should be of the size of some anchor.
+        aspect_ratios: of the anchors, height over width.
+        beta: where the smooth L1 of boxes turns from a square into a line, at least 0, which is L1. None is
+            torchvision's: 1/9, and 0 for RetinaNet.
+        model_args: further arguments of ``FasterRCNN`` or ``RetinaNet`` of torchvision, as ``{box_score_thresh: 0.1}``.
+        class_names: one name a class, for predictions. The command line takes them from the data.
+        input_size: channels, height and width of an image, of which only the channels count. The command line takes it
+            from the data.
+        optimizer: from parameters to optimizer; in YAML a class with its arguments.
+        freeze: names of parts of the backbone that are not trained, such as ``[conv1, bn1, layer1]``. They stay in
+            evaluation mode.
+        layer_decay: learning rate of a block of the backbone over that of the next one, above 0 and at most 1; pyramid
+            and heads have the whole rate.
+
+    Raises:
+        ValueError: for an unknown model, backbone or argument, or numbers out of range.
+        ModuleNotFoundError: when it is trained or evaluated, if pycocotools is not installed.
+        RuntimeError: where the precision of the run would round boxes.
+
+    Example:
+        ``Detector("faster_rcnn", num_classes=20, backbone_args={"depth": 50}, weights="classifier.ckpt")``
+    """
+
+    score = "map"
+    least_classes = 1
+
+    def __init__(
+        self,
+        model: Literal["faster_rcnn", "retinanet"] = "faster_rcnn",
+        num_classes: int = 20,
+        backbone: str = "resnet",
+        backbone_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        levels: int | None = None,
+        channels: int = 256,
+        head_width: int = 1024,
+        min_size: int | list[int] = 800,
+        max_size: int = 1333,
+        anchor_scale: float | None = None,
+        aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
+        beta: float | None = None,
+        model_args: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
+        input_size: tuple[int, int, int] = (3, 224, 224),
+        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-4),
+        freeze: list[str] | None = None,
+        layer_decay: float = 1.0,
+    ) -> None:
+        super().__init__(num_classes, class_names, optimizer, layer_decay)
+        self.save_hyperparameters(ignore=["weights", *self._objects()])
+        if model not in ("faster_rcnn", "retinanet"):
+            raise ValueError(f"model={model!r} is unknown: write 'faster_rcnn' or 'retinanet'.")
+        sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+        if not sizes or min(sizes) < 1 or max_size < max(sizes):
+            raise ValueError(f"min_size={min_size} must be at least 1, and at most max_size={max_size}.")
+        if beta is not None and not beta >= 0:
+            raise ValueError(f"beta={beta} must be at least 0, which is L1; None is what torchvision has.")
+        if anchor_scale is not None and not anchor_scale > 0:
+            raise ValueError(f"anchor_scale={anchor_scale} must be above 0: 8 makes anchors of 32 pixels at stride 4.")
+        if min(channels, head_width) < 1 or not aspect_ratios or min(aspect_ratios) <= 0:
+            raise ValueError(
+                f"channels={channels}, head_width={head_width} and aspect_ratios={aspect_ratios} must be above 0."
+            )
+        two_stages = model == "faster_rcnn"
+        # a label of RetinaNet's is the number of an output, and none of these is the background's
+        self._offset = 0 if two_stages else 1
+        args: dict[str, Any] = {"channels": channels, "aspect_ratios": aspect_ratios, "beta": beta}
+        args |= {"in_chans": input_size[0], "min_size": tuple(sizes), "max_size": max_size, **(model_args or {})}
+        if anchor_scale is not None:
+            args["anchor_scale"] = anchor_scale
+        chosen = (4 if two_stages else 3) if levels is None else levels
+        body = Backbone(backbone, chosen, input_size[0], weights, **(backbone_args or {}))
+        self.model: nn.Module = (
+            faster_rcnn(body, num_classes, head_width=head_width, **args)
+            if two_stages
+            else retinanet(body, num_classes, **args)
+        )
+        self._freeze(freeze)
+
+    def _network(self) -> nn.Module:
+        body: nn.Module = self.model.get_submodule("backbone.body.net")
+        return body
+
+    def setup(self, stage: str) -> None:
+        """Check data, precision and the package for the metrics, before anything is trained."""
+        super().setup(stage)
+        if str(self.trainer.precision) in ("16-true", "bf16-true"):
+            mixed = str(self.trainer.precision).replace("true", "mixed")
+            raise RuntimeError(
+                f"precision {self.trainer.precision} would round the corners of boxes to several pixels: use {mixed}."
+            )
+        if stage != "predict":
+            self.val_metrics, self.test_metrics = (
+                MetricCollection({"map": _AveragePrecision()}, prefix=f"{split}/") for split in ("val", "test")
+            )
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Objects in images, each (C, H, W), or all (N, C, H, W).
+
+        Returns:
+            Of each image its ``boxes`` (n, 4), ``labels`` (n,) from 1, and ``scores`` (n,) in [0, 1].
+
+        Raises:
+            RuntimeError: in training mode, where detectors compute losses and need targets.
+        """
+        if self.model.training:
+            raise RuntimeError("Detector finds objects in evaluation mode: call eval() before.")
+        found: list[dict[str, Tensor]] = self.model(list(images))
+        return [each | {"labels": each["labels"] + self._offset} for each in found]
+
+    def losses(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The parts of the loss of a batch, by torchvision's names; in training mode."""
+        wanted = [{"boxes": each["boxes"], "labels": each["labels"] - self._offset} for each in targets]
+        found: dict[str, Tensor] = self.model(list(images), wanted)
+        return found
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Sum of the losses of a batch."""
+        images, targets = batch
+        with _drawing(self.device, (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)):
+            losses = self.losses(images, targets)
+        total = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
+        parts = {f"train/{name if name.startswith('loss') else f'loss_{name}'}": loss for name, loss in losses.items()}
+        self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(images))
+        return total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Find the objects of a batch."""
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation set."""
+        self._log_metrics(self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Find the objects of a batch."""
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test set."""
+        self._log_metrics(self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> list[dict[str, Tensor]]:
+        """Objects in a batch: images alone, or images and anything."""
+        is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and not isinstance(batch[0], Tensor)
+        found: list[dict[str, Tensor]] = self(batch[0] if is_pair else batch)
+        return found
+
+    def epoch_metrics(self) -> list[str]:
+        """Names of what is logged once an epoch, also of the trained weights beside an average."""
+        parts = {
+            "faster_rcnn": ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"),
+            "retinanet": ("loss_classification", "loss_bbox_regression"),
+        }[self.hparams["model"]]
+        train = ["train/loss_epoch", *(f"train/{part}" for part in parts)]
+        val, test = ([f"{split}/{name}" for name in _PRECISIONS] for split in ("val", "test"))
+        return [*train, *val, *(f"raw/{name}" for name in val), *test]
+
+    def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+        images, targets = batch
+        metrics.update(self(images), targets)
+
+
+_PRECISIONS = {"map": "map", "map50": "map_50", "map75": "map_75"}  # by their names in torchmetrics
+
+
+class _AveragePrecision(MeanAveragePrecision):
+    """Three of the numbers of COCO, over all processes, which may have different numbers of images.
+
+    Raises:
+        ModuleNotFoundError: if pycocotools is not installed.
+    """
+
+    def __init__(self) -> None:
+        if find_spec("pycocotools") is None:
+            raise ModuleNotFoundError(
+                'average precision is computed by pycocotools: pip install "lit-tricks[detection]"', name="pycocotools"
+            )
+        super().__init__(backend="pycocotools")
+        self.warn_on_many_detections = False  # the best 100 of an image count, whatever the model gives
+
+    def compute(self) -> dict[str, Tensor]:
+        found = super().compute()
+        # -1 stands for "nothing to find"
+        return {name: found[theirs].clamp(min=0) for name, theirs in _PRECISIONS.items()}
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        """Gather lists of any lengths. torchmetrics gathers one tensor after another, and would wait for ever."""
+        names = list(self._reductions)
+        mine = {name: [each.cpu() for each in getattr(self, name)] for name in names}
+        everyone: list[Any] = [None] * torch.distributed.get_world_size(process_group)
+        torch.distributed.all_gather_object(everyone, mine, group=process_group)
+        for name in names:
+            setattr(self, name, [each.to(self.device) for part in everyone for each in part[name]])
+
+
+@contextmanager
+def _drawing(device: torch.device, key: tuple[int, ...]) -> Iterator[None]:
+    """Let torch draw from generators that a key decides, and put those of the process back."""
+    kind = device.type if device.type != "cpu" else "cuda"
+    with torch.random.fork_rng([device.index] if device.type != "cpu" else [], device_type=kind):
+        torch.manual_seed(hash(key) % 2**63)  # of numbers, which is the same in every process
+        yield
