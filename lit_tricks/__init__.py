@@ -16,10 +16,11 @@ from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
 
 if TYPE_CHECKING:
     from lit_tricks.classifier import Classifier
+    from lit_tricks.segmenter import Segmenter
 
-_MODULES = {"Classifier": "classifier"}  # where they are
+_MODULES = {"Classifier": "classifier", "Segmenter": "segmenter"}  # where they are
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "Segmenter"]
 __all__ += callbacks.__all__
 
 __version__ = version("lit-tricks")

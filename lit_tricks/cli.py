@@ -24,10 +24,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
 import lit_tricks.classifier
-import lit_tricks.data  # noqa: F401
+import lit_tricks.data
+import lit_tricks.segmenter  # noqa: F401
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, resolve_configs
 from lit_tricks._task import Task
+from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
@@ -200,7 +202,9 @@ class TricksCLI(LightningCLI):
             if self.subcommand == "predict" or target not in known or target not in asked:
                 continue
             found = getattr(self.datamodule, source)
-            if asked[target] not in (found, known[target].default):
+            # of the class that is there where none is given, the parser leaves what another one takes as well
+            defaults = (inspect.signature(each).parameters[target].default for each in (type(self.model), Classifier))
+            if asked[target] not in (found, *defaults):
                 raise ValueError(
                     f"--model.{target}={asked[target]} disagrees with the data, which has {found}: leave it out, it "
                     "is taken from there."

@@ -7,6 +7,7 @@ is imported where one of them is asked for.
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -114,7 +115,7 @@ def create_decoder(name: DecoderName, channels: Sequence[int], strides: Sequence
         # the pyramid halves the coarsest map three times
         body = _smp("pan").PANDecoder([0, 0, *channels], encoder_depth=5, decoder_channels=32)
         return Decoder(_WithHead(body, nn.Conv2d(32, num_classes, 3, padding=1)), strides[-1] * 8)
-    if any(2 * fine != coarse for fine, coarse in zip(strides, strides[1:], strict=False)):
+    if any(2 * fine != coarse for fine, coarse in itertools.pairwise(strides)):
         raise ValueError(
             f"decoder='fpn' doubles its maps, and the strides of the backbone are {strides}: leave output_stride at "
             "32, so that each is twice the one before, or choose another decoder"
@@ -127,7 +128,7 @@ class _OfLast(nn.Sequential):
     """Layers on the coarsest feature map."""
 
     def forward(self, features: list[Tensor]) -> Any:
-        return super().forward(features[-1])
+        return super().forward(features[-1])  # type: ignore[no-untyped-call]
 
 
 class _WithHead(nn.Module):
@@ -156,10 +157,10 @@ def _ppm(channels: int, num_classes: int) -> nn.Module:
 
 def _normalises_a_mean(layer: nn.Module) -> bool:
     """Whether it has a batch norm of what is one pixel an image."""
-    pools = (
-        isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.AdaptiveAvgPool2d) and layer[0].output_size == 1
-    )
-    return pools and any(isinstance(norm, nn.BatchNorm2d) and norm.training for norm in layer.modules())
+    if not isinstance(layer, nn.Sequential) or not isinstance(layer[0], nn.AdaptiveAvgPool2d):
+        return False
+    norms = (norm for norm in layer.modules() if isinstance(norm, nn.BatchNorm2d))
+    return layer[0].output_size == 1 and any(norm.training for norm in norms)
 
 
 def _smp(decoder: str) -> Any:
