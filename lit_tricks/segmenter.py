@@ -26,8 +26,8 @@ class Segmenter(Task):
 
     Batches are ``(images, masks)``: float images (N, C, H, W), normalised, and int64 masks (N, H, W) with labels in
     [0, num_classes), or ``ignore_index``. Metrics are named ``train/loss``, ``val/miou``, ``test/pixel_accuracy``, ...:
-    fractions in [0, 1] over the pixels of all images that are not ignored. The mean of ``miou`` is over the classes that
-    occur, in the masks or in what was said of them. Losses are means over pixels. ``forward`` gives logits
+    fractions in [0, 1] over the pixels of all images that are not ignored. The mean of ``miou`` is over the classes
+    that occur, in the masks or in what was said of them. Losses are means over pixels. ``forward`` gives logits
     (N, num_classes, H, W) for images of any size, ``predict_step`` labels (N, H, W), uint8 for up to 256 classes.
 
     The segmentation network of [Bag of Tricks](https://arxiv.org/abs/1812.01187), section 6.2, is ``decoder: fcn`` with
@@ -37,11 +37,11 @@ class Segmenter(Task):
         model: ``resnet`` (see ``lit_tricks.models.resnet``), or the name of a timm model with feature maps.
         num_classes: number of classes, at least 2. The command line takes it from the data.
         model_args: further arguments of the model, such as ``{depth: 50, variant: D, output_stride: 8}``.
-        weights: to start from: of the encoder, a file (timm's, or a checkpoint of a Classifier) or the name of pretrained
-            weights of timm; or of all of it, a checkpoint of a Segmenter. They are not looked for again when a
-            checkpoint of this module is loaded.
-        decoder: "fcn", "aspp", "ppm", "fpn" or "pan", see ``lit_tricks.models.decoders``. ``fpn`` is for an encoder with
-            ``output_stride: 32``, the others are better with 8 or 16.
+        weights: to start from: of the encoder, a file (timm's, or a checkpoint of a Classifier) or the name of
+            pretrained weights of timm; or of all of it, a checkpoint of a Segmenter. They are not looked for again when
+            a checkpoint of this module is loaded.
+        decoder: "fcn", "aspp", "ppm", "fpn" or "pan", see ``lit_tricks.models.decoders``. ``fpn`` is for an encoder
+            with ``output_stride: 32``, the others are better with 8 or 16.
         aux_weight: of the loss of an auxiliary head on the second last feature map, 0 or more; 0 builds none. 0.5 is
             GluonCV's for the FCN, 0.4 the paper's for PSPNet.
         loss: "cross_entropy", or "focal", that of the trick ``FocalLoss``, in validation too.
@@ -101,7 +101,7 @@ class Segmenter(Task):
         self.example_input_array = torch.zeros(2, *input_size)
         self.criterion = nn.CrossEntropyLoss(ignore_index=ignore_index)
         # arguments are not validated, which would look for all labels of each batch
-        known = {"ignore_index": ignore_index, "validate_args": False}
+        known: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
         metrics = MetricCollection(
             {
                 "miou": MulticlassJaccardIndex(num_classes, average="macro", **known),

@@ -33,9 +33,9 @@ SCENE, SCENE_MEAN, SCENE_STD = 64, 31.97, 53.16  # side of a scene in pixels, an
 SHOWN = 3  # files in an error message
 LOOKED_AT = 32  # masks
 VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
 VOC_LAYOUT = "expected are JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012"
 FOLDER_LAYOUT = "expected are ROOT/train/images/NAME.jpg, ROOT/train/masks/NAME.png, and the same below ROOT/val"
 ADE_LAYOUT = (

@@ -40,7 +40,7 @@ class SegmentationNet(nn.Module):
         self.decoder = create_decoder(decoder, channels, backbone.strides, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits ``(N, num_classes, H, W)`` of images ``(N, C, H, W)``; in training also those of the auxiliary head."""
+        """Logits ``(N, num_classes, H, W)`` of images ``(N, C, H, W)``; in training the auxiliary head's, too."""
         height, width = images.shape[-2:]
         bottom, right = (-side % self.decoder.multiple for side in (height, width))
         if bottom or right:
