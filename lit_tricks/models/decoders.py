@@ -124,11 +124,15 @@ def create_decoder(name: DecoderName, channels: Sequence[int], strides: Sequence
     return Decoder(_WithHead(body, nn.Conv2d(body.out_channels, num_classes, 1)), strides[-1])
 
 
-class _OfLast(nn.Sequential):
+class _OfLast(nn.Module):
     """Layers on the coarsest feature map."""
 
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
     def forward(self, features: list[Tensor]) -> Any:
-        return super().forward(features[-1])  # type: ignore[no-untyped-call]
+        return self.layers(features[-1])
 
 
 class _WithHead(nn.Module):
