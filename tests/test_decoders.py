@@ -108,7 +108,9 @@ def bias_of(conv: nn.Conv2d) -> Any:
     return 0 if conv.bias is None else conv.bias.view(-1, 1, 1)
 
 
-@pytest.mark.parametrize(("stride", "rates"), [(32, (3, 6, 9)), (16, (6, 12, 18)), (8, (12, 24, 36)), (2, (48, 96, 144))])
+@pytest.mark.parametrize(
+    ("stride", "rates"), [(32, (3, 6, 9)), (16, (6, 12, 18)), (8, (12, 24, 36)), (2, (48, 96, 144))]
+)
 def test_dilations_of_aspp_are_those_of_the_paper(stride: int, rates: tuple[int, ...]) -> None:
     aspp = create_decoder("aspp", [8], [stride], CLASSES)
     dilated = [m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d) and m.dilation[0] > 1]

@@ -106,7 +106,8 @@ ALLOWED: dict[str, set[str]] = {
     "reports": {"reports"},
     "_task": {"models"},
     "classifier": {"_task", "models"},
-    "__init__": {"callbacks", "classifier"},
+    "segmenter": {"_task", "callbacks", "models"},
+    "__init__": {"callbacks", "classifier", "segmenter"},
 }
 # What a teacher is built with where it is given by name or file; the tests above see that it is not imported before.
 LAZY = {"_teacher.py": {"timm", "lit_tricks.classifier"}}
