@@ -17,10 +17,11 @@ from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
 if TYPE_CHECKING:
     from lit_tricks.classifier import Classifier
     from lit_tricks.detector import Detector
+    from lit_tricks.segmenter import Segmenter
 
-_MODULES = {"Classifier": "classifier", "Detector": "detector"}  # where they are
+_MODULES = {"Classifier": "classifier", "Detector": "detector", "Segmenter": "segmenter"}  # where they are
 
-__all__ = ["Classifier", "Detector"]
+__all__ = ["Classifier", "Detector", "Segmenter"]
 __all__ += callbacks.__all__
 
 __version__ = version("lit-tricks")

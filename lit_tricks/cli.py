@@ -33,6 +33,7 @@ from lit_tricks.commands._checkpoint import settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
 from lit_tricks.recording.in_force import TricksInForce
+from lit_tricks.recording.masks import MaskWriter
 from lit_tricks.recording.memory import PeakMemory
 from lit_tricks.recording.pictures import send_pictures
 from lit_tricks.recording.predictions import PredictionWriter
@@ -41,6 +42,7 @@ from lit_tricks.recording.run_folder import RunFolder
 from lit_tricks.recording.time_split import TimeSplit
 from lit_tricks.recording.wandb_run import own_wandb_run, prepare_wandb, tell_wandb
 from lit_tricks.reports import report_fit
+from lit_tricks.segmenter import Segmenter
 
 __all__ = ["TricksCLI", "main"]
 
@@ -118,7 +120,9 @@ class TricksCLI(LightningCLI):
             )
         if subcommand == "predict":
             parser.add_argument("--images", type=str, help="Folder of the images to predict.", required=True)
-            parser.add_argument("--output", type=str, default="predictions.csv", help="CSV file to write.")
+            parser.add_argument(
+                "--output", type=str, default="predictions.csv", help="CSV file to write; masks go beside it."
+            )
         else:  # a checkpoint brings the names of its classes; the data that it was trained on need not be there
             for source, target in LINKS.items():
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
@@ -162,6 +166,7 @@ class TricksCLI(LightningCLI):
             if not config.ckpt_path:
                 raise ValueError("predict needs --ckpt_path, the checkpoint of a trained model.")
             config.data.init_args.predict_dir = config.images
+            config.return_predictions = False  # they are written as they come, and may be more than memory holds
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has: CSV metrics, the best and the last checkpoint, the file of predictions.
@@ -191,7 +196,8 @@ class TricksCLI(LightningCLI):
                 callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
                 callbacks.append(_Last(filename="last"))  # save_last would save along with the best alone
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(self.config_init.predict.output))
+            writer = MaskWriter if isinstance(self.model, Segmenter) else PredictionWriter
+            callbacks.append(writer(self.config_init.predict.output))
         return super().instantiate_trainer(**kwargs)
 
     def _check_links(self) -> None:
@@ -201,8 +207,8 @@ class TricksCLI(LightningCLI):
             if self.subcommand == "predict" or target not in known or target not in asked:
                 continue
             found = getattr(self.datamodule, source)
-            # what another class has in common with the default one is filled in from that
-            defaults = [cls[target].default for cls in (known, inspect.signature(Classifier).parameters)]
+            # of the class that is there where none is given, the parser leaves what another one takes as well
+            defaults = (inspect.signature(each).parameters[target].default for each in (type(self.model), Classifier))
             if asked[target] not in (found, *defaults):
                 raise ValueError(
                     f"--model.{target}={asked[target]} disagrees with the data, which has {found}: leave it out, it "

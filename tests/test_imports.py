@@ -107,7 +107,8 @@ ALLOWED: dict[str, set[str]] = {
     "_task": {"models"},
     "classifier": {"_task", "models"},
     "detector": {"_task", "models"},
-    "__init__": {"callbacks", "classifier", "detector"},
+    "segmenter": {"_task", "callbacks", "models"},
+    "__init__": {"callbacks", "classifier", "detector", "segmenter"},
 }
 # What a teacher is built with where it is given by name or file; the tests above see that it is not imported before.
 LAZY = {"_teacher.py": {"timm", "lit_tricks.classifier"}}

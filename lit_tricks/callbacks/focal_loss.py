@@ -16,12 +16,12 @@ from torch import Tensor
 from lit_tricks.callbacks._batch import Path
 from lit_tricks.callbacks._loss_trick import LossTrick
 from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target
+from lit_tricks.callbacks._target import Target, carrying
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["FocalLoss", "class_weights", "focal_factor"]
+__all__ = ["FocalLoss", "class_weights", "focal_factor", "focal_target"]
 
 
 def focal_factor(p: Tensor, gamma: float) -> Tensor:
@@ -32,6 +32,26 @@ def focal_factor(p: Tensor, gamma: float) -> Tensor:
         gamma: how fast the factor falls.
     """
     return (1 - p).clamp(min=torch.finfo(p.dtype).eps) ** gamma
+
+
+def focal_target(target: Tensor, gamma: float) -> Target:
+    """Labels of a batch whose cross entropy is the focal loss, for a module that has it as its own.
+
+    Args:
+        target: integer labels, or what other tricks made of them.
+        gamma: see ``FocalLoss``.
+
+    Raises:
+        RuntimeError: if ``FocalLoss`` acts on them, too.
+    """
+    if not isinstance(target, Target):
+        target = carrying(target, Recipe(("the focal loss",)))
+    if target.recipe.factor is not None:
+        raise RuntimeError(
+            "FocalLoss: the module's own loss is focal, too. Leave the callback out, or set that to 'cross_entropy'."
+        )
+    target.recipe.factor = partial(focal_factor, gamma=gamma)
+    return target
 
 
 def class_weights(num_classes: int, alpha: float | Tensor) -> Tensor:

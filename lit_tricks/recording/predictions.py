@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-__all__ = ["PredictionWriter"]
+__all__ = ["PredictionWriter", "require_folder", "require_one_process"]
 
 
 class PredictionWriter(Callback):
@@ -33,20 +33,16 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, output: str = "predictions.csv", top: int = 5) -> None:
+        require_folder(output)
         self.output = Path(output)
         self.top = top
         self.header: list[str] = []
         self.rows: list[list[Any]] = []
         self.images = 0
-        if not self.output.resolve().parent.is_dir():
-            raise FileNotFoundError(f"output={output!r} lies in a folder that does not exist: make it first.")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with no rows."""
-        if trainer.world_size > 1:
-            raise RuntimeError(
-                f"{trainer.world_size} processes can not write one file: predict with --trainer.devices=1."
-            )
+        require_one_process(trainer)
         self.rows, self.images = [], 0
 
     def on_predict_batch_end(
@@ -92,3 +88,15 @@ def _objects(found: dict[str, Tensor], names: list[str] | None) -> Iterator[list
     parts = (found[key].tolist() for key in ("labels", "scores", "boxes"))
     for label, score, box in zip(*parts, strict=True):
         yield [names[label - 1] if names else label, f"{score:.6f}", *(f"{side:.2f}" for side in box)]
+
+
+def require_folder(output: str) -> None:
+    """Raise FileNotFoundError unless the folder of a file exists."""
+    if not Path(output).resolve().parent.is_dir():
+        raise FileNotFoundError(f"output={output!r} lies in a folder that does not exist: make it first.")
+
+
+def require_one_process(trainer: Trainer) -> None:
+    """Raise RuntimeError if several processes predict."""
+    if trainer.world_size > 1:
+        raise RuntimeError(f"{trainer.world_size} processes can not write one file: predict with --trainer.devices=1.")

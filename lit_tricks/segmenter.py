@@ -1,0 +1,195 @@
+"""A LightningModule for segmentation: a network with its loss, metrics and optimizer, and no trick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from lit_tricks._task import Task
+from lit_tricks.callbacks.focal_loss import focal_target
+from lit_tricks.models import Backbone, load_weights
+from lit_tricks.models.decoders import DecoderName, levels_of
+from lit_tricks.models.segmentation import SegmentationNet
+
+__all__ = ["Segmenter"]
+
+
+class Segmenter(Task):
+    """Train a segmentation network; log loss, mean intersection over union and pixel accuracy.
+
+    Batches are ``(images, masks)``: float images (N, C, H, W), normalised, and int64 masks (N, H, W) with labels in
+    [0, num_classes), or ``ignore_index``. Metrics are named ``train/loss``, ``val/miou``, ``test/pixel_accuracy``, ...:
+    fractions in [0, 1] over the pixels of all images that are not ignored. The mean of ``miou`` is over the classes
+    that occur, in the masks or in what was said of them. Losses are means over pixels. ``forward`` gives logits
+    (N, num_classes, H, W) for images of any size, ``predict_step`` labels (N, H, W), uint8 for up to 256 classes.
+
+    The segmentation network of [Bag of Tricks](https://arxiv.org/abs/1812.01187), section 6.2, is ``decoder: fcn`` with
+    ``model_args: {depth: 50, output_stride: 8}`` and ``aux_weight: 0.5``, from a classifier's ``weights``.
+
+    Args:
+        model: ``resnet`` (see ``lit_tricks.models.resnet``), or the name of a timm model with feature maps.
+        num_classes: number of classes, at least 2. The command line takes it from the data.
+        model_args: further arguments of the model, such as ``{depth: 50, variant: D, output_stride: 8}``.
+        weights: to start from: of the encoder, a file (timm's, or a checkpoint of a Classifier) or the name of
+            pretrained weights of timm; or of all of it, a checkpoint of a Segmenter. They are not looked for again when
+            a checkpoint of this module is loaded.
+        decoder: "fcn", "aspp", "ppm", "fpn" or "pan", see ``lit_tricks.models.decoders``. ``fpn`` is for an encoder
+            with ``output_stride: 32``, the others are better with 8 or 16.
+        aux_weight: of the loss of an auxiliary head on the second last feature map, 0 or more; 0 builds none. 0.5 is
+            GluonCV's for the FCN, 0.4 the paper's for PSPNet.
+        loss: "cross_entropy", or "focal", that of the trick ``FocalLoss``, in validation too.
+        gamma: of the focal loss, 0 or more.
+        ignore_index: label of pixels that are no class; the data's must be the same.
+        class_names: one name a class, for predictions. The command line takes them from the data.
+        input_size: channels, height and width of an image. The command line takes it from the data.
+        optimizer: from parameters to optimizer; in YAML a class with its arguments.
+        freeze: names of the encoder's parts that are not trained, such as ``[conv1, bn1, layer1]``, or "backbone" for
+            all of it. They stay in evaluation mode.
+        layer_decay: learning rate of a block of the encoder over that of the next one, above 0 and at most 1; the
+            decoder has the whole rate.
+
+    Raises:
+        ValueError: for an unknown model, decoder or argument, or numbers that contradict each other.
+        ImportError: for the decoders ppm, fpn and pan without segmentation_models_pytorch.
+    """
+
+    score = "miou"
+
+    def __init__(
+        self,
+        model: str = "resnet",
+        num_classes: int = 21,
+        model_args: dict[str, Any] | None = None,
+        weights: str | None = None,
+        decoder: DecoderName = "fcn",
+        aux_weight: float = 0.0,
+        loss: Literal["cross_entropy", "focal"] = "cross_entropy",
+        gamma: float = 2.0,
+        ignore_index: int = 255,
+        class_names: list[str] | None = None,
+        input_size: tuple[int, int, int] = (3, 480, 480),
+        optimizer: Callable[[Iterable[Any]], Optimizer] = lambda p: SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
+        freeze: list[str] | None = None,
+        layer_decay: float = 1.0,
+    ) -> None:
+        super().__init__(num_classes, class_names, optimizer, layer_decay)
+        if aux_weight < 0:
+            raise ValueError(f"aux_weight={aux_weight} is below 0: 0 builds no auxiliary head, 0.5 is usual.")
+        if loss not in ("cross_entropy", "focal"):
+            raise ValueError(f"loss={loss!r} is unknown: write 'cross_entropy' or 'focal'.")
+        if gamma < 0:
+            raise ValueError(f"gamma={gamma} is below 0, and would weigh down what is hard; 2 is usual.")
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index={ignore_index} is one of the {num_classes} classes: give a label that none has, as -1."
+            )
+        self.save_hyperparameters(ignore=["weights", *self._objects()])
+        whole = weights is not None and _is_segmenter(weights)
+        levels = max(levels_of(decoder), 2 if aux_weight else 1)
+        backbone = Backbone(model, levels, input_size[0], None if whole else weights, **(model_args or {}))
+        self.model = SegmentationNet(backbone, decoder, num_classes, aux_weight > 0)
+        if weights is not None and whole:
+            load_weights(self.model, weights)
+        self.aux_weight, self.gamma, self.ignore_index = aux_weight, gamma if loss == "focal" else 0.0, ignore_index
+        self.example_input_array = torch.zeros(2, *input_size)
+        self.criterion = nn.CrossEntropyLoss(ignore_index=ignore_index)
+        # arguments are not validated, which would look for all labels of each batch
+        known: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
+        metrics = MetricCollection(
+            {
+                "miou": MulticlassJaccardIndex(num_classes, average="macro", **known),
+                "pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", **known),
+            }
+        )
+        self.train_metrics = metrics.clone(prefix="train/")
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self._freeze(freeze)
+
+    def _network(self) -> nn.Module:
+        return self.model.backbone.net
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes, and the label that is none, with those of the data, before anything is trained."""
+        super().setup(stage)
+        found = getattr(getattr(self.trainer, "datamodule", None), "ignore_index", self.ignore_index)
+        if stage != "predict" and found != self.ignore_index:
+            raise ValueError(
+                f"ignore_index={self.ignore_index} of the model disagrees with that of the data, {found}: set the two "
+                "to the same."
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes, H, W) of images (N, C, H, W)."""
+        logits: Tensor = self.model(images)[0]
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        images, masks = batch
+        logits, aux = self.model(images)
+        target = focal_target(masks, self.gamma) if self.gamma else masks
+        loss = self._loss(logits, target)
+        if aux is not None:
+            loss = loss + self.aux_weight * self._loss(aux, target)
+        self.train_metrics.update(logits.argmax(1), masks)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the metrics of the epoch."""
+        self._log_metrics(self.train_metrics)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and metrics of a batch, under ``val/``."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation set."""
+        self._log_metrics(self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and metrics of a batch, under ``test/``."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test set."""
+        self._log_metrics(self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Labels (N, H, W) of a batch: images alone, or images and anything."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        labels: Tensor = self(images).argmax(1)
+        return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
+
+    def _evaluate(self, batch: Any, name: str, metrics: MetricCollection) -> None:
+        images, masks = batch
+        logits = self(images)
+        metrics.update(logits.argmax(1), masks)
+        loss = self._loss(logits, focal_target(masks, self.gamma) if self.gamma else masks)
+        pixels = int((masks != self.ignore_index).sum())  # so that the mean of all batches is that of all pixels
+        self.log(f"{name}/loss", loss, prog_bar=name == "val", batch_size=pixels, sync_dist=True)
+
+    def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(logits, masks)
+        some = (masks != self.ignore_index).any()
+        return torch.where(some, loss, torch.zeros_like(loss))  # the mean over no pixel is no number
+
+
+def _is_segmenter(weights: str) -> bool:
+    """Whether a file is a checkpoint of a Segmenter."""
+    path = Path(weights).expanduser()
+    if path.suffix != ".ckpt" or not path.is_file():
+        return False
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return "decoder" in content["hyper_parameters"]
+    except Exception:  # what is wrong with it is told where it is loaded
+        return False
