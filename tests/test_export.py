@@ -99,9 +99,9 @@ def folder(tmp_path: Path, trained: Path) -> Iterator[Path]:
 BEST = "run/checkpoints/best.ckpt"
 
 
-def made(format: str, *words: str, checkpoint: str = BEST) -> str:
+def made(kind: str, *words: str, checkpoint: str = BEST) -> str:
     """Export, and say what was written."""
-    outcome = done("export", checkpoint, "--format", format, *words)
+    outcome = done("export", checkpoint, "--format", kind, *words)
     found = re.fullmatch(r"export: (\S+)\n", outcome.log)
     assert found, outcome.log
     return found[1]
@@ -120,7 +120,7 @@ def saved(model: Any, path: str = "made.ckpt", data: Any = None, **settings: Any
     module = model if isinstance(model, LightningModule) else Classifier(model, **settings)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=False)
     trainer.strategy.connect(module)
-    trainer.datamodule = data
+    module.trainer, trainer.datamodule = trainer, data
     trainer.save_checkpoint(path, weights_only=True)
     return path
 
@@ -204,7 +204,11 @@ def test_timm_pushes_it_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_card_of_the_folder_says_how_to_use_it(capsys: pytest.CaptureFixture[str]) -> None:
     path = made("timm", "--license", "mit")
     card = ModelCard.load(Path(path, "README.md"))
-    assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("timm", "mit", "image-classification")
+    assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == (
+        "timm",
+        "mit",
+        "image-classification",
+    )
     assert {"timm", "lit-tricks", "ema"} <= set(card.data.tags)
     found = {(r.dataset_split, r.metric_name): r.metric_value for r in card.data.eval_results}
     assert found["test", "top-1 accuracy"] == pytest.approx(results("run")["averaged"]["test"]["top1"], abs=1e-4)
@@ -256,13 +260,16 @@ def test_networks_that_timm_has_not(model_args: dict[str, Any], reason: str) -> 
 def test_networks_of_others_are_no_timm_folder(network: Any) -> None:
     if isinstance(network, str):
         network = None
-    with pytest.raises(ValueError, match=r"timm builds models by name, and .* is (an object|torchvision.*resnet18): choose"):
+    with pytest.raises(
+        ValueError, match=r"timm builds models by name, and .* is (an object|torchvision.*resnet18): choose"
+    ):
         timm_arguments(network, {})
 
 
 def test_arguments_that_timm_names_otherwise() -> None:
     found = timm_arguments(
-        "resnet", {"depth": 18, "pool": "avgmax", "norm": "group", "drop_rate": 0.2, "drop_path_rate": 0.1, "output_stride": 8}
+        "resnet",
+        {"depth": 18, "pool": "avgmax", "norm": "group", "drop_rate": 0.2, "drop_path_rate": 0.1, "output_stride": 8},
     )
     expected = {"global_pool": "avgmax", "norm_layer": "groupnorm", "drop_rate": 0.2, "drop_path_rate": 0.1}
     assert found == ("resnet18d", expected | {"output_stride": 8})
@@ -278,7 +285,7 @@ def test_what_timm_would_build_otherwise_is_found_by_building_it(monkeypatch: py
         return lambda model, model_args: ("resnet18d", given)
 
     for given, reason in (
-        ({"stem_width": 4, "channels": [8, 16, 32, 64], "avg_down": False}, r"can not build .*Missing key|Unexpected"),
+        ({"stem_width": 4, "channels": [8, 16, 32, 64], "avg_down": False}, "can not build .*Missing key"),
         ({"stem_width": 4, "channels": [8, 16, 32, 64], "output_stride": 8}, "gives other logits .* no arguments for"),
         ({"stem_width": 4, "channels": [8, 16, 32, 64], "act_layer": "silu"}, "gives other logits .* no arguments for"),
         ({"no": 1}, r"can not build .*'no'"),
@@ -293,7 +300,9 @@ def test_models_of_timm_by_name() -> None:
     shaken(model.model)
     path = export(saved(model), format="timm", mean=[0.5] * 3, std=[0.25] * 3, output="vit")
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(elsewhere(TIMM, path, images), logits_of("made.ckpt", images))
+    rebuilt = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(rebuilt(images), logits_of("made.ckpt", images))
     config = json.loads(Path(path, "config.json").read_text())
     assert config["architecture"] == "test_vit"
     assert config["label_names"] == ["a", "b", "c", "d"]
@@ -339,18 +348,21 @@ session = onnxruntime.InferenceSession("{path}")
 known = {{key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()
           if key in ("input_size", "mean", "std", "label_names")}}
 channels, height, width = known["input_size"]
-pixels = np.asarray(Image.open("digit.png").convert("L").resize((width, height), Image.BILINEAR), np.float32)
-x = (pixels[None, None] / 255 - known["mean"][0]) / known["std"][0]
-logits = session.run(None, {{"images": x.astype(np.float32)}})[0]
-print(known["label_names"][int(logits[0].argmax())])
+logits = np.empty((0, 10), np.float32)
+for number in range(20):
+    image = Image.open(f"digit{{number}}.png").convert("L").resize((width, height), Image.BILINEAR)
+    x = (np.asarray(image, np.float32)[None, None] / 255 - known["mean"][0]) / known["std"][0]
+    logits = np.concatenate([logits, session.run(None, {{"images": x.astype(np.float32)}})[0]])
+assert len(known["label_names"]) == 10
 """
-    for number in range(5):
+    here = []
+    for number in range(20):
         image, _ = digit(number)
-        image.save("digit.png")
-        here = logits_of(BEST, Digits().eval_transform(image)[None])
-        found = elsewhere(code, path, NOISE, missing=("torch", "timm"))
-        assert found.argmax() == here.argmax()
-        assert (found - here).abs().max() < 1e-4
+        image.save(f"digit{number}.png")
+        here.append(logits_of(BEST, Digits().eval_transform(image)[None]))
+    found = elsewhere(code, path, NOISE, missing=("torch", "timm"))
+    assert torch.equal(found.argmax(1), torch.cat(here).argmax(1))
+    assert (found - torch.cat(here)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("missing", [("onnxruntime",), ("onnx", "onnxscript")])
@@ -368,11 +380,12 @@ def test_onnx_needs_its_packages(missing: tuple[str, ...], monkeypatch: pytest.M
 def test_torch_export_without_us() -> None:
     path = made("torch-export")
     assert path == "run/checkpoints/best.pt2"
+    assert torch.equal(elsewhere(TORCH, path, NOISE, missing=("timm",)), logits_of(BEST, NOISE))
+    files = {"metadata.json": ""}
+    program = torch.export.load(path, extra_files=files).module()
     for count in (1, 6):
         images = torch.randn(count, 1, 8, 8)
-        assert torch.equal(elsewhere(TORCH, path, images, missing=("timm",)), logits_of(BEST, images))
-    files = {"metadata.json": ""}
-    torch.export.load(path, extra_files=files)
+        assert torch.equal(program(images), logits_of(BEST, images))
     check_metadata(json.loads(files["metadata.json"]))
     assert str(Path(timm.__file__).parent).encode() not in Path(path).read_bytes()
 
@@ -396,7 +409,8 @@ def test_small_inputs_go_into_all_but_timm() -> None:
     path = "runs/tiny/v0/checkpoints/best.ckpt"
     refused(r"timm's ResNet has no small_input: true .*: choose --format onnx, .*", path, "--format=timm")
     assert (elsewhere(ONNX, made("onnx", checkpoint=path), NOISE) - logits_of(path, NOISE)).abs().max() < 1e-4
-    assert torch.equal(elsewhere(TORCH, made("torch-export", checkpoint=path), NOISE), logits_of(path, NOISE))
+    program = torch.export.load(made("torch-export", checkpoint=path)).module()
+    assert torch.equal(program(NOISE), logits_of(path, NOISE))
 
 
 # How images are made the input
@@ -418,7 +432,13 @@ def test_every_size_before_the_crop_can_be_told() -> None:
 
 def test_photos_are_made_the_same_by_timm(folder: Path) -> None:
     root = write_image_folder(folder / "photos")
-    words = ("--data.image_size=16", "--data.eval_size=18", "--data.batch_size=4", "--data.num_workers=0", "--name=photos")
+    words = (
+        "--data.image_size=16",
+        "--data.eval_size=18",
+        "--data.batch_size=4",
+        "--data.num_workers=0",
+        "--name=photos",
+    )
     done(*FIT, "--data=ImageFolder", f"--data.root={root}", *words, "--model.model_args={depth: 18, width: 0.125}")
     path = "runs/photos/v0/checkpoints/best.ckpt"
     root.rename("gone")
@@ -482,7 +502,9 @@ class Doubled(Classifier):
 
 def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(Other())
-    refused(r"made\.ckpt is not of a Classifier: it has the setting 'encoder'\. Give --module, .*", path, "--format=onnx")
+    refused(
+        r"made\.ckpt is not of a Classifier: it has the setting 'encoder'\. Give --module, .*", path, "--format=onnx"
+    )
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"]["_class_path"] = f"{__name__}.Other"
     torch.save(content, path)
@@ -490,8 +512,8 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     del content["hyper_parameters"]
     torch.save(content, path)
     refused(r"made\.ckpt is not of a Classifier: it does not say what module .*", path, "--format=onnx")
+    module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
     with pytest.raises(ValueError, match="Doubled is no Classifier, or has a forward of its own"):
-        module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
         export(BEST, format="onnx", module=module)
 
 
@@ -523,11 +545,11 @@ class Branching(nn.Module):
         return logits if logits.sum() > 0 else -logits
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch-export"])
-def test_a_network_that_can_not_be_traced(format: Any) -> None:
+@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+def test_a_network_that_can_not_be_traced(kind: Any) -> None:
     module = Classifier(Branching(), num_classes=3, input_size=(3, 2, 2))
     with pytest.raises(ValueError, match=r"Branching can not be written by .*: choose another --format\.$") as error:
-        export(saved(module), format=format, module=module, mean=[0.5] * 3, std=[0.5] * 3)
+        export(saved(module), format=kind, module=module, mean=[0.5] * 3, std=[0.5] * 3)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in Path().glob("*made*")) == ["made.ckpt"]
 
@@ -536,7 +558,10 @@ BAD = {
     "no such checkpoint": (("nowhere.ckpt",), r"nowhere\.ckpt: there is no such file\. Give a checkpoint, .*"),
     "not a checkpoint": (("tiny.yaml",), r"tiny\.yaml is not a checkpoint of Lightning, or damaged\."),
     "folder": (("run",), "run: there is no such file.*"),
-    "format": ((BEST, "--format=tim"), r"--format: 'tim' is not one of 'timm', 'onnx', 'torch-export', 'safetensors'\."),
+    "format": (
+        (BEST, "--format=tim"),
+        r"--format: 'tim' is not one of 'timm', 'onnx', 'torch-export', 'safetensors'\.",
+    ),
     "no folder": ((BEST, "-o", "no/where"), "--output no/where lies in a folder that does not exist: make it first."),
     "folder in the way": ((BEST, "-o", "run"), "--output run is a folder, and --format onnx writes a file: .*"),
     "file in the way": (
@@ -566,23 +591,25 @@ def test_a_damaged_checkpoint() -> None:
 def test_a_size_that_the_network_does_not_take() -> None:
     path = saved("test_vit", num_classes=4, model_args={"img_size": 32}, input_size=(3, 32, 32))
     words = ("--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5", "--input-size=40")
-    refused(r"the network takes no images of 3 x 40 x 40 \(.*\): give its --input_size\.", path, "--format=timm", *words)
+    refused(
+        r"the network takes no images of 3 x 40 x 40 \(.*\): give its --input_size\.", path, "--format=timm", *words
+    )
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_what_exists_is_replaced_only_when_asked(format: str) -> None:
-    path = Path(made(format))
-    file = path / "model.safetensors" if format == "timm" else path
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_exists_is_replaced_only_when_asked(kind: str) -> None:
+    path = Path(BEST).with_name(
+        {"timm": "best_timm", "onnx": "best.onnx", "torch-export": "best.pt2"}.get(kind, f"best.{kind}")
+    )
+    file = path / "model.safetensors" if kind == "timm" else path
+    file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"mine")
-    remedy = "choose another --output, or give --overwrite to replace it."
-    refused(rf"\S+ exists: {remedy}", BEST, f"--format={format}")
+    refused(rf"{file} exists: choose another --output, or give --overwrite to replace it\.", BEST, f"--format={kind}")
     assert file.read_bytes() == b"mine"
-    kept = path.parent / "best_timm" / ".gitattributes"
-    if format == "timm":
-        kept.write_text("kept")
-    made(format, "--overwrite")
-    assert file.read_bytes() != b"mine"
-    assert format != "timm" or kept.read_text() == "kept"
+    file.with_name(".gitattributes").write_text("kept")
+    assert made(kind, "--overwrite") == str(path)
+    assert file.stat().st_size > 100_000
+    assert file.with_name(".gitattributes").read_text() == "kept"
 
 
 def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,12 +617,16 @@ def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     # a read-only folder is no obstacle where the tests run as root
-    monkeypatch.setattr("lit_tricks.commands.export.tempfile.TemporaryFile", refuse)
-    refused(r"\S+best\.pt2 can not be written \(Permission denied\): choose another --output\.", BEST, "--format=torch-export")
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    refused(
+        r"\S+best\.pt2 can not be written \(Permission denied\): choose another --output\.",
+        BEST,
+        "--format=torch-export",
+    )
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_failed_check_leaves_nothing(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_failed_check_leaves_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Classifier.load_from_checkpoint
 
     def nan(*args: Any, **kwargs: Any) -> Any:
@@ -604,7 +635,7 @@ def test_a_failed_check_leaves_nothing(format: str, monkeypatch: pytest.MonkeyPa
         return module
 
     monkeypatch.setattr(Classifier, "load_from_checkpoint", nan)
-    refused(r".*", BEST, f"--format={format}")
+    refused(r".*", BEST, f"--format={kind}")
 
 
 # A checkpoint alone is enough to predict, too
@@ -617,7 +648,7 @@ def test_predicting_with_cifar_needs_no_download(folder: Path) -> None:
     path = saved("resnet", data=data, class_names=data.classes, **settings)
     write_images(folder / "images", 2)
     done("predict", f"--ckpt_path={path}", "--images=images", "--data.num_workers=0", *QUIET)
-    assert "airplane" in Path("predictions.csv").read_text()
+    assert set(re.findall("[a-z]{4,}", Path("predictions.csv").read_text())) & set(data.classes)
 
 
 def test_predicting_where_another_folder_has_the_name_of_the_data(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 
 def _refused(exported: Exported, what: str, error: Exception) -> ValueError:
     name = type(exported.network).__name__
-    reason = next((line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()), "")
+    reason = textwrap.shorten(str(error.__cause__ or error), 160, placeholder=" ...")
     return ValueError(
         f"{name} can not be written by {what} ({type(error).__name__}: {reason}): choose another --format."
     )

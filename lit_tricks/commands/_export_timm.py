@@ -6,6 +6,7 @@ One caveat: timm builds what its own functions have arguments for. Whether that 
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ def write_timm(exported: Exported, folder: Path) -> None:
         rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         same_keys = rebuilt.state_dict().keys() == network.state_dict().keys()
     except Exception as error:
-        raise ValueError(f"timm can not build this network ({_first_line(error)}): {OTHERS}.") from error
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+        raise ValueError(f"timm can not build this network ({reason}): {OTHERS}.") from error
     if not same_keys:
         raise ValueError(f"timm builds another network than this {architecture}: {OTHERS}.")
     try:
@@ -113,7 +115,3 @@ def timm_arguments(model: Any, model_args: dict[str, Any]) -> tuple[str, dict[st
     if refused:
         raise ValueError(f"timm's ResNet has no {' and no '.join(refused)}: {OTHERS}.")
     return f"resnet{depth}{'d' if variant == 'D' else ''}", found
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import tempfile
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class Exported:
             self.network(self.images(2))
         except Exception as error:
             size = " x ".join(map(str, self.preprocessing.input_size))
-            reason = str(error).strip().partition("\n")[0]
+            reason = textwrap.shorten(str(error), 160, placeholder=" ...")
             raise ValueError(f"the network takes no images of {size} ({reason}): give its --input_size.") from error
 
     @torch.no_grad()
