@@ -51,18 +51,16 @@ images = np.load("images.npy")
 {code}
 np.save("logits.npy", logits)
 """
-TIMM = """
+TORCH = """
 import timm, torch
 model = timm.create_model("local-dir:{path}", pretrained=True).eval()
+known = {{"metadata.json": ""}}
+program = torch.export.load("{path}/../torch-export.pt2", extra_files=known)
+assert json.loads(known["metadata.json"])["input_size"] == "[1, 8, 8]"
+images = torch.from_numpy(images)
 with torch.no_grad():
-    logits = model(torch.from_numpy(images)).numpy()
-"""
-TORCH = """
-import torch
-files = {{"metadata.json": ""}}
-program = torch.export.load("{path}", extra_files=files)
-assert json.loads(files["metadata.json"])["input_size"] == "[1, 8, 8]"
-logits = program.module()(torch.from_numpy(images)).detach().numpy()
+    logits = model(images).numpy()
+assert np.array_equal(program.module()(images).numpy(force=True), logits)
 """
 ONNX = """
 import onnxruntime
@@ -89,10 +87,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs/tiny/v0"
 
 
+@pytest.fixture(scope="module")
+def files(trained: Path) -> dict[str, Path]:
+    """The best checkpoint in all formats."""
+    outputs = {kind: trained / f"{kind}.pt2" for kind in FORMATS}
+    with workplace(trained):
+        for kind, output in outputs.items():
+            done("export", "checkpoints/best.ckpt", "--format", kind, "--output", str(output))
+    return outputs
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, trained: Path) -> Iterator[Path]:
     with workplace(tmp_path):
-        shutil.copytree(trained, "run")
+        shutil.copytree(trained, "run", ignore=shutil.ignore_patterns("*.pt2"))
         yield tmp_path
 
 
@@ -145,12 +153,15 @@ NOISE = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(9))
 # timm
 
 
-def test_timm_builds_the_same_network_without_us(trained: Path) -> None:
+def test_timm_and_torch_give_the_same_without_us(files: dict[str, Path]) -> None:
+    assert torch.equal(elsewhere(TORCH, files["timm"], NOISE), logits_of(BEST, NOISE))
+
+
+def test_what_the_folder_says(folder: Path) -> None:
     path = made("timm", "--license", "apache-2.0")
     assert path == "run/checkpoints/best_timm"
     assert {file.name for file in Path(path).iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert not [file for file in Path("run/checkpoints").iterdir() if file.name.startswith(".")]
-    assert torch.equal(elsewhere(TIMM, path, NOISE), logits_of(BEST, NOISE))
     config = json.loads(Path(path, "config.json").read_text())
     assert (config["architecture"], config["num_classes"], config["num_features"]) == ("resnet18d", 10, 64)
     assert config["label_names"] == [str(number) for number in range(10)]
@@ -225,6 +236,8 @@ def test_the_card_of_the_folder_says_how_to_use_it(capsys: pytest.CaptureFixture
         {"depth": 18, "variant": "A"}, {"depth": 18, "variant": "B"}, {"depth": 18, "variant": "C"},
         {"depth": 18, "variant": "C", "width": 0.125}, {"depth": 34, "variant": "D", "width": 0.0625},
         {"depth": 50, "variant": "C", "width": 0.03125}, {"depth": 101, "variant": "D", "width": 0.03125},
+        {"depth": 18, "pool": "avgmax", "norm": "group", "drop_rate": 0.2, "drop_path_rate": 0.1},
+        {"depth": 18, "width": 0.125, "pool": "max", "norm": "layer", "output_stride": 8},
     ],
 )  # fmt: skip
 def test_variants_that_timm_has(model_args: dict[str, Any]) -> None:
@@ -246,6 +259,7 @@ def test_variants_that_timm_has(model_args: dict[str, Any]) -> None:
         ({"depth": 50, "variant": "A", "small_input": True}, r"small_input.* and no variant: A \(.*\)"),
         ({"pool": "spp"}, "pool: spp"),
         ({"norm": "instance"}, "norm: instance"),
+        ({"norm": "frozen_batch"}, "norm: frozen_batch"),
         ({"separable": True}, "separable: True"),
         ({"new": 3}, "new: 3"),
     ],
@@ -267,17 +281,25 @@ def test_networks_of_others_are_no_timm_folder(network: Any) -> None:
 
 
 def test_arguments_that_timm_names_otherwise() -> None:
-    found = timm_arguments(
-        "resnet",
-        {"depth": 18, "pool": "avgmax", "norm": "group", "drop_rate": 0.2, "drop_path_rate": 0.1, "output_stride": 8},
-    )
+    given = {
+        "depth": 18,
+        "pool": "avgmax",
+        "norm": "group",
+        "drop_rate": 0.2,
+        "drop_path_rate": 0.1,
+        "output_stride": 8,
+    }
     expected = {"global_pool": "avgmax", "norm_layer": "groupnorm", "drop_rate": 0.2, "drop_path_rate": 0.1}
-    assert found == ("resnet18d", expected | {"output_stride": 8})
+    assert timm_arguments("resnet", given) == ("resnet18d", expected | {"output_stride": 8})
     assert timm_arguments("resnet", {"pool": "avg", "norm": "batch", "init": "xavier"}) == ("resnet50d", {})
-    network: Any = timm.create_model(found[0], **found[1])
-    assert (network.global_pool.pool_type, network.drop_rate) == ("avgmax", 0.2)
-    assert isinstance(network.bn1, nn.GroupNorm)
-    assert network.layer4[1].conv1.dilation == (4, 4)
+
+
+def test_groups_that_timm_makes_otherwise() -> None:
+    model = Classifier(model_args={"depth": 18, "width": 0.125, "norm": "group"}, num_classes=3, input_size=(1, 8, 8))
+    message = (
+        r"timm can not build this network \(num_channels \(4\) must be divisible by num_groups.*\): choose --format .*"
+    )
+    refused(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
 
 
 def test_what_timm_would_build_otherwise_is_found_by_building_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,11 +335,10 @@ def test_models_of_timm_by_name() -> None:
 # ONNX
 
 
-def test_onnxruntime_alone_gives_the_same(trained: Path) -> None:
+def test_onnxruntime_alone_gives_the_same(files: dict[str, Path]) -> None:
     import onnxruntime
 
-    path = made("onnx")
-    assert path == "run/checkpoints/best.onnx"
+    path = files["onnx"]
     for count in (1, 2, 7):
         images = torch.randn(count, 1, 8, 8)
         assert (elsewhere(ONNX, path, images, missing=("torch", "timm")) - logits_of(BEST, images)).abs().max() < 1e-4
@@ -339,8 +360,7 @@ def check_metadata(metadata: dict[str, str]) -> None:
     assert metadata["license"] == "unknown"
 
 
-def test_a_digit_by_onnxruntime_alone_from_what_the_file_says() -> None:
-    path = made("onnx")
+def test_a_digit_by_onnxruntime_alone_from_what_the_file_says(files: dict[str, Path]) -> None:
     code = """
 import onnxruntime
 from PIL import Image
@@ -360,7 +380,7 @@ assert len(known["label_names"]) == 10
         image, _ = digit(number)
         image.save(f"digit{number}.png")
         here.append(logits_of(BEST, Digits().eval_transform(image)[None]))
-    found = elsewhere(code, path, NOISE, missing=("torch", "timm"))
+    found = elsewhere(code, files["onnx"], NOISE, missing=("torch", "timm"))
     assert torch.equal(found.argmax(1), torch.cat(here).argmax(1))
     assert (found - torch.cat(here)).abs().max() < 1e-4
 
@@ -377,16 +397,13 @@ def test_onnx_needs_its_packages(missing: tuple[str, ...], monkeypatch: pytest.M
 # torch.export and safetensors
 
 
-def test_torch_export_without_us() -> None:
-    path = made("torch-export")
-    assert path == "run/checkpoints/best.pt2"
-    assert torch.equal(elsewhere(TORCH, path, NOISE, missing=("timm",)), logits_of(BEST, NOISE))
-    files = {"metadata.json": ""}
-    program = torch.export.load(path, extra_files=files).module()
+def test_torch_export_takes_any_number_of_images(files: dict[str, Path]) -> None:
+    path, known = files["torch-export"], {"metadata.json": ""}
+    program = torch.export.load(path, extra_files=known).module()
     for count in (1, 6):
         images = torch.randn(count, 1, 8, 8)
         assert torch.equal(program(images), logits_of(BEST, images))
-    check_metadata(json.loads(files["metadata.json"]))
+    check_metadata(json.loads(known["metadata.json"]))
     assert str(Path(timm.__file__).parent).encode() not in Path(path).read_bytes()
 
 
@@ -409,8 +426,6 @@ def test_small_inputs_go_into_all_but_timm() -> None:
     path = "runs/tiny/v0/checkpoints/best.ckpt"
     refused(r"timm's ResNet has no small_input: true .*: choose --format onnx, .*", path, "--format=timm")
     assert (elsewhere(ONNX, made("onnx", checkpoint=path), NOISE) - logits_of(path, NOISE)).abs().max() < 1e-4
-    program = torch.export.load(made("torch-export", checkpoint=path)).module()
-    assert torch.equal(program(NOISE), logits_of(path, NOISE))
 
 
 # How images are made the input
@@ -508,7 +523,12 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"]["_class_path"] = f"{__name__}.Other"
     torch.save(content, path)
-    refused(r"made\.ckpt is of a Other: export takes a Classifier\.", path, "--format=onnx")
+    refused(rf"made\.ckpt is of {__name__}\.Other: export takes a Classifier\.", path, "--format=onnx")
+    content["hyper_parameters"]["_class_path"] = "nowhere.Net"
+    torch.save(content, path)
+    refused(
+        r"made\.ckpt is of nowhere\.Net, which can not be imported \(No module.*\): install it\.", path, "--format=onnx"
+    )
     del content["hyper_parameters"]
     torch.save(content, path)
     refused(r"made\.ckpt is not of a Classifier: it does not say what module .*", path, "--format=onnx")

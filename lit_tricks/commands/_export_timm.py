@@ -22,7 +22,7 @@ __all__ = ["FILES", "timm_arguments", "write_timm"]
 FILES = ("config.json", "model.safetensors", "README.md")
 OTHERS = "choose --format onnx, torch-export or safetensors, which take any network"
 POOLS = ("avg", "max", "avgmax")
-NORMS = {"group": "groupnorm", "layer": "layernorm2d", "frozen_batch": "frozenbatchnorm2d"}
+NORMS = {"group": "groupnorm", "layer": "groupnorm1"}
 START = (
     "init",
     "zero_init_last",

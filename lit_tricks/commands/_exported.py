@@ -128,10 +128,14 @@ def classifier_of(path: Path, module: LightningModule | None) -> Classifier:
     if module is not None:
         module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     elif "_class_path" in settings:
-        kind = class_of(settings["_class_path"])
-        module = module_of(path) if issubclass(kind, Classifier) else None
-        if module is None:
-            raise ValueError(f"{path} is of a {kind.__name__}: export takes a Classifier.")
+        name = settings["_class_path"]
+        try:
+            kind = class_of(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{path} is of {name}, which can not be imported ({error}): install it.") from error
+        if not issubclass(kind, Classifier):
+            raise ValueError(f"{path} is of {name}: export takes a Classifier.")
+        module = module_of(path)
     else:  # saved without the command line, which would have named the class
         foreign = sorted(settings.keys() - inspect.signature(Classifier).parameters.keys())
         if foreign or "num_classes" not in settings:
