@@ -149,6 +149,7 @@ def _shorten(message: str, arguments: Iterable[str]) -> str:
         re.MULTILINE,
     )
     kinds = [re.sub(r"^<class '(.+)'>$|^typing\.(.+)$", r"\1\2", kind).replace("NoneType", "null") for kind in kinds]
+    kinds = [re.sub(r"^Literal\[(.+)\]$", r"one of \1", kind) for kind in kinds]
     if match := re.search(
         r"dot import path string: (\S+)|a path but (\S+) either|class_path(?:=|': | )'([\w.]+)'", heart
     ):

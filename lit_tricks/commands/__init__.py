@@ -9,8 +9,9 @@ from lit_tricks.commands import data
 from lit_tricks.commands.ablate import ablate
 from lit_tricks.commands.average import average
 from lit_tricks.commands.card import card
+from lit_tricks.commands.export import export
 from lit_tricks.commands.fixres import fixres
 from lit_tricks.commands.report import report
 from lit_tricks.commands.resolution import resolution
 
-__all__ = ["ablate", "average", "card", "data", "fixres", "report", "resolution"]
+__all__ = ["ablate", "average", "card", "data", "export", "fixres", "report", "resolution"]

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-__all__ = ["RUN", "data_of", "data_settings", "module_of", "plain", "read_checkpoint", "settings_in", "written_whole"]
+__all__ = [
+    "RUN", "class_of", "data_of", "data_settings", "module_of", "plain", "read_checkpoint", "settings_in",
+    "written_whole",
+]  # fmt: skip
 
 # What only a run that goes on needs.
 RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
@@ -46,7 +49,7 @@ def module_of(path: Path, **changes: Any) -> LightningModule:
     name = settings.get("_class_path", "lit_tricks.Classifier" if "num_classes" in settings else "")
     if not name:
         raise ValueError(f"{path} does not say what module its weights are of: give --module.")
-    module: type[LightningModule] = _class(name)
+    module: type[LightningModule] = class_of(name)
     return module.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
 
 
@@ -62,10 +65,15 @@ def settings_in(hparams: dict[str, Any], default: str = "") -> dict[str, Any]:
     return {"class_path": name, "init_args": init_args} if name else {}
 
 
-def data_of(path: Path) -> LightningDataModule | None:
-    """The data module that a checkpoint was trained on, made anew; None if it does not say."""
+def data_of(path: Path, **changes: Any) -> LightningDataModule | None:
+    """The data module that a checkpoint was trained on, made anew; None if it does not say.
+
+    Args:
+        path: of the checkpoint.
+        changes: arguments that the data module takes in the place of those that it was made with.
+    """
     settings = data_settings(path)
-    return _class(settings["class_path"])(**settings["init_args"]) if settings else None
+    return class_of(settings["class_path"])(**settings["init_args"] | changes) if settings else None
 
 
 @contextmanager
@@ -79,7 +87,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _class(name: str) -> Any:
+def class_of(name: str) -> Any:
+    """What a dotted name stands for."""
     package, _, cls = name.rpartition(".")
     return getattr(importlib.import_module(package), cls)
 

@@ -23,7 +23,7 @@ from lit_tricks.reports.page import markdown_table
 from lit_tricks.reports.run import FILES, Run, read_run_folder
 from lit_tricks.reports.style import duration
 
-__all__ = ["card"]
+__all__ = ["Facts", "card", "text_of"]
 
 log = logging.getLogger("lit_tricks")
 
@@ -62,22 +62,44 @@ def card(
         raise FileNotFoundError(
             f"{path}: there is no such file. Give a checkpoint, runs/NAME/vN/checkpoints/best.ckpt."
         )
-    content = read_checkpoint(path)
-    folders = [f for f in (path.parent, path.parent.parent) if any((f / name).is_file() for name in FILES)]
-    run = read_run_folder(folders[0]) if folders else Run(path.stem, path.parent)
-    target = Path(output) if output else run.path / "README.md"
+    facts = Facts.of(path)
+    target = Path(output) if output else facts.run.path / "README.md"
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: choose another file with --output, or give --overwrite to replace it.")
     if not target.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output {target} lies in a folder that does not exist: make it first.")
-    facts = _Facts(path, content, run)
-    target.write_text(f"---\n{_front_matter(facts, license)}---\n\n{_text(facts)}", encoding="utf-8")
+    target.write_text(text_of(facts, license), encoding="utf-8")
     log.info("card: %s", target)
     return target
 
 
-class _Facts:
+def text_of(facts: Facts, license_id: str, timm_folder: str = "", mode: str = "RGB") -> str:
+    """The card of a checkpoint, or of a folder of timm's that was made of it.
+
+    Args:
+        facts: of the checkpoint.
+        license_id: identifier of the licence.
+        timm_folder: name of the folder; empty for the checkpoint itself.
+        mode: of the images, as PIL calls it.
+    """
+    use = _use_of_folder(timm_folder, mode) if timm_folder else _use_of_checkpoint(facts)
+    library = "timm" if timm_folder else "lit-tricks"
+    return f"---\n{_front_matter(facts, license_id, library)}---\n\n{_text(facts, use)}"
+
+
+class Facts:
     """What is known of a checkpoint, from it and from its run."""
+
+    @classmethod
+    def of(cls, path: Path) -> Facts:
+        """Read a checkpoint, and the folder of its run, where it lies in one.
+
+        Raises:
+            ValueError: if the file is no checkpoint.
+        """
+        content = read_checkpoint(path)
+        folders = [f for f in (path.parent, path.parent.parent) if any((f / name).is_file() for name in FILES)]
+        return cls(path, content, read_run_folder(folders[0]) if folders else Run(path.stem, path.parent))
 
     def __init__(self, path: Path, content: dict[str, Any], run: Run) -> None:
         self.path, self.content, self.run = path, content, run
@@ -100,16 +122,14 @@ class _Facts:
             for key in content.get("callbacks", {})
             if (name := key.partition("{")[0]) in callbacks.__all__
         }
-        self.metrics = (
-            run.metrics
-            if self.is_best
-            else {
-                split: found for split in ("train", "val") if (found := metrics_at(run.rows, split, content["epoch"]))
-            }
-        )
+        self.metrics: dict[str, dict[str, float]] = run.metrics if self.is_best else {}
+        if not self.is_best and "loops" in content:  # without, a command made it of what the run had saved
+            found = {split: metrics_at(run.rows, split, content["epoch"]) for split in ("train", "val")}
+            self.metrics = {split: metrics for split, metrics in found.items() if metrics}
 
     @property
     def name(self) -> str:
+        """Of the model."""
         return f"{self.model}-{self.dataset}" if self.dataset else self.model
 
     @property
@@ -119,6 +139,7 @@ class _Facts:
         return re.sub(r"[^\w.-]+", "-", Path(root).name if root else self.data).lower()
 
     def citations(self) -> list[str]:
+        """BibTeX entries of the methods used."""
         names = [re.sub(r" \(\d+\)$", "", name) for name in self.tricks]
         links = [link_of(getattr(callbacks, name).__doc__) for name in names if name in callbacks.__all__]
         ours = self.module.rpartition(".")[2] in ("Classifier", "")
@@ -130,8 +151,8 @@ class _Facts:
         return citations(links, methods)
 
 
-def _front_matter(facts: _Facts, license_id: str) -> str:
-    tags = ["image-classification", "lit-tricks", "pytorch-lightning"]
+def _front_matter(facts: Facts, license_id: str, library: str) -> str:
+    tags = ["image-classification", *(["timm"] if library == "timm" else []), "lit-tricks", "pytorch-lightning"]
     tags += [re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower() for name in facts.tricks]
     results = [
         {
@@ -146,7 +167,7 @@ def _front_matter(facts: _Facts, license_id: str) -> str:
         for split, found in facts.metrics.items()
         if split != "train" and facts.dataset and not NAMES.keys().isdisjoint(found)
     ]
-    matter: dict[str, Any] = {"license": license_id, "library_name": "lit-tricks", "tags": tags}
+    matter: dict[str, Any] = {"license": license_id, "library_name": library, "tags": tags}
     matter |= {"pipeline_tag": "image-classification"}
     matter |= {"datasets": [facts.dataset]} if facts.dataset else {}
     if results:
@@ -154,7 +175,7 @@ def _front_matter(facts: _Facts, license_id: str) -> str:
     return yaml.safe_dump(matter, sort_keys=False)
 
 
-def _text(facts: _Facts) -> str:
+def _text(facts: Facts, use: list[str]) -> str:
     run, content = facts.run, facts.content
     classes = f" for {len(facts.classes)} classes" if facts.classes else ""
     data = f" trained on {facts.data}" if facts.data else ""
@@ -172,10 +193,7 @@ def _text(facts: _Facts) -> str:
         lines += [*markdown_table(table), ""]
     else:
         lines += ["None are known: the folder of the run has no metrics of this checkpoint.", ""]
-    if facts.module.rpartition(".")[2] in ("Classifier", ""):
-        lines += ["## Use", "", "```python", "from lit_tricks import Classifier", ""]
-        lines += [f'model = Classifier.load_from_checkpoint("{facts.path.name}", map_location="cpu").eval()']
-        lines += ["logits = model(images)  # float images (N, C, H, W), normalised as in training", "```", ""]
+    lines += ["## Use", "", "```python", *use, "```", ""] if use else []
     lines += ["## Recipe", "", *markdown_table(_recipe(facts)), ""]
     if run.config:
         text = yaml.safe_dump(run.config, sort_keys=False)
@@ -192,7 +210,31 @@ def _text(facts: _Facts) -> str:
     return "\n".join(lines)
 
 
-def _recipe(facts: _Facts) -> Table:
+def _use_of_checkpoint(facts: Facts) -> list[str]:
+    if facts.module.rpartition(".")[2] not in ("Classifier", ""):
+        return []
+    return [
+        "from lit_tricks import Classifier",
+        "",
+        f'model = Classifier.load_from_checkpoint("{facts.path.name}", map_location="cpu").eval()',
+        "logits = model(images)  # float images (N, C, H, W), normalised as in training",
+    ]
+
+
+def _use_of_folder(folder: str, mode: str) -> list[str]:
+    return [
+        "import timm",
+        "from PIL import Image",
+        "",
+        f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # on the Hub: "hf-hub:USER/NAME"',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        f'image = Image.open("image.png").convert("{mode}")',
+        "probabilities = model(transform(image)[None]).softmax(dim=1)[0]",
+        'print(model.pretrained_cfg["label_names"][int(probabilities.argmax())])',
+    ]
+
+
+def _recipe(facts: Facts) -> Table:
     trainer = facts.run.config.get("trainer", {})
     arguments = ", ".join(f"{k}={v}" for k, v in facts.optimizer_settings.items())
     found = {

@@ -63,6 +63,8 @@ class ImageDataModule(LightningDataModule, ABC):
         input_size: (channels, height, width) of an image as the model sees it.
         mean: of the channels, on the scale from 0 to 255; images are normalised by it.
         std: standard deviation of the channels, on the scale from 0 to 255.
+        crop_ratio: size over the short side before the centre crop in evaluation, in (0, 1].
+        crop_mode: of evaluation, in timm's words: "center" keeps the aspect ratio of an image, "squash" does not.
         train_transform: random transform of the training images, PIL image to tensor.
         eval_transform: fixed transform of all other images, PIL image to tensor.
 
@@ -78,6 +80,8 @@ class ImageDataModule(LightningDataModule, ABC):
     repeats = 1  # of an image in an epoch
     thread_workers = False  # threads of one process, or processes
     on_bad_image: OnBadImage = "raise"
+    crop_ratio = 1.0
+    crop_mode: Literal["center", "squash"] = "center"
 
     classes: list[str]
     input_size: tuple[int, int, int]

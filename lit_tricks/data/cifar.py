@@ -82,7 +82,9 @@ class CIFAR10(ImageDataModule):
         self.eval_transform = self.eval_transform_at(SIZE if eval_size is None else eval_size)  # 32 leaves it as it is
 
     def prepare_data(self) -> None:
-        """Download the files, or complain, if they are not there."""
+        """Download the files, or complain, if they are not there; to predict, they need not be."""
+        if self.trainer is not None and self.trainer.predicting:
+            return
         self._read(train=False, download=self.download)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:

@@ -49,6 +49,8 @@ class Digits(ImageDataModule):
         ``data: {class_path: Digits, init_args: {batch_size: 128}}``
     """
 
+    crop_mode = "squash"
+
     def __init__(
         self,
         batch_size: int = 64,

@@ -144,7 +144,8 @@ class ImageFolder(PhotoDataModule):
 
     def _read_classes(self) -> list[str]:
         # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
-        return _find_classes(self.root) if self.predict_dir is None or os.path.isdir(self.root) else []
+        is_there = os.path.isdir(os.path.join(self.root, "train"))
+        return _find_classes(self.root) if self.predict_dir is None or is_there else []
 
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):

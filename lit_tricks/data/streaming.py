@@ -93,7 +93,8 @@ class Streaming(ImageFolder):
         cache_dir: str | None = None,
         eval_size: int | None = None,
     ) -> None:
-        import_litdata()
+        if predict_dir is None:  # to predict, no shard is read
+            import_litdata()
         root, cache_dir = os.fspath(root), None if cache_dir is None else os.fspath(cache_dir)
         self.cache_dir = cache_dir
         super().__init__(
@@ -151,7 +152,7 @@ class Streaming(ImageFolder):
         root = self.root
         if "://" in root and not root.startswith(SCHEMES):
             raise ValueError(f"root={root!r} must be a folder, or a URL that starts with {' or '.join(SCHEMES)}")
-        if self.predict_dir is not None and not os.path.isdir(root):
+        if self.predict_dir is not None and not os.path.isdir(os.path.join(root, "train")):
             return []
         shards: dict[str, Any] = {split: self._source(split) for split in SPLITS}
         check_same_classes({split: each.classes for split, each in shards.items()}, "the classes", root)

@@ -1,0 +1,99 @@
+"""A network in one file: ONNX, torch.export, safetensors."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch.export import Dim
+
+from lit_tricks.commands._exported import Exported
+
+__all__ = ["import_onnx", "write_onnx", "write_safetensors", "write_torch_export"]
+
+OPSET = 18  # the one that torch writes without converting
+MOST_ONNX = 2**31 - 2**20  # bytes of weights in one file of protobuf
+
+
+def import_onnx() -> None:
+    """See that what writes and checks ONNX is installed; it is optional.
+
+    Raises:
+        ModuleNotFoundError: that says how to install it.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f'--format onnx needs {", ".join(missing)}, which is not installed: pip install "lit-tricks[export]"',
+            name=missing[0],
+        )
+
+
+def write_onnx(exported: Exported, path: Path) -> None:
+    """Write an ONNX file with any number of ``images``, to ``logits``; onnxruntime must give the same as torch.
+
+    Raises:
+        ValueError: if the network can not be written so.
+    """
+    import onnxruntime
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in exported.network.state_dict().values())
+    if size > MOST_ONNX:
+        raise ValueError(
+            f"the weights have {size / 2**30:.1f} GiB, and one ONNX file holds 2: choose --format torch-export."
+        )
+    try:
+        program: Any = torch.onnx.export(
+            exported.network, (exported.images(2),), input_names=["images"], output_names=["logits"],
+            dynamic_shapes=({0: Dim("batch")},), opset_version=OPSET, dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+    except Exception as error:  # the steps of the exporter fail in many ways, with pages of text
+        raise _refused(exported, "ONNX", error) from error
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names the folders of this machine
+    program.model.metadata_props.update(exported.metadata())
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    exported.check(
+        lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), "onnxruntime"
+    )
+
+
+def write_torch_export(exported: Exported, path: Path) -> None:
+    """Write a file for ``torch.export.load``, with ``metadata.json`` among its extra files.
+
+    Raises:
+        ValueError: if the network can not be written so.
+    """
+    try:
+        program = torch.export.export(exported.network, (exported.images(2),), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:
+        raise _refused(exported, "torch.export", error) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names the folders of this machine
+    with path.open("w+b") as stream:  # by name it would have to end in .pt2
+        torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(exported.metadata(), indent=2)})
+        stream.seek(0)
+        exported.check(torch.export.load(stream).module(), "torch.export")
+
+
+def write_safetensors(exported: Exported, path: Path) -> None:
+    """Write the weights alone, under timm's keys; the metadata is in the header of the file."""
+    state = {key: tensor.contiguous().clone() for key, tensor in exported.network.state_dict().items()}
+    path.write_bytes(save(state, exported.metadata() | {"format": "pt"}))  # save_file lets nobody else read the file
+    found = load_file(path)
+    if found.keys() != state.keys() or not all(torch.equal(found[key], state[key]) for key in state):
+        raise ValueError(f"{path} does not hold the weights that were written: is the disk in order?")
+
+
+def _refused(exported: Exported, what: str, error: Exception) -> ValueError:
+    name = type(exported.network).__name__
+    reason = textwrap.shorten(str(error.__cause__ or error), 160, placeholder=" ...")
+    return ValueError(
+        f"{name} can not be written by {what} ({type(error).__name__}: {reason}): choose another --format."
+    )

@@ -1,0 +1,219 @@
+"""What is exported: the network of a classifier, how images are made its input, and what its output stands for.
+
+One vocabulary for all formats, timm's: what reads timm's ``config.json`` knows what the words mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import tempfile
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+import lit_tricks
+from lit_tricks.classifier import Classifier
+from lit_tricks.commands._checkpoint import class_of, data_of, data_settings, module_of, read_checkpoint
+from lit_tricks.data._base import ImageDataModule, resize_size_for
+
+__all__ = ["Exported", "Preprocessing", "classifier_of", "crop_pct", "preprocessing_of"]
+
+TOLERANCE = 1e-4  # between logits of the checkpoint and of what was made of it, relative where they are above 1
+BATCH_SIZES = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the input of a network; the fields are those of timm's ``pretrained_cfg``.
+
+    Args:
+        input_size: channels, height and width.
+        mean: of the channels, on the scale from 0 to 1.
+        std: standard deviation of the channels, on the scale from 0 to 1.
+        crop_pct: side over the short side before the centre crop, in (0, 1].
+        crop_mode: "center" keeps the aspect ratio, "squash" makes the image a square.
+        interpolation: of the resizing, antialiased.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: str = "center"
+    interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network in evaluation mode on the CPU, and what belongs to it.
+
+    Args:
+        network: logits (N, classes) of images (N, C, H, W).
+        model: what it was made by: a name, or the settings of a class; None where the checkpoint does not say.
+        model_args: arguments of a model given by name.
+        preprocessing: of its images.
+        label_names: of the classes.
+        metrics: of the checkpoint, by split, where they are known.
+        license: identifier of the licence.
+    """
+
+    network: nn.Module
+    model: Any
+    model_args: dict[str, Any]
+    preprocessing: Preprocessing
+    label_names: list[str]
+    metrics: dict[str, dict[str, float]]
+    license: str
+
+    def metadata(self) -> dict[str, str]:
+        """All of it as text: what is no text by nature is JSON."""
+        known: dict[str, Any] = asdict(self.preprocessing)
+        known |= {"num_classes": len(self.label_names), "label_names": self.label_names, "metrics": self.metrics}
+        known |= {"model": self.model, "model_args": self.model_args} if self.model else {}
+        known |= {"task": "image-classification", "license": self.license}
+        known |= {"producer": f"lit_tricks {lit_tricks.__version__}"}
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
+
+    def images(self, count: int) -> Tensor:
+        """Noise as it comes out of the normalisation, (count, C, H, W)."""
+        return torch.randn(count, *self.preprocessing.input_size, generator=torch.Generator().manual_seed(count))
+
+    @torch.no_grad()
+    def check_size(self) -> None:
+        """See that the network takes its images.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        try:
+            self.network(self.images(2))
+        except Exception as error:
+            size = " x ".join(map(str, self.preprocessing.input_size))
+            reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+            raise ValueError(f"the network takes no images of {size} ({reason}): give its --input_size.") from error
+
+    @torch.no_grad()
+    def check(self, logits_of: Any, where: str, exact: bool = False) -> None:
+        """See that something else gives the same logits, for batches of several sizes.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        for count in BATCH_SIZES:
+            images = self.images(count)
+            expected, found = self.network(images), logits_of(images)
+            apart = float((found - expected).abs().max()) if found.shape == expected.shape else math.inf
+            allowed = 0 if exact else TOLERANCE * max(1.0, float(expected.abs().max()))
+            if not apart <= allowed:
+                raise ValueError(
+                    f"{where} gives other logits than the checkpoint, by {apart:.2g} in a batch of {count}."
+                )
+
+
+def classifier_of(path: Path, module: LightningModule | None) -> Classifier:
+    """The classifier that a checkpoint is of, in evaluation mode on the CPU, with the weights that it was saved with.
+
+    Raises:
+        ValueError: if it is of another module, or does not say what network it is of.
+    """
+    content = read_checkpoint(path)
+    settings = content.get("hyper_parameters", {})
+    if module is not None:
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    elif "_class_path" in settings:
+        name = settings["_class_path"]
+        try:
+            kind = class_of(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{path} is of {name}, which can not be imported ({error}): install it.") from error
+        if not issubclass(kind, Classifier):
+            raise ValueError(f"{path} is of {name}: export takes a Classifier.")
+        module = module_of(path)
+    else:  # saved without the command line, which would have named the class
+        foreign = sorted(settings.keys() - inspect.signature(Classifier).parameters.keys())
+        if foreign or "num_classes" not in settings:
+            what = f"it has the setting {foreign[0]!r}" if foreign else "it does not say what module it is of"
+            raise ValueError(f"{path} is not of a Classifier: {what}. Give --module, if it is one.")
+        if "model" not in settings:
+            raise ValueError(
+                f"{path} does not say what network its weights are of: give --module, a Classifier with it."
+            )
+        module = module_of(path)
+    if not isinstance(module, Classifier) or type(module).forward is not Classifier.forward:
+        raise ValueError(
+            f"{type(module).__name__} is no Classifier, or has a forward of its own: export takes neither."
+        )
+    return module.cpu().eval()
+
+
+def preprocessing_of(
+    path: Path,
+    module: Classifier,
+    input_size: int | None,
+    mean: list[float] | None,
+    std: list[float] | None,
+    crop_ratio: float | None,
+) -> Preprocessing:
+    """How the images of a checkpoint's data are made its input; what is given counts more.
+
+    Raises:
+        ValueError: if the checkpoint does not say, and it is not given; or for values out of range.
+    """
+    data = _data_of(path)
+    channels, *_, trained = module.hparams.get("input_size") or (3, 224, 224)
+    mode, ratio = "center", 0.875  # timm's
+    if data is not None:
+        channels, *_, trained = data.input_size
+        trained = data.hparams.get("eval_size") or trained
+        mode, ratio = data.crop_mode, data.crop_ratio
+        mean = [value / 255 for value in data.mean] if mean is None else mean
+        std = [value / 255 for value in data.std] if std is None else std
+    if mean is None or std is None:
+        raise ValueError(
+            f"{path} does not say how its images were normalised: give --mean and --std, on the scale from 0 to 1, and "
+            f"--input_size, if that is not {trained}."
+        )
+    size = trained if input_size is None else input_size
+    if size < 1:
+        raise ValueError(f"--input_size={size} is below 1: it is the side of the images in pixels.")
+    if crop_ratio is not None and not 0 < crop_ratio <= 1:
+        raise ValueError(f"--crop_ratio {crop_ratio:g} is not above 0 and at most 1: 0.875 is 224 of 256 pixels.")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(
+                f"--{name} has {len(values)} values, and the images have {channels} channels: give as many."
+            )
+        if not all(0 <= value <= 1 for value in values) or (name == "std" and min(values) == 0):
+            raise ValueError(
+                f"--{name} {' '.join(map(str, values))}: on the scale from 0 to 1 it is 1/255 of that on 0-255."
+            )
+    resize_size = resize_size_for(size, crop_ratio, default=ratio)
+    return Preprocessing((channels, size, size), tuple(mean), tuple(std), crop_pct(size, resize_size), mode)
+
+
+def crop_pct(size: int, resize_size: int) -> float:
+    """The ratio from which timm, which rounds down, comes to just this size before the crop."""
+    ratio = size / resize_size
+    while math.floor(size / ratio) < resize_size:
+        ratio = math.nextafter(ratio, 0)
+    return ratio
+
+
+def _data_of(path: Path) -> ImageDataModule | None:
+    """The data module, where it is one of ours; its images need not be there any more."""
+    settings = data_settings(path)
+    try:
+        kind = class_of(settings["class_path"]) if settings else None
+    except (ImportError, AttributeError):
+        return None
+    if kind is None or not issubclass(kind, ImageDataModule):
+        return None
+    data: Any = data_of(path, predict_dir=tempfile.gettempdir())  # as it is made to predict
+    return data  # type: ignore[no-any-return]
