@@ -27,7 +27,7 @@ TASKS = {
     "segmentation": (
         "segment_digits",
         {"model_args": {"depth": 18, "variant": "D", "width": 0.125, "small_input": True, "output_stride": 8}},
-        2,
+        4,
         24,
     ),
     "detection": ("detect_digits", {"backbone_args": {"depth": 18, "variant": "D", "width": 0.25}}, 3, 24),
