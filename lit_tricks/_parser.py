@@ -16,7 +16,7 @@ import yaml
 
 from lit_tricks.data._workers import explain_death
 
-__all__ = ["CONFIGS", "config_name", "explain", "find_config", "given", "resolve_configs"]
+__all__ = ["CONFIGS", "config_name", "explain", "find_config", "given", "model_in", "resolve_configs"]
 
 _INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
@@ -57,6 +57,19 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         paths.append(path)
         words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
     return words, paths
+
+
+def model_in(args: list[str]) -> str:
+    """Name of the model's class among the words of a command line and in their configurations, or nothing."""
+    files = [word for flag, word in itertools.pairwise(args) if flag in ("-c", "--config")]
+    files += [word.partition("=")[2] for word in args if word.startswith(("-c=", "--config="))]
+    named: list[Any] = []
+    for file in files:
+        text = file if file.startswith("{") else Path(file).read_text(encoding="utf-8")
+        model = yaml.safe_load(text).get("model") or {}
+        named.append(model.get("class_path") if isinstance(model, dict) else model)
+    named += [given(args, "--model"), given(args, "--model.class_path")]
+    return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")
 
 
 def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:

@@ -23,12 +23,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
+import lit_tricks.classifier
 import lit_tricks.data
-import lit_tricks.detector  # noqa: F401
+import lit_tricks.detector
 from lit_tricks import __version__, commands
-from lit_tricks._parser import explain, given, resolve_configs
+from lit_tricks._parser import explain, given, model_in, resolve_configs
 from lit_tricks._task import Task
-from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
@@ -144,6 +144,10 @@ class TricksCLI(LightningCLI):
                 file.write_text(yaml.safe_dump(settings))
                 at = args.index(str(subcommand)) + 1
                 args = [*args[:at], f"--config={file}", *args[at:]]
+            named = model_in(args)  # of arguments in common it would take the values of the default class
+            if subcommand and named in lit_tricks._MODULES:
+                default = {"class_path": f"lit_tricks.{lit_tricks._MODULES[named]}.{named}"}
+                self._subcommand_parsers[subcommand].set_defaults({"model": default})
             self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -207,9 +211,7 @@ class TricksCLI(LightningCLI):
             if self.subcommand == "predict" or target not in known or target not in asked:
                 continue
             found = getattr(self.datamodule, source)
-            # of the class that is there where none is given, the parser leaves what another one takes as well
-            defaults = (inspect.signature(each).parameters[target].default for each in (type(self.model), Classifier))
-            if asked[target] not in (found, *defaults):
+            if asked[target] not in (found, known[target].default):
                 raise ValueError(
                     f"--model.{target}={asked[target]} disagrees with the data, which has {found}: leave it out, it "
                     "is taken from there."

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import masks
 import pytest
 import timm.optim
 import torch
@@ -92,6 +93,13 @@ def test_a_recipe_makes_two_steps(cifar: Path, name: str) -> None:
         sizes = {"channels": 8, "head_width": 16, "min_size": 64, "max_size": 64}
         small = ("--model.backbone_args.width=0.125", "--data.batch_size=1", "--data.num_workers=0")
         small += tuple(f"--model.{key}={value}" for key, value in sizes.items())
+    elif name.endswith("_fcn"):
+        small += ("--data.crop_size=32", "--data.base_size=32", "--model.weights=null")
+        if "voc" in name:
+            small += (f"--data.root={masks.write_voc(Path('voc'))}", "--data.masks=SegmentationClass")
+            small += ("--data.train_set=train", "--data.batch_size=2")
+        else:
+            small += (f"--data.root={masks.write_ade(Path('ade'))}", "--data.batch_size=2")
     elif name.startswith("recipes/imagenet"):
         small += ("--data.root=imagenet", "--data.image_size=32")
         if "KnowledgeDistillation" in (CONFIGS / f"{name}.yaml").read_text():  # its teacher would be downloaded
@@ -106,7 +114,7 @@ def test_a_recipe_says_what_it_costs_and_reaches() -> None:
         if name.startswith("recipes/"):
             header = (CONFIGS / f"{name}.yaml").read_text().partition("seed_everything")[0]
             assert f"#   lit-tricks fit --config {name}" in header
-            assert re.search(r"^# Expected: (top-1|mAP)[^%]*\d+\.?\d* .*%", header, re.MULTILINE), name
+            assert re.search(r"^# Expected: (top-1|mAP|mIoU)[^%]*\d+\.?\d* .*%", header, re.MULTILINE), name
             assert re.search(r"^# Cost: .*GPU hours?", header, re.MULTILINE), name
 
 

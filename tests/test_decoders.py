@@ -144,9 +144,9 @@ def test_an_auxiliary_head_is_for_training_and_sees_the_second_last_map() -> Non
 
 
 def test_unknown_names_and_maps_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="decoder='unet' is unknown: choose one of 'fcn', 'aspp'"):
+    with pytest.raises(ValueError, match=r"decoder='unet' is unknown: choose one of 'fcn', 'aspp'"):
         create_decoder("unet", [8], [8], CLASSES)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="decoder='fpn' takes 4 feature maps .* gives 2: choose another backbone"):
+    with pytest.raises(ValueError, match=r"decoder='fpn' takes 4 feature maps .* gives 2: choose another backbone"):
         create_decoder("fpn", [8, 8], [8, 16], CLASSES)
     with pytest.raises(ValueError, match=r"strides of the backbone are \[4, 8, 16, 16\]: leave output_stride at 32"):
         create_decoder("fpn", [8] * 4, [4, 8, 16, 16], CLASSES)

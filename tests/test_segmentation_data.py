@@ -330,7 +330,7 @@ def test_bad_voc_and_ade(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the list of the images for train, is empty"):
         VOCSegmentation(str(root)).setup()
     (root / "ImageSets/Segmentation/train.txt").write_text("a\nnowhere\n")
-    with pytest.raises(FileNotFoundError, match="no image in '.*JPEGImages' for 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"no image in '.*JPEGImages' for 'nowhere'"):
         VOCSegmentation(str(root)).setup()
     root = write_ade(tmp_path / "ade")
     write_pair(root / "images/training/x.jpg", root / "annotations/training/x.png", labels=[0, 151])

@@ -1,6 +1,6 @@
 """The teacher of a distillation, from a module, a checkpoint of ours or a name of timm's: a network that stays as is.
 
-One caveat: the only file of the callbacks that imports timm, or our Classifier, and only where a teacher needs them.
+One caveat: the only file of the callbacks that imports timm, or our modules, and only where a teacher needs them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def load_teacher(teacher: str | nn.Module) -> nn.Module:
     """Build a teacher, frozen and in evaluation mode; of a module a copy, so that the user's stays as it is.
 
     Args:
-        teacher: a module, the path of a checkpoint of a Classifier, or a name with pretrained weights in timm.
+        teacher: a module, the path of a checkpoint of a Classifier or Segmenter, or a name with pretrained weights in
+            timm.
 
     Raises:
         FileNotFoundError: if it looks like a file and none is there.
         ValueError: if it is neither a file nor a name known to timm; the nearest names are told.
         ConnectionError: if the download fails.
-        RuntimeError: if the file holds no Classifier.
+        RuntimeError: if the file holds neither.
     """
     state = random.getstate()
     try:
@@ -165,11 +166,14 @@ def _by_name(teacher: str) -> nn.Module:
 
 def _checkpoint(path: Path) -> nn.Module:
     from lit_tricks.classifier import Classifier
+    from lit_tricks.segmenter import Segmenter
 
     try:
-        return Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        settings = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        module = Segmenter if "decoder" in settings else Classifier
+        return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind fails in a dozen ways
         raise RuntimeError(
-            f"teacher={str(path)!r} is no checkpoint of a Classifier that was built by name ({type(error).__name__}: "
-            f"{error}). Build the network yourself, load its weights and give it as a module."
+            f"teacher={str(path)!r} is no checkpoint of a Classifier or Segmenter that was built by name "
+            f"({type(error).__name__}: {error}). Build the network yourself, load its weights and give it as a module."
         ) from error

@@ -56,7 +56,7 @@ class KnowledgeDistillation(LossTrick):
 
     Args:
         teacher: a module that returns logits; in YAML its ``class_path`` and ``init_args``, the path of a checkpoint of
-            a Classifier, or a name with pretrained weights in timm, which is downloaded.
+            a Classifier or Segmenter, or a name with pretrained weights in timm, which is downloaded.
         temperature: ``T``, above 0. At 1 the teacher's best guesses count; far above the logits, all their differences.
         alpha: None adds both losses, as the paper. A number in (0, 1] weighs them, ``(1 - alpha)`` for the labels and
             ``alpha`` for the teacher: 0.5 is GluonCV (its ``hard_weight`` is ``1 - alpha``), 0.9 usual after Hinton.
@@ -72,8 +72,8 @@ class KnowledgeDistillation(LossTrick):
         ValueError: for an argument out of its range, or a teacher's name that timm does not know.
         FileNotFoundError: when the fit starts, if the checkpoint is not there.
         ConnectionError: when the fit starts, if the download fails.
-        RuntimeError: when the fit starts, if the checkpoint holds no Classifier, or teacher and student share weights;
-            in the first training step, if they do not fit each other, or no loss saw the target.
+        RuntimeError: when the fit starts, if the checkpoint holds neither, or teacher and student share weights; in the
+            first training step, if they do not fit each other, or no loss saw the target.
 
     Example:
         ``- {class_path: KnowledgeDistillation, init_args: {teacher: resnet152d.gluon_in1k, temperature: 20}}``

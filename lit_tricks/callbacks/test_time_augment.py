@@ -54,7 +54,7 @@ def mean_logits(logits: Sequence[Tensor], activation: Literal["softmax", "sigmoi
     """The logits of the mean of probabilities: with "softmax" its logarithm, with "sigmoid" its log odds.
 
     Args:
-        logits: of the views, each (N, K).
+        logits: of the views, each (N, K), or (N, K, H, W).
         activation: what makes probabilities of them.
     """
     stacked = torch.stack(list(logits))
@@ -62,7 +62,7 @@ def mean_logits(logits: Sequence[Tensor], activation: Literal["softmax", "sigmoi
         stacked = stacked.float()
     number = math.log(len(stacked))
     if activation == "softmax":
-        return stacked.log_softmax(-1).logsumexp(0) - number
+        return stacked.log_softmax(2).logsumexp(0) - number  # over the classes of each view
     return F.logsigmoid(stacked).logsumexp(0) - F.logsigmoid(-stacked).logsumexp(0)
 
 
@@ -72,7 +72,8 @@ class TestTimeAugment(Trick):
     In validation, test and prediction, ``forward`` of the module runs once for each view, and returns the logits of the
     mean of their probabilities: its logarithm, in float32 at least. What the module makes of logits is right for the
     mean, then: softmax gives its probabilities, argmax its class, cross entropy its loss. Training, and the sanity
-    check before it, run as ever. Batches stay as they are.
+    check before it, run as ever. Batches stay as they are. Dense logits (N, K, H, W), as of segmentation, are put back
+    to where the pixels of the image are: flipped back, and resized.
 
     Cost: that of a validation, times the number of views. Use it for the last bit of accuracy in a test. Leave ``flip``
     out where left and right matter (digits, text), and all of it where the time of a prediction does, or published
@@ -81,6 +82,7 @@ class TestTimeAugment(Trick):
     Args:
         flip: whether the views are also flipped horizontally: 2 of each.
         crops: 1 (the whole image), 5 (the corners and the centre, each 7/8 of the side), or 10 (these, and flipped).
+            Dense logits take 1.
         scales: factors on the sides, each above 0 and another set of views, as ``[0.875, 1.0, 1.125]``: bilinear,
             antialiased, before the crops. With 8/7 crops are as large as the image was.
         activation: what makes probabilities of the logits: "softmax", or "sigmoid" for several labels, or one logit.
@@ -88,8 +90,8 @@ class TestTimeAugment(Trick):
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: in the first batch, if that ``forward`` gets no images, does not give logits (N, K), or can not
-            take a view.
+        RuntimeError: in the first batch, if that ``forward`` gets no images, does not give logits (N, K), or dense ones
+            of the size of the images, or can not take a view.
 
     Example:
         ``- {class_path: TestTimeAugment, init_args: {flip: true}}``
@@ -196,7 +198,7 @@ class TestTimeAugment(Trick):
                 '"model"), or remove TestTimeAugment.'
             )
         images, outputs = named[where], []
-        for view in views(images, self.flip, self.crops, self.scales):
+        for number, view in enumerate(views(images, self.flip, self.crops, self.scales)):
             named[where] = view
             try:
                 output = forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})
@@ -208,17 +210,27 @@ class TestTimeAugment(Trick):
                     f"({type(error).__name__}: {error}). A network for one size takes flips alone: leave crops and "
                     "scales out, or build it for any size."
                 ) from error
-            self._check(output, len(images))
+            self._check(output, len(images), view)
+            if output.dim() == 4:
+                output = output.flip(-1) if self.flip and number % 2 else output
+                if view.shape != images.shape:
+                    output = F.interpolate(output, images.shape[-2:], mode="bilinear", align_corners=False)
             outputs.append(output)
         return mean_logits(outputs, self.activation)
 
-    def _check(self, output: Any, number: int) -> None:
-        is_logits = isinstance(output, Tensor) and output.dim() == 2 and len(output) == number
+    def _check(self, output: Any, number: int, view: Tensor) -> None:
+        is_dense = isinstance(output, Tensor) and output.dim() == 4 and output.shape[-2:] == view.shape[-2:]
+        is_logits = isinstance(output, Tensor) and (output.dim() == 2 or is_dense) and len(output) == number
+        if is_dense and self.crops > 1:
+            raise RuntimeError(
+                f"TestTimeAugment(crops={self.crops}): crops do not cover the image, and `forward` gives logits for "
+                "each of its pixels: leave crops at 1; flips and scales can be put back."
+            )
         if is_logits and (output.size(1) > 1 or self.activation == "sigmoid"):
             return
         what = describe(output) if not is_logits else "a single logit"
         remedy = "give activation='sigmoid'" if is_logits else "name the module that does, as layer='model'"
         raise RuntimeError(
-            f"TestTimeAugment averages the probabilities of logits (N, K), and `forward` gives {what}: {remedy}, or "
-            "remove TestTimeAugment."
+            f"TestTimeAugment averages the probabilities of logits (N, K), or of (N, K, H, W) for images of H x W "
+            f"pixels, and `forward` gives {what}: {remedy}, or remove TestTimeAugment."
         )
