@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _detectors import detector, trainer
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lit_tricks import Detector, callbacks
