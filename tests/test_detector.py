@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from _cli import checkpoint, cli, done, metrics, results, workplace
+from _detector_distributed import found_and_wanted
 from _detectors import FEW, detector, trainer
+from _launch import two_processes
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
@@ -252,6 +254,23 @@ def test_without_pycocotools_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         trainer().fit(detector(), DigitDetection())
     module = detector().eval()
     assert len(module.predict_step([torch.zeros(1, 64, 64)])) == 1  # to predict, it needs none
+
+
+def test_two_processes_count_all_images(tmp_path: Path) -> None:
+    """Four images in one and three in the other; and DDP trains the same weights in both."""
+    [one, two] = two_processes(["_detector_distributed"], tmp_path)["_detector_distributed"]
+    metric = _AveragePrecision()
+    pairs = found_and_wanted()
+    metric.update(*map(list, zip(*pairs, strict=True)))
+    expected = {name: value.item() for name, value in metric.compute().items()}
+    assert 0 < expected["map75"] < expected["map50"] <= 1
+    assert one["precision"] == two["precision"] == pytest.approx(expected)
+    assert one["metrics"]["val/map50"] == two["metrics"]["val/map50"]
+    batch_norm = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in one["weights"] if not name.endswith(batch_norm)]
+    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in names)
+    before = detector().state_dict()
+    assert not any(torch.equal(one["weights"][name], before[name]) for name in names if name.endswith("conv1.weight"))
 
 
 # Training
