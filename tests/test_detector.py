@@ -28,6 +28,7 @@ from lit_tricks.data import DigitDetection
 from lit_tricks.data._scenes import DigitScenes
 from lit_tricks.detector import _AveragePrecision
 from lit_tricks.models.detectors import box_loss
+from lit_tricks.recording.preview import BOX, preview_of
 
 MODELS = ("faster_rcnn", "retinanet")
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -469,6 +470,34 @@ def test_a_fit_is_resumed_tested_and_predicts(folder: Path) -> None:
         assert [row[1] for row in mine] == [str(label - 1) for label in found["labels"].tolist()]
         boxes = np.array([row[3:] for row in mine], dtype=float).reshape(-1, 4)
         np.testing.assert_allclose(boxes, found["boxes"].numpy(), atol=0.02)
+
+
+def test_other_commands(folder: Path) -> None:
+    done(*FIT, "--trainer.max_epochs=1")
+    best, last = (f"runs/small/v0/checkpoints/{name}.ckpt" for name in ("best", "last"))
+    done("average", best, last, "-o", "soup.ckpt", "--config=detect_digits", "--num-samples=16")
+    soup = checkpoint("soup.ckpt")["state_dict"]
+    mean = "model.backbone.body.net.bn1.running_mean"
+    assert not torch.equal(soup[mean], checkpoint(last)["state_dict"][mean])
+    assert len(Detector.load_from_checkpoint("soup.ckpt", weights_only=True).eval()([torch.zeros(1, 64, 64)])) == 1
+    outcome = cli("resolution", "--ckpt", last, "--sizes", "32")
+    assert "is of a Detector, and this is for classifiers of whole images" in outcome.err, outcome
+
+
+def test_the_preview_draws_boxes(folder: Path) -> None:
+    data = DigitDetection(scale=(1.0, 1.0))
+    images, targets = next(iter(data.val_dataloader()))
+    large = torch.nn.functional.pad(images[0], (0, 30))
+    images, targets = [*images[:3], large], [*targets[:3], targets[0]]
+    found = preview_of((images, targets), data, 4)
+    assert found.images.shape == (4, 64, 94, 3)
+    for picture, target in zip(found.images, targets, strict=True):
+        edges = (picture == np.array(BOX, np.uint8)).all(2)
+        rectangles = np.zeros_like(edges)
+        for x0, y0, x1, y1 in target["boxes"].int().tolist():
+            rectangles[[y0, y1 - 1], x0:x1] = rectangles[y0:y1, x0] = rectangles[y0:y1, x1 - 1] = True
+        assert np.array_equal(edges, rectangles)
+    assert found.titles()[0].split(", ") == [str(digit - 1) for digit in dict.fromkeys(targets[0]["labels"].tolist())]
 
 
 def test_bad_flags_of_the_command_line(folder: Path) -> None:
