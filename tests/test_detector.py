@@ -399,6 +399,15 @@ def test_other_classes_than_the_data_has() -> None:
         trainer().fit(detector(num_classes=4), DigitDetection())
 
 
+@pytest.mark.parametrize("label", [0, 11])
+@pytest.mark.parametrize("model", MODELS)
+def test_labels_of_no_class(model: str, label: int) -> None:
+    images, targets = batch()
+    targets[2]["labels"][0] = label
+    with pytest.raises(ValueError, match=r"labels of a batch are .* must be from 1 to 10, as 0 is the background"):
+        detector(model).training_step((images, targets), 0)
+
+
 def test_half_precision_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"bf16-true would round the corners of boxes .*: use bf16-mixed"):
         trainer(precision="bf16-true").fit(detector(), DigitDetection())
