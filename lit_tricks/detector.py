@@ -171,8 +171,14 @@ class Detector(Task):
         return found
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Sum of the losses of a batch."""
+        """Sum of the losses of a batch.
+
+        Raises:
+            ValueError: for labels that are no class, in the first batch of an epoch.
+        """
         images, targets = batch
+        if batch_idx == 0:  # not in each: on a GPU, to look at labels is to wait for them
+            self._check_labels(targets)
         with _drawing(self.device, (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)):
             losses = self.losses(images, targets)
         total = torch.stack(list(losses.values())).sum()
@@ -212,6 +218,15 @@ class Detector(Task):
         train = ["train/loss_epoch", *(f"train/{part}" for part in parts)]
         val, test = ([f"{split}/{name}" for name in _PRECISIONS] for split in ("val", "test"))
         return [*train, *val, *(f"raw/{name}" for name in val), *test]
+
+    def _check_labels(self, targets: Sequence[dict[str, Tensor]]) -> None:
+        """In torchvision's losses a label that no class has would be another one's, in silence."""
+        labels = {label for target in targets for label in target["labels"].tolist()}
+        if not labels <= set(range(1, self.num_classes + 1)):
+            raise ValueError(
+                f"the labels of a batch are {sorted(labels)}: with num_classes={self.num_classes} they must be from 1 to "
+                f"{self.num_classes}, as 0 is the background."
+            )
 
     def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
         images, targets = batch

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["describe", "find", "images_in_list", "inputs_of", "refuse_boxes", "replace", "tensors_in"]
+__all__ = ["arguments_of", "describe", "find", "images_in_list", "inputs_of", "refuse_boxes", "replace", "tensors_in"]
 
 Path = tuple[Any, ...]  # keys, indices or field names, from the outside in
 
@@ -81,6 +81,16 @@ def inputs_of(batch: Any, trick: str) -> list[Tensor]:
             "uint8 images, with a dimension for the samples. Let the collate_fn of the loader return such."
         )
     return inputs
+
+
+def arguments_of(batch: Any, trick: str) -> list[Any]:
+    """What ``forward`` of a module is given of a batch: its inputs, or its images in their list.
+
+    Raises:
+        RuntimeError: if there are none.
+    """
+    images = images_in_list(batch)
+    return [images] if images else inputs_of(batch, trick)
 
 
 def refuse_boxes(batch: Any, trick: str, what: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks._base import callbacks_of
-from lit_tricks.callbacks._batch import describe, images_in_list, inputs_of
+from lit_tricks.callbacks._batch import arguments_of, describe
 from lit_tricks.callbacks._batch_norm import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
 from lit_tricks.callbacks._loss_trick import without_loss_tricks
@@ -212,8 +212,7 @@ def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[An
     batch = trainer.precision_plugin.convert_input(batch)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    images = images_in_list(batch)
-    return [images] if images else inputs_of(batch, "PreciseBN")
+    return arguments_of(batch, "PreciseBN")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

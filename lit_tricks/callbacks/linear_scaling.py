@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lit_tricks.callbacks._base import Trick
-from lit_tricks.callbacks._batch import describe
+from lit_tricks.callbacks._batch import describe, images_in_list
 from lit_tricks.callbacks._optimizers import Group, on_each_group, optimizers_in
 from lit_tricks.callbacks._true_batch import TrueBatch, true_batch
 
@@ -122,6 +122,8 @@ class LinearScaling(Trick):
         """
         if not self._is_seen:
             sizes = [leaf.size(0) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+            if images := images_in_list(batch):  # each with its channels first
+                sizes = [len(images)]
             self._is_seen = self._batch.size in sizes or not sizes
             is_last = batch_idx + 1 == trainer.num_training_batches  # it may be smaller
             if not self._is_seen and (not is_last or min(sizes) > self._batch.size):

@@ -175,6 +175,8 @@ def subject_of(
         hparams = read_checkpoint(path).get("hyper_parameters", {})
         changes = {"model_args": (hparams.get("model_args") or {}) | model_args} if model_args else {}
         module = module_of(path, **changes)
+        if getattr(module, "score", "top1") != "top1":
+            raise ValueError(f"{ckpt} is of a {type(module).__name__}, and this is for classifiers of whole images.")
         _check_classes(module, data, ckpt)
         return Subject(module, data, _side(module, data), None)
     return _timm(ckpt, data, weights, model_args)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks._batch import inputs_of
+from lit_tricks.callbacks._batch import arguments_of
 from lit_tricks.callbacks._batch_norm import estimate, layers_of
 from lit_tricks.callbacks._fresh import isolated_random_state
 from lit_tricks.commands._checkpoint import RUN, module_of, read_checkpoint, written_whole
@@ -143,12 +143,12 @@ class _Workshop:
                 new[f"{name}.{kind}"] = value.to("cpu", state[f"{name}.{kind}"].dtype)
         return new
 
-    def _batches(self, loader: Any, device: torch.device, advance: Callable[[int], None]) -> Iterator[list[Tensor]]:
+    def _batches(self, loader: Any, device: torch.device, advance: Callable[[int], None]) -> Iterator[list[Any]]:
         seen = 0
         for given, *_ in loader:
             batch = self.data.on_before_batch_transfer(given, 0)
             batch = self.data.transfer_batch_to_device(batch, device, 0)
-            inputs = inputs_of(self.data.on_after_batch_transfer(batch, 0), "average")
+            inputs = arguments_of(self.data.on_after_batch_transfer(batch, 0), "average")
             yield inputs
             seen += len(inputs[0])
             advance(len(inputs[0]))

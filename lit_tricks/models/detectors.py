@@ -8,6 +8,7 @@ both resize what they are given to ``min_size``, so that objects have another si
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -46,10 +47,18 @@ class Pyramid(nn.Module):
     Attributes:
         out_channels: ``channels``.
         strides: side of the image over that of each map.
+
+    Raises:
+        ValueError: for a backbone whose maps do not shrink.
     """
 
     def __init__(self, body: Backbone, channels: int, extra: nn.Module, extra_maps: int) -> None:
         super().__init__()
+        if sorted(set(body.strides)) != body.strides:
+            raise ValueError(
+                f"the feature maps of {type(body.net).__name__} have strides {body.strides}, and those of a feature "
+                "pyramid must rise: give levels=1, or a backbone that shrinks its maps, such as resnet or convnext_tiny"
+            )
         self.body = body
         self.fpn = FeaturePyramidNetwork(body.channels, channels, extra_blocks=extra)
         self.out_channels = channels
@@ -151,6 +160,10 @@ def retinanet(
         **_transform_args(body, in_chans),
         **model_args,
     )
+    for part in (net.head.classification_head.conv, net.head.regression_head.conv):
+        for layer in part.modules():
+            if isinstance(layer, nn.Conv2d):  # torchvision's 0.01 lets the signal of fewer channels than 256 vanish
+                nn.init.normal_(layer.weight, std=0.01 * math.sqrt(256 / channels))
     if beta is not None:
         head = net.head.regression_head
         head.__class__, head.beta = _RegressionHead, beta

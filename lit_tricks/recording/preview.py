@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lit_tricks.callbacks._batch import find, inputs_of
+from lit_tricks.callbacks._batch import find, images_in_list, inputs_of
 
 __all__ = ["Preview", "PreviewLogger", "preview_of"]
 
@@ -27,6 +27,7 @@ log = logging.getLogger("lit_tricks")
 
 LEAST_SHARE = 0.05  # of a class in a label, to be told
 INCHES = 1.4  # of a cell
+BOX = (255, 140, 0)  # colour of its edge
 Shares = dict[str, float]
 
 
@@ -116,6 +117,8 @@ def preview_of(batch: Any, data: object, count: int) -> Preview:
     Raises:
         RuntimeError: if the batch holds no images.
     """
+    if listed := images_in_list(batch)[:count]:
+        return _objects_of(listed, batch[1], data)
     try:
         inputs, _, target = find(batch, "preview")
         candidates: Sequence[Tensor] = list(inputs.values())
@@ -128,6 +131,25 @@ def preview_of(batch: Any, data: object, count: int) -> Preview:
     shown = images[:count].detach().cpu()
     pixels, note = _pixels(shown, data)
     return Preview(pixels, labels or [{}] * len(pixels), tuple(images.shape[1:]), note)
+
+
+def _objects_of(images: Sequence[Tensor], targets: Any, data: object) -> Preview:
+    """Images of many sizes in frames of one, with the boxes of their objects."""
+    height, width = (max(image.shape[dim] for image in images) for dim in (1, 2))
+    names = getattr(data, "classes", None)
+    pictures, labels, note = [], [], ""
+    for image, target in zip(images, targets, strict=False):
+        pixels, note = _pixels(image[None].detach().cpu(), data)
+        picture = Image.fromarray(pixels[0]).convert("RGB")
+        draw = ImageDraw.Draw(picture)
+        for x0, y0, x1, y1 in target["boxes"].round().int().tolist():
+            draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX)
+        frame = Image.new("RGB", (width, height))
+        frame.paste(picture)
+        pictures.append(np.asarray(frame))
+        found = target["labels"].tolist()  # they start at 1
+        labels.append({str(names[label - 1] if names else label): 1.0 for label in found})
+    return Preview(np.stack(pictures), labels, (images[0].shape[0], height, width), note)
 
 
 def _labels(target: Tensor, classes: Sequence[str] | None, count: int) -> list[Shares]:
