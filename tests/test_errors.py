@@ -45,7 +45,7 @@ COSINE = ("--trainer.callbacks+=WarmupCosine",)
 FLAGS = {
     "path of a configuration": (
         ("fit", "--config=nowhere/x.yaml"),
-        r"--config nowhere/x\.yaml: there is no such file; there are base, data/cifar10, .*",
+        r"--config nowhere/x\.yaml: there is no such file; there are base, data/ade20k_segmentation, data/cifar10, .*",
     ),
     "name of a configuration": (
         ("fit", "--config", "quickstrt"),

@@ -440,3 +440,11 @@ def test_refused(case: str) -> None:
     assert outcome.code in (1, 2)
     assert outcome.err.count("\n") == 1
     assert re.search(message, outcome.err), outcome.err
+
+
+def test_the_card_says_what_it_is_for(run: Path) -> None:
+    done("card", str(run / "checkpoints" / "best.ckpt"), "--output=card.md")
+    text = Path("card.md").read_text()
+    assert "pipeline_tag: image-segmentation" in text
+    assert "image-classification" not in text
+    assert "ece" not in text.partition("## Recipe")[0]

@@ -29,6 +29,7 @@ log = logging.getLogger("lit_tricks")
 
 NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "ece": "expected calibration error"}
 TYPES = {"top1": "accuracy", "top5": "accuracy", "ece": "expected_calibration_error"}
+TASKS = {"Segmenter": "image-segmentation", "Detector": "object-detection"}  # the Hub's names; of others classification
 
 
 def card(
@@ -152,11 +153,12 @@ class Facts:
 
 
 def _front_matter(facts: Facts, license_id: str, library: str) -> str:
-    tags = ["image-classification", *(["timm"] if library == "timm" else []), "lit-tricks", "pytorch-lightning"]
+    task = TASKS.get(facts.module.rpartition(".")[2], "image-classification")
+    tags = [task, *(["timm"] if library == "timm" else []), "lit-tricks", "pytorch-lightning"]
     tags += [re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower() for name in facts.tricks]
     results = [
         {
-            "task": {"type": "image-classification", "name": "Image Classification"},
+            "task": {"type": task, "name": task.replace("-", " ").title()},
             "dataset": {"name": facts.data or facts.dataset, "type": facts.dataset, "split": split},
             "metrics": [
                 {"type": TYPES[name], "name": NAMES[name], "value": round(found[name], 4)}
@@ -168,7 +170,7 @@ def _front_matter(facts: Facts, license_id: str, library: str) -> str:
         if split != "train" and facts.dataset and not NAMES.keys().isdisjoint(found)
     ]
     matter: dict[str, Any] = {"license": license_id, "library_name": library, "tags": tags}
-    matter |= {"pipeline_tag": "image-classification"}
+    matter |= {"pipeline_tag": task}
     matter |= {"datasets": [facts.dataset]} if facts.dataset else {}
     if results:
         matter |= {"metrics": ["accuracy"], "model-index": [{"name": facts.name, "results": results}]}
@@ -189,7 +191,8 @@ def _text(facts: Facts, use: list[str]) -> str:
     epoch = f"At epoch {content['epoch']}, {what}. " if "epoch" in content else ""
     if table.rows:
         test = "" if "test" in facts.metrics else " This checkpoint was not tested."
-        lines += [f"{epoch}Accuracies in per cent; ece is the expected calibration error.{test}", ""]
+        ece = "; ece is the expected calibration error" * any("ece" in split for split in facts.metrics.values())
+        lines += [f"{epoch}Accuracies in per cent{ece}.{test}", ""]
         lines += [*markdown_table(table), ""]
     else:
         lines += ["None are known: the folder of the run has no metrics of this checkpoint.", ""]
