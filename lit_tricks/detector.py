@@ -224,8 +224,8 @@ class Detector(Task):
         labels = {label for target in targets for label in target["labels"].tolist()}
         if not labels <= set(range(1, self.num_classes + 1)):
             raise ValueError(
-                f"the labels of a batch are {sorted(labels)}: with num_classes={self.num_classes} they must be from 1 to "
-                f"{self.num_classes}, as 0 is the background."
+                f"the labels of a batch are {sorted(labels)}: with num_classes={self.num_classes} they must be from 1 "
+                f"to {self.num_classes}, as 0 is the background."
             )
 
     def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:

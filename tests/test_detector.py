@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, sigmoid_focal_loss
 
 from lit_tricks import Classifier, Detector
@@ -304,6 +305,19 @@ def test_a_batch_without_any_object_trains(model: str) -> None:
     torch.stack(list(losses.values())).sum().backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("channels", [16, 64, 256])
+def test_the_heads_of_retinanet_let_a_signal_through_at_any_width(channels: int) -> None:
+    """As torchvision's do at the 256 channels that its standard deviation is made for; at 16 they would lose it."""
+    torch.manual_seed(0)
+    maps = torch.randn(4, 256, 16, 16)
+    expected = RetinaNetHead(256, 9, 3).regression_head.conv(maps).std().item()
+    net: Any = detector("retinanet", channels=channels).model
+    for head in (net.head.regression_head, net.head.classification_head):
+        assert head.conv(maps[:, :channels]).std().item() / expected == pytest.approx(1, abs=0.5)
+    if channels == 16:
+        assert RetinaNetHead(16, 9, 3).regression_head.conv(maps[:, :16]).std() / expected < 0.05
 
 
 def test_a_backbone_starts_from_a_classifier(tmp_path: Path) -> None:

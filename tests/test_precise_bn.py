@@ -949,7 +949,7 @@ def test_refuses_modules_that_it_can_not_run():
             return super().forward(image)
 
     assert "PreciseBN runs `forward` of NoForward, which has none" in refusal(module=NoForward())
-    assert "here (4, 1, 8, 8), and it failed (TypeError: forward() missing 1" in refusal(module=Other())
+    assert "here float32 (4, 1, 8, 8), and it failed (TypeError: forward() missing 1" in refusal(module=Other())
 
 
 @pytest.mark.parametrize("how", ["as they are", "others", "memory format", "not forward"])
