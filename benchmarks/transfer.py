@@ -43,7 +43,7 @@ def backbone(folder: Path, name: str, network: dict[str, object], size: int, tri
     path = folder / "runs" / name / "v0" / "checkpoints" / "best.ckpt"
     if not path.is_file():
         lit_tricks(
-            folder, "fit", "--config=recipes/digits_backbone", f"--name={name}", f"--data.image_size={size}",
+            folder, "fit", "--config=digits_backbone", f"--name={name}", f"--data.image_size={size}",
             *(f"--config=tricks/{trick}" for trick in tricks), f"--model.model_args={json.dumps(network)}",
         )  # fmt: skip
     return path
@@ -88,7 +88,7 @@ def main() -> None:
     for task in arguments.tasks:
         lines += study(arguments.work.resolve(), task, arguments.seeds)
     lines.append(
-        f"Classifiers: `recipes/digits_backbone`, plain, and with {', '.join(TRICKS)}. CPU, {os.cpu_count()} cores; "
+        f"Classifiers: `digits_backbone`, plain, and with {', '.join(TRICKS)}. CPU, {os.cpu_count()} cores; "
         f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
         f"{time.strftime('%Y-%m-%d')}; {time.perf_counter() - start:.0f} s. `python benchmarks/transfer.py`."
     )
