@@ -29,7 +29,7 @@ import lit_tricks.detector
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, model_in, resolve_configs
 from lit_tricks._task import Task
-from lit_tricks.commands._checkpoint import settings_in
+from lit_tricks.commands._checkpoint import class_path_in, settings_in
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
 from lit_tricks.recording.in_force import TricksInForce
@@ -310,7 +310,7 @@ def _settings_of(checkpoint: Path, predict: bool) -> dict[str, Any]:
         raise ValueError(f"--ckpt_path {checkpoint} is not a checkpoint of Lightning, or damaged.") from error
     if not predict:  # where the data is at hand, these come from it
         model = {key: value for key, value in model.items() if key not in LINKS.values()}
-    found = {"model": settings_in(model, "lit_tricks.Classifier"), "data": settings_in(data)}
+    found = {"model": settings_in(model, class_path_in(model) or "lit_tricks.Classifier"), "data": settings_in(data)}
     return {key: settings for key, settings in found.items() if settings}
 
 

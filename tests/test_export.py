@@ -24,7 +24,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lit_tricks import Classifier
+from lit_tricks import Classifier, Segmenter
 from lit_tricks.commands import export
 from lit_tricks.commands._export_timm import timm_arguments
 from lit_tricks.commands._exported import crop_pct
@@ -523,7 +523,7 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"]["_class_path"] = f"{__name__}.Other"
     torch.save(content, path)
-    refused(rf"made\.ckpt is of {__name__}\.Other: export takes a Classifier\.", path, "--format=onnx")
+    refused(rf"made\.ckpt is of {__name__}\.Other: export takes a Classifier or a Segmenter\.", path, "--format=onnx")
     content["hyper_parameters"]["_class_path"] = "nowhere.Net"
     torch.save(content, path)
     refused(
@@ -533,8 +533,43 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     torch.save(content, path)
     refused(r"made\.ckpt is not of a Classifier: it does not say what module .*", path, "--format=onnx")
     module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
-    with pytest.raises(ValueError, match="Doubled is no Classifier, or has a forward of its own"):
+    with pytest.raises(ValueError, match="Doubled is no Classifier or Segmenter, or has a forward of its own"):
         export(BEST, format="onnx", module=module)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder"),
+    [
+        ("onnx", "ppm"),  # which pools to bins
+        ("onnx", "pan"),  # which needs a padded image
+        *(("torch-export", decoder) for decoder in ("fcn", "aspp", "ppm", "fpn", "pan")),
+        ("safetensors", "fpn"),
+    ],
+)
+def test_a_segmenter(kind: str, decoder: Any) -> None:
+    network: dict[str, Any] = {"depth": 18, "width": 1 / 16, "small_input": True}
+    torch.manual_seed(0)
+    model = Segmenter("resnet", 11, network, decoder=decoder, input_size=(1, 64, 64)).eval()
+    path = made(kind, "--mean=0.1", "--std=0.2", checkpoint=saved(model))
+    images = torch.randn(3, 1, 64, 64)
+    if kind == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(path)
+        assert json.loads(session.get_modelmeta().custom_metadata_map["num_classes"]) == 11
+        assert session.get_modelmeta().custom_metadata_map["task"] == "image-segmentation"
+        [logits] = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+    elif kind == "torch-export":
+        torch.testing.assert_close(torch.export.load(path).module()(images), model(images), rtol=1e-5, atol=1e-5)
+    else:
+        other = Segmenter("resnet", 11, network, decoder=decoder, input_size=(1, 64, 64)).eval()
+        load_weights(other.model, path)
+        torch.testing.assert_close(other(images), model(images), rtol=0, atol=0)
+
+
+def test_timm_has_no_form_for_a_segmenter() -> None:
+    model = Segmenter("resnet", 11, {"depth": 18, "width": 1 / 16}, input_size=(1, 64, 64))
+    refused(r".* is of a Segmenter, and timm has classifiers: choose .*", saved(model), "--format=timm")
 
 
 def test_a_network_that_was_given_as_an_object() -> None:

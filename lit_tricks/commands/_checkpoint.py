@@ -13,7 +13,15 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 __all__ = [
-    "RUN", "class_of", "data_of", "data_settings", "module_of", "plain", "read_checkpoint", "settings_in",
+    "RUN",
+    "class_of",
+    "class_path_in",
+    "data_of",
+    "data_settings",
+    "module_of",
+    "plain",
+    "read_checkpoint",
+    "settings_in",
     "written_whole",
 ]  # fmt: skip
 
@@ -46,11 +54,18 @@ def module_of(path: Path, **changes: Any) -> LightningModule:
         ValueError: if the checkpoint does not say.
     """
     settings = read_checkpoint(path).get("hyper_parameters", {})
-    name = settings.get("_class_path", "lit_tricks.Classifier" if "num_classes" in settings else "")
+    name = class_path_in(settings)
     if not name:
         raise ValueError(f"{path} does not say what module its weights are of: give --module.")
     module: type[LightningModule] = class_of(name)
     return module.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
+
+
+def class_path_in(settings: dict[str, Any]) -> str:
+    """Where the module is that saved these settings: the command line names it, ours are known by what they have."""
+    ours = {"decoder": "Segmenter", "backbone": "Detector", "num_classes": "Classifier"}
+    found = next((f"lit_tricks.{name}" for setting, name in ours.items() if setting in settings), "")
+    return str(settings.get("_class_path", found))
 
 
 def data_settings(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is exported: the network of a classifier, how images are made its input, and what its output stands for.
+"""What is exported: the network of a checkpoint, how images are made its input, and what its output stands for.
 
 One vocabulary for all formats, timm's: what reads timm's ``config.json`` knows what the words mean.
 """
@@ -22,8 +22,9 @@ import lit_tricks
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import class_of, data_of, data_settings, module_of, read_checkpoint
 from lit_tricks.data._base import ImageDataModule, resize_size_for
+from lit_tricks.segmenter import Segmenter
 
-__all__ = ["Exported", "Preprocessing", "classifier_of", "crop_pct", "preprocessing_of"]
+__all__ = ["Exported", "Preprocessing", "crop_pct", "module_to_export", "network_of", "preprocessing_of"]
 
 TOLERANCE = 1e-4  # between logits of the checkpoint and of what was made of it, relative where they are above 1
 BATCH_SIZES = (1, 2, 5)
@@ -55,7 +56,8 @@ class Exported:
     """A network in evaluation mode on the CPU, and what belongs to it.
 
     Args:
-        network: logits (N, classes) of images (N, C, H, W).
+        task: "image-classification" or "image-segmentation".
+        network: logits (N, classes), or (N, classes, H, W), of images (N, C, H, W).
         model: what it was made by: a name, or the settings of a class; None where the checkpoint does not say.
         model_args: arguments of a model given by name.
         preprocessing: of its images.
@@ -64,6 +66,7 @@ class Exported:
         license: identifier of the licence.
     """
 
+    task: str
     network: nn.Module
     model: Any
     model_args: dict[str, Any]
@@ -77,7 +80,7 @@ class Exported:
         known: dict[str, Any] = asdict(self.preprocessing)
         known |= {"num_classes": len(self.label_names), "label_names": self.label_names, "metrics": self.metrics}
         known |= {"model": self.model, "model_args": self.model_args} if self.model else {}
-        known |= {"task": "image-classification", "license": self.license}
+        known |= {"task": self.task, "license": self.license}
         known |= {"producer": f"lit_tricks {lit_tricks.__version__}"}
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
 
@@ -117,8 +120,24 @@ class Exported:
                 )
 
 
-def classifier_of(path: Path, module: LightningModule | None) -> Classifier:
-    """The classifier that a checkpoint is of, in evaluation mode on the CPU, with the weights that it was saved with.
+class _Logits(nn.Module):
+    """A segmentation network, of which the logits alone are given: there is no auxiliary head in evaluation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images)[0]
+
+
+def network_of(module: Classifier | Segmenter) -> nn.Module:
+    """From images to logits, without the Lightning around it."""
+    return module.model if isinstance(module, Classifier) else _Logits(module.model).eval()
+
+
+def module_to_export(path: Path, module: LightningModule | None) -> Classifier | Segmenter:
+    """What a checkpoint is of, in evaluation mode on the CPU, with the weights that it was saved with.
 
     Raises:
         ValueError: if it is of another module, or does not say what network it is of.
@@ -133,29 +152,33 @@ def classifier_of(path: Path, module: LightningModule | None) -> Classifier:
             kind = class_of(name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{path} is of {name}, which can not be imported ({error}): install it.") from error
-        if not issubclass(kind, Classifier):
-            raise ValueError(f"{path} is of {name}: export takes a Classifier.")
+        if not issubclass(kind, Classifier | Segmenter):
+            raise ValueError(f"{path} is of {name}: export takes a Classifier or a Segmenter.")
         module = module_of(path)
     else:  # saved without the command line, which would have named the class
-        foreign = sorted(settings.keys() - inspect.signature(Classifier).parameters.keys())
+        kind = Segmenter if "decoder" in settings else Classifier
+        foreign = sorted(settings.keys() - inspect.signature(kind).parameters.keys())
         if foreign or "num_classes" not in settings:
             what = f"it has the setting {foreign[0]!r}" if foreign else "it does not say what module it is of"
-            raise ValueError(f"{path} is not of a Classifier: {what}. Give --module, if it is one.")
+            raise ValueError(f"{path} is not of a {kind.__name__}: {what}. Give --module, if it is one.")
         if "model" not in settings:
             raise ValueError(
                 f"{path} does not say what network its weights are of: give --module, a Classifier with it."
             )
         module = module_of(path)
-    if not isinstance(module, Classifier) or type(module).forward is not Classifier.forward:
+    if not isinstance(module, Classifier | Segmenter) or type(module).forward not in (
+        Classifier.forward,
+        Segmenter.forward,
+    ):
         raise ValueError(
-            f"{type(module).__name__} is no Classifier, or has a forward of its own: export takes neither."
+            f"{type(module).__name__} is no Classifier or Segmenter, or has a forward of its own: export takes neither."
         )
     return module.cpu().eval()
 
 
 def preprocessing_of(
     path: Path,
-    module: Classifier,
+    module: Classifier | Segmenter,
     input_size: int | None,
     mean: list[float] | None,
     std: list[float] | None,

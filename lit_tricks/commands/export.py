@@ -16,9 +16,10 @@ from lightning.pytorch import LightningModule
 from lit_tricks.commands._checkpoint import written_whole
 from lit_tricks.commands._export_files import import_onnx, write_onnx, write_safetensors, write_torch_export
 from lit_tricks.commands._export_timm import FILES, write_timm
-from lit_tricks.commands._exported import Exported, classifier_of, preprocessing_of
+from lit_tricks.commands._exported import Exported, module_to_export, network_of, preprocessing_of
 from lit_tricks.commands._progress import progress
 from lit_tricks.commands.card import Facts, text_of
+from lit_tricks.segmenter import Segmenter
 
 __all__ = ["export"]
 
@@ -48,10 +49,11 @@ def export(
     the size of the images, their normalisation and crop, the names of the classes and the metrics, in timm's words.
     "timm" is a folder for timm.create_model("local-dir:FOLDER", pretrained=True) and for the Hugging Face Hub, with a
     model card; "onnx" a file for ONNX Runtime and others; "torch-export" a file for torch.export.load; "safetensors"
-    the weights alone. The first three take any number of images.
+    the weights alone. The first three take any number of images, all of one size.
 
     Args:
-        checkpoint: of a Classifier, such as runs/NAME/vN/checkpoints/best.ckpt.
+        checkpoint: of a Classifier, such as runs/NAME/vN/checkpoints/best.ckpt, or of a Segmenter, which timm can not
+            hold.
         format: what to write.
         output: file, or for timm the folder, to write; by default it is named after the checkpoint, and lies beside it.
         license: identifier of the licence that the model is given away under, such as apache-2.0.
@@ -70,20 +72,26 @@ def export(
         FileExistsError: if ``output`` exists, unless it is to be replaced.
         PermissionError: if nothing can be written there.
         ModuleNotFoundError: for ONNX without the packages of the extra ``export``.
-        ValueError: if the checkpoint is damaged, not of a Classifier, does not say what images it is for, or is of a
+        ValueError: if the checkpoint is damaged, of another module, does not say what images it is for, or is of a
             network that the format can not hold.
     """
     path = Path(checkpoint)
     target = _check(path, format, output, overwrite)
     with progress(f"export to {format}", 3) as advance:
-        classifier = classifier_of(path, module)
+        trained = module_to_export(path, module)
+        is_segmenter = isinstance(trained, Segmenter)
+        if is_segmenter and format == "timm":
+            raise ValueError(
+                f"{path} is of a Segmenter, and timm has classifiers: choose --format onnx or torch-export."
+            )
         facts = Facts.of(path)
         exported = Exported(
-            network=classifier.model,
-            model=classifier.hparams.get("model"),
-            model_args=classifier.hparams.get("model_args") or {},
-            preprocessing=preprocessing_of(path, classifier, input_size, mean, std, crop_ratio),
-            label_names=classifier.class_names,
+            task="image-segmentation" if is_segmenter else "image-classification",
+            network=network_of(trained),
+            model=trained.hparams.get("model"),
+            model_args=trained.hparams.get("model_args") or {},
+            preprocessing=preprocessing_of(path, trained, input_size, mean, std, crop_ratio),
+            label_names=trained.class_names,
             metrics=facts.metrics,
             license=license,
         )
