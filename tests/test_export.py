@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -74,7 +75,10 @@ def elsewhere(code: str, path: str | Path, images: torch.Tensor, missing: tuple[
     np.save("images.npy", images.numpy())
     missing = ("lit_tricks", "lightning", "pytorch_lightning", *missing)
     program = ELSEWHERE.format(missing=set(missing), code=code.format(path=path))
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on how they are shared out
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120, env=threads
+    )
     assert ran.returncode == 0, ran.stderr
     return torch.from_numpy(np.load("logits.npy"))
 
