@@ -73,6 +73,10 @@ class Task(LightningModule):
     def _network(self) -> nn.Module:
         """The network that has the names in ``freeze``, and the blocks of ``layer_decay``."""
 
+    @abstractmethod
+    def _evaluate(self, batch: Any, name: str, metrics: MetricCollection) -> None:
+        """Update the metrics by a batch of the split ``name``, and log the loss, where there is one."""
+
     def setup(self, stage: str) -> None:
         """Compare the number of classes with that of the data, before anything is trained."""
         found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
@@ -117,6 +121,22 @@ class Task(LightningModule):
             if self.trainer.ckpt_path and news:
                 rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in news.items())}")
             group.update(changed)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate a batch, under ``val/``."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation set."""
+        self._log_metrics(self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate a batch, under ``test/``."""
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test set."""
+        self._log_metrics(self.test_metrics)
 
     def epoch_metrics(self) -> list[str]:
         """Names of what is logged once an epoch, also of the trained weights beside an average."""

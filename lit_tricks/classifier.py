@@ -110,22 +110,6 @@ class Classifier(Task):
         """Log the metrics of the epoch."""
         self._log_metrics(self.train_metrics)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and metrics of a batch, under ``val/``."""
-        self._evaluate(batch, "val", self.val_metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the validation set."""
-        self._log_metrics(self.val_metrics)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and metrics of a batch, under ``test/``."""
-        self._evaluate(batch, "test", self.test_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test set."""
-        self._log_metrics(self.test_metrics)
-
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Probabilities (N, num_classes) of a batch: images alone, or images and anything."""
         images = batch if isinstance(batch, Tensor) else batch[0]

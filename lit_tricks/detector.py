@@ -187,22 +187,6 @@ class Detector(Task):
         self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(images))
         return total
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Find the objects of a batch."""
-        self._evaluate(batch, self.val_metrics)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the validation set."""
-        self._log_metrics(self.val_metrics)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Find the objects of a batch."""
-        self._evaluate(batch, self.test_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the test set."""
-        self._log_metrics(self.test_metrics)
-
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[dict[str, Tensor]]:
         """Objects in a batch: images alone, or images and anything."""
         is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and not isinstance(batch[0], Tensor)
@@ -228,7 +212,7 @@ class Detector(Task):
                 f"to {self.num_classes}, as 0 is the background."
             )
 
-    def _evaluate(self, batch: Any, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Any, name: str, metrics: MetricCollection) -> None:
         images, targets = batch
         metrics.update(self(images), targets)
 
