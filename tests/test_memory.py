@@ -58,3 +58,9 @@ def test_a_gpu_counts_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: [0, 5000][device])
     assert PeakMemory().read() == 5000
     assert reset == [0, 1]
+
+
+def test_a_peak_that_reads_less_than_what_was_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([100 * MIB, 100 * MIB - 24_576])
+    monkeypatch.setattr(memory, "_resident", lambda: next(readings))
+    assert PeakMemory().read() == 0

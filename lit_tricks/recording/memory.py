@@ -32,7 +32,9 @@ class PeakMemory:
         if allocated := max(map(torch.cuda.max_memory_allocated, _gpus()), default=0):
             return allocated
         now = _resident()
-        return None if now is None or self._before is None else now - self._before
+        if now is None or self._before is None:
+            return None
+        return max(0, now - self._before)  # Linux counts pages by the batch, so that a peak may read less than before
 
 
 def _gpus() -> range:
