@@ -22,7 +22,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import data_dali
 import numpy as np
 import simplejpeg
 import timm
@@ -35,11 +37,12 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from lit_tricks.data import ImageFolder
+from lit_tricks.data import ImageFolder, _jpeg, _turbojpeg
 from lit_tricks.data._colour import Jitter, apply_matrices
 from lit_tricks.data._crops import RandomCrop, generator_at
 from lit_tricks.data._jpeg import read_image
 from lit_tricks.data._samples import Samples
+from lit_tricks.data._shard_writer import image_bytes
 from lit_tricks.data.transforms import PCANoise, to_pixels
 
 SIZE, RESIZE = 224, 256
@@ -58,6 +61,15 @@ def folders(source: Path, root: Path, copies: int) -> str:
             for copy in range(copies):
                 (root / split / f"{folder.name}-{copy}").symlink_to(folder)
     return str(root)
+
+
+def shrunk(root: str) -> str:
+    """Write the images anew at a short side of 256 pixels, as FFCV stores them, and `lit-tricks data shard` can."""
+    for path in sorted(Path(root).glob("*/*/*")):
+        target = Path(root, "small", path.relative_to(root))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(image_bytes(str(path), RESIZE))
+    return str(Path(root, "small"))
 
 
 def torchvision_v1() -> Any:
@@ -82,10 +94,15 @@ def read_pil(path: str) -> Image.Image:
 
 
 def candidates(root: str, batch_size: int) -> dict[str, Step]:
-    data = ImageFolder(root, batch_size=batch_size, num_workers=0)
-    train, val = data.train_dataloader().dataset, data.val_dataloader().dataset
+    data, small_data = (ImageFolder(path, batch_size=batch_size, num_workers=0) for path in (root, shrunk(root)))
+    train, val, small = (
+        data.train_dataloader().dataset,
+        data.val_dataloader().dataset,
+        small_data.train_dataloader().dataset,
+    )
     assert isinstance(train, Samples)
     assert isinstance(val, Samples)
+    assert isinstance(small, Samples)
     paths = [path for path, _ in torchvision.datasets.ImageFolder(f"{root}/train").samples]
 
     def peer(read: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Step:
@@ -98,12 +115,18 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
 
         return step
 
+    def without_regions(step: Step) -> Step:
+        def by_simplejpeg(indices: list[int]) -> object:
+            with mock.patch.object(_jpeg, "decode_region", return_value=False):
+                return step(indices)
+
+        return by_simplejpeg
+
     def decoded(indices: list[int]) -> None:
         """Only the decoding, of the crops that training has."""
         for index in indices:
             image = read_image(paths[index])
-            top, _, height, _ = RandomCrop.box(*image.size, generator_at(train.seed, 0, index))
-            image.pixels(top + height)  # type: ignore[attr-defined]
+            image.pixels(RandomCrop.box(*image.size, generator_at(train.seed, 0, index)))  # type: ignore[attr-defined]
 
     v1_val = v1.Compose([v1.Resize(RESIZE), v1.CenterCrop(SIZE), v1.ToTensor(), v1.Normalize(*FLOATS)])
     crop = [v2.Resize(RESIZE, antialias=True), v2.CenterCrop(SIZE)]
@@ -115,13 +138,17 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
         "train: torchvision v1": peer(read_pil, torchvision_v1()),
         "train: torchvision v2, tensors": peer(read_tensor, torchvision_v2()),
         "train: timm, jitter with hue, no PCA noise": peer(read_pil, hue),
+        **data_dali.steps(paths, SIZE, batch_size),
         "train: lit_tricks, all colour work on the CPU": ours(train, True),
         "train: lit_tricks, uint8 out": ours(train, False),
+        "train: lit_tricks, uint8 out, without TurboJPEG": without_regions(ours(train, False)),
+        "train: lit_tricks, uint8 out, from images of short side 256": ours(small, False),
         "train: decoding alone, same decoder and cut": decoded,
         "validation: torchvision v1": peer(read_pil, v1_val),
         "validation: torchvision v2, tensors": peer(read_tensor, v2_val),
         "validation: timm": peer(read_pil, centre),
         "validation: lit_tricks": ours(val, True),
+        "validation: lit_tricks, without TurboJPEG": without_regions(ours(val, True)),
     }
 
 
@@ -298,7 +325,8 @@ def machine() -> str:
     return (
         f"{card}{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores shared with other "
         f"work (load average {os.getloadavg()[0]:.1f} at the end); Python {platform.python_version()}, {versions}, "
-        f"simplejpeg {simplejpeg.__version__}; {datetime.date.today()}."
+        f"simplejpeg {simplejpeg.__version__}, {'a' if _turbojpeg._library() else 'no'} TurboJPEG 3; "
+        f"{datetime.date.today()}."
     )
 
 

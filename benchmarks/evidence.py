@@ -142,7 +142,7 @@ def main() -> None:
     end = time.time() + args.seconds
     s = Settings(**{name: getattr(args, name) for name in asdict(defaults)})
     if args.device == "cpu" and not args.report:
-        s = replace(s, precision="32-true")
+        s = replace(s, precision="bf16-mixed")
     if args.cpu_smoke:
         s = replace(s, epochs=4, batch_size=64, width=0.125, teacher_width=0.125, fixres_epochs=1)
         args.limit, args.seeds, args.jobs = args.limit or 500, args.seeds[:2], 1

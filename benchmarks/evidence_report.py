@@ -59,10 +59,10 @@ def _device_name(device: str) -> str:
 
 
 def read(path: Path, s: Settings) -> list[dict[str, Any]]:
-    """The finished runs of these settings."""
+    """The finished runs of these settings, in whichever 16 bits."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines]
-    same = [run for run in found if run["settings"] == asdict(s)]
+    same = [run for run in found if run["settings"] | {"precision": s.precision} == asdict(s)]
     if len(same) < len(found):
         print(f"{path}: {len(found) - len(same)} of {len(found)} runs have other settings, and are left out")
     return same

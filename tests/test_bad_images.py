@@ -184,7 +184,7 @@ def test_a_file_cut_off_below_the_crop_is_found(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(BAD["truncated below the crop.jpg"]())
     image: Any = read_image(str(tmp_path / "1.jpg"))
     with pytest.raises(RuntimeError, match=r"1\.jpg"):
-        image.pixels(bottom=8)
+        image.pixels((0, 0, 8, 8))
 
 
 @any_machine

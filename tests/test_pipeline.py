@@ -124,12 +124,7 @@ def test_random_crops_are_parts_of_the_image(exact: bool) -> None:
         crop = v2.functional.resized_crop(whole, top, left, h, w, [96, 96], antialias=True)
         crop = v2.functional.pil_to_tensor(crop)
         expected.append(crop.flip(2) if generator.random() < 0.5 else crop)
-        assert exact or bottom_of(image) < height or top + h > height - 48
     assert psnr(torch.stack(found), torch.stack(expected)) >= 70
-
-
-def bottom_of(image: Any) -> int:
-    return len(image._pixels)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (640, 100), (90, 700)])

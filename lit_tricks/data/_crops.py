@@ -78,10 +78,10 @@ class RandomCrop(Crop):
     ) -> Tensor:
         """Crop an image at random (see the base class)."""
         generator = generator or generator_at(int(torch.randint(2**62, ())))
-        top, left, height, width = self.box(*image.size, generator)
+        box = top, left, height, width = self.box(*image.size, generator)
         flip = generator.random() < 0.5
         out = self.empty() if out is None else out
-        pixels = pixels_of(image, top + height)[top : top + height, left : left + width]
+        pixels = pixels_of(image, box)[top:, left : left + width]
         resize(pixels, out, self.size / height, self.size / width)
         if flip:
             out.copy_(out.flip(-1))
@@ -128,17 +128,24 @@ class CentreCrop(Crop):
         new_width, new_height = self.resize_size * width // short, self.resize_size * height // short
         left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
         x_scale, y_scale = new_width / width, new_height / height
-        # What is right of the crop and below it is not computed, and not decoded: rows that the last one is made of
-        # go as far as a pixel of the result, or of the image, beyond its middle.
+        # What is right of the crop and below it is not computed, and nothing beside it decoded: the pixels that one of
+        # the result is made of go as far as a pixel of the result, or of the image, beyond its middle.
         right, bottom = left + self.size, top + self.size
-        rows = min(height, math.ceil((bottom + 1) / y_scale) + 2)
+        first_row, last_row = _reach(top, bottom, y_scale, height)
+        first_column, last_column = _reach(left, right, x_scale, width)
+        box = first_row, first_column, last_row - first_row, last_column - first_column
         resized = torch.empty(bottom, right, 3, dtype=torch.uint8).movedim(-1, 0)
-        resize(pixels_of(image, rows), resized, y_scale, x_scale)
+        resize(pixels_of(image, box), resized, y_scale, x_scale)
         out = self.empty() if out is None else out
         return out.copy_(resized[:, top:, left:])
 
     def __repr__(self) -> str:
         return f"CentreCrop({self.size}, resize_size={self.resize_size})"
+
+
+def _reach(start: int, end: int, scale: float, length: int) -> tuple[int, int]:
+    """The first pixel of an image, and the one after the last, that pixels of the resized one are made of."""
+    return max(0, math.floor((start - 1) / scale) - 2), min(length, math.ceil((end + 1) / scale) + 2)
 
 
 def resize(pixels: Pixels, out: Tensor, y_scale: float, x_scale: float) -> None:

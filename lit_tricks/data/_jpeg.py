@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from lit_tricks.data._turbojpeg import decode_region
 from lit_tricks.data.transforms import to_rgb
 
-__all__ = ["JPEG", "BadImageError", "Pixels", "decode_image", "pixels_of", "read_image"]
+__all__ = ["JPEG", "BadImageError", "Box", "Pixels", "decode_image", "pixels_of", "read_image"]
 
 Pixels = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 # What libjpeg says at the end of an image whose height was lowered, and of a few files of ImageNet, which are right.
 HARMLESS = "extraneous bytes before marker"
@@ -59,23 +61,27 @@ def decode_image(data: bytes, name: str, exact: bool = False) -> Image.Image:
     return JPEG(data, name, exact, header)
 
 
-def pixels_of(image: Image.Image, bottom: int | None = None) -> Pixels:
-    """Give the RGB values of an image, shape (rows, width, 3): all rows, or those above ``bottom``."""
+def pixels_of(image: Image.Image, box: Box | None = None) -> Pixels:
+    """Give the RGB values of an image, shape (rows, width, 3), rows from the top: of all, or of what is in a box.
+
+    With a box, the last row is that of the box, and what is beside or above it may be anything.
+    """
     if isinstance(image, JPEG):
-        return image.pixels(bottom)
-    return np.array(to_rgb(image))[:bottom]
+        return image.pixels(box)
+    return np.array(to_rgb(image))[: box and box[0] + box[2]]
 
 
 class JPEG(Image.Image):
-    """An RGB image of a JPEG file, for whatever takes a PIL image; decoded once, when its pixels are asked for.
+    """An RGB image of a JPEG file, for whatever takes a PIL image; decoded when its pixels are asked for.
 
-    ``pixels(bottom)`` may stop at a row: libjpeg-turbo then gives the rows above it bit for bit, and the rest of the
-    file is looked at for its end only. Broken data below the row is not found, a file that was cut off is.
+    Of a box, ``pixels`` decodes no more than it needs, and these as in the whole image, bit for bit. What is above and
+    beside it is read, but made no pixels of (see ``decode_region``). What is below is looked at for its end only:
+    broken data there is not found, a file that was cut off is.
 
     Args:
         data: bytes of the file.
         name: of the file, for messages.
-        exact: decode all rows whatever is asked for.
+        exact: read the data below the box as well.
         header: what ``_header`` gives.
 
     Raises:
@@ -86,24 +92,29 @@ class JPEG(Image.Image):
         super().__init__()
         self._mode, self._size = "RGB", (header.width, header.height)
         self._args = data, name, exact, header
-        self._pixels: Pixels | None = None
+        self._pixels: Pixels | None = None  # all of them
         self._loaded = False
 
     def __reduce__(self) -> Any:
         return JPEG, self._args
 
-    def pixels(self, bottom: int | None = None) -> Pixels:
-        """Give the RGB values, shape (rows, width, 3): all rows, or those above ``bottom``."""
+    def pixels(self, box: Box | None = None) -> Pixels:
+        """Give the RGB values, shape (rows, width, 3): of all, or of what is in a box (see ``pixels_of``)."""
         data, name, exact, header = self._args
-        rows = header.height
-        if bottom is not None and header.scan and not exact and data.rfind(END, header.scan) > 0:
+        if box is None:
+            if self._pixels is None:
+                self._pixels = _decode(data, name, np.empty((header.height, header.width, 3), np.uint8), None)
+            return self._pixels
+        rows, bottom = header.height, box[0] + box[2]
+        if self._pixels is not None:
+            return self._pixels[:bottom]
+        if header.scan and not exact and data.rfind(END, header.scan) > 0:
             rows = min(rows, header.rows_for(bottom))
-        if self._pixels is None or len(self._pixels) < rows:
-            if rows < header.height:
-                at = header.position
-                data = b"".join((data[:at], struct.pack(">H", rows), data[at + 2 :]))
-            self._pixels = _decode(data, name, rows, header.width)
-        return self._pixels[:bottom]
+        if rows < header.height:
+            at = header.position
+            data = b"".join((data[:at], struct.pack(">H", rows), data[at + 2 :]))
+        pixels = np.empty((rows, header.width, 3), np.uint8)
+        return _decode(data, name, pixels, header.region(box, rows) if header.scan else None)[:bottom]
 
     def load(self) -> Any:
         """Decode, for PIL."""
@@ -120,20 +131,31 @@ class _Header(NamedTuple):
         width: in pixels.
         height: in pixels.
         position: of the height in the file.
-        block: rows of pixels that are coded together.
+        block: rows and columns of pixels that are coded together.
         scan: where the pixels begin, or 0 where they cannot be decoded from the top downwards.
     """
 
     width: int
     height: int
     position: int
-    block: int
+    block: tuple[int, int]
     scan: int
 
     def rows_for(self, bottom: int) -> int:
         """Rows to decode for those above ``bottom``; colours of half the height are smoothed over blocks."""
-        spare = 0 if self.block == 8 else 1
-        return (-(-bottom // self.block) + spare) * self.block
+        block, _ = self.block
+        spare = 0 if block == 8 else 1
+        return (-(-bottom // block) + spare) * block
+
+    def region(self, box: Box, rows: int) -> Box:
+        """What to decode for a box: from the beginning of a block, and to the last row, where errors may be, too.
+
+        There are 5 columns to spare: colours of half the width are smoothed, but not in less.
+        """
+        top, left, _, width = box
+        right = min(left + width + 5, self.width)
+        top, left = max(top - 1, 0), max(left - 5, 0) // self.block[1] * self.block[1]
+        return top, left, rows - top, right - left
 
 
 def _header(data: bytes) -> _Header | None:
@@ -152,7 +174,8 @@ def _header(data: bytes) -> _Header | None:
             if precision != 8 or channels not in (1, 3) or not height or not width or bomb:
                 return None
             sampling = data[at + 11 : at + 11 + 3 * channels : 3]
-            frame = marker, width, height, at + 5, 8 * max(code & 15 for code in sampling), channels
+            block = 8 * max(code & 15 for code in sampling), 8 * max(code >> 4 for code in sampling)
+            frame = marker, width, height, at + 5, block, channels
         elif marker == SOS:
             if frame is None:
                 return None
@@ -163,12 +186,13 @@ def _header(data: bytes) -> _Header | None:
     return None
 
 
-def _decode(data: bytes, name: str, rows: int, width: int) -> Pixels:
+def _decode(data: bytes, name: str, pixels: Pixels, region: Box | None) -> Pixels:
+    """Decode a file into ``pixels``, all or a region at least; or into new ones, where only PIL can."""
     from simplejpeg import decode_jpeg  # here, because the small data sets do without
 
-    pixels = np.empty((rows, width, 3), np.uint8)
     try:
-        decode_jpeg(data, buffer=pixels)
+        if not (region and decode_region(data, pixels, *region)):
+            decode_jpeg(data, buffer=pixels)
     except ValueError as error:  # the first thing that libjpeg complained about; what it decoded is in the buffer
         message = str(error)
         if HARMLESS in message:

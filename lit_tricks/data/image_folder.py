@@ -66,7 +66,8 @@ class ImageFolder(PhotoDataModule):
         repeats: how often an image is in an epoch, augmented anew each time; the epoch has as many samples, of fewer
             images ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). At least 1.
         decode: "auto" decodes a JPEG down to the crop's bottom, which gives the same pixels, and finds files that were
-            cut off, but not what is broken below; "exact" decodes all of it.
+            cut off, but not what is broken below; "exact" decodes all of it. Where TurboJPEG 3 is installed (the extra
+            ``turbojpeg``, or the system's library), either leaves out what is beside the crop.
         workers: "process", or "thread" for threads in one process for each loader, which saves memory and reads ahead
             fewer batches. In threads, what torchvision augments takes turns.
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
