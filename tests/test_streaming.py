@@ -260,6 +260,22 @@ def test_resume_with_other_workers(runs: dict[int, tuple[Recorder, Path]], shard
     assert len({*first, *rest}) == len(first + rest) == BATCHES * BATCH_SIZE
 
 
+@pytest.mark.parametrize("kind", [Streaming, ImageFolder])
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 4), (1, 3)])
+def test_an_epoch_does_not_go_on_with_other_batches(
+    kind: Any, processes: int, batch_size: int, shards: Path, images: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    root = str(shards if kind is Streaming else images)
+    steps = len(fit(kind(root, 16, 4, 0), Saver(tmp_path), max_epochs=2).seen) // 2
+    monkeypatch.setattr(kind, "_replicas", lambda self: (processes, 0))
+    said = f"begun in 1 processes with batches of 4 can not go on in {processes} with batches of {batch_size}: resume"
+    with pytest.raises(ValueError, match=said):
+        fit(kind(root, 16, batch_size, 0), ckpt_path=tmp_path / f"{steps + 2}-batch.ckpt")
+    data = kind(root, 16, batch_size, 0)
+    next_epoch = fit(data, ckpt_path=tmp_path / f"{2 * steps}-epoch.ckpt").seen
+    assert len(next_epoch) == len(data.train_dataloader())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_that_end_early(shards: Path, tmp_path: Path, workers: int) -> None:
     def run(*callbacks: Any, **kwargs: Any) -> list[tuple[int, str]]:

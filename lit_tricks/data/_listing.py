@@ -54,8 +54,8 @@ class Paths(Sequence[str]):
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(f"there are {len(self)} files, and none with the index {index}")
-        start = int(self.ends[index - 1]) + 1 if index else 0
-        name = self.text[start : int(self.ends[index])].numpy().tobytes()
+        ends = self.ends.numpy()
+        name = self.text.numpy()[ends[index - 1] + 1 if index else 0 : ends[index]].tobytes()
         return os.path.join(self.root, os.fsdecode(name))
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lit_tricks.data._samples import Samples, derive_seed
 from lit_tricks.data._workers import guarded
 
-__all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "eval_batch_size"]
+__all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "check_same_batches", "eval_batch_size"]
 
 
 class ShuffleSampler(DistributedSampler[int]):
@@ -86,17 +86,25 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
     next_iter_state: dict[str, Any] | None
 
     def __iter__(self) -> Iterator[Any]:
+        """Load an epoch, or what is left of it.
+
+        Raises:
+            ValueError: if it was begun with other batches.
+        """
         state = self.next_iter_state
         # A state of an epoch that was finished does not concern the epoch that starts now.
         if state and state["epoch"] != self._epoch():
             self.next_iter_state = None
+        elif state:
+            check_same_batches((state["processes"], state["batch_size"]), (self._processes(), self.batch_size))
         yield from guarded(self, super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         """Tell what was handed out in the epoch."""
         if self._iterator is None:  # not begun: the parent would start the workers
             return dict(self.next_iter_state or {})
-        return {**super().state_dict(), "epoch": self._epoch(), "workers": self.num_workers > 0}
+        now = {"epoch": self._epoch(), "workers": self.num_workers > 0, "batch_size": self.batch_size}
+        return {**super().state_dict(), **now, "processes": self._processes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch that was handed out, if the next epoch is the one that it belongs to.
@@ -114,6 +122,26 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
 
     def _epoch(self) -> int:
         return getattr(self.sampler, "epoch", 0)  # Trainer(overfit_batches) has put another sampler there
+
+    def _processes(self) -> int:
+        return getattr(self.sampler, "num_replicas", 1)
+
+
+def check_same_batches(before: tuple[int, int], now: tuple[int, int]) -> None:
+    """Compare (number of processes, batch size) of the beginning of an epoch and of its rest.
+
+    Lightning goes on where it counts the batches of one process, and ends the epoch at their number: with others it
+    would leave out samples, or the validation.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if before != now:
+        (processes, size), (processes_now, size_now) = before, now
+        raise ValueError(
+            f"an epoch that was begun in {processes} processes with batches of {size} can not go on in {processes_now} "
+            f"with batches of {size_now}: resume with as many, or from a checkpoint of the end of an epoch"
+        )
 
 
 class EvalSampler(DistributedSampler[int]):

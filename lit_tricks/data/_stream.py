@@ -18,6 +18,7 @@ from litdata.utilities.shuffle import _associate_chunks_and_intervals_to_workers
 from PIL import Image
 
 from lit_tricks.data._jpeg import decode_image
+from lit_tricks.data._loader import check_same_batches
 from lit_tricks.data._samples import Samples, derive_seed
 from lit_tricks.data._samples import collate as collate_samples
 from lit_tricks.data._shards import Shards, alone
@@ -163,12 +164,13 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
         super().__init__(dataset, **kwargs)
         self.epoch = epoch
         self.is_foreign = False  # the state that was loaded is of other shards
+        self.begun_with = 1, 1  # processes and batch size of that state
 
     def __iter__(self) -> Iterator[Any]:
         """Load an epoch, or what is left of it.
 
         Raises:
-            ValueError: if the shards are not those that the epoch was begun with.
+            ValueError: if the shards are not those that the epoch was begun with, or the batches are others.
         """
         if self.epoch is not None:
             # litdata counts passes from 1. The state of an epoch that ended early does not concern the next one.
@@ -181,6 +183,8 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
                 f"the shards in {self.dataset.shards.url} are not those that the checkpoint was trained on, so that it "
                 "can not go on in the middle of their epoch: use those shards, or a checkpoint of the end of an epoch"
             )
+        if self.restore:
+            check_same_batches(self.begun_with, (self.dataset.distributed_env.world_size, self.batch_size))
         yield from guarded(self, super().__iter__())
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
@@ -188,6 +192,7 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
         state, dataset = dict(obj["dataset"]), self.dataset
         shards = [state["subsampled_files"], [list(part) for part in state["region_of_interest"]]]
         self.is_foreign = shards != [dataset.subsampled_files, [list(part) for part in dataset.region_of_interest]]
+        self.begun_with = state["world_size"], state["batch_size"]
         state.update(input_dir_path=dataset.input_dir.path, input_dir_url=dataset.input_dir.url)
         state.update(cache_dir_path=dataset.cache_dir.path)
         super().load_state_dict(obj | {"dataset": state})
