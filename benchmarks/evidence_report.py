@@ -140,11 +140,25 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
     return lines
 
 
+def machines(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What was run where, and how long it took."""
+    lines = []
+    for name in sorted({run["machine"] for run in runs}):
+        here = [run for run in runs if run["machine"] == name]
+        seeds: dict[str, list[str]] = {}
+        for run in here:
+            seeds.setdefault(run["run"], []).append(str(run["seed"]))
+        what = ", ".join(f"{run} ({' '.join(sorted(each))})" for run, each in seeds.items())
+        seconds = sum(run["seconds"] for run in here)
+        lines.append(f"- {name}, {seconds:.0f} s of training: the runs, and their seeds, {what}")
+    return lines
+
+
 def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     """Write evidence.md and evidence.png."""
     seeds = sorted({run["seed"] for run in runs if run["run"] != "teacher"})
     teachers = [spread(accuracies(runs, "teacher", "end", size)) for size in (s.train_size, s.test_size)]
-    machines = ". ".join(sorted({run["machine"] for run in runs})) or "no run yet"
+    precisions = " or ".join(sorted({run["settings"]["precision"] for run in runs})) or s.precision
     text = [
         "# The stack on CIFAR-10, and timm and torchvision on the same budget",
         "",
@@ -157,16 +171,17 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
         *summary(runs, s),
         "",
         f"ResNet-18-D of width {s.width:g}, {s.epochs} epochs of 50,000 images, batches of {s.batch_size}, "
-        f"{s.precision}, crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (0.1 a batch of "
+        f"{precisions}, crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (0.1 a batch of "
         f"128, momentum 0.9, weight decay 5e-4), {s.warmup:g} epochs of warm-up; moving averages with a half-life of "
         f"{HALF_LIFE:g} epoch. The teacher has width {s.teacher_width:g} and reaches {teachers[0]} at {s.train_size} "
         f"pixels, {teachers[1]} at {s.test_size}. FixRes: {s.fixres_epochs} more epochs of classifier and last "
         f"BatchNorm at {s.test_size}. "
         "EMA and PreciseBN do not change the training: their rows are of the runs of + mixup.",
         "",
-        f"{machines}. `python benchmarks/evidence.py --data cifar10.tar.xz "
-        f"--epochs {s.epochs} --width {s.width:g} --seeds {' '.join(map(str, seeds))}`; all runs together took "
-        f"{sum(run['seconds'] for run in runs):.0f} s of training, several at a time.",
+        *machines(runs),
+        "",
+        f"`python benchmarks/evidence.py --data cifar10.tar.xz --epochs {s.epochs} --width {s.width:g} "
+        f"--seeds {' '.join(map(str, seeds))}`, several runs at a time.",
         "",
     ]
     (out / "evidence.md").write_text("\n".join(text))
