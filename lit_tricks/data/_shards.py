@@ -191,5 +191,5 @@ def _explain(error: Exception, url: str) -> None:
             f"{url} may not be read ({error}): check the bucket's name and the credentials, of S3 those that boto3 "
             "finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...), of GCS those of `gcloud auth application-default login`"
         ) from error
-    if "Connect" in name or "Timeout" in name or "Endpoint" in name:
+    if any(word in name for word in ("Connect", "Timeout", "Endpoint", "Retry")):
         raise ConnectionError(f"{url} can not be reached ({error}): check AWS_ENDPOINT_URL and the network") from error
