@@ -13,11 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -29,7 +28,7 @@ import lit_tricks.detector
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, model_in, resolve_configs
 from lit_tricks._task import Task
-from lit_tricks.commands._checkpoint import class_path_in, settings_in
+from lit_tricks.commands._checkpoint import run_settings
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
 from lit_tricks.recording.in_force import TricksInForce
@@ -39,8 +38,9 @@ from lit_tricks.recording.pictures import send_pictures
 from lit_tricks.recording.predictions import PredictionWriter
 from lit_tricks.recording.preview import PreviewLogger
 from lit_tricks.recording.run_folder import RunFolder
+from lit_tricks.recording.saving import LastCheckpoint, SaveConfig
 from lit_tricks.recording.time_split import TimeSplit
-from lit_tricks.recording.wandb_run import own_wandb_run, prepare_wandb, tell_wandb
+from lit_tricks.recording.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.reports import report_fit
 from lit_tricks.segmenter import Segmenter
 
@@ -55,28 +55,6 @@ NO_ADVICE = (
     "The dirpath has changed from",
 )
 LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder, and hands it to remote loggers."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the configuration where no run folder is seen."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        for logger in trainer.loggers:
-            if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams({"config": config})
-            if isinstance(logger, WandbLogger):
-                tell_wandb(logger, pl_module, config.get("watch"))
-
-
-class _Last(ModelCheckpoint):
-    """Saves the last checkpoint, and tells no logger of it: W&B's would call it the best one too."""
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        trainer.save_checkpoint(filepath, self.save_weights_only)
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
 
 
 class TricksCLI(LightningCLI):
@@ -135,7 +113,8 @@ class TricksCLI(LightningCLI):
         path = given(args, "--ckpt_path")
         settings: dict[str, Any] = {}
         if path and "://" not in path and path not in ("best", "last", "hpc", "null"):
-            settings = _settings_of(Path(path), predict=subcommand == "predict")
+            # where the data is at hand, what it gives the model comes from it
+            settings = run_settings(Path(path), without=() if subcommand == "predict" else LINKS.values())
         if subcommand in (None, "fit"):  # a resumed run has settings of its own, which may differ on purpose
             settings = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +177,7 @@ class TricksCLI(LightningCLI):
                 scored = isinstance(self.model, Task) and config.limit_val_batches != 0
                 monitor = f"val/{self.model.score}" if scored else None
                 callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
-                callbacks.append(_Last(filename="last"))  # save_last would save along with the best alone
+                callbacks.append(LastCheckpoint(filename="last"))  # save_last would save along with the best alone
         if self.subcommand == "predict":
             writer = MaskWriter if isinstance(self.model, Segmenter) else PredictionWriter
             callbacks.append(writer(self.config_init.predict.output))
@@ -296,22 +275,6 @@ def main(args: list[str] | None = None) -> None:
         message, code = explain(error, own_arguments(command) if command else ())
         print(f"lit-tricks: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(code)
-
-
-def _settings_of(checkpoint: Path, predict: bool) -> dict[str, Any]:
-    """Configuration of the model and the data that a checkpoint was made with."""
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"--ckpt_path {checkpoint}: there is no such file.")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        model, data = content.get("hyper_parameters", {}), content.get("datamodule_hyper_parameters", {})
-        content["pytorch-lightning_version"]
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"--ckpt_path {checkpoint} is not a checkpoint of Lightning, or damaged.") from error
-    if not predict:  # where the data is at hand, these come from it
-        model = {key: value for key, value in model.items() if key not in LINKS.values()}
-    found = {"model": settings_in(model, class_path_in(model) or "lit_tricks.Classifier"), "data": settings_in(data)}
-    return {key: settings for key, settings in found.items() if settings}
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:

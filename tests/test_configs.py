@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         shard(str(write_image_folder(tmp_path / "imagenet")), str(tmp_path / "shards"))
         write_coco(tmp_path / "coco")
         lists = ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test")
-        write_voc(tmp_path / "VOCdevkit", lists, data.detection.VOC_CLASSES)
+        write_voc(tmp_path / "VOCdevkit", lists, data.voc.VOC_CLASSES)
         yield tmp_path
 
 

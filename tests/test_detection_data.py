@@ -17,8 +17,8 @@ from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data import CocoDetection, DigitDetection, VOCDetection
 from lit_tricks.data._base import ImageDataModule
+from lit_tricks.data._detection import zoom
 from lit_tricks.data._scenes import DigitScenes
-from lit_tricks.data.detection import zoom
 
 KINDS = ("coco", "voc")
 

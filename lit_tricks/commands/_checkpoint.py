@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "module_of",
     "plain",
     "read_checkpoint",
+    "run_settings",
     "settings_in",
     "written_whole",
 ]  # fmt: skip
@@ -71,6 +72,29 @@ def class_path_in(settings: dict[str, Any]) -> str:
 def data_settings(path: Path) -> dict[str, Any]:
     """Class path and arguments of the data module that a checkpoint was trained on; nothing if it does not say."""
     return settings_in(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
+
+
+def run_settings(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Configuration of the model and the data that a checkpoint was made with, as far as it says.
+
+    Args:
+        path: of the checkpoint.
+        without: arguments of the model to leave out.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
+    try:
+        content = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"--ckpt_path {error}") from error
+    model = {key: value for key, value in content.get("hyper_parameters", {}).items() if key not in set(without)}
+    data = content.get("datamodule_hyper_parameters", {})
+    found = {"model": settings_in(model, class_path_in(model) or "lit_tricks.Classifier"), "data": settings_in(data)}
+    return {key: settings for key, settings in found.items() if settings}
 
 
 def settings_in(hparams: dict[str, Any], default: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Objects in images: read from the annotations of COCO and Pascal VOC, checked, and held in a few tensors.
+"""Objects in images: what is annotated, checked, and held in a few tensors. ``_coco_boxes`` and ``_voc_boxes`` read it.
 
 Boxes are (x0, y0, x1, y1) in pixels, from the left and upper edge of the image to where they end: x1 - x0 is the width.
 Labels start at 1, as 0 is the background in torchvision's detectors.
@@ -6,11 +6,9 @@ Labels start at 1, as 0 is the background in torchvision's detectors.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,17 +17,27 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data._listing import Paths
 
-__all__ = ["BoxFiles", "OnBadBox", "Picture", "read_coco", "read_voc", "target_of"]
+__all__ = [
+    "BoxFiles",
+    "OnBadBox",
+    "Picture",
+    "Target",
+    "add_object",
+    "require_files",
+    "some_of",
+    "target_of",
+    "warn_of_skipped",
+]
 
 log = logging.getLogger("lit_tricks")
 
 OnBadBox = Literal["raise", "skip"]
 Box = tuple[float, float, float, float]
+Target = dict[str, Tensor]
 
 SLACK = 1.0  # pixels that a box may stick out by: annotations are rounded
 REMEDY = 'mend the annotation, or leave such boxes out with on_bad_box="skip"'
@@ -56,7 +64,7 @@ class Picture:
     ignored: list[bool] = field(default_factory=list)
 
 
-def target_of(boxes: Tensor, labels: Tensor, iscrowd: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+def target_of(boxes: Tensor, labels: Tensor, iscrowd: Tensor, size: tuple[int, int]) -> Target:
     """A target as torchvision's detectors take it, with boxes that its transforms move along with the image.
 
     Args:
@@ -103,7 +111,7 @@ class BoxFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, dict[str, Tensor]]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         path = self.paths[index]
         image = self.read(path)
         mine = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
@@ -144,134 +152,10 @@ def fit(box: Sequence[float], size: tuple[int, int] | None, where: str, on_bad_b
     raise ValueError(f"{where}: the box (x0, y0, x1, y1) = ({told}) {fault}: {REMEDY}")
 
 
-def read_coco(file: str, folder: str, on_bad_box: OnBadBox) -> tuple[list[str], list[Picture]]:
-    """Read annotations in COCO's format (https://cocodataset.org/#format-data).
-
-    Args:
-        file: the JSON file.
-        folder: where the images are, whose names are in the file.
-        on_bad_box: "raise", or "skip".
-
-    Returns:
-        The names of the classes, in the order of their ids in the file, and the images in its order.
-
-    Raises:
-        FileNotFoundError: if the file, the folder or an image is not there.
-        ValueError: for a damaged file, or an annotation that can not be right; it names the file and the image.
-    """
-    content = _json(file)
-    try:
-        categories = {int(each["id"]): str(each["name"]) for each in content["categories"]}
-        images = {int(each["id"]): each for each in content["images"]}
-        entries = [(str(each["file_name"]), each.get("width"), each.get("height")) for each in images.values()]
-        objects: list[dict[str, Any]] = list(content["annotations"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{file!r} is not in COCO's format ({type(error).__name__}: {error}): it must hold the lists 'images' (id, "
-            "file_name), 'annotations' (image_id, category_id, bbox) and 'categories' (id, name)"
-        ) from error
-    if not images or not categories:
-        raise ValueError(f"{file!r} has {len(images)} images and {len(categories)} categories: there must be some")
-    if len(images) != len(content["images"]):
-        raise ValueError(f"{file!r} gives {len(content['images'])} images {len(images)} ids: each needs one of its own")
-    label_of = {category: label for label, category in enumerate(sorted(categories), start=1)}
-    pictures = {
-        key: Picture(os.path.join(folder, name), file, (int(width), int(height)) if width and height else None)
-        for key, (name, width, height) in zip(images, entries, strict=True)
-    }
-    _require_files(pictures.values(), folder)
-    skipped: Counter[str] = Counter()
-    for each in objects:
-        try:
-            key, category, bbox = each["image_id"], each["category_id"], each["bbox"]
-            x, y, width, height = map(float, bbox)
-        except (KeyError, TypeError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            which = each.get("id") if isinstance(each, dict) else each
-            raise ValueError(
-                f"annotation {which!r} in {file!r} needs an image_id, a category_id and a bbox of four numbers ({told})"
-            ) from error
-        if key not in pictures:
-            raise ValueError(f"annotation {each.get('id')!r} in {file!r} is of image {key!r}, which it does not have")
-        picture = pictures[key]
-        if category not in label_of:
-            raise ValueError(
-                f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}, has category {category!r}, and there "
-                f"are {_some(sorted(categories))}"
-            )
-        where, box = f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}", (x, y, x + width, y + height)
-        _add(picture, box, label_of[category], bool(each.get("iscrowd")), where, on_bad_box, skipped)
-    _tell(skipped, file)
-    return [categories[category] for category in sorted(categories)], list(pictures.values())
-
-
-def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBox) -> list[Picture]:
-    """Read annotations in the layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
-
-    Its pixels are counted from 1, and the last one belongs to the box: (1, 1, w, h) is all of an image, here
-    (0, 0, w, h).
-
-    Args:
-        folder: with JPEGImages, Annotations and ImageSets/Main.
-        name: of the list in ImageSets/Main, without ``.txt``.
-        classes: names of the classes, in the order of their labels.
-        on_bad_box: "raise", or "skip".
-
-    Raises:
-        FileNotFoundError: if a folder, the list, an annotation or an image is not there.
-        ValueError: for an empty list, a damaged annotation, or one that can not be right; it names the file.
-    """
-    label_of = {each: label for label, each in enumerate(classes, start=1)}
-    listing = os.path.join(folder, "ImageSets", "Main", f"{name}.txt")
-    if not os.path.isfile(listing):
-        there = os.path.dirname(listing)
-        found = sorted(each[:-4] for each in os.listdir(there) if each.endswith(".txt")) if os.path.isdir(there) else []
-        raise FileNotFoundError(
-            f"there is no {listing!r}; {'its folder has ' + _some(found) if found else 'nor are there others'}: "
-            "expected are FOLDER/ImageSets/Main/SET.txt, FOLDER/Annotations/*.xml and FOLDER/JPEGImages/*.jpg"
-        )
-    with open(listing, encoding="utf-8") as stream:
-        stems = [line.split()[0] for line in stream if line.strip()]
-    if not stems:
-        raise ValueError(f"{listing!r} names no image")
-    images = os.path.join(folder, "JPEGImages")
-    if not os.path.isdir(images):
-        raise FileNotFoundError(f"there is no folder {images!r} for the images that {listing!r} names")
-    known = {os.path.splitext(file)[0]: file for file in os.listdir(images) if file.lower().endswith(IMG_EXTENSIONS)}
-    pictures = []
-    skipped: Counter[str] = Counter()
-    for stem in stems:
-        file = os.path.join(folder, "Annotations", f"{stem}.xml")
-        picture = Picture(os.path.join(images, known.get(stem, f"{stem}.jpg")), file, None)
-        root = _xml(file)
-        picture.size = _size(root)
-        for each in root.findall("object"):
-            kind = (each.findtext("name") or "").strip()
-            if kind not in label_of:
-                raise ValueError(
-                    f"{file!r} has an object {kind!r}, which is not among the {len(classes)} classes, "
-                    f"{_some(list(classes))}: give all of them as `classes`"
-                )
-            box = each.find("bndbox")
-            try:
-                sides = [float((box.findtext(side) if box is not None else None) or "") for side in SIDES]
-            except ValueError as error:
-                raise ValueError(f"{file!r} has an object {kind!r} whose bndbox lacks {', '.join(SIDES)}") from error
-            inside = (sides[0] - 1, sides[1] - 1, sides[2], sides[3])
-            difficult = (each.findtext("difficult") or "0").strip() == "1"
-            _add(picture, inside, label_of[kind], difficult, file, on_bad_box, skipped)
-        pictures.append(picture)
-    _require_files(pictures, images)
-    _tell(skipped, folder)
-    return pictures
-
-
-SIDES = ("xmin", "ymin", "xmax", "ymax")
-
-
-def _add(
+def add_object(
     picture: Picture, box: Box, label: int, ignored: bool, where: str, on_bad_box: OnBadBox, skipped: Counter[str]
 ) -> None:
+    """Put an object into a picture, its box fitted (see ``fit``), or count it among those that are skipped there."""
     fitting = fit(box, picture.size, where, on_bad_box)
     if fitting is None:
         skipped[picture.path] += 1
@@ -281,45 +165,18 @@ def _add(
     picture.ignored.append(ignored)
 
 
-def _tell(skipped: Counter[str], where: str) -> None:
+def warn_of_skipped(skipped: Counter[str], where: str) -> None:
+    """Tell how many boxes were skipped, if any, and in which images."""
     if skipped:
         log.warning(
             "%s: %d boxes outside of their image or without an area were skipped, in %s",
             where,
             sum(skipped.values()),
-            _some(list(skipped)),
+            some_of(list(skipped)),
         )
 
 
-def _json(file: str) -> dict[str, Any]:
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"there is no file of annotations {file!r}: correct `root` or `annotations`")
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file!r} is damaged, or not JSON ({error}): copy it again") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _xml(file: str) -> Any:
-    try:
-        return ET.parse(file).getroot()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no annotation {file!r}, and the list of images names it") from None
-    except (ET.ParseError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file!r} is damaged, or not XML ({error}): copy it again") from error
-
-
-def _size(root: Any) -> tuple[int, int] | None:
-    try:
-        width, height = int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0)
-    except ValueError:
-        return None
-    return (width, height) if width > 0 and height > 0 else None  # some tools write 0
-
-
-def _require_files(pictures: Iterable[Picture], folder: str) -> None:
+def require_files(pictures: Iterable[Picture], folder: str) -> None:
     """See that all images are there: by one look into their folder, since a network answers slowly."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder of images {folder!r}: correct `root` or `images`")
@@ -330,6 +187,7 @@ def _require_files(pictures: Iterable[Picture], folder: str) -> None:
         raise FileNotFoundError(f"{missing[0].where!r} names an image {missing[0].path!r} that is not there{more}")
 
 
-def _some(names: Sequence[Any]) -> str:
+def some_of(names: Sequence[Any]) -> str:
+    """The first five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(str, names[:5])) + more

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from lit_tricks.data.transforms import EIGENVALUES, EIGENVECTORS
 
-__all__ = ["Jitter", "apply_matrices", "normalisation"]
+__all__ = ["MEAN", "STD", "Jitter", "Triple", "apply_matrices", "normalisation"]
 
 log = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
+
+MEAN: Triple = (123.68, 116.779, 103.939)  # the paper's, of R, G, B in ImageNet
+STD: Triple = (58.393, 57.12, 57.375)
 
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])  # as in MXNet
 FROM_YIQ = np.linalg.inv(TO_YIQ)  # MXNet has it rounded to three digits, so that no turn at all is not quite nothing

@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data._bad_images import OnBadImage
 from lit_tricks.data._base import Split, check_at_least_one, resize_size_for
+from lit_tricks.data._colour import MEAN, STD, Triple
 from lit_tricks.data._crops import CentreCrop
 from lit_tricks.data._jpeg import read_image
 from lit_tricks.data._listing import list_images
@@ -94,8 +95,8 @@ class ImageFolder(PhotoDataModule):
         num_workers: int | Literal["auto"] = "auto",
         resize_size: int | None = None,
         augmentation: Augmentation = "paper",
-        mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
-        std: tuple[float, float, float] = (58.393, 57.12, 57.375),
+        mean: Triple = MEAN,
+        std: Triple = STD,
         predict_dir: str | None = None,
         random_erasing: float = 0.0,
         repeats: int = 1,

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lit_tricks.data._bad_images import OnBadImage
 from lit_tricks.data._base import Split
+from lit_tricks.data._colour import MEAN, STD, Triple
 from lit_tricks.data._loader import eval_batch_size
 from lit_tricks.data._photos import Augmentation
 from lit_tricks.data._samples import Source
@@ -83,8 +84,8 @@ class Streaming(ImageFolder):
         num_workers: int | Literal["auto"] = "auto",
         resize_size: int | None = None,
         augmentation: Augmentation = "paper",
-        mean: tuple[float, float, float] = (123.68, 116.779, 103.939),
-        std: tuple[float, float, float] = (58.393, 57.12, 57.375),
+        mean: Triple = MEAN,
+        std: Triple = STD,
         predict_dir: str | None = None,
         random_erasing: float = 0.0,
         decode: Literal["auto", "exact"] = "auto",

@@ -1,0 +1,113 @@
+"""Base of the data modules with masks, and of those whose images and masks are files of one name."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lit_tricks.data._base import ImageDataModule, check_at_least_one, resize_size_for
+from lit_tricks.data._listing import Paths
+from lit_tricks.data._pairs import EvalPair, Pairs, RandomPair
+from lit_tricks.data._samples import JointSamples
+from lit_tricks.data._workers import EvalLoader
+from lit_tricks.data.transforms import Transform
+
+__all__ = ["MaskDataModule", "MaskFolders", "image_files"]
+
+SHOWN = 3  # files in an error message
+
+
+class MaskDataModule(ImageDataModule, ABC):
+    """Base: batches are (images, masks): float32 (N, C, H, W), normalised, and int64 (N, H, W).
+
+    A label of a mask is a class or ``ignore_index``. Training images have their short side resized to a random length
+    and are cropped at random; those of validation and test are resized and cropped at the centre. An image for
+    prediction is resized, not cropped, and a batch of its own, as sizes differ.
+    """
+
+    sample_type = JointSamples
+    ignore_index = 255
+
+    def _set_transforms(
+        self,
+        size: int,
+        base_size: int,
+        scale: tuple[float, float],
+        flip: bool,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        eval_size: int | None,
+    ) -> None:
+        """Make the transforms (see ``SegmentationFolder`` for the arguments)."""
+        check_at_least_one("crop_size", size)
+        check_at_least_one("base_size", base_size)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be the least and the greatest factor, above 0, got {scale}")
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std must be a number for each channel, those of std above 0, got {mean}, {std}")
+        self.input_size = (len(mean), size, size)
+        self.mean, self.std = mean, std
+        self.eval_transform = self.eval_transform_at(size if eval_size is None else eval_size)
+        least, most = (max(1, int(base_size * factor)) for factor in scale)
+        self.train_transform = RandomPair(size, (least, most), flip, mean, std, self.ignore_index)  # type: ignore[assignment]
+
+    def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
+        """Make the transform of evaluation for another size (see the base class); it takes images with their masks."""
+        return EvalPair(image_size, resize_size_for(image_size, crop_ratio), self.mean, self.std)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Give (image, path) of the files below ``predict_dir``, sorted by path, one at a time."""
+        loader = super().predict_dataloader()
+        samples: Any = loader.dataset
+        return EvalLoader(samples, **self._loader_args(samples) | {"batch_size": 1})
+
+
+class MaskFolders(MaskDataModule, ABC):
+    """Base of what is in files."""
+
+    def _pairs(self, images: Path, masks: Path, names: Iterable[str], layout: str, offset: int = 0) -> Pairs:
+        """Pair images and masks by their names without ending."""
+        found = {"image": image_files(images, layout), "mask": image_files(masks, layout)}
+        names = list(names)
+        for kind, folder in (("image", images), ("mask", masks)):
+            missing = [name for name in names if name not in found[kind]]
+            if missing:
+                more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+                raise FileNotFoundError(
+                    f"no {kind} in {str(folder)!r} for {', '.join(map(repr, missing[:SHOWN]))}{more}: each image needs "
+                    "a mask of the same name (the ending may differ)"
+                )
+        paths = {
+            kind: Paths(str(folder), [os.fsencode(found[kind][name]) for name in names])
+            for kind, folder in (("image", images), ("mask", masks))
+        }
+        return Pairs(paths["image"], paths["mask"], self.num_classes, self.ignore_index, offset)
+
+
+def image_files(folder: Path, layout: str) -> dict[str, str]:
+    """The image files in a folder, at any depth, by their path in it without the ending.
+
+    Raises:
+        FileNotFoundError: if it is missing or empty.
+        ValueError: if two have the same name.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(folder)!r}; {layout}")
+    found: dict[str, str] = {}
+    for root, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            stem, ending = os.path.splitext(os.path.relpath(os.path.join(root, name), folder))
+            if ending.lower() not in IMG_EXTENSIONS:
+                continue
+            if stem in found:
+                raise ValueError(f"{str(folder)!r} has both {found[stem]!r} and {stem + ending!r}: remove one of them")
+            found[stem] = stem + ending
+    if not found:
+        raise FileNotFoundError(f"no image in {str(folder)!r}: files must end in {' '.join(IMG_EXTENSIONS)}; {layout}")
+    return found

@@ -1,0 +1,84 @@
+"""ADE20K, with a mask of each image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from lit_tricks.data._base import Split
+from lit_tricks.data._colour import MEAN, STD, Triple
+from lit_tricks.data._samples import Source
+from lit_tricks.data._segmentation import MaskFolders, image_files
+
+__all__ = ["ADE20KSegmentation"]
+
+LAYOUT = "expected are images/training, images/validation, and the same below annotations, as in ADEChallengeData2016"
+FOLDERS = {"train": "training", "val": "validation", "test": "validation"}
+
+
+class ADE20KSegmentation(MaskFolders):
+    """ADE20K as in the Scene Parsing Challenge ([Zhou et al., 2017](https://arxiv.org/abs/1608.05442)): 150 classes.
+
+    Label 0 of the files, "other", is ignored, and 1 to 150 become 0 to 149. Names are read from ``objectInfo150.txt``
+    where it is there. The test is on the validation images. All else is as in ``SegmentationFolder``.
+
+    Args:
+        root: folder with ``images`` and ``annotations``, each with ``training`` and ``validation``.
+        crop_size: see ``SegmentationFolder``, as for all that follows.
+        base_size: length of the short side that ``scale`` multiplies, in pixels.
+        scale: least and greatest factor on the short side in training.
+        flip: whether every second training image is flipped.
+        batch_size: images in a batch of one process.
+        num_workers: processes that load, for each loader.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale.
+        predict_dir: folder of images to predict.
+        eval_size: side of the images in validation and test, and short side in prediction; None is ``crop_size``.
+
+    Raises:
+        ValueError: as ``SegmentationFolder``.
+        FileNotFoundError: as ``SegmentationFolder``.
+
+    Example:
+        ``data: {class_path: ADE20KSegmentation, init_args: {root: ADEChallengeData2016}}``
+    """
+
+    def __init__(
+        self,
+        root: str,
+        crop_size: int = 480,
+        base_size: int = 520,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        batch_size: int = 16,
+        num_workers: int | Literal["auto"] = "auto",
+        mean: Triple = MEAN,
+        std: Triple = STD,
+        predict_dir: str | None = None,
+        eval_size: int | None = None,
+    ) -> None:
+        root = os.fspath(root)
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        self.root = Path(root)
+        self.classes = _read_classes(self.root / "objectInfo150.txt")
+        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        if split == "test":
+            return {"test": self._source("val")}
+        images, masks = (self.root / kind / FOLDERS[split] for kind in ("images", "annotations"))
+        names = image_files(images, LAYOUT).keys() | image_files(masks, LAYOUT).keys()
+        return {split: self._pairs(images, masks, sorted(names), LAYOUT, offset=1)}
+
+
+def _read_classes(file: Path) -> list[str]:
+    """Names of the 150 classes: the last column of the file, or their numbers in it."""
+    if not file.is_file():
+        return [str(number) for number in range(1, 151)]
+    _, *rows = file.read_text(encoding="utf-8").splitlines()
+    names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
+    if len(names) != 150:
+        raise ValueError(f"{str(file)!r} must have a head and 150 classes, and has {len(names)}")
+    return names

@@ -1,0 +1,147 @@
+"""Scenes of handwritten digits with a mask, or boxes: data for segmentation and detection that needs no download."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_tricks.data._base import Split, check_at_least_one
+from lit_tricks.data._boxes import Target, target_of
+from lit_tricks.data._detection import DetectionDataModule
+from lit_tricks.data._samples import Source
+from lit_tricks.data._scenes import DigitScenes
+from lit_tricks.data._segmentation import MaskDataModule
+
+__all__ = ["DigitDetection", "DigitSegmentation"]
+
+SIZE = 64  # side of a scene with a mask, in pixels
+MEAN, STD = 31.97, 53.16  # of the pixels in the training scenes of split_seed=0
+
+
+class DigitSegmentation(MaskDataModule):
+    """Scenes of one to four handwritten digits: 64 x 64 grey pixels in 11 classes, the ground and the ten digits.
+
+    The digits are scikit-learn's (see ``Digits``), of random sizes at random places on a noisy ground, and a mask is
+    where their ink is. 1000 scenes of the training digits, 200 of those for validation, 200 of those for the test. In
+    training the side is scaled by 0.8 to 1.25, and a crop of 64 taken; nothing is flipped. Normalised by the mean and
+    standard deviation of the pixels.
+
+    Args:
+        batch_size: images in a batch of one process, 1 to 1000.
+        num_workers: loading processes; "auto" is 0 here, as a scene is drawn in less than a millisecond.
+        split_seed: decides which digits are for training, validation and test; any integer from 0 to 2**32 - 1.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (image, path), in grey.
+        eval_size: side of the images in validation and test, and short side in prediction, in pixels; None is 64.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        FileNotFoundError: if ``predict_dir`` is not a folder, or holds no image.
+
+    Example:
+        ``data: {class_path: DigitSegmentation, init_args: {batch_size: 32}}``
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int | Literal["auto"] = "auto",
+        split_seed: int = 0,
+        predict_dir: str | None = None,
+        eval_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        self.split_seed = split_seed
+        self.classes = ["ground", *map(str, range(10))]
+        self._set_transforms(SIZE, SIZE, (0.8, 1.25), False, (MEAN,), (STD,), eval_size)
+
+    def _auto_workers(self) -> int:
+        return 0
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        return {split: _WithMasks(DigitScenes(split, self.split_seed, SIZE))}
+
+
+class _WithMasks:
+    """Scenes with their digits as a mask: 0 is the ground, 1 to 10 are the digits 0 to 9."""
+
+    def __init__(self, scenes: DigitScenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
+        image, digits = self.scenes[index]
+        mask = torch.zeros(image.size[::-1], dtype=torch.int64)
+        for digit in digits:
+            mask[torch.from_numpy(digit.mask)] = digit.label + 1
+        return image, mask
+
+
+class DigitDetection(DetectionDataModule):
+    """Handwritten digits on grey canvases: one to four of ten classes, at random places and sizes.
+
+    Scenes are drawn from scikit-learn's digits (see ``Digits``), those of each split from digits of its own: 1000 to
+    train, 200 for validation, 200 for the test, the same every time. Labels are the digit plus 1. They are not flipped.
+    See the base class for what a batch is.
+
+    Args:
+        batch_size: images in a batch of one process, 1 to 1000.
+        num_workers: loading processes; "auto" is 0 here, as the scenes are tiny.
+        size: side of a canvas in pixels, at least 32.
+        split_seed: decides which digits are for training, validation and test; any integer from 0 to 2**32 - 1.
+        scale: range of the factor by which a training scene grows or shrinks in its frame.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths), grey.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        FileNotFoundError: if ``predict_dir`` is not a folder, or holds no image.
+
+    Example:
+        ``data: {class_path: DigitDetection, init_args: {batch_size: 16}}``
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        num_workers: int | Literal["auto"] = "auto",
+        size: int = 64,
+        split_seed: int = 0,
+        scale: tuple[float, float] = (0.8, 1.25),
+        predict_dir: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        check_at_least_one("size", size)
+        if size < 32:
+            raise ValueError(f"size={size} leaves no room for digits: give at least 32 pixels")
+        self._set_transforms((MEAN,), (STD,), 0.0, scale, "raise")
+        self.classes = [str(digit) for digit in range(10)]
+        self.size, self.split_seed = size, split_seed
+        self.input_size = (1, size, size)
+
+    def _auto_workers(self) -> int:
+        return 0
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        return {split: _WithBoxes(DigitScenes(split, self.split_seed, self.size))}
+
+
+class _WithBoxes:
+    """Scenes with the boxes of their digits, whose labels are 1 to 10 for 0 to 9."""
+
+    def __init__(self, scenes: DigitScenes) -> None:
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        image, placed = self.scenes[index]
+        boxes = torch.tensor([each.box for each in placed], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([each.label + 1 for each in placed], dtype=torch.int64)
+        return image, target_of(boxes, labels, torch.zeros_like(labels), image.size)

@@ -1,0 +1,123 @@
+"""Images and their masks in folders of one's own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lit_tricks.data._base import Split
+from lit_tricks.data._colour import MEAN, STD, Triple
+from lit_tricks.data._pairs import Pairs
+from lit_tricks.data._samples import Source
+from lit_tricks.data._segmentation import MaskFolders, image_files
+
+__all__ = ["SegmentationFolder"]
+
+LAYOUT = "expected are ROOT/train/images/NAME.jpg, ROOT/train/masks/NAME.png, and the same below ROOT/val"
+LOOKED_AT = 32  # masks
+
+
+class SegmentationFolder(MaskFolders):
+    """Images and masks of one name: ``root/train/images/NAME.jpg``, ``root/train/masks/NAME.png``, ``root/val/...``.
+
+    A mask has one channel, or a palette, whose values are labels: 0 for the first class. Without ``root/test`` the test
+    is on ``root/val``. The defaults are those of the FCN in [Bag of Tricks](https://arxiv.org/abs/1812.01187), section
+    6.2, as in GluonCV: in training the short side is resized to 0.5 to 2 times 520 pixels, and a crop of 480 is flipped
+    for every second image (their rotation by up to 10 degrees and blur are left out); otherwise the short side is
+    resized to 480, and the centre cropped, masks alike.
+
+    Args:
+        root: folder with ``train``, ``val`` and perhaps ``test``.
+        classes: their names, in the order of the labels; None reads ``root/classes.txt``, a name a line.
+        crop_size: side of the images as the model sees them in pixels, at least 1.
+        base_size: length of the short side that ``scale`` multiplies, in pixels, at least 1.
+        scale: least and greatest factor on the short side in training, above 0; [1, 1] scales nothing.
+        flip: whether every second training image is flipped horizontally; not where left and right matter.
+        batch_size: images in a batch of one process, from 1 to the number of training images.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
+            machine, 16 at most; 0 loads in the main process.
+        ignore_index: label of pixels that are no class, as borders; the model's must be the same. Where a training
+            image is smaller than the crop, the rest gets it.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (image, path).
+        eval_size: side of the images in validation and test, and short side in prediction, in pixels; None is
+            ``crop_size``.
+
+    Raises:
+        ValueError: if an argument is out of range, and while loading for a mask with another size than its image, or
+            with labels out of range; the message names the file.
+        FileNotFoundError: if a folder is missing or empty, or an image has no mask, or a mask no image.
+        RuntimeError: while loading, for an image that cannot be read, which the message names.
+
+    Example:
+        ``data: {class_path: SegmentationFolder, init_args: {root: cells, classes: [ground, cell]}}``
+    """
+
+    def __init__(
+        self,
+        root: str,
+        classes: list[str] | None = None,
+        crop_size: int = 480,
+        base_size: int = 520,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        batch_size: int = 16,
+        num_workers: int | Literal["auto"] = "auto",
+        ignore_index: int = 255,
+        mean: Triple = MEAN,
+        std: Triple = STD,
+        predict_dir: str | None = None,
+        eval_size: int | None = None,
+    ) -> None:
+        root = os.fspath(root)
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        self.root = Path(root)
+        self.ignore_index = ignore_index
+        self.classes = list(classes) if classes else self._read_classes()
+        if 0 <= ignore_index < len(self.classes):
+            raise ValueError(f"ignore_index={ignore_index} is one of the {len(self.classes)} classes: take another one")
+        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
+
+    def _read_classes(self) -> list[str]:
+        if self.predict_dir is not None and not self.root.is_dir():
+            return []  # a checkpoint knows its classes, and the folders that it was trained on need not be there
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"root={str(self.root)!r} is not a folder; {LAYOUT}")
+        file = self.root / "classes.txt"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no classes.txt in root={str(self.root)!r}: write one, with the name of a class in each line, that of "
+                "label 0 first; or give classes=[...]"
+            )
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        names = [name for name in names if name]
+        if len(set(names)) < max(2, len(names)):
+            raise ValueError(f"{str(file)!r} must have two names or more, each once, and has {names}")
+        return names
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        folder = self.root / split
+        if split == "test" and not folder.is_dir():
+            return {"test": self._source("val")}
+        images, masks = folder / "images", folder / "masks"
+        names = image_files(images, LAYOUT).keys() | image_files(masks, LAYOUT).keys()
+        pairs = self._pairs(images, masks, sorted(names), LAYOUT)
+        if split == "train":
+            self._require_classes(pairs)
+        return {split: pairs}
+
+    def _require_classes(self, pairs: Pairs) -> None:
+        """Find masks of 0 and 255, black and white, of which the latter would be ignored."""
+        looked = np.linspace(0, len(pairs) - 1, min(LOOKED_AT, len(pairs))).astype(int)
+        seen = set().union(*(np.unique(pairs.labels(index)).tolist() for index in looked))
+        if self.ignore_index in seen and len(seen) <= 2:
+            raise ValueError(
+                f"the masks in {pairs.masks.root!r} have the labels {sorted(seen)}, of which {self.ignore_index} is "
+                "ignored, so that there is nothing to tell apart: number the classes 0, 1, ..., or give another "
+                "ignore_index, as -1"
+            )
