@@ -36,7 +36,7 @@ class Detector(Task):
     have none in evaluation mode. It needs ``pip install "lit-tricks[detection]"``.
 
     What is drawn in training, as the regions of an image that the loss is computed from, depends on the seed, the epoch
-    and the batch alone, so that a resumed run draws the same.
+    and the batch alone, and a checkpoint keeps the seed, so that a resumed run draws the same.
 
     Args:
         model: "faster_rcnn" or "retinanet".
@@ -131,6 +131,8 @@ class Detector(Task):
             if two_stages
             else retinanet(body, num_classes, **args)
         )
+        self._seed: int | None = None  # of what torchvision draws in training
+        self._resumed_seed: int | None = None
         self._freeze(freeze)
 
     def _network(self) -> nn.Module:
@@ -149,6 +151,24 @@ class Detector(Task):
             self.val_metrics, self.test_metrics = (
                 MetricCollection({"map": _AveragePrecision()}, prefix=f"{split}/") for split in ("val", "test")
             )
+
+    def on_fit_start(self) -> None:
+        """Take the seed of the process, or that of the run that is resumed."""
+        super().on_fit_start()
+        resumed = self._resumed_seed if self.trainer.ckpt_path else None
+        # one for all processes, as a checkpoint has but one
+        seed: int = self.trainer.strategy.broadcast(torch.initial_seed())
+        self._seed = seed if resumed is None else resumed
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizers, and keep the seed."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the names of the optimizers, and the seed."""
+        super().on_load_checkpoint(checkpoint)
+        self._resumed_seed = checkpoint.get("seed")
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Objects in images, each (C, H, W), or all (N, C, H, W).
@@ -179,7 +199,8 @@ class Detector(Task):
         images, targets = batch
         if batch_idx == 0:  # not in each: on a GPU, to look at labels is to wait for them
             self._check_labels(targets)
-        with _drawing(self.device, (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)):
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        with _drawing(self.device, (seed, self.current_epoch, batch_idx, self.global_rank)):
             losses = self.losses(images, targets)
         total = torch.stack(list(losses.values())).sum()
         self.log("train/loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))

@@ -15,7 +15,7 @@ from _cli import checkpoint, cli, done, metrics, results, workplace
 from _detector_distributed import found_and_wanted
 from _detectors import FEW, detector, trainer
 from _launch import two_processes
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -369,6 +369,46 @@ def test_what_is_drawn_depends_on_epoch_and_batch_alone() -> None:
         assert torch.equal(torch.get_rng_state(), before)
         torch.rand(3)
     assert found[0] == found[2] != found[1]
+
+
+# Where it was stopped
+
+
+class Seen(Callback):
+    """Notes the batches of the training, their boxes too, and saves a checkpoint after each."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.batches: list[tuple[int, list[bytes]]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        images, targets = batch
+        parts = [*images, *(part for target in targets for part in (target["boxes"], target["labels"]))]
+        self.batches.append((trainer.current_epoch, [part.numpy().tobytes() for part in parts]))
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self.folder:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def seen_in_fit(model: str, workers: int, seed: int, path: Path | None = None, folder: Path | None = None) -> Any:
+    module, seen = detector(model), Seen(folder)
+    seed_everything(seed, verbose=False)
+    data = DigitDetection(batch_size=2, num_workers=workers)
+    trainer(seen, max_epochs=2, limit_train_batches=3).fit(module, data, ckpt_path=path, weights_only=True)
+    return seen.batches, module.state_dict()
+
+
+@pytest.mark.parametrize(("model", "workers"), [("faster_rcnn", 0), ("faster_rcnn", 2), ("retinanet", 0)])
+def test_a_run_that_was_stopped_in_an_epoch_goes_on_as_if_it_was_not(model: str, workers: int, tmp_path: Path) -> None:
+    """With the batches that were left, and the draws of the stopped run, whatever seed the new one has."""
+    batches, weights = seen_in_fit(model, workers, 1, folder=tmp_path)
+    assert [epoch for epoch, _ in batches] == [0, 0, 0, 1, 1, 1]
+    assert len({tuple(parts) for _, parts in batches}) == 6
+    for step, seed in ((1, 1), (2, 2), (4, 2)):
+        rest, found = seen_in_fit(model, workers, seed, tmp_path / f"{step}.ckpt")
+        assert rest == batches[step:], step
+        assert [name for name in weights if not torch.equal(found[name], weights[name])] == [], (step, seed)
 
 
 # Errors

@@ -67,7 +67,7 @@ def test_scores_of_all_kinds(kind: str) -> None:
     output = {"logits": logits, "log-probabilities": logits.log_softmax(1), "probabilities": logits.softmax(1)}[kind]
     split = _Split(None, 0, 1)
     split.add([torch.zeros(6, 3, 2, 2), torch.tensor([0, 1, 2, 3, 0, -100])], [torch.zeros(2, 4), output])
-    arrays = split.arrays()
+    arrays = split.part()
     assert arrays is not None
     np.testing.assert_allclose(arrays["confidence"], logits.softmax(1).max(1).values, rtol=1e-5)
 
@@ -85,7 +85,8 @@ def test_validation_batches_of_all_layouts(tmp_path: Path, layout: str) -> None:
 
 def test_nothing_to_see_leaves_no_file(tmp_path: Path) -> None:
     evidence = Evidence()
-    evidence._splits["val"] = split = _Split(None, 0, 1)
+    split = _Split(None, 0, 1)
+    evidence._splits["val"] = (split,)
     split.add([torch.zeros(6, 3, 2, 2), torch.zeros(6, dtype=torch.int64)], [torch.zeros(5, 4)])
     split.add([torch.zeros(6, 3, 2, 2)], [torch.zeros(6, 4)])
     evidence.save(tmp_path / "predictions.npz", make_trainer(), None)
@@ -95,7 +96,7 @@ def test_nothing_to_see_leaves_no_file(tmp_path: Path) -> None:
 def test_large_images_become_small() -> None:
     split = _Split(None, 0, 1)
     split.add([torch.rand(2, 3, 300, 200), torch.tensor([1, 1])], [torch.tensor([[9.0, 0], [9.0, 0]])])
-    arrays = split.arrays()
+    arrays = split.part()
     assert arrays is not None
     assert arrays["wrong_image"].shape == (2, 3, 96, 64)
 
@@ -103,7 +104,8 @@ def test_large_images_become_small() -> None:
 def test_a_thousand_classes_stay_small(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     evidence = Evidence()
-    evidence._splits["test"] = split = _Split(None, 0, 1)
+    split = _Split(None, 0, 1)
+    evidence._splits["test"] = (split,)
     for _ in range(10):
         labels = torch.randint(1000, (1000,), generator=generator)
         split.add([torch.rand(1000, 3, 8, 8), labels], [torch.randn(1000, 1000, generator=generator)])

@@ -8,28 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
 from lit_tricks.recording.predictions import require_folder, require_one_process
+from lit_tricks.reports.masks import palette
 
-__all__ = ["MaskWriter", "palette"]
-
-
-def palette(size: int = 256) -> npt.NDArray[np.uint8]:
-    """The colours of Pascal VOC, uint8 (size, 3): black, dark red, dark green, ...
-
-    The bits of a label, from the lowest, are those of red, green and blue in turn, from the highest.
-    """
-    labels = np.arange(size)
-    colours = np.zeros((size, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((labels >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+__all__ = ["MaskWriter"]
 
 
 class MaskWriter(Callback):

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lit_tricks.reports.figures import draw_confusion, draw_wrong
+from lit_tricks.reports.figures import draw_confusion, draw_worst_masks, draw_wrong
+from lit_tricks.reports.predictions import Predictions
 from lit_tricks.reports.run import read_run_folder
 from lit_tricks.reports.style import draw
 
@@ -14,18 +15,26 @@ __all__ = ["send_pictures"]
 
 
 def send_pictures(run: Path, loggers: Iterable[Any]) -> None:
-    """Draw the confusion matrix and the most wrong images, and log them to W&B, where a logger of it is there.
+    """Draw what the report shows of predictions, and log it to W&B, where a logger of it is there.
+
+    That is the confusion matrix and the most wrong images, or of a segmentation those with the lowest IoU.
 
     Args:
         run: the folder of the run.
         loggers: of the Trainer.
     """
     loggers = [logger for logger in loggers if type(logger).__name__ == "WandbLogger"]
-    said = read_run_folder(run).predictions if loggers else None
+    if not loggers:
+        return
+    found = read_run_folder(run)
+    said = found.predictions or found.masks
     if said is None:
         return
     pictures = {"confusion": draw(draw_confusion, said, "")}
-    pictures |= {"most_wrong": draw(draw_wrong, said)} if list(said.wrong()) else {}
+    if isinstance(said, Predictions):
+        pictures |= {"most_wrong": draw(draw_wrong, said)} if list(said.wrong()) else {}
+    else:
+        pictures |= {"worst_images": draw(draw_worst_masks, said)} if said.worst else {}
     for name, picture in pictures.items():
         (run / f"{name}.png").write_bytes(picture)
         for logger in loggers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,19 @@ from lit_tricks.reports.curves import draw_panel, lacking, panels_of
 from lit_tricks.reports.figures import (
     MOST_CLASSES,
     Said,
+    SaidOfPixels,
     draw_calibration,
     draw_confusion,
+    draw_ious,
     draw_recalls,
     draw_time,
+    draw_worst_masks,
     draw_wrong,
     worst_classes,
+    worst_first,
 )
+from lit_tricks.reports.masks import MaskPredictions
+from lit_tricks.reports.predictions import Predictions
 from lit_tricks.reports.run import Run
 from lit_tricks.reports.scores import SCORES
 from lit_tricks.reports.style import DARK, LIGHT, draw, duration
@@ -34,6 +40,8 @@ __all__ = [
 ]
 
 SPLITS = ("train", "val", "test")
+WITH = {"test": "with the best checkpoint", "val": "with the weights of the last epoch"}  # which weights, by split
+IMAGES = {"test": "test", "val": "validation"}
 COLUMNS = ("loss", *SCORES, "ece")
 CLOCKS = {
     "host": "Seconds of the main process, by the clock of the CPU. Where a GPU computes, most of its time is spent "
@@ -83,7 +91,8 @@ class Section:
 
 def report_sections(runs: list[Run]) -> list[Section]:
     """All sections of a report on these runs; those for which no run has anything are left out."""
-    sections = [_results(runs), _tricks(runs), _settings(runs), _curves(runs), _time(runs), *_predictions(runs)]
+    sections = [_results(runs), _tricks(runs), _settings(runs), _curves(runs), _time(runs)]
+    sections += [*_predictions(runs), *_masks(runs)]
     gaps = [f"{run.name}: no {part}. The reason: {why}." for run in runs for part, why in run.missing.items()]
     sections.append(Section("What is missing", gaps))
     return [s for s in sections if s.text or s.tables or s.pictures or s.images]
@@ -213,22 +222,11 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
     if not said:
         return
     several = len(said) > 1
-    what = {
-        "test": "test images, with the best checkpoint",
-        "val": "validation images, with the weights of the last epoch",
-    }
-    text = [f"{name}: {len(found.label):,} {what[found.split]}." for name, found in said.items()]
-    mistakes = Section("Mistakes", text)
-    for name, found in said.items():
-        frequent = found.confusion().mistakes()[:5]
-        words = ", ".join(f"{found.classes[a]} as {found.classes[b]}: {n}" for a, b, n in frequent)
-        many = len(found.classes) > MOST_CLASSES
-        alt = f"{'Most frequent mistakes' if many else 'Confusion matrix'} of {name}. Most frequent: {words or 'none'}."
-        if not many or frequent:
-            mistakes.pictures.append(
-                _picture(_file("confusion", name, several), alt, draw_confusion, found, f", {name}" * several)
-            )
-    yield mistakes
+    text = [
+        f"{name}: {len(found.label):,} {IMAGES[found.split]} images, {WITH[found.split]}."
+        for name, found in said.items()
+    ]
+    yield Section("Mistakes", text, pictures=[*_confusions(said)])
     errors = ", ".join(f"{name} {found.calibration().error:.4f}" for name, found in said.items())
     alt = f"Reliability diagram: accuracy against confidence. Expected calibration error: {errors}."
     yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, said, names)])
@@ -250,6 +248,69 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
         else:
             section.text = [f"None: {name} has all images right."]
         yield section
+
+
+def _confusions(said: Mapping[str, Predictions | MaskPredictions]) -> Iterator[Picture]:
+    several = len(said) > 1
+    for name, found in said.items():
+        frequent = found.confusion().mistakes()[:5]
+        words = ", ".join(f"{found.classes[a]} as {found.classes[b]}: {n}" for a, b, n in frequent)
+        many = len(found.classes) > MOST_CLASSES
+        alt = f"{'Most frequent mistakes' if many else 'Confusion matrix'} of {name}. Most frequent: {words or 'none'}."
+        if not many or frequent:
+            yield _picture(_file("confusion", name, several), alt, draw_confusion, found, f", {name}" * several)
+
+
+def _masks(runs: list[Run]) -> Iterator[Section]:
+    """Of segmentations."""
+    said: SaidOfPixels = {run.name: run.masks for run in runs if run.masks and run.masks.pixels.any()}
+    if not said:
+        return
+    several = len(said) > 1
+    text = [
+        f"{name}: {found.pixels.sum():,} pixels of {found.images:,} {IMAGES[found.split]} images, {WITH[found.split]}. "
+        "Pixels that are to be ignored do not count."
+        for name, found in said.items()
+    ]
+    yield Section("Mistakes", text, pictures=[*_confusions(said)])
+    first = next(iter(said.values()))
+    yield _ious({name: found for name, found in said.items() if found.classes == first.classes}, list(said))
+    for name, found in said.items():
+        title = "Images with the lowest IoU"
+        section = Section(f"{title}, {name}" if several else title)
+        if found.worst:
+            section.text = ["The IoU of an image is the mean over the classes that occur in it, as mask or prediction."]
+            words = ", ".join(f"{each.where} {each.iou:.1%}" for each in found.worst)
+            alt = f"Images of {name} with the lowest IoU, their masks and what was predicted: {words}."
+            section.pictures = [_picture(_file("worst_images", name, several), alt, draw_worst_masks, found)]
+        else:
+            section.text = ["None were kept: all images are right, or the batches of the run hold none."]
+        yield section
+
+
+def _ious(said: SaidOfPixels, names: list[str]) -> Section:
+    """All classes, as their mean is what counts."""
+    first = next(iter(said.values()))
+    order = worst_first([found.ious() for found in said.values()])
+    order += [label for label in range(len(first.classes)) if label not in order]  # that did not occur
+    rows = []
+    for label in order:
+        row = [first.classes[label], f"{first.recalls()[1][label]:,}"]
+        for found in said.values():
+            values = (found.ious(), found.recalls()[0], found.precisions())
+            row += [f"{each[label]:.1%}".replace("nan%", "-") for each in values]
+        rows.append(row)
+    heads = [f"{what}{f', {name}' if len(said) > 1 else ''}" for name in said for what in ("IoU", "found", "right")]
+    text = [
+        "IoU: of the pixels that are of the class or were taken for it, those that are both; mIoU is the mean over the "
+        "classes that have one. Found: of the pixels of the class, those taken for it. Right: of the pixels taken for "
+        "it, those of the class."
+    ]
+    alt = "Lowest IoU: " + ", ".join(f"{row[0]} {row[2]}" for row in rows[:10]) + "."
+    picture = _picture("classes", alt, draw_ious, said, names)
+    return Section(
+        "IoU of the classes", text, [Table("Classes, the worst first", ["class", "pixels", *heads], rows)], [picture]
+    )
 
 
 def _classes(said: Said, names: list[str]) -> Section:

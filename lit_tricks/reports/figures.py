@@ -5,16 +5,32 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from lit_tricks.reports.predictions import Predictions
+from lit_tricks.reports.masks import MaskPredictions, palette
+from lit_tricks.reports.predictions import Floats, Ints, Predictions
 from lit_tricks.reports.style import Theme, color_of, new_figure, tidy, unit_of_time
 
-__all__ = ["MOST_CLASSES", "draw_calibration", "draw_confusion", "draw_recalls", "draw_time", "draw_wrong"]
+__all__ = [
+    "MOST_CLASSES",
+    "draw_calibration",
+    "draw_confusion",
+    "draw_ious",
+    "draw_recalls",
+    "draw_time",
+    "draw_worst_masks",
+    "draw_wrong",
+    "worst_classes",
+    "worst_first",
+]
 
 MOST_CLASSES = 30  # of a matrix; with more it is the most frequent mistakes that are shown
 WORST = 10  # classes, or mistakes
+COLOURS = 12  # of classes that are named under masks
+IGNORED = (224, 224, 192)  # VOC's, of pixels of no class
 
 Said = dict[str, Predictions]  # by the name of the run
+SaidOfPixels = dict[str, MaskPredictions]
 
 
 def draw_time(runs: dict[str, dict[str, float]], names: list[str], theme: Theme) -> Figure:
@@ -66,7 +82,7 @@ def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
     return figure
 
 
-def draw_confusion(said: Predictions, of: str, theme: Theme) -> Figure:
+def draw_confusion(said: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
     """The matrix of true and predicted classes; of more than 30 classes the most frequent mistakes instead.
 
     Args:
@@ -97,20 +113,22 @@ def draw_confusion(said: Predictions, of: str, theme: Theme) -> Figure:
             if count:
                 dark = image.cmap(image.norm(100 * parts[row, column]))[:3]
                 light = np.dot(dark, (0.299, 0.587, 0.114)) < 0.5
-                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color="w" if light else "k")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="of the images of a true class, in %").outline.set_visible(False)
+                text = f"{count}" if said.unit == "images" else _per_cent(parts[row, column])
+                axes.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if light else "k")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label=f"of the {said.unit} of a true class, in %")
+    bar.outline.set_visible(False)
     return figure
 
 
-def _draw_mistakes(said: Predictions, of: str, theme: Theme) -> Figure:
+def _draw_mistakes(said: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
     mistakes = said.confusion().mistakes()[:15]
     figure = new_figure(4.8, 1.2 + 0.24 * max(1, len(mistakes)))
     axes = figure.subplots()
     counts = [count for _, _, count in mistakes]
     axes.barh(range(len(mistakes)), counts, 0.7, color=theme.cycle[1])
     for place, count in enumerate(counts):
-        axes.text(count, place, f" {count}", va="center", fontsize=9)
-    tidy(axes, "", "images", "")
+        axes.text(count, place, f" {count:,}", va="center", fontsize=9)
+    tidy(axes, "", said.unit, "")
     figure.suptitle(f"Most frequent mistakes{of}", x=0.02, ha="left", fontsize=11, fontweight="bold")
     axes.set_yticks(
         range(len(mistakes)), [f"{_short(said.classes[a])} → {_short(said.classes[b])}" for a, b, _ in mistakes]
@@ -123,19 +141,30 @@ def _draw_mistakes(said: Predictions, of: str, theme: Theme) -> Figure:
 
 def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
     """The classes of which the least is found, by the mean over the runs."""
-    order = worst_classes(runs)
-    classes = next(iter(runs.values())).classes
+    values = {name: said.recalls()[0] for name, said in runs.items()}
+    title = "found, of the images of the class, in %"
+    return _draw_classes(values, next(iter(runs.values())).classes, title, names, theme)
+
+
+def draw_ious(runs: SaidOfPixels, names: list[str], theme: Theme) -> Figure:
+    """The classes with the lowest IoU, by the mean over the runs."""
+    values = {name: said.ious() for name, said in runs.items()}
+    return _draw_classes(values, next(iter(runs.values())).classes, "IoU in %", names, theme)
+
+
+def _draw_classes(runs: dict[str, Floats], classes: list[str], title: str, names: list[str], theme: Theme) -> Figure:
+    order = worst_first(list(runs.values()))[:WORST]
     figure = new_figure(4.8, 1.4 + 0.26 * len(order))
     axes = figure.subplots()
-    for name, said in runs.items():
-        values = 100 * said.recalls()[0][order]
+    for name, found in runs.items():
+        values = 100 * found[order]
         axes.plot(values, range(len(order)), "o", color=color_of(theme, names.index(name))[0], label=name, alpha=0.9)
         if len(runs) == 1:
             for place, value in enumerate(values):
                 axes.annotate(
                     f"{value:.1f}", (value, place), (7, 0), textcoords="offset points", va="center", fontsize=9
                 )
-    tidy(axes, "Worst classes", "found, of the images of the class, in %", "")
+    tidy(axes, "Worst classes", title, "")
     axes.set_yticks(range(len(order)), [_short(classes[i]) for i in order])
     axes.set_ylim(len(order) - 0.4, -0.6)
     low, high = axes.get_xlim()
@@ -147,10 +176,14 @@ def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
 
 def worst_classes(runs: Said) -> list[int]:
     """Labels of the classes of which the least is found, the worst first; those without images are left out."""
-    recalls = np.array([said.recalls()[0] for said in runs.values()])
-    known = np.flatnonzero(~np.isnan(recalls).any(0))
-    mean = recalls[:, known].mean(0)
-    return [int(known[i]) for i in np.argsort(mean, kind="stable")[:WORST]]
+    return worst_first([said.recalls()[0] for said in runs.values()])[:WORST]
+
+
+def worst_first(values: list[Floats]) -> list[int]:
+    """Labels of the classes, by the mean of their values over the runs; those without one in each are left out."""
+    known = np.flatnonzero(~np.isnan(values).any(0))
+    mean = np.array(values)[:, known].mean(0)
+    return [int(known[i]) for i in np.argsort(mean, kind="stable")]
 
 
 def draw_wrong(said: Predictions, theme: Theme) -> Figure:
@@ -168,6 +201,50 @@ def draw_wrong(said: Predictions, theme: Theme) -> Figure:
         words = f"{title}\n{confidence:.0%} sure" if len(title) < 20 else title.replace(" → ", "\n→ ")
         axes.set_title(words, fontsize=8, fontweight="normal", loc="center")
     return figure
+
+
+def draw_worst_masks(said: MaskPredictions, theme: Theme) -> Figure:
+    """The images with the lowest IoU: each beside its mask and what was said of it, and the classes of the colours."""
+    columns = min(2, len(said.worst))
+    rows = -(-len(said.worst) // columns)
+    figure = new_figure(4.6 * columns, 1.62 * rows + 0.9)
+    figure.suptitle("Lowest IoU: image, mask, prediction", x=0.02, ha="left", fontsize=11, fontweight="bold")
+    widths = ([1.0, 1.0, 1.0, 0.12] * columns)[:-1]  # a gap between two that stand side by side
+    grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for axes in grid.flat:
+        axes.axis("off")
+    colours = np.concatenate([palette(len(said.classes)), [IGNORED]])  # of label -1, which is the last
+    for i, found in enumerate(said.worst):
+        titles = (_short(found.where, 20), "mask", f"IoU {100 * found.iou:.1f} %")
+        pictures = (found.image.squeeze(), colours[found.mask], colours[found.said])
+        start = 4 * (i % columns)
+        for axes, title, picture in zip(grid[i // columns, start : start + 3], titles, pictures, strict=True):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set_title(title, fontsize=8, fontweight="normal", loc="center", parse_math=False)
+            axes.set(xticks=[], yticks=[])
+            axes.axis("on")
+            axes.spines[:].set_color(theme.faint)  # a mask may be of the colour of the ground
+    figure.legend(
+        handles=[
+            Patch(facecolor=colours[label] / 255, edgecolor=theme.faint, label=name)
+            for label, name in _shown(said)
+        ],
+        loc="outside lower center", ncols=6, frameon=False, fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
+def _shown(said: MaskPredictions) -> list[tuple[int, str]]:
+    """Labels and names of the classes that have the most pixels in the worst images."""
+    labels: Ints = np.concatenate([part.ravel() for found in said.worst for part in (found.mask, found.said)])
+    found, counts = np.unique(labels, return_counts=True)
+    most = sorted(found[np.argsort(-counts, kind="stable")[:COLOURS]].tolist(), key=lambda label: (label < 0, label))
+    return [(label, _short(said.classes[label], 14) if label >= 0 else "ignored") for label in most]
+
+
+def _per_cent(part: float) -> str:
+    """In the cell of a matrix, which is left empty for less than half of one."""
+    return f"{100 * part:.0f}" if part >= 0.005 else ""
 
 
 def _short(name: str, most: int = 22) -> str:

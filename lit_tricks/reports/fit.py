@@ -83,8 +83,11 @@ def _short_report(run: Run, curves: Path | None) -> str:
     """What is there already, without drawing anything more."""
     tables = [results_table([run]), tricks_table(run), time_table([run])]
     sections = [Section(table.caption, tables=[table]) for table in tables if table.rows]
-    seen = "the confusion matrix, reliability, worst classes and most wrong images"
-    what = seen if (run.path / "predictions.npz").is_file() else "each of these curves"
+    what = "each of these curves"
+    if run.predictions:
+        what = "the confusion matrix, reliability, worst classes and most wrong images"
+    elif run.masks:
+        what = "the confusion matrix, the IoU of each class and the images with the lowest"
     more = f"`lit-tricks report {run.path}` draws {what}."
     pictures = "![Loss, accuracy and learning rate against the training step](curves.png)\n\n" if curves else ""
     return f"{to_markdown(run.name, sections)}\n{pictures}{more}\n"

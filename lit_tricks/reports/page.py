@@ -28,7 +28,7 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 
 p { max-width: 46rem; margin: .5rem 0 }
 a { color: var(--link) }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; margin: .75rem 0 }
-.wide { overflow-x: auto; margin: 1rem 0 }
+.wide { overflow: auto; max-height: 44rem; margin: 1rem 0 }
 .wide:focus-visible { outline: 2px solid var(--link) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--faint); font-size: .875rem; padding-bottom: .25rem }
@@ -116,7 +116,7 @@ def _table(table: Table) -> str:
     for name, *cells in table.rows:
         found = "".join(f"<td {kind}>{escape(cell)}</td>" for cell, kind in zip(cells, kinds[1:], strict=True))
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{found}</tr>')
-    return (  # a table that is too wide scrolls by itself, also by the keyboard
+    return (  # a table that is too large scrolls by itself, also by the keyboard
         f'<div class="wide" role="region" aria-label="{escape(table.caption)}" tabindex="0"><table>'
         f"<caption>{escape(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )

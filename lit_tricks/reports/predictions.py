@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Calibration", "Confusion", "Predictions"]
+__all__ = ["Calibration", "Confusion", "Floats", "Ints", "Predictions"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -18,12 +18,12 @@ Ints = npt.NDArray[np.integer[Any]]
 
 @dataclass
 class Confusion:
-    """How often images of a class were taken for another, as far as that happened: three arrays of one length.
+    """How often images, or pixels, of a class were taken for another, where that happened: three arrays of one length.
 
     Args:
         label: the true class.
         predicted: the most probable class.
-        count: number of images.
+        count: number of images, or of pixels.
     """
 
     label: Ints
@@ -79,6 +79,8 @@ class Predictions:
         wrong_image: uint8 (K, H, W, 3 or 1), those images; None where they are no images.
         wrong_file: their files, or "".
     """
+
+    unit: ClassVar[str] = "images"
 
     split: str
     classes: list[str]

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from lit_tricks.reports.masks import MaskPredictions
 from lit_tricks.reports.predictions import Predictions
 
 __all__ = ["Row", "Run", "read_metrics", "read_run_folder", "read_runs"]
@@ -31,7 +33,8 @@ class Run:
         results: of ``results.json``.
         tricks: of ``tricks.json``: arguments and effect, by name.
         config: of ``config.yaml``.
-        predictions: of ``predictions.npz``.
+        predictions: of ``predictions.npz``, of images.
+        masks: of ``predictions.npz``, of the pixels of a segmentation.
         missing: why a part is missing, by the name of what it would show.
     """
 
@@ -42,6 +45,7 @@ class Run:
     tricks: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     predictions: Predictions | None = None
+    masks: MaskPredictions | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -113,13 +117,14 @@ def read_run_folder(path: Path, name: str = "") -> Run:
         read("tricks.json", "tricks", "the training did not start, or an older version made it", _read_json) or {}
     )
     run.config = read("config.yaml", "settings", "the run was not made by lit-tricks", _read_yaml) or {}
-    run.predictions = read(
+    said = read(
         "predictions.npz",
         "predictions",
         "the run did not come to its end, an older version made it, or the module does not compute class scores in its "
         "forward, called from test_step or validation_step",
-        Predictions.read,
+        _read_said,
     )
+    run.predictions, run.masks = (said, None) if isinstance(said, Predictions) else (None, said)
     if not run.seconds and "results" not in run.missing:
         run.missing["time"] = "results.json has no time: an older version made it, or the Trainer had another profiler"
     return run
@@ -145,6 +150,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__}, not an object")
     return content
+
+
+def _read_said(path: Path) -> Predictions | MaskPredictions:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        of_pixels = "confusion" in file
+    return MaskPredictions.read(path) if of_pixels else Predictions.read(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

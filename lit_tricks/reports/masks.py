@@ -1,0 +1,113 @@
+"""What a model said of the pixels of a split, and what can be counted of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_tricks.reports.predictions import Confusion, Floats, Ints
+
+__all__ = ["MaskPredictions", "WorstMask", "palette"]
+
+
+def palette(size: int = 256) -> npt.NDArray[np.uint8]:
+    """The colours of Pascal VOC, uint8 (size, 3): black, dark red, dark green, ...
+
+    The bits of a label, from the lowest, are those of red, green and blue in turn, from the highest.
+    """
+    labels = np.arange(size)
+    colours = np.zeros((size, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((labels >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+@dataclass
+class WorstMask:
+    """One of the images with the lowest IoU.
+
+    Args:
+        where: its file, or its place in the data set.
+        iou: mean over the classes that occur in it, in [0, 1].
+        image: uint8 (H, W, 3 or 1).
+        mask: (H, W), the true classes; -1 is none.
+        said: (H, W), the predicted classes.
+    """
+
+    where: str
+    iou: float
+    image: npt.NDArray[np.uint8]
+    mask: Ints
+    said: Ints
+
+
+@dataclass
+class MaskPredictions:
+    """Predictions of the pixels of images.
+
+    Args:
+        split: "test" or "val".
+        classes: names of the C classes.
+        images: their number.
+        pixels: (C, C), their number by true (rows) and predicted class; those of no class are left out.
+        worst: the images with the lowest IoU, the lowest first.
+    """
+
+    unit: ClassVar[str] = "pixels"
+
+    split: str
+    classes: list[str]
+    images: int
+    pixels: Ints
+    worst: list[WorstMask]
+
+    @classmethod
+    def read(cls, path: Path) -> MaskPredictions:
+        """Read ``predictions.npz`` of a segmentation."""
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays: dict[str, Any] = dict(file)
+        pixels = arrays["confusion"].astype(np.int64)
+        names = [str(name) for name in arrays["classes"]]
+        worst = [
+            WorstMask(Path(str(file)).name or f"image {index}", float(iou), *(arrays[f"{part}_{i}"] for part in PARTS))
+            for i, (file, index, iou) in enumerate(
+                zip(arrays["worst_file"], arrays["worst_index"], arrays["worst_iou"], strict=True)
+            )
+        ]
+        classes = names if len(names) == len(pixels) else [str(i) for i in range(len(pixels))]
+        return cls(str(arrays["split"]), classes, int(arrays["images"]), pixels, worst)
+
+    def confusion(self) -> Confusion:
+        """Pixels of each pair of a true and a predicted class."""
+        label, predicted = np.nonzero(self.pixels)
+        return Confusion(label, predicted, self.pixels[label, predicted])
+
+    def ious(self) -> Floats:
+        """Intersection over union of each class; NaN if it is neither in the masks nor in what was said."""
+        return _over(self._right, self.pixels.sum(0) + self.pixels.sum(1) - self._right)
+
+    def recalls(self) -> tuple[Floats, Ints]:
+        """Of each class the part of its pixels that was right, NaN without any, and their number."""
+        count = self.pixels.sum(1)
+        return _over(self._right, count), count
+
+    def precisions(self) -> Floats:
+        """Of each class the part of what was taken for it that was it; NaN where nothing was."""
+        return _over(self._right, self.pixels.sum(0))
+
+    @property
+    def _right(self) -> Ints:
+        return self.pixels.diagonal()
+
+
+PARTS = ("image", "mask", "said")
+
+
+def _over(part: Ints, whole: Ints) -> Floats:
+    with np.errstate(invalid="ignore"):
+        return np.asarray(part / whole)
