@@ -206,6 +206,6 @@ def draw(path: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("top-1 accuracy in %: seeds, and their mean")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
