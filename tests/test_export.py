@@ -301,7 +301,7 @@ def test_arguments_that_timm_names_otherwise() -> None:
 def test_groups_that_timm_makes_otherwise() -> None:
     model = Classifier(model_args={"depth": 18, "width": 0.125, "norm": "group"}, num_classes=3, input_size=(1, 8, 8))
     message = (
-        r"timm can not build this network \(num_channels \(4\) must be divisible by num_groups.*\): choose --format .*"
+        r"timm can not build this network \(num_channels.* must be divisible by num_groups.*\): choose --format .*"
     )
     refused(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
 
@@ -607,7 +607,10 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])
 def test_a_network_that_can_not_be_traced(kind: Any) -> None:
     module = Classifier(Branching(), num_classes=3, input_size=(3, 2, 2))
-    with pytest.raises(ValueError, match=r"Branching can not be written by .*: choose another --format\.$") as error:
+    refusal = (
+        r"Branching can not be written by .*: choose another --format\.$|onnxruntime gives other logits"  # torch 2.7
+    )
+    with pytest.raises(ValueError, match=refusal) as error:
         export(saved(module), format=kind, module=module, mean=[0.5] * 3, std=[0.5] * 3)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in Path().glob("*made*")) == ["made.ckpt"]
