@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from lit_tricks.data import ImageFolder, _jpeg, _turbojpeg
 from lit_tricks.data._colour import Jitter, apply_matrices
 from lit_tricks.data._crops import RandomCrop, generator_at
-from lit_tricks.data._jpeg import read_image
+from lit_tricks.data._jpeg import pixels_of, read_image
 from lit_tricks.data._samples import Samples
 from lit_tricks.data._shard_writer import image_bytes
 from lit_tricks.data.transforms import PCANoise, to_pixels
@@ -126,7 +126,7 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
         """Only the decoding, of the crops that training has."""
         for index in indices:
             image = read_image(paths[index])
-            image.pixels(RandomCrop.box(*image.size, generator_at(train.seed, 0, index)))  # type: ignore[attr-defined]
+            pixels_of(image, RandomCrop.box(*image.size, generator_at(train.seed, 0, index)))
 
     v1_val = v1.Compose([v1.Resize(RESIZE), v1.CenterCrop(SIZE), v1.ToTensor(), v1.Normalize(*FLOATS)])
     crop = [v2.Resize(RESIZE, antialias=True), v2.CenterCrop(SIZE)]

@@ -329,11 +329,13 @@ def test_a_run_without_a_mistake(run: Path) -> None:
 
 def test_wandb_gets_the_pictures(run: Path) -> None:
     class WandbLogger:
-        logged: dict[str, list[str]] = {}  # noqa: RUF012
+        def __init__(self) -> None:
+            self.logged: dict[str, list[str]] = {}
 
         def log_image(self, key: str, images: list[str]) -> None:
             self.logged[key] = images
 
-    send_pictures(run, [object(), WandbLogger()])
-    assert WandbLogger.logged == {f"test/{n}": [str(run / f"{n}.png")] for n in ("confusion", "worst_images")}
+    logger = WandbLogger()
+    send_pictures(run, [object(), logger])
+    assert logger.logged == {f"test/{n}": [str(run / f"{n}.png")] for n in ("confusion", "worst_images")}
     assert all((run / f"{name}.png").is_file() for name in ("confusion", "worst_images"))

@@ -33,7 +33,8 @@ class Evidence(Callback):
     about one megabyte: of each image 22 bytes, and 16 thumbnails of up to 96 pixels.
 
     Of a segmentation, logits (N, classes, H, W) for masks (N, H, W), it keeps the number of pixels of each pair of
-    classes, and the 8 images with the lowest IoU, up to 160 pixels large: for 150 classes about half a megabyte.
+    classes, and the 8 images with the lowest IoU, up to 160 pixels large: for 150 classes about half a megabyte. To
+    count the pixels of an image waits for the GPU.
     """
 
     def __init__(self) -> None:
