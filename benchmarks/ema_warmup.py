@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lit_tricks.callbacks._weights import AveragedWeights
+from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.ema import warmed_up
 
 SEEDS = range(5)

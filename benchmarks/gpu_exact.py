@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lit_tricks import callbacks as tricks
-from lit_tricks.callbacks._averaging import Averaging
-from lit_tricks.callbacks._weights import AveragedWeights
+from lit_tricks.callbacks.averaging.callback import Averaging
+from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.ema import warmed_up
 
 

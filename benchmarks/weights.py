@@ -29,8 +29,8 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lit_tricks.callbacks import EMA, SWA
-from lit_tricks.callbacks._averaging import Averaging
-from lit_tricks.callbacks._weights import AveragedWeights
+from lit_tricks.callbacks.averaging.callback import Averaging
+from lit_tricks.callbacks.averaging.store import AveragedWeights
 
 DECAY = 0.9999
 

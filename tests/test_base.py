@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from modules import NAMESPACES, eval_loader, lightning, module_class, train_loader
 from torch import nn
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 
 
 class Owner(nn.Module):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lit_tricks import Detector, callbacks
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.data import DigitDetection
 
 

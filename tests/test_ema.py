@@ -28,8 +28,8 @@ from modules import BATCHES, eval_loader, image_and_label, lightning, module_cla
 from torch import nn
 
 from lit_tricks.callbacks import EMA, SWA
-from lit_tricks.callbacks._halves import join, rest_of, round_to
-from lit_tricks.callbacks._weights import AveragedWeights
+from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
+from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.ema import decay_of_half_life, warmed_up
 
 pl = lightning()

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small, resnet18
 
 from lit_tricks import Classifier
-from lit_tricks.commands import _features, _logistic, fixres
+from lit_tricks.commands import _features
+from lit_tricks.commands import _logistic
+from lit_tricks.commands import fixres
 from lit_tricks.commands._logistic import Classified, Linear, choose_weight_decay, evaluate, fit, moments
 from lit_tricks.data import Digits, ImageFolder
 

@@ -77,7 +77,7 @@ def base_without(missing: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> typ
 
 
 def test_trick_is_a_callback_of_both_packages():
-    from lit_tricks.callbacks._base import Trick
+    from lit_tricks.callbacks.base import Trick
 
     for package in ("lightning.pytorch", "pytorch_lightning"):
         assert issubclass(Trick, importlib.import_module(package).Callback)

@@ -18,7 +18,7 @@ from _fits import differences, logger_class, run
 from modules import BATCHES, lightning
 
 from lit_tricks.callbacks import EMA, SWA, WarmupCosine
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 
 pl = lightning()
 STEPS = 3 * BATCHES  # of a run of ``_fits.run``

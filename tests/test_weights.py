@@ -12,7 +12,7 @@ from _fits import differences
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lit_tricks.callbacks._weights import AveragedWeights
+from lit_tricks.callbacks.averaging.store import AveragedWeights
 
 timm = pytest.importorskip("timm")
 NETWORKS = {

@@ -10,7 +10,7 @@ from modules import network
 from torch import nn
 
 from lit_tricks import callbacks
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 
 # What a trick may be asked to work with. A row can refuse a case; the README shows them as the columns of its table.
 CASES = (

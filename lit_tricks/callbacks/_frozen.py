@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks.base import Trick, callbacks_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

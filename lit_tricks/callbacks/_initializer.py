@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._layers import is_norm
 from lit_tricks.callbacks._optimizers import optimizers_in
 

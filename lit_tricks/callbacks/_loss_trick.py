@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._batch import Path, find, replace
 from lit_tricks.callbacks._recipe import Recipe
 from lit_tricks.callbacks._target import Target, carrying

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks.callbacks._base import callbacks_of
+from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks._batch import Path, describe
 from lit_tricks.callbacks._loss_trick import LossTrick
 from lit_tricks.callbacks._recipe import Recipe

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._base import callbacks_of
+from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks._batch import arguments_of, describe
 from lit_tricks.callbacks._batch_norm import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._clock import Clock, steps_done
 from lit_tricks.callbacks._rates import configured_rates, rates_of
 

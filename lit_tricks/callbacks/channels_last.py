@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import replace, tensors_in
 from lit_tricks.callbacks._shards import is_sharded, local_of
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

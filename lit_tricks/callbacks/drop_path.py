@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import tensors_in
 from lit_tricks.callbacks._residual import is_drop_path, residual_branches
 

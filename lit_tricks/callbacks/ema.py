@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_tricks.callbacks._averaging import Averaging
+from lit_tricks.callbacks.averaging.callback import Averaging
 from lit_tricks.callbacks._clock import Clock
 
 if TYPE_CHECKING:

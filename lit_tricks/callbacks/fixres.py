@@ -15,7 +15,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import refuse_boxes
 from lit_tricks.callbacks._frozen import Frozen, refuse_rivals
 from lit_tricks.callbacks._heads import find_classifier, find_norms

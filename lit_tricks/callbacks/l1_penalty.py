@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._layers import check_shapes, kinds
 from lit_tricks.callbacks._shards import local_of
 

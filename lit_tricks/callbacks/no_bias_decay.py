@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._layers import Kind, check_shapes, kinds
 from lit_tricks.callbacks._optimizers import Group, groups_of, on_each_group, optimizers_in, split_group
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import describe, find, refuse_boxes, replace, tensors_in
 from lit_tricks.callbacks._clock import Clock, steps_done
 from lit_tricks.callbacks._sizes import require_fit, resize, resize_nearest

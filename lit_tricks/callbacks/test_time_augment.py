@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_tricks.callbacks._base import Trick, callbacks_of
+from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._batch import describe, images_in_list
 from lit_tricks.callbacks._sizes import resize
 

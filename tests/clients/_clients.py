@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tricks import TRICKS
 
 from lit_tricks import callbacks
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._loss_trick import LossTrick
 from lit_tricks.callbacks._schedule import Schedule
 

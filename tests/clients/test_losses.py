@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
-from lit_tricks.callbacks._base import Trick
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import find
 
 pytestmark = pytest.mark.clients

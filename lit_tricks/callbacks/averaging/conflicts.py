@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_tricks.callbacks._base import callbacks_of
+from lit_tricks.callbacks.base import callbacks_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lit_tricks.callbacks._averaging import Averaging
+    from lit_tricks.callbacks.averaging.callback import Averaging
 
 __all__ = ["refuse_hidden_steps", "refuse_hidden_weights", "refuse_rivals"]
 

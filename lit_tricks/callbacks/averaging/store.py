@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._halves import join, rest_of, round_to
+from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
 from lit_tricks.callbacks._shards import gathered, is_sharded, local_of, part_for, shard_like
 
 __all__ = ["AveragedWeights"]
