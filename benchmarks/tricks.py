@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_tricks import callbacks
 from lit_tricks.callbacks import drop_path
-from lit_tricks.callbacks._target import Target
+from lit_tricks.callbacks.soft_targets.target import Target
 
 MAKE: dict[str, Callable[[], Callback]] = {
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(timm.create_model("resnet50")),

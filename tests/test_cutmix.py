@@ -13,8 +13,8 @@ from modules import eval_loader, module_class
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import CutMix, LabelSmoothing
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target, carrying
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 
 N, K = 5, 4

@@ -13,8 +13,8 @@ from _losses import fit_with
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import FocalLoss, LabelSmoothing, MixUp
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target, carrying
 from lit_tricks.callbacks.focal_loss import focal_factor
 
 N, K = 6, 4

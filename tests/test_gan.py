@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tricks import TRICKS
 
 from lit_tricks import callbacks
-from lit_tricks.callbacks._loss_trick import LossTrick
+from lit_tricks.callbacks.soft_targets.callback import LossTrick
 
 NOISE = 8
 

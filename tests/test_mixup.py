@@ -14,9 +14,9 @@ from modules import eval_loader, module_class, train_loader
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import CutMix, LabelSmoothing, MixUp
-from lit_tricks.callbacks._mixing import beta
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target, carrying
+from lit_tricks.callbacks.soft_targets.mixing import beta
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target, carrying
 from lit_tricks.callbacks.mixup import mixup
 
 N, K = 5, 4

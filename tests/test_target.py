@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target, carrying
 
 N, K = 6, 5
 EPS = 0.3

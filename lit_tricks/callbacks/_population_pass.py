@@ -15,7 +15,7 @@ from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks._batch import arguments_of, describe
 from lit_tricks.callbacks._batch_norm import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
-from lit_tricks.callbacks._loss_trick import without_loss_tricks
+from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
 from lit_tricks.callbacks._shards import is_sharded, local_of
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks._batch import Path
-from lit_tricks.callbacks._loss_trick import LossTrick
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target
-from lit_tricks.callbacks._teacher import Renormalized, load_teacher, logits_of, require_apart
+from lit_tricks.callbacks.soft_targets.callback import LossTrick
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.callbacks.soft_targets.teacher import Renormalized, load_teacher, logits_of, require_apart
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lit_tricks.callbacks._batch import Path
-from lit_tricks.callbacks._loss_trick import LossTrick
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target
+from lit_tricks.callbacks.soft_targets.callback import LossTrick
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

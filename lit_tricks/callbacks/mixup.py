@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from lit_tricks.callbacks._batch import Path
-from lit_tricks.callbacks._mixing import Mixing, beta
-from lit_tricks.callbacks._target import Target, carrying
+from lit_tricks.callbacks.soft_targets.mixing import Mixing, beta
+from lit_tricks.callbacks.soft_targets.target import Target, carrying
 
 __all__ = ["MixUp", "mixup"]
 

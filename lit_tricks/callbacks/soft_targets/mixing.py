@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks._batch import Path, describe
-from lit_tricks.callbacks._loss_trick import LossTrick
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target
+from lit_tricks.callbacks.soft_targets.callback import LossTrick
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

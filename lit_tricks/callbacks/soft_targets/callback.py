@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._batch import Path, find, replace
-from lit_tricks.callbacks._recipe import Recipe
-from lit_tricks.callbacks._target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.target import Target, carrying
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

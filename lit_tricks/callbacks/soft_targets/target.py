@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_tricks.callbacks._loss import LOSSES
-from lit_tricks.callbacks._recipe import Recipe
+from lit_tricks.callbacks.soft_targets.losses import LOSSES
+from lit_tricks.callbacks.soft_targets.spec import Recipe
 
 __all__ = ["Target", "carrying"]
 

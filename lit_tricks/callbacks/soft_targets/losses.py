@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_tricks.callbacks._recipe import Recipe
+from lit_tricks.callbacks.soft_targets.spec import Recipe
 
 if TYPE_CHECKING:
-    from lit_tricks.callbacks._target import Target
+    from lit_tricks.callbacks.soft_targets.target import Target
 
 __all__ = ["LOSSES"]
 
