@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lit_tricks.callbacks import EMA, PreciseBN
-from lit_tricks.callbacks._batch_norm import estimate, layers_of
+from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of
 
 RANK = int(os.environ["RANK"])
 SHARES = [range(12), range(12, 16)]  # of the samples: batches of 6 and of 2

@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lit_tricks import Classifier
 from lit_tricks.callbacks import EMA, MixUp, PreciseBN
-from lit_tricks.callbacks._batch_norm import estimate, layers_of, pooled, shift
+from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of, pooled, shift
 from lit_tricks.data import Digits
 
 pl = lightning()
@@ -178,7 +178,7 @@ def test_layers_of_all_kinds(kind):
 
 def test_synchronised_layers_count_the_batches_of_their_own_process(monkeypatch):
     """What they track is of all processes, who each would count it as theirs."""
-    monkeypatch.setattr("lit_tricks.callbacks._batch_norm._world_size", lambda: 2)
+    monkeypatch.setattr("lit_tricks.callbacks.batchnorm.statistics._world_size", lambda: 2)
 
     class Synchronised(nn.SyncBatchNorm):
         def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks.callbacks._batch import inputs_of
-from lit_tricks.callbacks._batch_norm import layers_of
-from lit_tricks.callbacks._estimating import Estimating
-from lit_tricks.callbacks._population_pass import Watch, check, go_through, norms
+from lit_tricks.callbacks.batchnorm.statistics import layers_of
+from lit_tricks.callbacks.batchnorm.callback import Estimating
+from lit_tricks.callbacks.batchnorm.data_pass import Watch, check, go_through, norms
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

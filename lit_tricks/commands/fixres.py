@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks._batch_norm import estimate
+from lit_tricks.callbacks.batchnorm.statistics import estimate
 from lit_tricks.callbacks._fresh import isolated_random_state
 from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.commands._checkpoint import RUN, read_checkpoint, written_whole

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks._batch import arguments_of, describe
-from lit_tricks.callbacks._batch_norm import estimate, shift
+from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
 from lit_tricks.callbacks._fresh import fresh_loader, isolated_random_state
 from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
 from lit_tricks.callbacks._shards import is_sharded, local_of

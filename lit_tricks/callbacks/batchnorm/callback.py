@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks._overlay import Overlay
+from lit_tricks.callbacks.batchnorm.buffers import Overlay
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
