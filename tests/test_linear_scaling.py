@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lit_tricks.callbacks import LinearScaling, WarmupCosine, WarmupStep
-from lit_tricks.callbacks._optimizers import on_each_group
+from lit_tricks.callbacks.optim.param_groups import on_each_group
 from lit_tricks.callbacks.linear_scaling import scaling_factor
 
 

@@ -428,7 +428,7 @@ def test_signs_of_training(trick, change, sign):
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", "vit_tiny_patch16_224"])
 def test_new_networks_show_no_signs_of_training(name):
-    from lit_tricks.callbacks._initializer import sign_of_training
+    from lit_tricks.callbacks.optim.initializer import sign_of_training
 
     net = timm.create_model(name)
     assert not sign_of_training(net, set(net.parameters()))

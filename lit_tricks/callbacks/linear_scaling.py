@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import describe, images_in_list
-from lit_tricks.callbacks._optimizers import Group, on_each_group, optimizers_in
+from lit_tricks.callbacks.optim.param_groups import Group, on_each_group, optimizers_in
 from lit_tricks.callbacks._true_batch import TrueBatch, true_batch
 
 if TYPE_CHECKING:

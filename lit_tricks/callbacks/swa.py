@@ -17,7 +17,7 @@ from lit_tricks.callbacks.averaging.callback import Averaging
 from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks.batchnorm.statistics import layers_of
 from lit_tricks.callbacks._clock import Clock, steps_done
-from lit_tricks.callbacks._rates import LentRates, configured_rates
+from lit_tricks.callbacks.optim.lr_override import LentRates, configured_rates
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from lit_tricks.callbacks._schedule import Schedule, warmup
+from lit_tricks.callbacks.optim.schedule import Schedule, warmup
 
 __all__ = ["WarmupCosine", "warmup_cosine"]
 

@@ -5,7 +5,7 @@ One caveat: the epochs of the decay are counted from the end of the warm-up, so 
 
 from __future__ import annotations
 
-from lit_tricks.callbacks._schedule import Schedule, warmup
+from lit_tricks.callbacks.optim.schedule import Schedule, warmup
 
 __all__ = ["WarmupExponential", "warmup_exponential"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lit_tricks.callbacks._schedule import Schedule, warmup
+from lit_tricks.callbacks.optim.schedule import Schedule, warmup
 
 __all__ = ["WarmupStep", "warmup_step"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._initializer import Initializer, local
+from lit_tricks.callbacks.optim.initializer import Initializer, local
 from lit_tricks.callbacks._layers import check_shapes, has_matrix
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._initializer import Initializer, local, whole
+from lit_tricks.callbacks.optim.initializer import Initializer, local, whole
 from lit_tricks.callbacks._layers import is_norm
 from lit_tricks.callbacks._residual import last_norms
 

@@ -25,7 +25,7 @@ from tricks import TRICKS
 from lit_tricks import callbacks
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
-from lit_tricks.callbacks._schedule import Schedule
+from lit_tricks.callbacks.optim.schedule import Schedule
 
 Fit = Callable[..., None]
 

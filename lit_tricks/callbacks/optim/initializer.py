@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._layers import is_norm
-from lit_tricks.callbacks._optimizers import optimizers_in
+from lit_tricks.callbacks.optim.param_groups import optimizers_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

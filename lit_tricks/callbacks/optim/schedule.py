@@ -10,7 +10,7 @@ import torch
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
 from lit_tricks.callbacks._clock import Clock, steps_done
-from lit_tricks.callbacks._rates import configured_rates, rates_of
+from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
