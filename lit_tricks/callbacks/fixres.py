@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks._batch import refuse_boxes
-from lit_tricks.callbacks._frozen import Frozen, refuse_rivals
+from lit_tricks.callbacks.finetuning.freezing import Frozen, refuse_rivals
 from lit_tricks.callbacks._heads import find_classifier, find_norms
 from lit_tricks.callbacks.optim.initializer import sign_of_training
 from lit_tricks.callbacks._layers import is_norm
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group
 from lit_tricks.callbacks._sizes import require_fit, require_size
-from lit_tricks.callbacks._switch import SwitchedTransforms
+from lit_tricks.callbacks.finetuning.eval_transform import SwitchedTransforms
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
