@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lit_tricks.callbacks._batch import describe, find, replace
+from lit_tricks.utils.batch import describe, find, replace
 
 IMAGE, LABEL = torch.randn(4, 3, 8, 8), torch.arange(4)
 BYTES, MASK = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, 8, 8, dtype=torch.int64)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_tricks.callbacks import DropPath
-from lit_tricks.callbacks._residual import residual_branches
+from lit_tricks.utils.residual import residual_branches
 from lit_tricks.callbacks.drop_path import _Scaled, drop, drop_rates
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ from lit_tricks import (
     XavierInit,
     ZeroGamma,
 )
-from lit_tricks.callbacks._heads import find_classifier, find_norms
-from lit_tricks.callbacks._transforms import at_size, changed
+from lit_tricks.utils.heads import find_classifier, find_norms
+from lit_tricks.utils.dataset_transforms import at_size, changed
 from lit_tricks.data import Digits
 from lit_tricks.models import resnet
 

@@ -1015,7 +1015,7 @@ def test_strategies_that_hide_the_layers_are_refused(strategy):
 
 
 def test_batches_without_inputs_are_refused():
-    from lit_tricks.callbacks._batch import inputs_of
+    from lit_tricks.utils.batch import inputs_of
 
     images_, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
     assert [tuple(t.shape) for t in inputs_of([images_, images_, labels, labels], "PreciseBN")] == 2 * [(4, 3, 8, 8)]

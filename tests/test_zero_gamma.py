@@ -16,8 +16,8 @@ from modules import CLASSES, image_and_label, lightning, train_loader
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import EMA, XavierInit, ZeroGamma
-from lit_tricks.callbacks._layers import is_norm
-from lit_tricks.callbacks._residual import last_norms
+from lit_tricks.utils.modules import is_norm
+from lit_tricks.utils.residual import last_norms
 from lit_tricks.models import resnet
 
 NETS: dict[str, Any] = {

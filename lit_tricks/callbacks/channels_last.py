@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks._batch import replace, tensors_in
-from lit_tricks.callbacks._shards import is_sharded, local_of
+from lit_tricks.utils.batch import replace, tensors_in
+from lit_tricks.utils.dtensor import is_sharded, local_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -16,8 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks._batch import tensors_in
-from lit_tricks.callbacks._residual import is_drop_path, residual_branches
+from lit_tricks.utils.batch import tensors_in
+from lit_tricks.utils.residual import is_drop_path, residual_branches
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_tricks.callbacks.averaging.callback import Averaging
-from lit_tricks.callbacks._clock import Clock
+from lit_tricks.utils.training_length import Clock
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
-from lit_tricks.callbacks._batch import describe, images_in_list
-from lit_tricks.callbacks._sizes import resize
+from lit_tricks.utils.batch import describe, images_in_list
+from lit_tricks.utils.image_size import resize
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

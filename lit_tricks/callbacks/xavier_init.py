@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.optim.initializer import Initializer, local
-from lit_tricks.callbacks._layers import check_shapes, has_matrix
+from lit_tricks.utils.modules import check_shapes, has_matrix
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

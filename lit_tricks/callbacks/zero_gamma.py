@@ -15,8 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.optim.initializer import Initializer, local, whole
-from lit_tricks.callbacks._layers import is_norm
-from lit_tricks.callbacks._residual import last_norms
+from lit_tricks.utils.modules import is_norm
+from lit_tricks.utils.residual import last_norms
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

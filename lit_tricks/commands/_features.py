@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._transforms import nested
+from lit_tricks.utils.dataset_transforms import nested
 
 __all__ = ["FeatureFile", "digest_of_data", "digest_of_weights", "input_of"]
 

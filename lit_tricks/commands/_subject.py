@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_tricks.callbacks._heads import find_classifier
-from lit_tricks.callbacks._transforms import at_size, changed
+from lit_tricks.utils.heads import find_classifier
+from lit_tricks.utils.dataset_transforms import at_size, changed
 from lit_tricks.classifier import Classifier
 from lit_tricks.commands._checkpoint import data_of, module_of, read_checkpoint
 from lit_tricks.models import load_weights

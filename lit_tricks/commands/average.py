@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks._batch import arguments_of
+from lit_tricks.utils.batch import arguments_of
 from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of
-from lit_tricks.callbacks._fresh import isolated_random_state
+from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.commands._checkpoint import RUN, module_of, read_checkpoint, written_whole
 from lit_tricks.commands._progress import progress
 

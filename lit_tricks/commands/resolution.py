@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks._fresh import isolated_random_state
+from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.commands._progress import progress
 from lit_tricks.commands._sizes import default_sizes, macs, parse_sizes
 from lit_tricks.commands._subject import Subject, Views, subject_of

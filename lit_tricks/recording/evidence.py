@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_tricks.callbacks._batch import find
+from lit_tricks.utils.batch import find
 from lit_tricks.recording.mask_evidence import MaskSplit, joined_masks
 from lit_tricks.recording.seen import Seen, pixels_of, smaller
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lit_tricks.callbacks._batch import find
+from lit_tricks.utils.batch import find
 from lit_tricks.recording.seen import Seen, pixels_of, smaller
 
 __all__ = ["MaskSplit", "joined_masks"]

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lit_tricks.callbacks._batch import find, images_in_list, inputs_of
+from lit_tricks.utils.batch import find, images_in_list, inputs_of
 
 __all__ = ["Preview", "PreviewLogger", "preview_of"]
 

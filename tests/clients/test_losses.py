@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks._batch import find
+from lit_tricks.utils.batch import find
 
 pytestmark = pytest.mark.clients
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks._shards import read, write
+from lit_tricks.utils.dtensor import read, write
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
-from lit_tricks.callbacks._shards import gathered, is_sharded, local_of, part_for, shard_like
+from lit_tricks.utils.dtensor import gathered, is_sharded, local_of, part_for, shard_like
 
 __all__ = ["AveragedWeights"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from lit_tricks.callbacks._transforms import Flipped, at_size, changed, nested
+from lit_tricks.utils.dataset_transforms import Flipped, at_size, changed, nested
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
-from lit_tricks.callbacks._layers import is_norm
+from lit_tricks.utils.modules import is_norm
 from lit_tricks.callbacks.optim.param_groups import optimizers_in
 
 if TYPE_CHECKING:

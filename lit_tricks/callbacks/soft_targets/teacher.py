@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._batch import describe
+from lit_tricks.utils.batch import describe
 
 __all__ = ["Renormalized", "load_teacher", "logits_of", "require_apart"]
 

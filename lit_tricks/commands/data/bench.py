@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lit_tricks.callbacks._batch import tensors_in
+from lit_tricks.utils.batch import tensors_in
 from lit_tricks.commands._progress import progress
 
 __all__ = ["bench"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lit_tricks.callbacks._transforms import changed, nested
+from lit_tricks.utils.dataset_transforms import changed, nested
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

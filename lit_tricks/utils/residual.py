@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from lit_tricks.callbacks._layers import is_norm
+from lit_tricks.utils.modules import is_norm
 
 __all__ = ["is_drop_path", "last_norms", "residual_branches"]
 

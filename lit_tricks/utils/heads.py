@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lit_tricks.callbacks.batchnorm.statistics import layers_of
-from lit_tricks.callbacks._layers import has_matrix
+from lit_tricks.utils.modules import has_matrix
 
 __all__ = ["find_classifier", "find_norms"]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_tricks.callbacks._batch import describe, tensors_in
+from lit_tricks.utils.batch import describe, tensors_in
 
 __all__ = ["require_fit", "require_size", "resize", "resize_nearest"]
 
