@@ -15,9 +15,9 @@ from lit_tricks import callbacks
 from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
 
 if TYPE_CHECKING:
-    from lit_tricks.classifier import Classifier
-    from lit_tricks.detector import Detector
-    from lit_tricks.segmenter import Segmenter
+    from lit_tricks.tasks.classification import Classifier
+    from lit_tricks.tasks.detection import Detector
+    from lit_tricks.tasks.segmentation import Segmenter
 
 _MODULES = {"Classifier": "classifier", "Detector": "detector", "Segmenter": "segmenter"}  # where they are
 

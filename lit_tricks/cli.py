@@ -22,12 +22,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
-import lit_tricks.classifier
+import lit_tricks.tasks.classification
 import lit_tricks.data
-import lit_tricks.detector
+import lit_tricks.tasks.detection
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, model_in, resolve_configs
-from lit_tricks._task import Task
+from lit_tricks.tasks.base import Task
 from lit_tricks.commands._checkpoint import run_settings
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.recording.evidence import Evidence
@@ -42,7 +42,7 @@ from lit_tricks.recording.saving import LastCheckpoint, SaveConfig
 from lit_tricks.recording.time_split import TimeSplit
 from lit_tricks.recording.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.reports import report_fit
-from lit_tricks.segmenter import Segmenter
+from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["TricksCLI", "main"]
 
@@ -86,7 +86,7 @@ class TricksCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.set_defaults({"model": {"class_path": "lit_tricks.classifier.Classifier"}, "weights_only": True})
+        parser.set_defaults({"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True})
         if subcommand == "fit":
             parser.add_argument(
                 "--name", type=str, help="Name of the run's folder; by default that of the first configuration file."

@@ -13,7 +13,7 @@ import torch
 from _detectors import detector, trainer
 
 from lit_tricks.data import DigitDetection
-from lit_tricks.detector import _AveragePrecision
+from lit_tricks.tasks.detection import _AveragePrecision
 
 
 class Few:

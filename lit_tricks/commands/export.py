@@ -19,7 +19,7 @@ from lit_tricks.commands._export_timm import FILES, write_timm
 from lit_tricks.commands._exported import Exported, module_to_export, network_of, preprocessing_of
 from lit_tricks.commands._progress import progress
 from lit_tricks.commands.card import Facts, text_of
-from lit_tricks.segmenter import Segmenter
+from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["export"]
 

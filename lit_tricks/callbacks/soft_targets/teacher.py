@@ -165,8 +165,8 @@ def _by_name(teacher: str) -> nn.Module:
 
 
 def _checkpoint(path: Path) -> nn.Module:
-    from lit_tricks.classifier import Classifier
-    from lit_tricks.segmenter import Segmenter
+    from lit_tricks.tasks.classification import Classifier
+    from lit_tricks.tasks.segmentation import Segmenter
 
     try:
         settings = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]

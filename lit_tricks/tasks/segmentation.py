@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lit_tricks._task import Task
+from lit_tricks.tasks.base import Task
 from lit_tricks.callbacks.focal_loss import focal_target
 from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.decoders import DecoderName, levels_of

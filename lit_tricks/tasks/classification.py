@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lit_tricks._task import Task
+from lit_tricks.tasks.base import Task
 from lit_tricks.models import create_model, load_weights
 
 __all__ = ["Classifier"]

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
-from lit_tricks._task import Task
+from lit_tricks.tasks.base import Task
 from lit_tricks.models import Backbone
 from lit_tricks.models.detectors import faster_rcnn, retinanet
 
