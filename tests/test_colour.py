@@ -10,8 +10,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as v2
 
-from lit_tricks.data import _colour
-from lit_tricks.data._colour import Jitter, apply_matrices, normalisation
+from lit_tricks.data import color as _colour
+from lit_tricks.data.color import Jitter, apply_matrices, normalisation
 from lit_tricks.data.transforms import pca_noise
 
 MEAN, STD = (123.68, 116.779, 103.939), (58.393, 57.12, 57.375)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lit_tricks.data import CIFAR10, CIFAR100, Digits, ImageFolder
-from lit_tricks.data._base import ImageDataModule, Split
+from lit_tricks.data.datamodule import ImageDataModule, Split
 from lit_tricks.data._jpeg import read_image
-from lit_tricks.data._loader import ShuffleSampler
-from lit_tricks.data._samples import Samples
+from lit_tricks.data.loader import ShuffleSampler
+from lit_tricks.data.samples import Samples
 
 CLASSES = ("ant", "bee", "cow")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")

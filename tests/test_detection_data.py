@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data import CocoDetection, DigitDetection, VOCDetection
-from lit_tricks.data._base import ImageDataModule
+from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data._detection import zoom
 from lit_tricks.data._scenes import DigitScenes
 

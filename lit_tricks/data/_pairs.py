@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_tricks.data._crops import resize
+from lit_tricks.data.crops import resize
 from lit_tricks.data._jpeg import pixels_of, read_image
 from lit_tricks.data._listing import Paths
 from lit_tricks.data.transforms import to_rgb

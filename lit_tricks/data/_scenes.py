@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lit_tricks.data._base import Split
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data.digits import INK, split_digits
 
 __all__ = ["DigitScenes", "Placed"]

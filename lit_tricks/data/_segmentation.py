@@ -11,10 +11,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data._base import ImageDataModule, check_at_least_one, resize_size_for
+from lit_tricks.data.datamodule import ImageDataModule, check_at_least_one, resize_size_for
 from lit_tricks.data._listing import Paths
 from lit_tricks.data._pairs import EvalPair, Pairs, RandomPair
-from lit_tricks.data._samples import JointSamples
+from lit_tricks.data.samples import JointSamples
 from lit_tricks.data._workers import EvalLoader
 from lit_tricks.data.transforms import Transform
 

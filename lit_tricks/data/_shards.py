@@ -17,7 +17,7 @@ from PIL import Image
 from lit_tricks.data._jpeg import decode_image
 
 if TYPE_CHECKING:
-    from lit_tricks.data._base import Split
+    from lit_tricks.data.datamodule import Split
 
 __all__ = ["INDEX", "SCHEMES", "SPLITS", "Shards", "alone", "import_litdata", "read_shards"]
 

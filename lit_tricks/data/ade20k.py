@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from lit_tricks.data._base import Split
-from lit_tricks.data._colour import MEAN, STD, Triple
-from lit_tricks.data._samples import Source
+from lit_tricks.data.datamodule import Split
+from lit_tricks.data.color import MEAN, STD, Triple
+from lit_tricks.data.samples import Source
 from lit_tricks.data._segmentation import MaskFolders, image_files
 
 __all__ = ["ADE20KSegmentation"]

@@ -9,8 +9,8 @@ from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lit_tricks.data._base import ImageDataModule, Split, resize_size_for, stratified_split
-from lit_tricks.data._samples import Source
+from lit_tricks.data.datamodule import ImageDataModule, Split, resize_size_for, stratified_split
+from lit_tricks.data.samples import Source
 from lit_tricks.data.transforms import Transform, eval_transform, to_pixels, to_rgb
 
 __all__ = ["CIFAR10", "CIFAR100"]

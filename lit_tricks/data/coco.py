@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from lit_tricks.data._base import Split
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data._boxes import BoxFiles, OnBadBox
 from lit_tricks.data._coco_boxes import read_coco
-from lit_tricks.data._colour import MEAN, STD, Triple
+from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data._detection import DetectionDataModule
-from lit_tricks.data._samples import Source
+from lit_tricks.data.samples import Source
 
 __all__ = ["CocoDetection"]
 

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_tricks.data._base import Split, check_at_least_one
+from lit_tricks.data.datamodule import Split, check_at_least_one
 from lit_tricks.data._boxes import Target, target_of
 from lit_tricks.data._detection import DetectionDataModule
-from lit_tricks.data._samples import Source
+from lit_tricks.data.samples import Source
 from lit_tricks.data._scenes import DigitScenes
 from lit_tricks.data._segmentation import MaskDataModule
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_tricks.data._base import ImageDataModule, Split, check_at_least_one, resize_size_for, stratified_split
-from lit_tricks.data._samples import Source
+from lit_tricks.data.datamodule import ImageDataModule, Split, check_at_least_one, resize_size_for, stratified_split
+from lit_tricks.data.samples import Source
 from lit_tricks.data.transforms import Transform, to_rgb
 
 __all__ = ["Digits"]

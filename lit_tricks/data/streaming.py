@@ -9,11 +9,11 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from lit_tricks.data._bad_images import OnBadImage
-from lit_tricks.data._base import Split
-from lit_tricks.data._colour import MEAN, STD, Triple
-from lit_tricks.data._loader import eval_batch_size
-from lit_tricks.data._photos import Augmentation
-from lit_tricks.data._samples import Source
+from lit_tricks.data.datamodule import Split
+from lit_tricks.data.color import MEAN, STD, Triple
+from lit_tricks.data.loader import eval_batch_size
+from lit_tricks.data.photos import Augmentation
+from lit_tricks.data.samples import Source
 from lit_tricks.data._shards import SCHEMES, SPLITS, import_litdata, read_shards
 from lit_tricks.data.image_folder import ImageFolder, check_same_classes
 from lit_tricks.data.transforms import Transform

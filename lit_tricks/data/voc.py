@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lit_tricks.data._base import Split
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data._boxes import BoxFiles, OnBadBox, Picture
-from lit_tricks.data._colour import MEAN, STD, Triple
+from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data._detection import DetectionDataModule
-from lit_tricks.data._samples import Source
+from lit_tricks.data.samples import Source
 from lit_tricks.data._segmentation import MaskFolders
 from lit_tricks.data._voc_boxes import read_voc
 

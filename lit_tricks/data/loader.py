@@ -10,7 +10,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_tricks.data._samples import Samples, derive_seed
+from lit_tricks.data.samples import Samples, derive_seed
 from lit_tricks.data._workers import guarded
 
 __all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "check_same_batches", "eval_batch_size"]

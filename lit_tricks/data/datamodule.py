@@ -17,8 +17,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from lit_tricks.data._bad_images import BadImages, OnBadImage, Report
 from lit_tricks.data._jpeg import read_image
 from lit_tricks.data._listing import Paths
-from lit_tricks.data._loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
-from lit_tricks.data._samples import Files, Samples, Source, collate, find_images
+from lit_tricks.data.loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
+from lit_tricks.data.samples import Files, Samples, Source, collate, find_images
 from lit_tricks.data._workers import EvalLoader, explain_death
 from lit_tricks.data.transforms import Transform
 
