@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from lit_tricks.data import ImageFolder, _jpeg, _turbojpeg
 from lit_tricks.data.color import Jitter, apply_matrices
 from lit_tricks.data.crops import RandomCrop, generator_at
-from lit_tricks.data._jpeg import pixels_of, read_image
+from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.samples import Samples
 from lit_tricks.data._shard_writer import image_bytes
 from lit_tricks.data.transforms import PCANoise, to_pixels

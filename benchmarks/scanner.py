@@ -27,7 +27,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from lit_tricks.data import ImageFolder
-from lit_tricks.data._listing import list_images
+from lit_tricks.data.io.file_index import list_images
 
 CLASSES = 1000
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lit_tricks.data._workers import explain_death
+from lit_tricks.data.io.worker_errors import explain_death
 
 __all__ = ["CONFIGS", "config_name", "explain", "find_config", "given", "model_in", "resolve_configs"]
 

@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from lit_tricks.data import ImageFolder
-from lit_tricks.data._jpeg import read_image
+from lit_tricks.data.io.jpeg import read_image
 
 any_machine = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -206,7 +206,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise PermissionError(13, "Permission denied", str(path))
         return open(path, *args, **kwargs)
 
-    monkeypatch.setattr("lit_tricks.data._jpeg.open", denied, raising=False)
+    monkeypatch.setattr("lit_tricks.data.io.jpeg.open", denied, raising=False)
 
 
 @any_machine

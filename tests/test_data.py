@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lit_tricks.data import CIFAR10, CIFAR100, Digits, ImageFolder
 from lit_tricks.data.datamodule import ImageDataModule, Split
-from lit_tricks.data._jpeg import read_image
+from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.loader import ShuffleSampler
 from lit_tricks.data.samples import Samples
 

@@ -15,9 +15,9 @@ import simplejpeg
 from PIL import Image
 from torchvision.transforms import v2
 
-from lit_tricks.data import _jpeg
-from lit_tricks.data import _turbojpeg
-from lit_tricks.data._jpeg import Box, decode_image, pixels_of, read_image
+from lit_tricks.data.io import jpeg as _jpeg
+from lit_tricks.data.io import turbojpeg as _turbojpeg
+from lit_tricks.data.io.jpeg import Box, decode_image, pixels_of, read_image
 from tests.photos import jpeg, photo
 
 KINDS: dict[str, dict[str, Any]] = {

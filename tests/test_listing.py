@@ -13,8 +13,8 @@ import pytest
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data import _listing
-from lit_tricks.data._listing import Paths, list_images
+from lit_tricks.data.io import file_index as _listing
+from lit_tricks.data.io.file_index import Paths, list_images
 
 NAMES = (
     "bee/2.jpg",

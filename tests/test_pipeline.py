@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from lit_tricks.callbacks import ChannelsLast, CutMix
 from lit_tricks.data import ImageFolder
 from lit_tricks.data.crops import CentreCrop, RandomCrop, generator_at
-from lit_tricks.data._jpeg import decode_image
+from lit_tricks.data.io.jpeg import decode_image
 from lit_tricks.data.loader import EvalSampler, ShuffleSampler, eval_batch_size
 from lit_tricks.data.samples import Samples
 from tests.photos import jpeg, photo

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_tricks import Classifier
 from lit_tricks.data import ImageFolder
-from lit_tricks.data._workers import explain_death
+from lit_tricks.data.io.worker_errors import explain_death
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",

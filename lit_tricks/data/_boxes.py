@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
-from lit_tricks.data._listing import Paths
+from lit_tricks.data.io.file_index import Paths
 
 __all__ = [
     "BoxFiles",

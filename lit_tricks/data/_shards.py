@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lit_tricks.data._jpeg import decode_image
+from lit_tricks.data.io.jpeg import decode_image
 
 if TYPE_CHECKING:
     from lit_tricks.data.datamodule import Split

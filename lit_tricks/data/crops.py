@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_tricks.data.color import Jitter
-from lit_tricks.data._jpeg import Pixels, pixels_of
+from lit_tricks.data.io.jpeg import Pixels, pixels_of
 
 __all__ = ["CentreCrop", "Crop", "RandomCrop", "generator_at", "seeded"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from lit_tricks.data._bad_images import OnBadImage
+from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.loader import eval_batch_size

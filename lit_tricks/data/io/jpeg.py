@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lit_tricks.data._turbojpeg import decode_region
+from lit_tricks.data.io.turbojpeg import decode_region
 from lit_tricks.data.transforms import to_rgb
 
 __all__ = ["JPEG", "BadImageError", "Box", "Pixels", "decode_image", "pixels_of", "read_image"]

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_tricks.data._jpeg import BadImageError
+from lit_tricks.data.io.jpeg import BadImageError
 
 __all__ = ["BadImages", "OnBadImage", "Report"]
 
