@@ -15,7 +15,7 @@ from PIL import Image
 
 from lit_tricks.data import ADE20KSegmentation, DigitSegmentation, SegmentationFolder, VOCSegmentation
 from lit_tricks.data.datamodule import ImageDataModule
-from lit_tricks.data._pairs import EvalPair, RandomPair, read_mask, scaled
+from lit_tricks.data.segmentation.pairs import EvalPair, RandomPair, read_mask, scaled
 
 SMALL: dict[str, Any] = {"crop_size": 16, "base_size": 20, "batch_size": 2, "num_workers": 0}
 

@@ -13,7 +13,7 @@ from lit_tricks.data._boxes import Target, target_of
 from lit_tricks.data._detection import DetectionDataModule
 from lit_tricks.data.samples import Source
 from lit_tricks.data._scenes import DigitScenes
-from lit_tricks.data._segmentation import MaskDataModule
+from lit_tricks.data.segmentation.base import MaskDataModule
 
 __all__ = ["DigitDetection", "DigitSegmentation"]
 

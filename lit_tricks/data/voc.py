@@ -12,7 +12,7 @@ from lit_tricks.data._boxes import BoxFiles, OnBadBox, Picture
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data._detection import DetectionDataModule
 from lit_tricks.data.samples import Source
-from lit_tricks.data._segmentation import MaskFolders
+from lit_tricks.data.segmentation.base import MaskFolders
 from lit_tricks.data._voc_boxes import read_voc
 
 __all__ = ["VOC_CLASSES", "VOCDetection", "VOCSegmentation"]

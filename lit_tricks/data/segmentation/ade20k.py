@@ -9,7 +9,7 @@ from typing import Literal
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.samples import Source
-from lit_tricks.data._segmentation import MaskFolders, image_files
+from lit_tricks.data.segmentation.base import MaskFolders, image_files
 
 __all__ = ["ADE20KSegmentation"]
 

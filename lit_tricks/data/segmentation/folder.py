@@ -10,9 +10,9 @@ import numpy as np
 
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.color import MEAN, STD, Triple
-from lit_tricks.data._pairs import Pairs
+from lit_tricks.data.segmentation.pairs import Pairs
 from lit_tricks.data.samples import Source
-from lit_tricks.data._segmentation import MaskFolders, image_files
+from lit_tricks.data.segmentation.base import MaskFolders, image_files
 
 __all__ = ["SegmentationFolder"]
 
