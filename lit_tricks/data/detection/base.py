@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data.datamodule import ImageDataModule
-from lit_tricks.data._boxes import Target
+from lit_tricks.data.detection.boxes import Target
 from lit_tricks.data.samples import JointSamples
 from lit_tricks.data.transforms import to_rgb
 

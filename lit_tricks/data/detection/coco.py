@@ -6,10 +6,10 @@ import os
 from typing import Literal
 
 from lit_tricks.data.datamodule import Split
-from lit_tricks.data._boxes import BoxFiles, OnBadBox
-from lit_tricks.data._coco_boxes import read_coco
+from lit_tricks.data.detection.boxes import BoxFiles, OnBadBox
+from lit_tricks.data.detection.coco_file import read_coco
 from lit_tricks.data.color import MEAN, STD, Triple
-from lit_tricks.data._detection import DetectionDataModule
+from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.samples import Source
 
 __all__ = ["CocoDetection"]

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from lit_tricks.data._boxes import OnBadBox, Picture, add_object, require_files, some_of, warn_of_skipped
+from lit_tricks.data.detection.boxes import OnBadBox, Picture, add_object, require_files, some_of, warn_of_skipped
 
 __all__ = ["read_coco"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data._boxes import OnBadBox, Picture, add_object, require_files, some_of, warn_of_skipped
+from lit_tricks.data.detection.boxes import OnBadBox, Picture, add_object, require_files, some_of, warn_of_skipped
 
 __all__ = ["read_voc"]
 
