@@ -42,7 +42,7 @@ from lit_tricks.data.color import Jitter, apply_matrices
 from lit_tricks.data.crops import RandomCrop, generator_at
 from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.samples import Samples
-from lit_tricks.data._shard_writer import image_bytes
+from lit_tricks.data.shards.writer import image_bytes
 from lit_tricks.data.transforms import PCANoise, to_pixels
 
 SIZE, RESIZE = 224, 256

@@ -15,8 +15,8 @@ from litdata import StreamingDataset
 from PIL import Image
 
 from lit_tricks.commands.data import shard
-from lit_tricks.data import _shard_writer
-from lit_tricks.data._shard_writer import image_bytes
+from lit_tricks.data.shards import writer as _shard_writer
+from lit_tricks.data.shards.writer import image_bytes
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -7,7 +7,7 @@ from lit_tricks.data.digit_scenes import DigitDetection, DigitSegmentation
 from lit_tricks.data.digits import Digits
 from lit_tricks.data.image_folder import ImageFolder
 from lit_tricks.data.segmentation.folder import SegmentationFolder
-from lit_tricks.data.streaming import Streaming
+from lit_tricks.data.shards.streaming import Streaming
 from lit_tricks.data.detection.voc import VOCDetection, VOCSegmentation
 
 __all__ = [

@@ -14,7 +14,7 @@ from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.loader import eval_batch_size
 from lit_tricks.data.photos import Augmentation
 from lit_tricks.data.samples import Source
-from lit_tricks.data._shards import SCHEMES, SPLITS, import_litdata, read_shards
+from lit_tricks.data.shards.index import SCHEMES, SPLITS, import_litdata, read_shards
 from lit_tricks.data.image_folder import ImageFolder, check_same_classes
 from lit_tricks.data.transforms import Transform
 
@@ -125,7 +125,7 @@ class Streaming(ImageFolder):
         return self._stream(split, self.eval_transform)
 
     def _stream(self, split: Split, transform: Transform) -> DataLoader[Any]:
-        from lit_tricks.data._stream import ShardSamples, StreamLoader, collate
+        from lit_tricks.data.shards.loader import ShardSamples, StreamLoader, collate
 
         warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # litdata's is exact
         shards: Any = self._source(split)

@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from lit_tricks.data._shards import INDEX, SPLITS, import_litdata
+from lit_tricks.data.shards.index import INDEX, SPLITS, import_litdata
 from lit_tricks.data.transforms import to_rgb
 
 __all__ = ["CHUNK_BYTES", "image_bytes", "replaced_whole", "write_shards"]
