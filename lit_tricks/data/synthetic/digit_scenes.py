@@ -12,7 +12,7 @@ from lit_tricks.data.datamodule import Split, check_at_least_one
 from lit_tricks.data.detection.boxes import Target, target_of
 from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.samples import Source
-from lit_tricks.data._scenes import DigitScenes
+from lit_tricks.data.synthetic.scenes import DigitScenes
 from lit_tricks.data.segmentation.base import MaskDataModule
 
 __all__ = ["DigitDetection", "DigitSegmentation"]
