@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from lit_tricks.models import Backbone, SpatialPyramidPool2d, create_model, load_weights, make_separable, resnet
-from lit_tricks.models._norms import NORMS
+from lit_tricks.models.norms import NORMS
 from lit_tricks.models.separable import separable_conv
 
 TINY: dict[str, Any] = {"depth": 18, "width": 1 / 32, "num_classes": 10}

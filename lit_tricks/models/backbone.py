@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_tricks.models._factory import create_model
+from lit_tricks.models.factory import create_model
 from lit_tricks.models.weights import load_weights
 
 __all__ = ["Backbone"]

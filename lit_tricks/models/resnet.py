@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from lit_tricks.models._norms import NORMS, Norm
+from lit_tricks.models.norms import NORMS, Norm
 from lit_tricks.models.separable import make_separable
 from lit_tricks.models.spp import SpatialPyramidPool2d
 from lit_tricks.models.weights import load_weights
