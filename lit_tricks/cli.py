@@ -30,17 +30,17 @@ from lit_tricks._parser import explain, given, model_in, resolve_configs
 from lit_tricks.tasks.base import Task
 from lit_tricks.commands._checkpoint import run_settings
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
-from lit_tricks.recording.evidence import Evidence
-from lit_tricks.recording.in_force import TricksInForce
-from lit_tricks.recording.masks import MaskWriter
-from lit_tricks.recording.memory import PeakMemory
-from lit_tricks.recording.pictures import send_pictures
-from lit_tricks.recording.predictions import PredictionWriter
-from lit_tricks.recording.preview import PreviewLogger
-from lit_tricks.recording.run_folder import RunFolder
-from lit_tricks.recording.saving import LastCheckpoint, SaveConfig
-from lit_tricks.recording.time_split import TimeSplit
-from lit_tricks.recording.wandb_run import own_wandb_run, prepare_wandb
+from lit_tricks.run.evidence.callback import Evidence
+from lit_tricks.run.tricks_in_force import TricksInForce
+from lit_tricks.run.mask_writer import MaskWriter
+from lit_tricks.run.memory import PeakMemory
+from lit_tricks.run.pictures import send_pictures
+from lit_tricks.run.prediction_writer import PredictionWriter
+from lit_tricks.run.preview import PreviewLogger
+from lit_tricks.run.folder import RunFolder
+from lit_tricks.run.saving import LastCheckpoint, SaveConfig
+from lit_tricks.run.profiler import TimeSplit
+from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.reports import report_fit
 from lit_tricks.tasks.segmentation import Segmenter
 

@@ -29,7 +29,7 @@ from lit_tricks.data import DigitDetection
 from lit_tricks.data.synthetic.scenes import DigitScenes
 from lit_tricks.tasks.detection import _AveragePrecision
 from lit_tricks.models.detectors import box_loss
-from lit_tricks.recording.preview import BOX, preview_of
+from lit_tricks.run.preview import BOX, preview_of
 
 MODELS = ("faster_rcnn", "retinanet")
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]

@@ -18,9 +18,9 @@ from tricks import TRICKS
 
 from lit_tricks import Classifier
 from lit_tricks.data import Digits
-from lit_tricks.recording.evidence import WRONG, Evidence, _Split
-from lit_tricks.recording.in_force import TricksInForce, tricks_in_force
-from lit_tricks.recording.time_split import PARTS, SAMPLED, TimeSplit
+from lit_tricks.run.evidence.callback import WRONG, Evidence, _Split
+from lit_tricks.run.tricks_in_force import TricksInForce, tricks_in_force
+from lit_tricks.run.profiler import PARTS, SAMPLED, TimeSplit
 from lit_tricks.reports.predictions import Predictions
 
 DIGITS = {"num_classes": 10, "input_size": (1, 8, 8), "model_args": {"depth": 18, "width": 1 / 32, "small_input": True}}

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lit_tricks import Segmenter
 from lit_tricks.data import SegmentationFolder
-from lit_tricks.recording.evidence import Evidence
-from lit_tricks.recording.mask_evidence import SIDE, WORST, MaskSplit, joined_masks
-from lit_tricks.recording.pictures import send_pictures
+from lit_tricks.run.evidence.callback import Evidence
+from lit_tricks.run.evidence.mask_split import SIDE, WORST, MaskSplit, joined_masks
+from lit_tricks.run.pictures import send_pictures
 from lit_tricks.reports.content import report_sections
 from lit_tricks.reports.figures import draw_confusion, draw_ious, draw_worst_masks
 from lit_tricks.reports.masks import MaskPredictions

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_tricks.recording import memory
-from lit_tricks.recording.memory import PeakMemory
+from lit_tricks.run import memory
+from lit_tricks.run.memory import PeakMemory
 
 MIB = 1 << 20
 
@@ -20,7 +20,7 @@ def test_what_was_there_before_does_not_count() -> None:
     """In a process of its own, whose memory no other test has left room in."""
     script = """
 import numpy as np
-from lit_tricks.recording.memory import PeakMemory
+from lit_tricks.run.memory import PeakMemory
 kept = np.ones(64 << 20, np.uint8)
 freed = np.ones(128 << 20, np.uint8)
 del freed

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import lit_tricks
 from lit_tricks.commands.data import preview
 from lit_tricks.data import CIFAR10, Digits, ImageFolder
-from lit_tricks.recording.preview import PreviewLogger, preview_of
+from lit_tricks.run.preview import PreviewLogger, preview_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",

@@ -242,7 +242,7 @@ def test_an_interrupted_run_leaves_nothing_half(trained, monkeypatch):
 def test_wandb(mode, expected, trained, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr(sys.modules["lit_tricks.recording.wandb_run"], "_logged_in", lambda: False)
+    monkeypatch.setattr(sys.modules["lit_tricks.run.wandb_run"], "_logged_in", lambda: False)
     with mock.patch.object(wandb, "init") as init, mock.patch.object(wandb, "Image"):
         done("resolution", f"--ckpt={trained}", "--sizes", "8", "10", "--wandb")
     assert init.call_args.kwargs["mode"] == expected

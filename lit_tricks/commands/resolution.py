@@ -131,7 +131,7 @@ def _log(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Track the result in a W&B run of its own."""
     import wandb  # takes a second to import
 
-    from lit_tricks.recording.wandb_run import tracking_mode
+    from lit_tricks.run.wandb_run import tracking_mode
 
     best = max(rows, key=lambda row: row["top1"])
     with wandb.init(

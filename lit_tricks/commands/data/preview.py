@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lit_tricks.recording.preview import Preview, preview_of
+from lit_tricks.run.preview import Preview, preview_of
 
 __all__ = ["preview"]
 

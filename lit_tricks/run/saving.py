@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from lit_tricks.recording.wandb_run import tell_wandb
+from lit_tricks.run.wandb_run import tell_wandb
 
 __all__ = ["LastCheckpoint", "SaveConfig"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_tricks.utils.batch import find
-from lit_tricks.recording.seen import Seen, pixels_of, smaller
+from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
 
 __all__ = ["MaskSplit", "joined_masks"]
 

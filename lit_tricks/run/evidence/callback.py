@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lit_tricks.utils.batch import find
-from lit_tricks.recording.mask_evidence import MaskSplit, joined_masks
-from lit_tricks.recording.seen import Seen, pixels_of, smaller
+from lit_tricks.run.evidence.mask_split import MaskSplit, joined_masks
+from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
 
 __all__ = ["Evidence"]
 

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from lit_tricks.recording.predictions import require_folder, require_one_process
+from lit_tricks.run.prediction_writer import require_folder, require_one_process
 from lit_tricks.reports.masks import palette
 
 __all__ = ["MaskWriter"]
