@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from test_evidence import see_test
 
-from lit_tricks.reports.predictions import Predictions
+from lit_tricks.run.reading.predictions import Predictions
 
 
 def main(folder: Path) -> None:

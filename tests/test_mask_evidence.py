@@ -30,7 +30,7 @@ from lit_tricks.reports.content import report_sections
 from lit_tricks.reports.figures import draw_confusion, draw_ious, draw_worst_masks
 from lit_tricks.reports.masks import MaskPredictions
 from lit_tricks.reports.page import to_html
-from lit_tricks.reports.run import read_runs
+from lit_tricks.run.reading.run import read_runs
 from lit_tricks.reports.style import DARK, draw
 
 NAMES = [f"class {i}" for i in range(K)]

@@ -31,8 +31,8 @@ from lit_tricks.reports.citations import FILE, citations, link_of
 from lit_tricks.reports.content import report_sections
 from lit_tricks.reports.figures import draw_confusion, draw_recalls
 from lit_tricks.reports.page import to_html
-from lit_tricks.reports.predictions import Predictions
-from lit_tricks.reports.run import read_runs
+from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.reading.run import read_runs
 from lit_tricks.reports.style import DARK, LIGHT, color_of, draw
 
 TRICKS = (*COSINE, "--trainer.callbacks+=LabelSmoothing", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")

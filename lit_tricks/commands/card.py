@@ -20,7 +20,7 @@ from lit_tricks.reports.citations import citations, link_of
 from lit_tricks.reports.content import Table, results_table, tricks_table
 from lit_tricks.reports.fit import metrics_at
 from lit_tricks.reports.page import markdown_table
-from lit_tricks.reports.run import FILES, Run, read_run_folder
+from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.reports.style import duration
 
 __all__ = ["Facts", "card", "text_of"]

@@ -30,7 +30,7 @@ def report(runs: list[str], *, out: str | None = None) -> Path:
     """
     from lit_tricks.reports.content import report_sections
     from lit_tricks.reports.page import write
-    from lit_tricks.reports.run import read_runs
+    from lit_tricks.run.reading.run import read_runs
 
     found = read_runs(runs)
     folder = Path(out or (runs[0] if len(runs) == 1 else "report"))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.special import stdtrit
 
-from lit_tricks.reports.scores import SCORES, scores_in
+from lit_tricks.run.reading.scores import SCORES, scores_in
 
 __all__ = ["paired_change", "read_run", "report_ablation"]
 

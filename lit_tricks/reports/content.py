@@ -22,9 +22,9 @@ from lit_tricks.reports.figures import (
     worst_first,
 )
 from lit_tricks.reports.masks import MaskPredictions
-from lit_tricks.reports.predictions import Predictions
-from lit_tricks.reports.run import Run
-from lit_tricks.reports.scores import SCORES
+from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.reading.run import Run
+from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.reports.style import DARK, LIGHT, draw, duration
 
 __all__ = [

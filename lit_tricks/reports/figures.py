@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lit_tricks.reports.masks import MaskPredictions, palette
-from lit_tricks.reports.predictions import Floats, Ints, Predictions
+from lit_tricks.run.reading.predictions import Floats, Ints, Predictions
 from lit_tricks.reports.style import Theme, color_of, new_figure, tidy, unit_of_time
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lit_tricks.reports.predictions import Confusion, Floats, Ints
+from lit_tricks.run.reading.predictions import Confusion, Floats, Ints
 
 __all__ = ["MaskPredictions", "WorstMask", "palette"]
 
