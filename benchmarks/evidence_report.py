@@ -17,7 +17,7 @@ from typing import Any
 from evidence_runs import HALF_LIFE, Settings
 from matplotlib.figure import Figure
 
-from lit_tricks.reports.ablation import paired_change
+from lit_tricks.run.report.ablation_table import paired_change
 
 Values = dict[int, float]  # by seed, in per cent
 # what a row is called, its run, which of its models, and the row that it is compared with

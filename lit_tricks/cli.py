@@ -41,7 +41,7 @@ from lit_tricks.run.folder import RunFolder
 from lit_tricks.run.saving import LastCheckpoint, SaveConfig
 from lit_tricks.run.profiler import TimeSplit
 from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
-from lit_tricks.reports import report_fit
+from lit_tricks.run.report.fit import report_fit
 from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["TricksCLI", "main"]

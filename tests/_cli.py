@@ -127,7 +127,7 @@ def workplace(folder: Path, curves: bool = False) -> Iterator[Path]:
     os.chdir(folder)
     try:
         with (
-            contextlib.nullcontext() if curves else mock.patch("lit_tricks.reports.fit.draw_curves", return_value=None)
+            contextlib.nullcontext() if curves else mock.patch("lit_tricks.run.report.fit.draw_curves", return_value=None)
         ):
             yield folder
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 from _evidence_distributed import see_in_two
 from test_mask_evidence import see_test
 
-from lit_tricks.reports.masks import MaskPredictions
+from lit_tricks.run.reading.mask_predictions import MaskPredictions
 
 
 def main(folder: Path) -> None:

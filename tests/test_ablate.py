@@ -22,7 +22,7 @@ from scipy import stats
 
 from lit_tricks.commands._cells import run_here
 from lit_tricks.commands.ablate import rows_of
-from lit_tricks.reports.ablation import paired_change, report_ablation
+from lit_tricks.run.report.ablation_table import paired_change, report_ablation
 
 TRICKS = ["tricks/warmup_cosine", "tricks/mixup", "tricks/ema"]
 GRID = ("ablate", "--config", "tiny.yaml", "--stack", "tricks/label_smoothing", "tricks/ema")

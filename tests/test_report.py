@@ -27,13 +27,13 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 import lit_tricks
 from lit_tricks import callbacks
 from lit_tricks.commands import report
-from lit_tricks.reports.citations import FILE, citations, link_of
-from lit_tricks.reports.content import report_sections
-from lit_tricks.reports.figures import draw_confusion, draw_recalls
-from lit_tricks.reports.page import to_html
+from lit_tricks.run.report.citations import FILE, citations, link_of
+from lit_tricks.run.report.content import report_sections
+from lit_tricks.run.report.figures import draw_confusion, draw_recalls
+from lit_tricks.run.report.page import to_html
 from lit_tricks.run.reading.predictions import Predictions
 from lit_tricks.run.reading.run import read_runs
-from lit_tricks.reports.style import DARK, LIGHT, color_of, draw
+from lit_tricks.run.report.style import DARK, LIGHT, color_of, draw
 
 TRICKS = (*COSINE, "--trainer.callbacks+=LabelSmoothing", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")
 
@@ -56,7 +56,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are white squares: drawing them takes seconds."""
     square = io.BytesIO()
     Image.new("RGB", (16, 16), "white").save(square, "PNG")
-    monkeypatch.setattr("lit_tricks.reports.content.draw", lambda *args, **kwargs: square.getvalue())
+    monkeypatch.setattr("lit_tricks.run.report.content.draw", lambda *args, **kwargs: square.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path) -> Iterator[Path]:
-    with workplace(tmp_path), mock.patch("lit_tricks.reports.resolution._draw", wraps=None) as draw:
+    with workplace(tmp_path), mock.patch("lit_tricks.run.report.resolution_curve._draw", wraps=None) as draw:
         draw.side_effect = lambda rows, train_size, title, path: path.write_bytes(b"")  # takes longer than the rest
         yield tmp_path
 
@@ -210,7 +210,7 @@ def test_timm_by_name_with_its_own_normalisation(tmp_path):
 
 def test_the_picture_and_a_second_run_in_the_same_folder(trained, tmp_path):
     mock.patch.stopall()
-    from lit_tricks.reports import resolution as report
+    from lit_tricks.run.report import resolution_curve as resolution as report
 
     rows = [
         {"size": s, "crop_ratio": r, "gmac": s / 10, "top1": s / 50, "top5": 1.0} for r in (0.8, 1) for s in (8, 16)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_tricks import Classifier, Segmenter
-from lit_tricks.reports.masks import palette
+from lit_tricks.run.reading.mask_predictions import palette
 
 K, IGNORED = 5, 255
 TINY: dict[str, Any] = {"depth": 18, "width": 0.0625, "small_input": True}

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lit_tricks.reports.ablation import read_run
+from lit_tricks.run.report.ablation_table import read_run
 
 __all__ = ["Cell", "run_all", "run_here"]
 

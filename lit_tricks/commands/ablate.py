@@ -20,7 +20,7 @@ from lit_tricks.tasks.classification import Classifier
 from lit_tricks.commands._cells import Cell, run_all, run_here
 from lit_tricks.commands._ray import run_on_ray
 from lit_tricks.run.wandb_run import log_summary
-from lit_tricks.reports.ablation import report_ablation
+from lit_tricks.run.report.ablation_table import report_ablation
 
 __all__ = ["ablate", "rows_of"]
 

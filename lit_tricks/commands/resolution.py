@@ -20,7 +20,7 @@ from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.commands._progress import progress
 from lit_tricks.commands._sizes import default_sizes, macs, parse_sizes
 from lit_tricks.commands._subject import Subject, Views, subject_of
-from lit_tricks.reports.resolution import report_resolution
+from lit_tricks.run.report.resolution_curve import report_resolution
 
 __all__ = ["resolution"]
 

@@ -1,0 +1,1 @@
+"""A run: what is recorded while it trains, and what is read and reported afterwards."""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_tricks.run.prediction_writer import require_folder, require_one_process
-from lit_tricks.reports.masks import palette
+from lit_tricks.run.reading.mask_predictions import palette
 
 __all__ = ["MaskWriter"]
 

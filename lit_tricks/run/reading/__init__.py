@@ -1,0 +1,1 @@
+"""Read run folders. Damaged parts are noted, not raised."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_tricks.reports.masks import MaskPredictions
+from lit_tricks.run.reading.mask_predictions import MaskPredictions
 from lit_tricks.run.reading.predictions import Predictions
 
 __all__ = ["Row", "Run", "read_metrics", "read_run_folder", "read_runs"]

@@ -7,9 +7,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lit_tricks.reports.masks import MaskPredictions, palette
+from lit_tricks.run.reading.mask_predictions import MaskPredictions, palette
 from lit_tricks.run.reading.predictions import Floats, Ints, Predictions
-from lit_tricks.reports.style import Theme, color_of, new_figure, tidy, unit_of_time
+from lit_tricks.run.report.style import Theme, color_of, new_figure, tidy, unit_of_time
 
 __all__ = [
     "MOST_CLASSES",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
-from lit_tricks.reports.content import Image, Picture, Section, Table
+from lit_tricks.run.report.content import Image, Picture, Section, Table
 
 __all__ = ["markdown_table", "to_html", "to_markdown", "write"]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lit_tricks.run.reading.run import Row, points
-from lit_tricks.reports.style import LIGHT, Theme, color_of, draw, label_ends, new_figure, tidy
+from lit_tricks.run.report.style import LIGHT, Theme, color_of, draw, label_ends, new_figure, tidy
 
 __all__ = ["draw_curves", "draw_panel", "lacking", "panels_of"]
 
