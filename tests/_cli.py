@@ -103,7 +103,7 @@ class InThisProcess:
         return int(self.returncode)
 
 
-CELLS = ("lit_tricks.commands._cells.subprocess", SimpleNamespace(Popen=InThisProcess))
+CELLS = ("lit_tricks.commands.ablation.cells.subprocess", SimpleNamespace(Popen=InThisProcess))
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *words: str) -> TricksCLI:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lit_tricks.commands._cells import Cell, run_all
+from lit_tricks.commands.ablation.cells import Cell, run_all
 
 __all__ = ["alive", "interrupted", "sleepers", "wait_for"]
 

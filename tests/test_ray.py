@@ -13,8 +13,8 @@ import pytest
 from _cli import cli, workplace
 from _sleepers import alive, interrupted, sleepers, wait_for
 
-from lit_tricks.commands._cells import Cell, run_all
-from lit_tricks.commands._ray import run_on_ray
+from lit_tricks.commands.ablation.cells import Cell, run_all
+from lit_tricks.commands.ablation.ray_engine import run_on_ray
 
 ray = pytest.importorskip("ray", reason="Ray has no wheel here")
 
@@ -55,7 +55,7 @@ def engine(environment: dict[str, str] | None = None, cpus: float = 1, gpus: flo
 def no_accuracies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sleepers there are none."""
     if "real" not in request.node.name:
-        monkeypatch.setattr("lit_tricks.commands._cells.read_run", lambda run: {"top1": 0.5})
+        monkeypatch.setattr("lit_tricks.commands.ablation.cells.read_run", lambda run: {"top1": 0.5})
 
 
 def test_as_many_run_as_there_are_cpus(folder: Path) -> None:

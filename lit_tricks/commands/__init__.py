@@ -6,7 +6,7 @@ A package is a group of commands: ``lit-tricks data preview`` calls ``preview`` 
 from __future__ import annotations
 
 from lit_tricks.commands import data
-from lit_tricks.commands.ablate import ablate
+from lit_tricks.commands.ablation.ablate import ablate
 from lit_tricks.commands.average import average
 from lit_tricks.commands.card import card
 from lit_tricks.commands.export import export

@@ -17,8 +17,8 @@ import yaml
 import lit_tricks
 from lit_tricks._parser import config_name, find_config
 from lit_tricks.tasks.classification import Classifier
-from lit_tricks.commands._cells import Cell, run_all, run_here
-from lit_tricks.commands._ray import run_on_ray
+from lit_tricks.commands.ablation.cells import Cell, run_all, run_here
+from lit_tricks.commands.ablation.ray_engine import run_on_ray
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.run.report.ablation_table import report_ablation
 

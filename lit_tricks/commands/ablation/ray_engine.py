@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from lit_tricks.commands._cells import Cell
+from lit_tricks.commands.ablation.cells import Cell
 
 __all__ = ["run_on_ray"]
 
