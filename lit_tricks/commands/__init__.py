@@ -9,7 +9,7 @@ from lit_tricks.commands import data
 from lit_tricks.commands.ablation.ablate import ablate
 from lit_tricks.commands.average import average
 from lit_tricks.commands.card import card
-from lit_tricks.commands.export import export
+from lit_tricks.commands.exporting.export import export
 from lit_tricks.commands.fixres import fixres
 from lit_tricks.commands.report import report
 from lit_tricks.commands.resolution import resolution

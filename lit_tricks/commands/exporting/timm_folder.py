@@ -14,8 +14,8 @@ from typing import Any
 import timm
 import torch
 
-from lit_tricks.commands._export_files import write_safetensors
-from lit_tricks.commands._exported import Exported
+from lit_tricks.commands.exporting.file_formats import write_safetensors
+from lit_tricks.commands.exporting.network import Exported
 
 __all__ = ["FILES", "timm_arguments", "write_timm"]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch.export import Dim
 
-from lit_tricks.commands._exported import Exported
+from lit_tricks.commands.exporting.network import Exported
 
 __all__ = ["import_onnx", "write_onnx", "write_safetensors", "write_torch_export"]
 
