@@ -25,8 +25,8 @@ from torchvision.datasets import ImageFolder as Folder
 from torchvision.transforms import v2
 
 from lit_tricks import Classifier
-from lit_tricks.commands import resolution
-from lit_tricks.commands._sizes import parse_sizes
+from lit_tricks.commands.sizes import resolution_sweep as resolution
+from lit_tricks.commands.sizes.size_range import parse_sizes
 from lit_tricks.data import Digits, ImageFolder, _jpeg
 
 
@@ -156,7 +156,7 @@ def test_each_image_is_decoded_once(tmp_path, monkeypatch):
 
 def test_batches_are_small_where_images_are_large(tmp_path, monkeypatch):
     root, sizes = write_image_folder(tmp_path / "images"), []
-    monkeypatch.setattr(sys.modules["lit_tricks.commands.resolution"], "BYTES", 12 * (8**2 + 12**2) * 2)
+    monkeypatch.setattr(sys.modules["lit_tricks.commands.sizes.resolution_sweep"], "BYTES", 12 * (8**2 + 12**2) * 2)
     module = Flat()
     module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     resolution(module=module, data=ImageFolder(str(root), 8, batch_size=6, num_workers=0), sizes=["8", "12"])
@@ -232,7 +232,7 @@ def test_an_interrupted_run_leaves_nothing_half(trained, monkeypatch):
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["lit_tricks.commands.resolution"], "_metrics", stop)
+    monkeypatch.setattr(sys.modules["lit_tricks.commands.sizes.resolution_sweep"], "_metrics", stop)
     before = sorted(Path().iterdir())
     assert cli("resolution", f"--ckpt={trained}", "--sizes", "8").code == 130
     assert sorted(Path().iterdir()) == before

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_tricks.commands._subject import Subject
+from lit_tricks.commands.sizes.subject import Subject
 
 __all__ = ["default_sizes", "macs", "parse_sizes"]
 
