@@ -28,7 +28,7 @@ import lit_tricks.tasks.detection
 from lit_tricks import __version__, commands
 from lit_tricks._parser import explain, given, model_in, resolve_configs
 from lit_tricks.tasks.base import Task
-from lit_tricks.commands._checkpoint import run_settings
+from lit_tricks.commands.checkpoints import run_settings
 from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.tricks_in_force import TricksInForce

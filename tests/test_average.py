@@ -17,8 +17,8 @@ from _cli import FIT, QUIET, checkpoint, cli, done, logits_of, workplace
 from _fits import make_trainer, said
 from modules import datamodule_class, eval_loader, module_class, train_loader
 
-from lit_tricks.commands import average
-from lit_tricks.commands.average import mean_of
+from lit_tricks.commands import checkpoint_average as average
+from lit_tricks.commands.checkpoint_average import mean_of
 from lit_tricks.data import Digits
 
 DATA = ("--data=Digits",)
@@ -300,7 +300,7 @@ def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
             shown.append((description, kwargs["total"]))
             return super().add_task(description, **kwargs)
 
-    command = sys.modules["lit_tricks.commands._progress"]
+    command = sys.modules["lit_tricks.commands.progress"]
     monkeypatch.setattr(command, "Progress", Bar)
     monkeypatch.setattr(command, "Console", lambda **_: rich.console.Console(file=io.StringIO(), force_terminal=True))
     average(trained, "x.ckpt", data=Digits(), num_samples=200)

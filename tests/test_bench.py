@@ -17,8 +17,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_tricks.commands import _progress
-from lit_tricks.commands.data import bench
+from lit_tricks.commands import progress as _progress
+from lit_tricks.commands.data import loader_bench as bench
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",

@@ -17,7 +17,7 @@ from _cli import built, workplace, write_image_folder
 from torch.distributed.run import get_args_parser
 
 from lit_tricks._parser import CONFIGS
-from lit_tricks.commands.data import shard
+from lit_tricks.commands.data import sharding as shard
 
 SCRIPTS = sorted((CONFIGS / "cluster").glob("*.sh"))
 ADDED = ["--data.root=shards", "--trainer.precision=32-true"]  # no bucket here, and no GPU

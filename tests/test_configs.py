@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 import lit_tricks
 from lit_tricks import Classifier, data
 from lit_tricks._parser import CONFIGS
-from lit_tricks.commands.data import shard
+from lit_tricks.commands.data import sharding as shard
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = sorted(  # sweeps are no configurations of a run

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import lit_tricks
-from lit_tricks.commands.data import preview
+from lit_tricks.commands.data import batch_preview as preview
 from lit_tricks.data import CIFAR10, Digits, ImageFolder
 from lit_tricks.run.preview import PreviewLogger, preview_of
 
@@ -77,7 +77,7 @@ def test_from_the_command_line() -> None:
 def test_it_is_what_the_fit_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        module = sys.modules["lit_tricks.commands.data.preview"]  # the package has the function by that name
+        module = sys.modules["lit_tricks.commands.data.batch_preview"]  # the package has the function by that name
         patch.setattr(module, "preview_of", lambda batch, *args: (seen.append(batch), preview_of(batch, *args))[1])
         done("data", "preview", *FIT[1:], "--config=tricks/mixup", "--out=x.png")
     original = lit_tricks.Classifier.training_step

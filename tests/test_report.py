@@ -26,7 +26,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lit_tricks
 from lit_tricks import callbacks
-from lit_tricks.commands import report
+from lit_tricks.commands import run_report as report
 from lit_tricks.run.report.citations import FILE, citations, link_of
 from lit_tricks.run.report.content import report_sections
 from lit_tricks.run.report.figures import draw_confusion, draw_recalls

@@ -258,7 +258,7 @@ def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
             shown.append((description, kwargs["total"]))
             return super().add_task(description, **kwargs)
 
-    module = sys.modules["lit_tricks.commands._progress"]
+    module = sys.modules["lit_tricks.commands.progress"]
     monkeypatch.setattr(module, "Progress", Bar)
     monkeypatch.setattr(module, "Console", lambda **_: rich.console.Console(file=io.StringIO(), force_terminal=True))
     resolution(ckpt=trained, sizes=["8"])

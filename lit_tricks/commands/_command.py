@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_tricks._parser import given as given_value
-from lit_tricks.commands._checkpoint import data_settings
+from lit_tricks.commands.checkpoints import data_settings
 
 __all__ = ["find_command", "own_arguments", "run_command", "summary"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lit_tricks
 from lit_tricks.tasks.classification import Classifier
-from lit_tricks.commands._checkpoint import class_of, data_of, data_settings, module_of, read_checkpoint
+from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.tasks.segmentation import Segmenter
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_tricks.utils.heads import find_classifier
 from lit_tricks.utils.dataset_transforms import at_size, changed
 from lit_tricks.tasks.classification import Classifier
-from lit_tricks.commands._checkpoint import data_of, module_of, read_checkpoint
+from lit_tricks.commands.checkpoints import data_of, module_of, read_checkpoint
 from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
 

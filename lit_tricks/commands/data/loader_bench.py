@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch.utils.data import DataLoader
 
 from lit_tricks.utils.batch import tensors_in
-from lit_tricks.commands._progress import progress
+from lit_tricks.commands.progress import progress
 
 __all__ = ["bench"]
 

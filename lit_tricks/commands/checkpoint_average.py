@@ -20,8 +20,8 @@ import lit_tricks.data  # noqa: F401  # the parser finds the short names of the 
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of
 from lit_tricks.utils.loaders import isolated_random_state
-from lit_tricks.commands._checkpoint import RUN, module_of, read_checkpoint, written_whole
-from lit_tricks.commands._progress import progress
+from lit_tricks.commands.checkpoints import RUN, module_of, read_checkpoint, written_whole
+from lit_tricks.commands.progress import progress
 
 __all__ = ["average", "mean_of"]
 

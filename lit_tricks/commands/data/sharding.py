@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Literal
 
-from lit_tricks.commands._progress import progress
+from lit_tricks.commands.progress import progress
 from lit_tricks.data import ImageFolder
 from lit_tricks.data.io.file_index import list_images
 from lit_tricks.data.shards.writer import replaced_whole, write_shards

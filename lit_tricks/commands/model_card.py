@@ -15,7 +15,7 @@ import yaml
 
 import lit_tricks
 from lit_tricks import callbacks
-from lit_tricks.commands._checkpoint import read_checkpoint
+from lit_tricks.commands.checkpoints import read_checkpoint
 from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.content import Table, results_table, tricks_table
 from lit_tricks.run.report.fit import metrics_at
