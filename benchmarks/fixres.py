@@ -38,7 +38,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from lit_tricks import Classifier, FixRes, WarmupCosine
-from lit_tricks.commands.sizes import fixres_pass as fixres
+from lit_tricks.commands import fixres
 
 MEAN, STD = (123.68, 116.779, 103.939), (58.393, 57.12, 57.375)
 CROP_RATIO = 0.875

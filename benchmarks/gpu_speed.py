@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from lit_tricks import callbacks as tricks
-from lit_tricks.callbacks.batchnorm.statistics import layers_of
 from lit_tricks.callbacks.batchnorm.data_pass import go_through
+from lit_tricks.callbacks.batchnorm.statistics import layers_of
 
 
 class Clock(Callback):

@@ -26,8 +26,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lit_tricks.callbacks.batchnorm.statistics import layers_of
 from lit_tricks.callbacks.batchnorm.data_pass import go_through
+from lit_tricks.callbacks.batchnorm.statistics import layers_of
 
 
 class Classifier(LightningModule):

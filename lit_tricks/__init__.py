@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from lit_tricks.tasks.detection import Detector
     from lit_tricks.tasks.segmentation import Segmenter
 
-_MODULES = {"Classifier": "classifier", "Detector": "detector", "Segmenter": "segmenter"}  # where they are
+_MODULES = {  # where they are
+    "Classifier": "tasks.classification",
+    "Detector": "tasks.detection",
+    "Segmenter": "tasks.segmentation",
+}
 
 __all__ = ["Classifier", "Detector", "Segmenter"]
 __all__ += callbacks.__all__

@@ -24,6 +24,7 @@ from PIL import Image
 from lit_tricks import Classifier
 from lit_tricks.cli import TricksCLI, main
 
+CURVES = "lit_tricks.run.report.fit.draw_curves"
 LOGGERS = ("lit_tricks", "lightning.pytorch", "lightning.fabric", "pytorch_lightning")
 
 # Two training batches of 64 digits, one of each other split. Lightning's advice on settings would be warnings, which
@@ -127,7 +128,9 @@ def workplace(folder: Path, curves: bool = False) -> Iterator[Path]:
     os.chdir(folder)
     try:
         with (
-            contextlib.nullcontext() if curves else mock.patch("lit_tricks.run.report.fit.draw_curves", return_value=None)
+            contextlib.nullcontext()
+            if curves
+            else mock.patch("lit_tricks.run.report.fit.draw_curves", return_value=None)
         ):
             yield folder
     finally:

@@ -20,8 +20,8 @@ from _fits import differences
 from _sleepers import alive, interrupted, sleepers, wait_for
 from scipy import stats
 
-from lit_tricks.commands.ablation.cells import run_here
 from lit_tricks.commands.ablation.ablate import rows_of
+from lit_tricks.commands.ablation.cells import run_here
 from lit_tricks.run.report.ablation_table import paired_change, report_ablation
 
 TRICKS = ["tricks/warmup_cosine", "tricks/mixup", "tricks/ema"]

@@ -17,7 +17,7 @@ from _cli import FIT, QUIET, checkpoint, cli, done, logits_of, workplace
 from _fits import make_trainer, said
 from modules import datamodule_class, eval_loader, module_class, train_loader
 
-from lit_tricks.commands import checkpoint_average as average
+from lit_tricks.commands import average
 from lit_tricks.commands.checkpoint_average import mean_of
 from lit_tricks.data import Digits
 

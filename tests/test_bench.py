@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_tricks.commands import progress as _progress
-from lit_tricks.commands.data import loader_bench as bench
+from lit_tricks.commands.data import bench
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",

@@ -406,7 +406,7 @@ def test_interrupted_outside_of_the_training_it_says_so(monkeypatch: pytest.Monk
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_tricks.cli.CSVLogger", interrupt)
+    monkeypatch.setattr("lit_tricks.cli.app.CSVLogger", interrupt)
     outcome = cli(*FIT)
     assert (outcome.code, outcome.err) == (130, "lit-tricks: interrupted\n")
     assert not Path("runs").exists()

@@ -16,8 +16,8 @@ import pytest
 from _cli import built, workplace, write_image_folder
 from torch.distributed.run import get_args_parser
 
-from lit_tricks._parser import CONFIGS
-from lit_tricks.commands.data import sharding as shard
+from lit_tricks.commands.data import shard
+from lit_tricks.utils.config_files import CONFIGS
 
 SCRIPTS = sorted((CONFIGS / "cluster").glob("*.sh"))
 ADDED = ["--data.root=shards", "--trainer.precision=32-true"]  # no bucket here, and no GPU

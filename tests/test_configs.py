@@ -22,8 +22,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 import lit_tricks
 from lit_tricks import Classifier, data
-from lit_tricks._parser import CONFIGS
-from lit_tricks.commands.data import sharding as shard
+from lit_tricks.commands.data import shard
+from lit_tricks.utils.config_files import CONFIGS
 
 REPOSITORY = Path(__file__).parents[1]
 NAMES = sorted(  # sweeps are no configurations of a run
@@ -226,7 +226,9 @@ def test_the_wheel_brings_the_configurations(tmp_path: Path) -> None:
         inside = {name.removeprefix("lit_tricks/configs/") for name in archive.namelist() if "/configs/" in name}
         assert inside == {f"{name}.yaml" for name in NAMES}
         archive.extractall(tmp_path / "site")
-    spec = importlib.util.spec_from_file_location("installed", tmp_path / "site" / "lit_tricks" / "_parser.py")
+    spec = importlib.util.spec_from_file_location(
+        "installed", tmp_path / "site" / "lit_tricks" / "utils" / "config_files.py"
+    )
     assert spec
     assert spec.loader
     installed = importlib.util.module_from_spec(spec)

@@ -13,9 +13,9 @@ from modules import eval_loader, module_class
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import CutMix, LabelSmoothing
+from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
-from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 
 N, K = 5, 4
 IMAGES = torch.randn(N, 3, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

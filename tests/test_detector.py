@@ -27,9 +27,9 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou, sigmoid_focal_loss
 from lit_tricks import Classifier, Detector
 from lit_tricks.data import DigitDetection
 from lit_tricks.data.synthetic.scenes import DigitScenes
-from lit_tricks.tasks.detection import _AveragePrecision
 from lit_tricks.models.detectors import box_loss
 from lit_tricks.run.preview import BOX, preview_of
+from lit_tricks.tasks.detection import _AveragePrecision
 
 MODELS = ("faster_rcnn", "retinanet")
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -251,7 +251,9 @@ def test_a_loss_is_the_sum_of_its_parts(model: str) -> None:
 
 def test_without_pycocotools_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("lit_tricks.tasks.detection.find_spec", lambda name: None if name == "pycocotools" else find(name))
+    monkeypatch.setattr(
+        "lit_tricks.tasks.detection.find_spec", lambda name: None if name == "pycocotools" else find(name)
+    )
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lit-tricks\[detection\]"'):
         trainer().fit(detector(), DigitDetection())
     module = detector().eval()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_tricks.callbacks import DropPath
-from lit_tricks.utils.residual import residual_branches
 from lit_tricks.callbacks.drop_path import _Scaled, drop, drop_rates
+from lit_tricks.utils.residual import residual_branches
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas

@@ -19,9 +19,9 @@ from tricks import TRICKS
 from lit_tricks import Classifier
 from lit_tricks.data import Digits
 from lit_tricks.run.evidence.callback import WRONG, Evidence, _Split
-from lit_tricks.run.tricks_in_force import TricksInForce, tricks_in_force
 from lit_tricks.run.profiler import PARTS, SAMPLED, TimeSplit
 from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.tricks_in_force import TricksInForce, tricks_in_force
 
 DIGITS = {"num_classes": 10, "input_size": (1, 8, 8), "model_args": {"depth": 18, "width": 1 / 32, "small_input": True}}
 

@@ -26,9 +26,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lit_tricks import Classifier, Segmenter
-from lit_tricks.commands.exporting import export
-from lit_tricks.commands.exporting.timm_folder import timm_arguments
+from lit_tricks.commands import export
 from lit_tricks.commands.exporting.network import crop_pct
+from lit_tricks.commands.exporting.timm_folder import timm_arguments
 from lit_tricks.data import CIFAR10, Digits, ImageFolder
 from lit_tricks.models import create_model, load_weights
 from lit_tricks.models.resnet import resnet
@@ -392,7 +392,8 @@ assert len(known["label_names"]) == 10
 @pytest.mark.parametrize("missing", [("onnxruntime",), ("onnx", "onnxscript")])
 def test_onnx_needs_its_packages(missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lit_tricks.commands.exporting.file_formats.find_spec", lambda name: None if name in missing else find_spec(name)
+        "lit_tricks.commands.exporting.file_formats.find_spec",
+        lambda name: None if name in missing else find_spec(name),
     )
     message = rf'--format onnx needs {", ".join(missing)}, .* not installed: pip install "lit-tricks\[export\]"'
     refused(message, BEST, "--format=onnx")

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small, resnet18
 
 from lit_tricks import Classifier
+from lit_tricks.commands import fixres
 from lit_tricks.commands.sizes import features as _features
 from lit_tricks.commands.sizes import logistic as _logistic
-from lit_tricks.commands.sizes import fixres_pass as fixres
 from lit_tricks.commands.sizes.logistic import Classified, Linear, choose_weight_decay, evaluate, fit, moments
 from lit_tricks.data import Digits, ImageFolder
 

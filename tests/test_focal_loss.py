@@ -13,9 +13,9 @@ from _losses import fit_with
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import FocalLoss, LabelSmoothing, MixUp
+from lit_tricks.callbacks.focal_loss import focal_factor
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
-from lit_tricks.callbacks.focal_loss import focal_factor
 
 N, K = 6, 4
 LOGITS = torch.randn(N, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2

@@ -70,7 +70,7 @@ def base_without(missing: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> typ
     for package in missing:
         monkeypatch.delitem(sys.modules, package)
         monkeypatch.delitem(sys.modules, f"{package}.pytorch", raising=False)
-    spec = importlib.util.spec_from_file_location("another_base", PACKAGE / "callbacks" / "_base.py")
+    spec = importlib.util.spec_from_file_location("another_base", PACKAGE / "callbacks" / "base.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Trick

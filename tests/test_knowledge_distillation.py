@@ -23,10 +23,10 @@ from tricks import teacher as small_teacher
 
 from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
+from lit_tricks.callbacks.knowledge_distillation import divergence
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized
-from lit_tricks.callbacks.knowledge_distillation import divergence
 
 N, K, T = 6, 4, 3.0
 GENERATOR = torch.Generator().manual_seed(0)

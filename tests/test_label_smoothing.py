@@ -13,9 +13,9 @@ from modules import LAYOUTS, NAMESPACES, eval_loader, module_class, train_loader
 from torch import nn
 
 from lit_tricks.callbacks import LabelSmoothing
+from lit_tricks.callbacks.label_smoothing import torch_smoothing
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import carrying
-from lit_tricks.callbacks.label_smoothing import torch_smoothing
 
 CE = F.cross_entropy
 

@@ -24,8 +24,8 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lit_tricks.callbacks import LinearScaling, WarmupCosine, WarmupStep
-from lit_tricks.callbacks.optim.param_groups import on_each_group
 from lit_tricks.callbacks.linear_scaling import scaling_factor
+from lit_tricks.callbacks.optim.param_groups import on_each_group
 
 
 def loader(batch_size: int = BATCH_SIZE, samples: int = 16) -> DataLoader[Any]:

@@ -26,11 +26,11 @@ from lit_tricks.data import SegmentationFolder
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.evidence.mask_split import SIDE, WORST, MaskSplit, joined_masks
 from lit_tricks.run.pictures import send_pictures
+from lit_tricks.run.reading.mask_predictions import MaskPredictions
+from lit_tricks.run.reading.run import read_runs
 from lit_tricks.run.report.content import report_sections
 from lit_tricks.run.report.figures import draw_confusion, draw_ious, draw_worst_masks
-from lit_tricks.run.reading.mask_predictions import MaskPredictions
 from lit_tricks.run.report.page import to_html
-from lit_tricks.run.reading.run import read_runs
 from lit_tricks.run.report.style import DARK, draw
 
 NAMES = [f"class {i}" for i in range(K)]

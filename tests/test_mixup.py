@@ -14,10 +14,10 @@ from modules import eval_loader, module_class, train_loader
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import CutMix, LabelSmoothing, MixUp
+from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.soft_targets.mixing import beta
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
-from lit_tricks.callbacks.mixup import mixup
 
 N, K = 5, 4
 IMAGES = torch.randn(N, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

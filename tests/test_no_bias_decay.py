@@ -19,8 +19,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
 
 from lit_tricks.callbacks import LinearScaling, NoBiasDecay, WarmupCosine
-from lit_tricks.callbacks.optim.param_groups import split_group
 from lit_tricks.callbacks.no_bias_decay import _rule, kinds
+from lit_tricks.callbacks.optim.param_groups import split_group
 
 FREE = ["net.0.0.bias", "net.0.1.weight", "net.0.1.bias", "net.1.bias"]  # in the module of the tests
 DECAYED = ["net.0.0.weight", "net.1.weight"]

@@ -11,7 +11,7 @@ from _cli import write_images
 from _launch import two_processes
 from _nodes import BATCH_SIZE, EPOCHS, STOP
 
-from lit_tricks.commands.data import sharding as shard
+from lit_tricks.commands.data import shard
 
 pytestmark = pytest.mark.slow  # torchrun twice, six fits
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import lit_tricks
-from lit_tricks.commands.data import batch_preview as preview
+from lit_tricks.commands.data import preview
 from lit_tricks.data import CIFAR10, Digits, ImageFolder
 from lit_tricks.run.preview import PreviewLogger, preview_of
 

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 
 from lit_tricks import CutMix, MixUp, PreciseBN, ProgressiveResizing
-from lit_tricks.utils.image_size import resize, resize_nearest
 from lit_tricks.callbacks.progressive_resizing import side_at
+from lit_tricks.utils.image_size import resize, resize_nearest
 
 SIDE, STEPS = 16, 12  # 3 epochs of 4 batches
 

@@ -26,13 +26,13 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lit_tricks
 from lit_tricks import callbacks
-from lit_tricks.commands import run_report as report
+from lit_tricks.commands import report
+from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.reading.run import read_runs
 from lit_tricks.run.report.citations import FILE, citations, link_of
 from lit_tricks.run.report.content import report_sections
 from lit_tricks.run.report.figures import draw_confusion, draw_recalls
 from lit_tricks.run.report.page import to_html
-from lit_tricks.run.reading.predictions import Predictions
-from lit_tricks.run.reading.run import read_runs
 from lit_tricks.run.report.style import DARK, LIGHT, color_of, draw
 
 TRICKS = (*COSINE, "--trainer.callbacks+=LabelSmoothing", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")

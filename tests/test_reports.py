@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lit_tricks.run.report.fit import report_fit
 from lit_tricks.run.report.curves import draw_curves
-from lit_tricks.run.report.fit import read_metrics
+from lit_tricks.run.report.fit import read_metrics, report_fit
 
 METRICS = """epoch,lr-SGD,step,test/loss,test/top1,train/loss_epoch,train/loss_step,train/top1,val/ece,val/loss,val/top1
 0,0.05,0,,,,2.5,,,,

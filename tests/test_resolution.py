@@ -25,9 +25,10 @@ from torchvision.datasets import ImageFolder as Folder
 from torchvision.transforms import v2
 
 from lit_tricks import Classifier
-from lit_tricks.commands.sizes import resolution_sweep as resolution
+from lit_tricks.commands import resolution
 from lit_tricks.commands.sizes.size_range import parse_sizes
-from lit_tricks.data import Digits, ImageFolder, _jpeg
+from lit_tricks.data import Digits, ImageFolder
+from lit_tricks.data.io import jpeg as _jpeg
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_timm_by_name_with_its_own_normalisation(tmp_path):
 
 def test_the_picture_and_a_second_run_in_the_same_folder(trained, tmp_path):
     mock.patch.stopall()
-    from lit_tricks.run.report import resolution_curve as resolution as report
+    from lit_tricks.run.report import resolution_curve as report
 
     rows = [
         {"size": s, "crop_ratio": r, "gmac": s / 10, "top1": s / 50, "top5": 1.0} for r in (0.8, 1) for s in (8, 16)

@@ -14,7 +14,7 @@ from _cli import cli, done, write_image_folder, write_images
 from litdata import StreamingDataset
 from PIL import Image
 
-from lit_tricks.commands.data import sharding as shard
+from lit_tricks.commands.data import shard
 from lit_tricks.data.shards import writer as _shard_writer
 from lit_tricks.data.shards.writer import image_bytes
 

@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lit_tricks.callbacks import PreciseBN
-from lit_tricks.commands.data import sharding as shard
+from lit_tricks.commands.data import shard
 from lit_tricks.data import ImageFolder, Streaming
 
 CLASSES = ("ant", "bee", "cow")

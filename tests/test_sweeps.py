@@ -15,7 +15,7 @@ from _cli import QUIET, cli, done, workplace
 from _sweep import agent_commands
 from _wandb import Tracked, stranger
 
-from lit_tricks._parser import CONFIGS
+from lit_tricks.utils.config_files import CONFIGS
 
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 # W&B reads the parameters from a file that it does not close

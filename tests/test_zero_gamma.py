@@ -16,9 +16,9 @@ from modules import CLASSES, image_and_label, lightning, train_loader
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import EMA, XavierInit, ZeroGamma
+from lit_tricks.models import resnet
 from lit_tricks.utils.modules import is_norm
 from lit_tricks.utils.residual import last_norms
-from lit_tricks.models import resnet
 
 NETS: dict[str, Any] = {
     f"timm {name}": functools.partial(timm.create_model, name, in_chans=1, num_classes=3, zero_init_last=False)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks.utils.batch import Path, describe
 from lit_tricks.callbacks.soft_targets.mixing import Mixing, beta
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.utils.batch import Path, describe
 
 __all__ = ["CutMix", "cutmix", "cutmix_box"]
 

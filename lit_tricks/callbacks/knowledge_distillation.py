@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.utils.batch import Path
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized, load_teacher, logits_of, require_apart
+from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.utils.modules import check_shapes, kinds
 from lit_tricks.utils.dtensor import local_of
+from lit_tricks.utils.modules import check_shapes, kinds
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lit_tricks.utils.batch import Path
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

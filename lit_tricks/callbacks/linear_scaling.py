@@ -14,8 +14,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.utils.batch import describe, images_in_list
 from lit_tricks.callbacks.optim.param_groups import Group, on_each_group, optimizers_in
+from lit_tricks.utils.batch import describe, images_in_list
 from lit_tricks.utils.batch_size import TrueBatch, true_batch
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks.utils.batch import Path
 from lit_tricks.callbacks.soft_targets.mixing import Mixing, beta
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.utils.batch import Path
 
 __all__ = ["MixUp", "mixup"]
 

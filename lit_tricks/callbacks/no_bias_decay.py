@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.utils.modules import Kind, check_shapes, kinds
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group, optimizers_in, split_group
+from lit_tricks.utils.modules import Kind, check_shapes, kinds
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lit_tricks.utils.batch import inputs_of
-from lit_tricks.callbacks.batchnorm.statistics import layers_of
 from lit_tricks.callbacks.batchnorm.callback import Estimating
 from lit_tricks.callbacks.batchnorm.data_pass import Watch, check, go_through, norms
+from lit_tricks.callbacks.batchnorm.statistics import layers_of
+from lit_tricks.utils.batch import inputs_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.batch import describe, find, refuse_boxes, replace, tensors_in
-from lit_tricks.utils.training_length import Clock, steps_done
 from lit_tricks.utils.image_size import require_fit, resize, resize_nearest
+from lit_tricks.utils.training_length import Clock, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -16,8 +16,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lit_tricks.callbacks.averaging.callback import Averaging
 from lit_tricks.callbacks.base import callbacks_of
 from lit_tricks.callbacks.batchnorm.statistics import layers_of
-from lit_tricks.utils.training_length import Clock, steps_done
 from lit_tricks.callbacks.optim.lr_override import LentRates, configured_rates
+from lit_tricks.utils.training_length import Clock, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

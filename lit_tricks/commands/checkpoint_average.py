@@ -17,11 +17,11 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.utils.batch import arguments_of
 from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of
-from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.commands.checkpoints import RUN, module_of, read_checkpoint, written_whole
 from lit_tricks.commands.progress import progress
+from lit_tricks.utils.batch import arguments_of
+from lit_tricks.utils.loaders import isolated_random_state
 
 __all__ = ["average", "mean_of"]
 

@@ -16,11 +16,11 @@ import yaml
 import lit_tricks
 from lit_tricks import callbacks
 from lit_tricks.commands.checkpoints import read_checkpoint
+from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.content import Table, results_table, tricks_table
 from lit_tricks.run.report.fit import metrics_at
 from lit_tricks.run.report.page import markdown_table
-from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.run.report.style import duration
 
 __all__ = ["Facts", "card", "text_of"]

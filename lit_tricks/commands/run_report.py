@@ -28,9 +28,9 @@ def report(runs: list[str], *, out: str | None = None) -> Path:
         FileNotFoundError: if a folder does not exist or is no run's.
         ValueError: if a run is given twice.
     """
+    from lit_tricks.run.reading.run import read_runs
     from lit_tricks.run.report.content import report_sections
     from lit_tricks.run.report.page import write
-    from lit_tricks.run.reading.run import read_runs
 
     found = read_runs(runs)
     folder = Path(out or (runs[0] if len(runs) == 1 else "report"))

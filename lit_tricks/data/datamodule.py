@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data.io.bad_images import BadImages, OnBadImage, Report
-from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.jpeg import read_image
+from lit_tricks.data.io.worker_errors import EvalLoader, explain_death
 from lit_tricks.data.loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
 from lit_tricks.data.samples import Files, Samples, Source, collate, find_images
-from lit_tricks.data.io.worker_errors import EvalLoader, explain_death
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]

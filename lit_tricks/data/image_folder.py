@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lit_tricks.data.io.bad_images import OnBadImage
-from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.crops import CentreCrop
-from lit_tricks.data.io.jpeg import read_image
+from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
+from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.io.file_index import list_images
+from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data.samples import Files, Source
 from lit_tricks.data.transforms import Transform

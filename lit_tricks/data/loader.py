@@ -10,8 +10,8 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lit_tricks.data.samples import Samples, derive_seed
 from lit_tricks.data.io.worker_errors import guarded
+from lit_tricks.data.samples import Samples, derive_seed
 
 __all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "check_same_batches", "eval_batch_size"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.color import Jitter, Triple, apply_matrices, normalisation
 from lit_tricks.data.crops import RandomCrop
+from lit_tricks.data.datamodule import ImageDataModule
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoDataModule", "random_crop"]
 

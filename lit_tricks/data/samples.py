@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.crops import Crop, generator_at, seeded
-from lit_tricks.data.io.jpeg import BadImageError, read_image
+from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.jpeg import BadImageError, read_image
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["Files", "JointSamples", "Samples", "Source", "collate", "derive_seed", "find_images"]

@@ -1,7 +1,7 @@
 """Models: ResNet in the variants A to D of Bag of Tricks, every model of timm, and weights to start from."""
 
-from lit_tricks.models.factory import create_model
 from lit_tricks.models.backbone import Backbone
+from lit_tricks.models.factory import create_model
 from lit_tricks.models.resnet import resnet
 from lit_tricks.models.separable import make_separable
 from lit_tricks.models.spp import SpatialPyramidPool2d

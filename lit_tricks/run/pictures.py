@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lit_tricks.run.report.figures import draw_confusion, draw_worst_masks, draw_wrong
 from lit_tricks.run.reading.predictions import Predictions
 from lit_tricks.run.reading.run import read_run_folder
+from lit_tricks.run.report.figures import draw_confusion, draw_worst_masks, draw_wrong
 from lit_tricks.run.report.style import draw
 
 __all__ = ["send_pictures"]

@@ -13,8 +13,8 @@ from urllib.parse import urlparse
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lit_tricks.tasks.base import Task
 from lit_tricks.run.folder import RunFolder
+from lit_tricks.tasks.base import Task
 
 __all__ = ["is_wandb", "log_summary", "own_wandb_run", "prepare_wandb", "tell_wandb", "tracking_mode"]
 

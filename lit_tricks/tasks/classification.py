@@ -11,8 +11,8 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lit_tricks.tasks.base import Task
 from lit_tricks.models import create_model, load_weights
+from lit_tricks.tasks.base import Task
 
 __all__ = ["Classifier"]
 

@@ -13,9 +13,9 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
-from lit_tricks.tasks.base import Task
 from lit_tricks.models import Backbone
 from lit_tricks.models.detectors import faster_rcnn, retinanet
+from lit_tricks.tasks.base import Task
 
 __all__ = ["Detector"]
 

@@ -12,11 +12,11 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from lit_tricks.tasks.base import Task
 from lit_tricks.callbacks.focal_loss import focal_target
 from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.decoders import DecoderName, levels_of
 from lit_tricks.models.segmentation import SegmentationNet
+from lit_tricks.tasks.base import Task
 
 __all__ = ["Segmenter"]
 

@@ -24,8 +24,8 @@ from tricks import TRICKS
 
 from lit_tricks import callbacks
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.optim.schedule import Schedule
+from lit_tricks.callbacks.soft_targets.callback import LossTrick
 
 Fit = Callable[..., None]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lit_tricks.callbacks.averaging.raw_validation import validate_aside
-from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.callbacks.averaging.conflicts import refuse_hidden_steps, refuse_hidden_weights, refuse_rivals
+from lit_tricks.callbacks.averaging.kept_average import KeptAverage
+from lit_tricks.callbacks.averaging.raw_validation import validate_aside
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.dtensor import read, write
-from lit_tricks.callbacks.averaging.store import AveragedWeights
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import callbacks_of
-from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
-from lit_tricks.utils.loaders import fresh_loader, isolated_random_state
 from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
+from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.utils.dtensor import is_sharded, local_of
+from lit_tricks.utils.loaders import fresh_loader, isolated_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
-from lit_tricks.utils.modules import is_norm
 from lit_tricks.callbacks.optim.param_groups import optimizers_in
+from lit_tricks.utils.modules import is_norm
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

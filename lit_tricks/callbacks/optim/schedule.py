@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
-from lit_tricks.utils.training_length import Clock, steps_done
 from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
+from lit_tricks.utils.training_length import Clock, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

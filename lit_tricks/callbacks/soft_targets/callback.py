@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick, callbacks_of
-from lit_tricks.utils.batch import Path, find, replace
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.utils.batch import Path, find, replace
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from lit_tricks.callbacks.base import callbacks_of
-from lit_tricks.utils.batch import Path, describe
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.utils.batch import Path, describe
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -15,12 +15,12 @@ from typing import Any, Literal
 import yaml
 
 import lit_tricks
-from lit_tricks._parser import config_name, find_config
-from lit_tricks.tasks.classification import Classifier
 from lit_tricks.commands.ablation.cells import Cell, run_all, run_here
 from lit_tricks.commands.ablation.ray_engine import run_on_ray
-from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.run.report.ablation_table import report_ablation
+from lit_tricks.run.wandb_run import log_summary
+from lit_tricks.tasks.classification import Classifier
+from lit_tricks.utils.config_files import config_name, find_config
 
 __all__ = ["ablate", "rows_of"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lit_tricks.commands.data.loader_bench import bench
 from lit_tricks.commands.data.batch_preview import preview
+from lit_tricks.commands.data.loader_bench import bench
 from lit_tricks.commands.data.sharding import shard
 
 __all__ = ["bench", "preview", "shard"]

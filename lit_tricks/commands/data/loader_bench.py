@@ -18,8 +18,8 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lit_tricks.utils.batch import tensors_in
 from lit_tricks.commands.progress import progress
+from lit_tricks.utils.batch import tensors_in
 
 __all__ = ["bench"]
 

@@ -11,8 +11,8 @@ from typing import Literal
 from lit_tricks.commands.progress import progress
 from lit_tricks.data import ImageFolder
 from lit_tricks.data.io.file_index import list_images
-from lit_tricks.data.shards.writer import replaced_whole, write_shards
 from lit_tricks.data.shards.index import SPLITS, import_litdata
+from lit_tricks.data.shards.writer import replaced_whole, write_shards
 
 __all__ = ["shard"]
 

@@ -15,10 +15,10 @@ from lightning.pytorch import LightningModule
 
 from lit_tricks.commands.checkpoints import written_whole
 from lit_tricks.commands.exporting.file_formats import import_onnx, write_onnx, write_safetensors, write_torch_export
-from lit_tricks.commands.exporting.timm_folder import FILES, write_timm
 from lit_tricks.commands.exporting.network import Exported, module_to_export, network_of, preprocessing_of
-from lit_tricks.commands.progress import progress
+from lit_tricks.commands.exporting.timm_folder import FILES, write_timm
 from lit_tricks.commands.model_card import Facts, text_of
+from lit_tricks.commands.progress import progress
 from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["export"]

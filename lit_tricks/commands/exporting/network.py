@@ -19,9 +19,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import lit_tricks
-from lit_tricks.tasks.classification import Classifier
 from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
+from lit_tricks.tasks.classification import Classifier
 from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["Exported", "Preprocessing", "crop_pct", "module_to_export", "network_of", "preprocessing_of"]

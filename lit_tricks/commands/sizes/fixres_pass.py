@@ -15,14 +15,14 @@ from torch import nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks.batchnorm.statistics import estimate
-from lit_tricks.utils.loaders import isolated_random_state
-from lit_tricks.utils.heads import find_classifier, find_norms
 from lit_tricks.commands.checkpoints import RUN, read_checkpoint, written_whole
+from lit_tricks.commands.progress import progress
 from lit_tricks.commands.sizes.features import FeatureFile, digest_of_data, digest_of_weights, input_of
 from lit_tricks.commands.sizes.logistic import Classified, Linear, choose_weight_decay, evaluate, fit, moments
-from lit_tricks.commands.progress import progress
 from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.commands.sizes.subject import Subject, subject_of
+from lit_tricks.utils.heads import find_classifier, find_norms
+from lit_tricks.utils.loaders import isolated_random_state
 
 __all__ = ["fixres"]
 

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_tricks.utils.heads import find_classifier
-from lit_tricks.utils.dataset_transforms import at_size, changed
-from lit_tricks.tasks.classification import Classifier
 from lit_tricks.commands.checkpoints import data_of, module_of, read_checkpoint
 from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
+from lit_tricks.tasks.classification import Classifier
+from lit_tricks.utils.dataset_transforms import at_size, changed
+from lit_tricks.utils.heads import find_classifier
 
 __all__ = ["Subject", "Views", "subject_of"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
+from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.detection.boxes import BoxFiles, OnBadBox
 from lit_tricks.data.detection.coco_file import read_coco
-from lit_tricks.data.color import MEAN, STD, Triple
-from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.samples import Source
 
 __all__ = ["CocoDetection"]

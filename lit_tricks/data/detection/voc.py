@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lit_tricks.data.datamodule import Split
-from lit_tricks.data.detection.boxes import BoxFiles, OnBadBox, Picture
 from lit_tricks.data.color import MEAN, STD, Triple
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
+from lit_tricks.data.detection.boxes import BoxFiles, OnBadBox, Picture
+from lit_tricks.data.detection.voc_file import read_voc
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders
-from lit_tricks.data.detection.voc_file import read_voc
 
 __all__ = ["VOC_CLASSES", "VOCDetection", "VOCSegmentation"]
 

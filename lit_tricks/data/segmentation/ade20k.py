@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from lit_tricks.data.datamodule import Split
 from lit_tricks.data.color import MEAN, STD, Triple
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
 

@@ -13,9 +13,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data.datamodule import ImageDataModule, check_at_least_one, resize_size_for
 from lit_tricks.data.io.file_index import Paths
-from lit_tricks.data.segmentation.pairs import EvalPair, Pairs, RandomPair
-from lit_tricks.data.samples import JointSamples
 from lit_tricks.data.io.worker_errors import EvalLoader
+from lit_tricks.data.samples import JointSamples
+from lit_tricks.data.segmentation.pairs import EvalPair, Pairs, RandomPair
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["MaskDataModule", "MaskFolders", "image_files"]

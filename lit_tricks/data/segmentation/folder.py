@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from lit_tricks.data.datamodule import Split
 from lit_tricks.data.color import MEAN, STD, Triple
-from lit_tricks.data.segmentation.pairs import Pairs
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
+from lit_tricks.data.segmentation.pairs import Pairs
 
 __all__ = ["SegmentationFolder"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_tricks.data.crops import resize
-from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.transforms import to_rgb
 
 __all__ = ["EvalPair", "Pairs", "RandomPair", "read_mask", "scaled"]

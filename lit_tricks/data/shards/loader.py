@@ -18,11 +18,11 @@ from litdata.utilities.shuffle import _associate_chunks_and_intervals_to_workers
 from PIL import Image
 
 from lit_tricks.data.io.jpeg import decode_image
+from lit_tricks.data.io.worker_errors import guarded
 from lit_tricks.data.loader import check_same_batches
 from lit_tricks.data.samples import Samples, derive_seed
 from lit_tricks.data.samples import collate as collate_samples
 from lit_tricks.data.shards.index import Shards, alone
-from lit_tricks.data.io.worker_errors import guarded
 
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from lit_tricks.data.io.bad_images import OnBadImage
-from lit_tricks.data.datamodule import Split
 from lit_tricks.data.color import MEAN, STD, Triple
+from lit_tricks.data.datamodule import Split
+from lit_tricks.data.image_folder import ImageFolder, check_same_classes
+from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.loader import eval_batch_size
 from lit_tricks.data.photos import Augmentation
 from lit_tricks.data.samples import Source
 from lit_tricks.data.shards.index import SCHEMES, SPLITS, import_litdata, read_shards
-from lit_tricks.data.image_folder import ImageFolder, check_same_classes
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["Streaming"]

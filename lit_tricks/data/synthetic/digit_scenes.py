@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from lit_tricks.data.datamodule import Split, check_at_least_one
-from lit_tricks.data.detection.boxes import Target, target_of
 from lit_tricks.data.detection.base import DetectionDataModule
+from lit_tricks.data.detection.boxes import Target, target_of
 from lit_tricks.data.samples import Source
-from lit_tricks.data.synthetic.scenes import DigitScenes
 from lit_tricks.data.segmentation.base import MaskDataModule
+from lit_tricks.data.synthetic.scenes import DigitScenes
 
 __all__ = ["DigitDetection", "DigitSegmentation"]
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_tricks.utils.batch import find
 from lit_tricks.run.evidence.mask_split import MaskSplit, joined_masks
 from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
+from lit_tricks.utils.batch import find
 
 __all__ = ["Evidence"]
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lit_tricks.utils.batch import find
 from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
+from lit_tricks.utils.batch import find
 
 __all__ = ["MaskSplit", "joined_masks"]
 

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_tricks.run.reading.mask_predictions import MaskPredictions
+from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.reading.run import Run
+from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.run.report.curves import draw_panel, lacking, panels_of
 from lit_tricks.run.report.figures import (
     MOST_CLASSES,
@@ -21,10 +25,6 @@ from lit_tricks.run.report.figures import (
     worst_classes,
     worst_first,
 )
-from lit_tricks.run.reading.mask_predictions import MaskPredictions
-from lit_tricks.run.reading.predictions import Predictions
-from lit_tricks.run.reading.run import Run
-from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.run.report.style import DARK, LIGHT, draw, duration
 
 __all__ = [

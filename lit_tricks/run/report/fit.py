@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lit_tricks.run.reading.run import Row, Run, read_metrics, read_run_folder
 from lit_tricks.run.report.content import Section, results_table, time_table, tricks_table
 from lit_tricks.run.report.curves import draw_curves
 from lit_tricks.run.report.page import to_markdown
-from lit_tricks.run.reading.run import Row, Run, read_metrics, read_run_folder
 
 __all__ = ["metrics_at", "report_fit"]
 

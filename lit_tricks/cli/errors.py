@@ -1,75 +1,19 @@
-"""What a user types: configurations by name, and errors in one line that names the culprit and the remedy."""
+"""Errors of the command line in one line that names the culprit and the remedy."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import inspect
 import itertools
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_tricks.data.io.worker_errors import explain_death
+from lit_tricks.utils.config_files import among, nearest
 
-__all__ = ["CONFIGS", "config_name", "explain", "find_config", "given", "model_in", "resolve_configs"]
-
-_INSTALLED = Path(__file__).parent / "configs"
-CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
-
-
-def given(args: list[str], flag: str) -> str | None:
-    """Last value of a flag among the words of a command line."""
-    values = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == flag]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{flag}=")]
-    return values[-1] if values else None
-
-
-def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
-    """Find the configurations that are given by name among those installed with the package.
-
-    Args:
-        args: words of a command line. A ``--config`` that is no file but a bare name ("quickstart", "tricks/ema") is
-            looked up. One that begins with a brace is JSON, and holds the settings themselves; so does ``--row``, for
-            sweeps: of a parameter "config" W&B would show the value in the place of the run's resolved configuration.
-
-    Returns:
-        The words with paths in place of names, and the paths.
-
-    Raises:
-        FileNotFoundError: for a name that is neither; it tells the nearest names.
-        ValueError: for a file that is no YAML, or holds no settings.
-    """
-    args = ["--config" + arg[5:] if arg.startswith("--row={") else arg for arg in args]
-    words, paths = list(args), []
-    for i, word in enumerate(args):
-        flag, equals, value = word.partition("=")
-        if flag not in ("-c", "--config") or not (equals or i + 1 < len(args)):
-            continue
-        if (value if equals else args[i + 1]).startswith("{"):
-            continue
-        path = find_config(value if equals else args[i + 1])
-        _check_yaml(path)
-        paths.append(path)
-        words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
-    return words, paths
-
-
-def model_in(args: list[str]) -> str:
-    """Name of the model's class among the words of a command line and in their configurations, or nothing."""
-    files = [word for flag, word in itertools.pairwise(args) if flag in ("-c", "--config")]
-    files += [word.partition("=")[2] for word in args if word.startswith(("-c=", "--config="))]
-    named: list[Any] = []
-    for file in files:
-        text = file if file.startswith("{") else Path(file).read_text(encoding="utf-8")
-        model = yaml.safe_load(text).get("model") or {}
-        named.append(model.get("class_path") if isinstance(model, dict) else model)
-    named += [given(args, "--model"), given(args, "--model.class_path")]
-    return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")
+__all__ = ["explain"]
 
 
 def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
@@ -94,39 +38,6 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
     return text, 1
 
 
-def find_config(name: str) -> Path:
-    """The file of a configuration that is given by name or path.
-
-    Raises:
-        FileNotFoundError: if there is none; it tells the nearest names.
-    """
-    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
-        if path.is_file():
-            return path
-    names = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
-    known = sorted(str(name) for name in names if name.parts[0] != "sweeps")  # those are for `wandb sweep`
-    wanted = name.removesuffix(".yaml").removeprefix("configs/")
-    raise FileNotFoundError(f"--config {name}: there is no such file{_nearest(wanted, known) or _among(known)}")
-
-
-def config_name(path: Path) -> str | None:
-    """The name of a configuration that is installed with the package."""
-    path = path.resolve()
-    return path.relative_to(CONFIGS).with_suffix("").as_posix() if CONFIGS in path.parents else None
-
-
-def _check_yaml(path: Path) -> None:
-    """The parser would not say which file it can not read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}," if mark else ""
-        raise ValueError(f"--config {path}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path} holds no settings, but {content!r}.")
-
-
 def _shorten(message: str, arguments: Iterable[str]) -> str:
     """The heart of one of jsonargparse's messages, and the nearest valid name where one is unknown."""
     # a flag of a callback is tried on the base of all callbacks as well, which takes none
@@ -138,19 +49,19 @@ def _shorten(message: str, arguments: Iterable[str]) -> str:
         return "say what to do, such as fit; `lit-tricks --help` lists the commands."
     if match := re.search(r"subcommand: invalid choice: '([^']+)'.*\(choose from (.*)\)", message):
         known = re.findall(r"\w+", match[2])
-        return f"there is no command {match[1]!r}{_nearest(match[1], known) or _among(known)}"
+        return f"there is no command {match[1]!r}{nearest(match[1], known) or among(known)}"
     if match := re.search(
         r"Option '([\w.]+)' is not accepted(?:\. Got value: Namespace\(class_path='([\w.]+)')?", message
     ):
         owner = match[2] or re.findall(r"class_path '([\w.]+)'", message[: match.start()])[-1]
         known = _parameters(owner)
         name = owner.rpartition(".")[2]
-        return f"{name} has no argument {match[1]!r}{_nearest(match[1], known) or _among(known)}"
+        return f"{name} has no argument {match[1]!r}{nearest(match[1], known) or among(known)}"
     if match := re.search(r"class_path '[\w.]*?(\w+)':\s+the following arguments are required: (.*)", message):
         return f"{argument}: {match[1]} needs {match[2]}."
     if match := re.search(r"nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         name = match[1] or match[2]
-        return f"there is no argument {name!r}{_nearest(name, list(arguments) or _arguments())}"
+        return f"there is no argument {name!r}{nearest(name, list(arguments) or _arguments())}"
     if match := re.search(r"following arguments are required: (\w+)\.([\w.]+)", message):
         remedy = (
             "" if match[1] == "fit" or match[2] != "data" else ", or --ckpt_path, the checkpoint of a run on such data"
@@ -169,9 +80,9 @@ def _shorten(message: str, arguments: Iterable[str]) -> str:
         name = match[1] or match[2] or match[3]
         if base := re.search(r"(?:correspond to|to be) a subclass of (?:<class ')?(\w+)", heart):
             return f"{argument}: {name!r} is no {base[1]}."
-        nearest = _nearest(name.rpartition(".")[2], _class_names())
-        if nearest or kinds in ([], ["null"]) or re.search("No module named|has no attribute", heart):
-            return f"{argument}: {name!r} is unknown{nearest or '.'}"
+        close = nearest(name.rpartition(".")[2], _class_names())
+        if close or kinds in ([], ["null"]) or re.search("No module named|has no attribute", heart):
+            return f"{argument}: {name!r} is unknown{close or '.'}"
     value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value: .*)?$", heart, re.MULTILINE)
     if keys and kinds and value:
         return f"{argument}: {value[1]!r} is not {' or '.join(kinds)}."
@@ -223,12 +134,3 @@ def _class_names() -> list[str]:
     modules = (lit_tricks.callbacks, lit_tricks.data, lightning.pytorch.callbacks, lightning.pytorch.loggers)
     optimizers = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
     return [*lit_tricks._MODULES, *optimizers, *(name for module in modules for name in module.__all__)]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _among(known: list[str]) -> str:
-    return f"; there are {', '.join(known)}." if known else "."

@@ -22,27 +22,28 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # The parser finds the short names of the classes that are imported.
 import lit_tricks.callbacks
-import lit_tricks.tasks.classification
 import lit_tricks.data
+import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection
 from lit_tricks import __version__, commands
-from lit_tricks._parser import explain, given, model_in, resolve_configs
-from lit_tricks.tasks.base import Task
+from lit_tricks.cli.commands import find_command, own_arguments, run_command, summary
+from lit_tricks.cli.errors import explain
 from lit_tricks.commands.checkpoints import run_settings
-from lit_tricks.commands._command import find_command, own_arguments, run_command, summary
 from lit_tricks.run.evidence.callback import Evidence
-from lit_tricks.run.tricks_in_force import TricksInForce
+from lit_tricks.run.folder import RunFolder
 from lit_tricks.run.mask_writer import MaskWriter
 from lit_tricks.run.memory import PeakMemory
 from lit_tricks.run.pictures import send_pictures
 from lit_tricks.run.prediction_writer import PredictionWriter
 from lit_tricks.run.preview import PreviewLogger
-from lit_tricks.run.folder import RunFolder
-from lit_tricks.run.saving import LastCheckpoint, SaveConfig
 from lit_tricks.run.profiler import TimeSplit
-from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.run.report.fit import report_fit
+from lit_tricks.run.saving import LastCheckpoint, SaveConfig
+from lit_tricks.run.tricks_in_force import TricksInForce
+from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
+from lit_tricks.tasks.base import Task
 from lit_tricks.tasks.segmentation import Segmenter
+from lit_tricks.utils.config_files import given, model_in, resolve_configs
 
 __all__ = ["TricksCLI", "main"]
 
@@ -86,7 +87,9 @@ class TricksCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.set_defaults({"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True})
+        parser.set_defaults(
+            {"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True}
+        )
         if subcommand == "fit":
             parser.add_argument(
                 "--name", type=str, help="Name of the run's folder; by default that of the first configuration file."

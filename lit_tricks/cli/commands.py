@@ -16,8 +16,8 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_tricks._parser import given as given_value
 from lit_tricks.commands.checkpoints import data_settings
+from lit_tricks.utils.config_files import given as given_value
 
 __all__ = ["find_command", "own_arguments", "run_command", "summary"]
 

@@ -1,0 +1,110 @@
+"""Configurations that are given by name or path, and near misses of names."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["CONFIGS", "among", "config_name", "find_config", "given", "model_in", "nearest", "resolve_configs"]
+
+_INSTALLED = Path(__file__).parents[1] / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def given(args: list[str], flag: str) -> str | None:
+    """Last value of a flag among the words of a command line."""
+    values = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == flag]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{flag}=")]
+    return values[-1] if values else None
+
+
+def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
+    """Find the configurations that are given by name among those installed with the package.
+
+    Args:
+        args: words of a command line. A ``--config`` that is no file but a bare name ("quickstart", "tricks/ema") is
+            looked up. One that begins with a brace is JSON, and holds the settings themselves; so does ``--row``, for
+            sweeps: of a parameter "config" W&B would show the value in the place of the run's resolved configuration.
+
+    Returns:
+        The words with paths in place of names, and the paths.
+
+    Raises:
+        FileNotFoundError: for a name that is neither; it tells the nearest names.
+        ValueError: for a file that is no YAML, or holds no settings.
+    """
+    args = ["--config" + arg[5:] if arg.startswith("--row={") else arg for arg in args]
+    words, paths = list(args), []
+    for i, word in enumerate(args):
+        flag, equals, value = word.partition("=")
+        if flag not in ("-c", "--config") or not (equals or i + 1 < len(args)):
+            continue
+        if (value if equals else args[i + 1]).startswith("{"):
+            continue
+        path = find_config(value if equals else args[i + 1])
+        _check_yaml(path)
+        paths.append(path)
+        words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
+    return words, paths
+
+
+def model_in(args: list[str]) -> str:
+    """Name of the model's class among the words of a command line and in their configurations, or nothing."""
+    files = [word for flag, word in itertools.pairwise(args) if flag in ("-c", "--config")]
+    files += [word.partition("=")[2] for word in args if word.startswith(("-c=", "--config="))]
+    named: list[Any] = []
+    for file in files:
+        text = file if file.startswith("{") else Path(file).read_text(encoding="utf-8")
+        model = yaml.safe_load(text).get("model") or {}
+        named.append(model.get("class_path") if isinstance(model, dict) else model)
+    named += [given(args, "--model"), given(args, "--model.class_path")]
+    return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")
+
+
+def find_config(name: str) -> Path:
+    """The file of a configuration that is given by name or path.
+
+    Raises:
+        FileNotFoundError: if there is none; it tells the nearest names.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
+        if path.is_file():
+            return path
+    names = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
+    known = sorted(str(name) for name in names if name.parts[0] != "sweeps")  # those are for `wandb sweep`
+    wanted = name.removesuffix(".yaml").removeprefix("configs/")
+    raise FileNotFoundError(f"--config {name}: there is no such file{nearest(wanted, known) or among(known)}")
+
+
+def config_name(path: Path) -> str | None:
+    """The name of a configuration that is installed with the package."""
+    path = path.resolve()
+    return path.relative_to(CONFIGS).with_suffix("").as_posix() if CONFIGS in path.parents else None
+
+
+def _check_yaml(path: Path) -> None:
+    """The parser would not say which file it can not read."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        raise ValueError(f"--config {path}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no settings, but {content!r}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question with the known name that is nearest, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def among(known: list[str]) -> str:
+    """Return the known names as the end of a sentence."""
+    return f"; there are {', '.join(known)}." if known else "."
