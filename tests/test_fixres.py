@@ -32,7 +32,7 @@ from lit_tricks import (
 from lit_tricks.data import Digits
 from lit_tricks.models import resnet
 from lit_tricks.utils.dataset_transforms import at_size, changed
-from lit_tricks.utils.heads import find_classifier, find_norms
+from lit_tricks.utils.modules import find_classifier, find_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network")
 

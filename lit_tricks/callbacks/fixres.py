@@ -21,9 +21,8 @@ from lit_tricks.callbacks.finetuning.freezing import Frozen, refuse_rivals
 from lit_tricks.callbacks.optim.initializer import sign_of_training
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group
 from lit_tricks.utils.batch import refuse_boxes
-from lit_tricks.utils.heads import find_classifier, find_norms
 from lit_tricks.utils.image_size import require_fit, require_size
-from lit_tricks.utils.modules import is_norm
+from lit_tricks.utils.modules import find_classifier, find_norms, is_norm
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

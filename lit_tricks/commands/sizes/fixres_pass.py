@@ -21,8 +21,8 @@ from lit_tricks.commands.sizes.features import FeatureFile, digest_of_data, dige
 from lit_tricks.commands.sizes.logistic import Classified, Linear, choose_weight_decay, evaluate, fit, moments
 from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.commands.sizes.subject import Subject, subject_of
-from lit_tricks.utils.heads import find_classifier, find_norms
 from lit_tricks.utils.loaders import isolated_random_state
+from lit_tricks.utils.modules import find_classifier, find_norms
 
 __all__ = ["fixres"]
 

@@ -19,7 +19,7 @@ from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.utils.dataset_transforms import at_size, changed
-from lit_tricks.utils.heads import find_classifier
+from lit_tricks.utils.modules import find_classifier
 
 __all__ = ["Subject", "Views", "subject_of"]
 
