@@ -18,7 +18,7 @@ from torchvision.tv_tensors import BoundingBoxes
 from lit_tricks.data import CocoDetection, DigitDetection, VOCDetection
 from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.detection.base import zoom
-from lit_tricks.data.synthetic.scenes import DigitScenes
+from lit_tricks.data.synthetic.digit_scenes import DigitScenes
 
 KINDS = ("coco", "voc")
 

@@ -26,7 +26,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou, sigmoid_focal_loss
 
 from lit_tricks import Classifier, Detector
 from lit_tricks.data import DigitDetection
-from lit_tricks.data.synthetic.scenes import DigitScenes
+from lit_tricks.data.synthetic.digit_scenes import DigitScenes
 from lit_tricks.models.detectors import box_loss
 from lit_tricks.run.preview import BOX, preview_of
 from lit_tricks.tasks.detection import _AveragePrecision
