@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -16,13 +16,12 @@ from torch.utils._pytree import tree_leaves
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import Group, on_each_group, optimizers_in
 from lit_tricks.utils.batch import describe, images_in_list
-from lit_tricks.utils.batch_size import TrueBatch, true_batch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["LinearScaling", "scaling_factor"]
+__all__ = ["LinearScaling", "TrueBatch", "scaling_factor", "true_batch"]
 
 # where a new parameter group has its rate: timm's optimizers also note the highest one, for their weight decay
 _RATES = {"lr", "initial_lr", "max_lr_snapshot"}
@@ -205,3 +204,63 @@ def _rates(optimizer: Optimizer) -> list[float]:
 def _text(rates: list[float]) -> str:
     distinct = list(dict.fromkeys(rates))
     return ", ".join(f"{lr:g}" for lr in distinct) if len(distinct) < 4 else f"{min(distinct):g} to {max(distinct):g}"
+
+
+class TrueBatch(NamedTuple):
+    """The samples of a step: those of a batch, in each process, in each of the batches that are accumulated."""
+
+    size: int = 1
+    processes: int = 1
+    accumulated: int = 1
+
+    @property
+    def total(self) -> int:
+        """Samples in a step."""
+        return self.size * self.processes * self.accumulated
+
+    def __str__(self) -> str:
+        parts = {"processes": self.processes, "accumulated batches": self.accumulated}
+        return " x ".join([str(self.size), *(f"{n} {what}" for what, n in parts.items() if n > 1)])
+
+
+def true_batch(trainer: Trainer, pl_module: LightningModule, batch_size: int | None, trick: str) -> TrueBatch:
+    """Find the batch of a step.
+
+    Args:
+        trainer: the Trainer, in or after its ``setup``.
+        pl_module: the module.
+        batch_size: samples in a batch of one process; None to find it.
+        trick: who asks, for the messages.
+
+    Raises:
+        RuntimeError: if it is not known, or will change.
+    """
+    if any(type(c).__name__ == "GradientAccumulationScheduler" for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"{trick} needs one batch size for the run, and the GradientAccumulationScheduler changes it: use "
+            f"Trainer(accumulate_grad_batches=...), or remove {trick}."
+        )
+    size = batch_size or _configured(trainer, pl_module)
+    if size is None:
+        raise RuntimeError(
+            f"{trick} cannot tell the batch size: the loader has none, and the module or datamodule that makes it has "
+            f"no batch_size. Give {trick}(batch_size=...), the samples in a batch of one process."
+        )
+    processes = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)  # those that see different data
+    return TrueBatch(size, processes, trainer.accumulate_grad_batches)
+
+
+def _configured(trainer: Trainer, pl_module: LightningModule) -> int | None:
+    """Batch size of the training loader, without building it: that early, it would not be restored on resume."""
+    # where the Trainer takes the loader from: the object itself, or the module or datamodule that will make it
+    source = getattr(getattr(trainer.fit_loop, "_data_source", None), "instance", None)
+    if source is trainer.datamodule or source is pl_module:  # type: ignore[attr-defined]  # a connector sets it
+        sizes = [getattr(source, "batch_size", None), _hparams(source).get("batch_size")]
+    else:
+        sizes = [getattr(loader, "batch_size", None) for loader in (source, getattr(source, "batch_sampler", None))]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _hparams(owner: Any) -> dict[str, Any]:
+    """What ``save_hyperparameters`` saved; asking for ``owner.hparams`` would leave an empty one there."""
+    return vars(owner).get("_hparams") or {}
