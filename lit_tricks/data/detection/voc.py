@@ -1,27 +1,35 @@
-"""Pascal VOC: the boxes of its objects, and their masks."""
+"""Objects in images: Pascal VOC."""
 
 from __future__ import annotations
 
 import os
+import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
-from lit_tricks.data.detection.boxes import BoxFiles, OnBadBox, Picture
-from lit_tricks.data.detection.voc_file import read_voc
+from lit_tricks.data.detection.boxes import (
+    BoxFiles,
+    OnBadBox,
+    Picture,
+    add_object,
+    require_files,
+    some_of,
+    warn_of_skipped,
+)
 from lit_tricks.data.samples import Source
-from lit_tricks.data.segmentation.base import MaskFolders
 
-__all__ = ["VOC_CLASSES", "VOCDetection", "VOCSegmentation"]
+__all__ = ["VOC_CLASSES", "VOCDetection", "read_voc"]
 
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 ]
-MASK_LAYOUT = "expected are JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012"
 
 
 class VOCDetection(DetectionDataModule):
@@ -99,69 +107,82 @@ class VOCDetection(DetectionDataModule):
         return {split: BoxFiles(pictures, self._read_image, split == "train", self.on_bad_box)}
 
 
-class VOCSegmentation(MaskFolders):
-    """Pascal VOC ([Everingham et al., 2010](http://host.robots.ox.ac.uk/pascal/VOC/)): 20 classes and the background.
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 
-    Masks are the indices of their palette; 255, the border of objects, is ignored. Its test set has no masks: the test
-    is on the validation images. All else is as in ``SegmentationFolder``.
+
+def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBox) -> list[Picture]:
+    """Read annotations in the layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
+
+    Its pixels are counted from 1, and the last one belongs to the box: (1, 1, w, h) is all of an image, here
+    (0, 0, w, h).
 
     Args:
-        root: folder with ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation``.
-        train_set: file in ``ImageSets/Segmentation`` that lists the training images: "train", or "trainval", which
-            makes the figures of validation worthless, or "train_aug" of the [SBD](http://home.bharathh.info/pubs/codes/SBD).
-        val_set: the same for validation.
-        masks: folder of the masks, such as "SegmentationClassAug" for the SBD.
-        crop_size: see ``SegmentationFolder``, as for all that follows.
-        base_size: length of the short side that ``scale`` multiplies, in pixels.
-        scale: least and greatest factor on the short side in training.
-        flip: whether every second training image is flipped.
-        batch_size: images in a batch of one process.
-        num_workers: processes that load, for each loader.
-        mean: of the channels R, G, B on the 0-255 scale.
-        std: standard deviation of the channels R, G, B on the 0-255 scale.
-        predict_dir: folder of images to predict.
-        eval_size: side of the images in validation and test, and short side in prediction; None is ``crop_size``.
+        folder: with JPEGImages, Annotations and ImageSets/Main.
+        name: of the list in ImageSets/Main, without ``.txt``.
+        classes: names of the classes, in the order of their labels.
+        on_bad_box: "raise", or "skip".
 
     Raises:
-        ValueError: as ``SegmentationFolder``.
-        FileNotFoundError: as ``SegmentationFolder``, and for a list of images that is missing or empty.
-
-    Example:
-        ``data: {class_path: VOCSegmentation, init_args: {root: VOCdevkit/VOC2012}}``
+        FileNotFoundError: if a folder, the list, an annotation or an image is not there.
+        ValueError: for an empty list, a damaged annotation, or one that can not be right; it names the file.
     """
+    label_of = {each: label for label, each in enumerate(classes, start=1)}
+    listing = os.path.join(folder, "ImageSets", "Main", f"{name}.txt")
+    if not os.path.isfile(listing):
+        there = os.path.dirname(listing)
+        found = sorted(each[:-4] for each in os.listdir(there) if each.endswith(".txt")) if os.path.isdir(there) else []
+        raise FileNotFoundError(
+            f"there is no {listing!r}; {'its folder has ' + some_of(found) if found else 'nor are there others'}: "
+            "expected are FOLDER/ImageSets/Main/SET.txt, FOLDER/Annotations/*.xml and FOLDER/JPEGImages/*.jpg"
+        )
+    with open(listing, encoding="utf-8") as stream:
+        stems = [line.split()[0] for line in stream if line.strip()]
+    if not stems:
+        raise ValueError(f"{listing!r} names no image")
+    images = os.path.join(folder, "JPEGImages")
+    if not os.path.isdir(images):
+        raise FileNotFoundError(f"there is no folder {images!r} for the images that {listing!r} names")
+    known = {os.path.splitext(file)[0]: file for file in os.listdir(images) if file.lower().endswith(IMG_EXTENSIONS)}
+    pictures = []
+    skipped: Counter[str] = Counter()
+    for stem in stems:
+        file = os.path.join(folder, "Annotations", f"{stem}.xml")
+        picture = Picture(os.path.join(images, known.get(stem, f"{stem}.jpg")), file, None)
+        root = _xml(file)
+        picture.size = _size(root)
+        for each in root.findall("object"):
+            kind = (each.findtext("name") or "").strip()
+            if kind not in label_of:
+                raise ValueError(
+                    f"{file!r} has an object {kind!r}, which is not among the {len(classes)} classes, "
+                    f"{some_of(list(classes))}: give all of them as `classes`"
+                )
+            box = each.find("bndbox")
+            try:
+                sides = [float((box.findtext(side) if box is not None else None) or "") for side in SIDES]
+            except ValueError as error:
+                raise ValueError(f"{file!r} has an object {kind!r} whose bndbox lacks {', '.join(SIDES)}") from error
+            inside = (sides[0] - 1, sides[1] - 1, sides[2], sides[3])
+            difficult = (each.findtext("difficult") or "0").strip() == "1"
+            add_object(picture, inside, label_of[kind], difficult, file, on_bad_box, skipped)
+        pictures.append(picture)
+    require_files(pictures, images)
+    warn_of_skipped(skipped, folder)
+    return pictures
 
-    def __init__(
-        self,
-        root: str,
-        train_set: str = "train",
-        val_set: str = "val",
-        masks: str = "SegmentationClass",
-        crop_size: int = 480,
-        base_size: int = 520,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: bool = True,
-        batch_size: int = 16,
-        num_workers: int | Literal["auto"] = "auto",
-        mean: Triple = MEAN,
-        std: Triple = STD,
-        predict_dir: str | None = None,
-        eval_size: int | None = None,
-    ) -> None:
-        root = os.fspath(root)
-        super().__init__(batch_size, num_workers, predict_dir)
-        self.save_hyperparameters()
-        self.root, self.masks = Path(root), masks
-        self.sets = {"train": train_set, "val": val_set, "test": val_set}
-        self.classes = ["background", *VOC_CLASSES]
-        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
-    def _load(self, split: Split) -> dict[Split, Source]:
-        if split == "test":
-            return {"test": self._source("val")}
-        file = self.root / "ImageSets" / "Segmentation" / f"{self.sets[split]}.txt"
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no {str(file)!r}, the list of the images for {split}; {MASK_LAYOUT}")
-        names = file.read_text(encoding="utf-8").split()
-        if not names:
-            raise FileNotFoundError(f"{str(file)!r}, the list of the images for {split}, is empty")
-        return {split: self._pairs(self.root / "JPEGImages", self.root / self.masks, names, MASK_LAYOUT)}
+def _xml(file: str) -> Any:
+    try:
+        return ET.parse(file).getroot()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no annotation {file!r}, and the list of images names it") from None
+    except (ET.ParseError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file!r} is damaged, or not XML ({error}): copy it again") from error
+
+
+def _size(root: Any) -> tuple[int, int] | None:
+    try:
+        width, height = int(root.findtext("size/width") or 0), int(root.findtext("size/height") or 0)
+    except ValueError:
+        return None
+    return (width, height) if width > 0 and height > 0 else None  # some tools write 0

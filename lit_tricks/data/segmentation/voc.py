@@ -1,0 +1,85 @@
+"""Masks of images: Pascal VOC."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from lit_tricks.data.color import MEAN, STD, Triple
+from lit_tricks.data.datamodule import Split
+from lit_tricks.data.detection.voc import VOC_CLASSES
+from lit_tricks.data.samples import Source
+from lit_tricks.data.segmentation.base import MaskFolders
+
+__all__ = ["VOCSegmentation"]
+
+MASK_LAYOUT = "expected are JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012"
+
+
+class VOCSegmentation(MaskFolders):
+    """Pascal VOC ([Everingham et al., 2010](http://host.robots.ox.ac.uk/pascal/VOC/)): 20 classes and the background.
+
+    Masks are the indices of their palette; 255, the border of objects, is ignored. Its test set has no masks: the test
+    is on the validation images. All else is as in ``SegmentationFolder``.
+
+    Args:
+        root: folder with ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation``.
+        train_set: file in ``ImageSets/Segmentation`` that lists the training images: "train", or "trainval", which
+            makes the figures of validation worthless, or "train_aug" of the [SBD](http://home.bharathh.info/pubs/codes/SBD).
+        val_set: the same for validation.
+        masks: folder of the masks, such as "SegmentationClassAug" for the SBD.
+        crop_size: see ``SegmentationFolder``, as for all that follows.
+        base_size: length of the short side that ``scale`` multiplies, in pixels.
+        scale: least and greatest factor on the short side in training.
+        flip: whether every second training image is flipped.
+        batch_size: images in a batch of one process.
+        num_workers: processes that load, for each loader.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale.
+        predict_dir: folder of images to predict.
+        eval_size: side of the images in validation and test, and short side in prediction; None is ``crop_size``.
+
+    Raises:
+        ValueError: as ``SegmentationFolder``.
+        FileNotFoundError: as ``SegmentationFolder``, and for a list of images that is missing or empty.
+
+    Example:
+        ``data: {class_path: VOCSegmentation, init_args: {root: VOCdevkit/VOC2012}}``
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train_set: str = "train",
+        val_set: str = "val",
+        masks: str = "SegmentationClass",
+        crop_size: int = 480,
+        base_size: int = 520,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        batch_size: int = 16,
+        num_workers: int | Literal["auto"] = "auto",
+        mean: Triple = MEAN,
+        std: Triple = STD,
+        predict_dir: str | None = None,
+        eval_size: int | None = None,
+    ) -> None:
+        root = os.fspath(root)
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        self.root, self.masks = Path(root), masks
+        self.sets = {"train": train_set, "val": val_set, "test": val_set}
+        self.classes = ["background", *VOC_CLASSES]
+        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        if split == "test":
+            return {"test": self._source("val")}
+        file = self.root / "ImageSets" / "Segmentation" / f"{self.sets[split]}.txt"
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {str(file)!r}, the list of the images for {split}; {MASK_LAYOUT}")
+        names = file.read_text(encoding="utf-8").split()
+        if not names:
+            raise FileNotFoundError(f"{str(file)!r}, the list of the images for {split}, is empty")
+        return {split: self._pairs(self.root / "JPEGImages", self.root / self.masks, names, MASK_LAYOUT)}
