@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from lit_tricks import callbacks as tricks
 from lit_tricks.callbacks.batchnorm.data_pass import go_through
-from lit_tricks.callbacks.batchnorm.statistics import layers_of
+from lit_tricks.utils.modules import batch_norm_layers
 
 
 class Clock(Callback):
@@ -174,7 +174,7 @@ def precise_bn(s: Scale, tell: Tell) -> None:
     class Measure(Callback):
         @torch.no_grad()
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            layers, loader = layers_of(pl_module), trainer.train_dataloader
+            layers, loader = batch_norm_layers(pl_module), trainer.train_dataloader
 
             def bare() -> None:
                 pl_module.train()

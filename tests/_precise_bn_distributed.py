@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lit_tricks.callbacks import EMA, PreciseBN
-from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of
+from lit_tricks.callbacks.batchnorm.statistics import estimate
+from lit_tricks.utils.modules import batch_norm_layers
 
 RANK = int(os.environ["RANK"])
 SHARES = [range(12), range(12, 16)]  # of the samples: batches of 6 and of 2
@@ -63,7 +64,7 @@ def of_unequal_numbers_of_batches() -> Any:
         torch.distributed.all_reduce(tensor)
         return tensor
 
-    return estimate(model, layers_of(model), batches, model, reduce=reduce)
+    return estimate(model, batch_norm_layers(model), batches, model, reduce=reduce)
 
 
 def main(folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-__all__ = ["Trick", "callbacks_of"]
+__all__ = ["Trick"]
 
 log = logging.getLogger("lit_tricks")
 
@@ -31,11 +31,6 @@ else:
     if not _bases:
         raise ModuleNotFoundError("lit_tricks needs PyTorch Lightning: pip install lightning", name="lightning")
     _Callback = type("_Callback", tuple(_bases), {})
-
-
-def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Those of the Trainer; a connector of it sets them, which type checkers do not see."""
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 class Wrapped:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.averaging.callback import Averaging
-from lit_tricks.callbacks.base import callbacks_of
-from lit_tricks.callbacks.batchnorm.statistics import layers_of
 from lit_tricks.callbacks.optim.lr_override import LentRates, configured_rates
+from lit_tricks.utils.modules import batch_norm_layers
 from lit_tricks.utils.training_length import Clock, steps_done
 
 if TYPE_CHECKING:
@@ -153,7 +153,11 @@ class SWA(Averaging):
             self._wrap(monitor, "on_train_epoch_start", self._rates.around)
             self._wrap(monitor, "on_train_batch_start", self._rates.around)
         re_estimated = any(name == "PreciseBN" for _, name in names)
-        if self.validate and not re_estimated and any(layer.training for layer in layers_of(pl_module).values()):
+        if (
+            self.validate
+            and not re_estimated
+            and any(layer.training for layer in batch_norm_layers(pl_module).values())
+        ):
             rank_zero_only(warnings.warn)(
                 f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}; those of the "
                 "averaged weights are others. Add the callback PreciseBN, which re-estimates them.",

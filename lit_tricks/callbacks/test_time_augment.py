@@ -15,7 +15,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_tricks.callbacks.base import Trick, callbacks_of
+from lit_tricks._compat import callbacks_of
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.batch import describe, images_in_list
 from lit_tricks.utils.image_size import resize
 

@@ -17,11 +17,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks.batchnorm.statistics import estimate, layers_of
+from lit_tricks.callbacks.batchnorm.statistics import estimate
 from lit_tricks.commands.checkpoints import RUN, module_of, read_checkpoint, written_whole
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.loaders import isolated_random_state
+from lit_tricks.utils.modules import batch_norm_layers
 
 __all__ = ["average", "mean_of"]
 
@@ -126,7 +127,7 @@ class _Workshop:
     def with_statistics(self, state: State) -> State:
         """The weights with the statistics of BatchNorm that belong to them."""
         self.model.load_state_dict(state, strict=self.model.strict_loading)
-        layers = layers_of(self.model)
+        layers = batch_norm_layers(self.model)
         if not layers:
             return state
         self.data.setup("fit")

@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_tricks.callbacks.base import Trick, callbacks_of
+from lit_tricks._compat import callbacks_of
+from lit_tricks.callbacks.base import Trick
 
 __all__ = ["TricksInForce", "tricks_in_force"]
 

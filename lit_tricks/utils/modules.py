@@ -6,10 +6,18 @@ import re
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_tricks.callbacks.batchnorm.statistics import layers_of
-
-__all__ = ["Kind", "check_shapes", "find_classifier", "find_norms", "has_matrix", "is_norm", "kinds"]
+__all__ = [
+    "Kind",
+    "batch_norm_layers",
+    "check_shapes",
+    "find_classifier",
+    "find_norms",
+    "has_matrix",
+    "is_norm",
+    "kinds",
+]
 
 Kind = Literal["bias", "norm", "embedding"]
 
@@ -43,6 +51,15 @@ def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         found.add("embedding")
     return found
+
+
+def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name. A shared one has several names."""
+    return {
+        name: layer
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None
+    }
 
 
 def check_shapes(module: nn.Module, trick: str) -> None:
@@ -118,7 +135,7 @@ def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[s
     """
     if which == "none":
         return {}
-    found: dict[str, Any] = layers_of(module)
+    found: dict[str, Any] = batch_norm_layers(module)
     found = {layer: norm for layer, norm in found.items() if _is_trained(norm) or norm.weight is None}
     if name is not None:
         found = {layer: norm for layer, norm in found.items() if layer == name}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lit_tricks.callbacks.base import callbacks_of
+from lit_tricks._compat import callbacks_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

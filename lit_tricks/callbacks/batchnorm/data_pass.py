@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks.base import callbacks_of
+from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
 from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
 from lit_tricks.utils.batch import arguments_of, describe

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["estimate", "layers_of", "pooled", "shift"]
+__all__ = ["estimate", "pooled", "shift"]
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # mean and variance of a layer, in float64
 
@@ -47,15 +47,6 @@ def shift(old: Mapping[str, Sequence[Tensor]], new: Statistics, eps: float = 1e-
         std, old_std = (variance + eps).sqrt(), (old_variance + eps).sqrt()
         squares.append(((mean - old_mean).square() + (std - old_std).square()) / std.square())
     return float(torch.cat(squares).mean().sqrt()) if squares else 0.0
-
-
-def layers_of(module: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm layers that keep running statistics, by name. A shared one has several names."""
-    return {
-        name: layer
-        for name, layer in module.named_modules(remove_duplicate=False)
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None
-    }
 
 
 def estimate(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_tricks.callbacks.base import Trick, callbacks_of
+from lit_tricks._compat import callbacks_of
+from lit_tricks.callbacks.base import Trick
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

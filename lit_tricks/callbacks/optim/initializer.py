@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks.base import Trick, callbacks_of
+from lit_tricks._compat import callbacks_of
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import optimizers_in
 from lit_tricks.utils.modules import is_norm
 

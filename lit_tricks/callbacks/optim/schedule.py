@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_tricks.callbacks.base import Trick, callbacks_of
+from lit_tricks._compat import callbacks_of
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
 from lit_tricks.utils.training_length import Clock, steps_done
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lit_tricks.callbacks.base import Trick, callbacks_of
+from lit_tricks._compat import callbacks_of
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target, carrying
 from lit_tricks.utils.batch import Path, find, replace

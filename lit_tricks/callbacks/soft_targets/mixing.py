@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks.callbacks.base import callbacks_of
+from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import Recipe
 from lit_tricks.callbacks.soft_targets.target import Target
