@@ -16,10 +16,10 @@ from torch.optim.swa_utils import update_bn
 
 from lit_tricks import callbacks as tricks
 from lit_tricks.callbacks.batchnorm.data_pass import go_through
-from lit_tricks.utils.modules import batch_norm_layers
+from lit_tricks.utils.modules import batchnorms_of
 
 
-class Clock(Callback):
+class TrainingLength(Callback):
     """Seconds of the steps after the first ones, the device included."""
 
     def __init__(self, warm: int) -> None:
@@ -38,7 +38,7 @@ class Clock(Callback):
 def fit_speed(s: Scale, chosen: list[Callback], batch: Batch, warm: int = 5) -> tuple[float, float]:
     """Images a second of a Trainer's steps, and the peak memory in MiB."""
     seed_everything(0, verbose=False)
-    module, clock = Net(s.network()), Clock(warm)
+    module, clock = Net(s.network()), TrainingLength(warm)
     if s.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer_of(s, [*chosen, clock]).fit(module, loader([batch] * (warm + s.steps)))
@@ -174,7 +174,7 @@ def precise_bn(s: Scale, tell: Tell) -> None:
     class Measure(Callback):
         @torch.no_grad()
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            layers, loader = batch_norm_layers(pl_module), trainer.train_dataloader
+            layers, loader = batchnorms_of(pl_module), trainer.train_dataloader
 
             def bare() -> None:
                 pl_module.train()

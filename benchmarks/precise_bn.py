@@ -27,7 +27,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_tricks.callbacks.batchnorm.data_pass import go_through
-from lit_tricks.utils.modules import batch_norm_layers
+from lit_tricks.utils.modules import batchnorms_of
 
 
 class Classifier(LightningModule):
@@ -62,7 +62,7 @@ class Measure(Callback):
             for images, _ in batches:
                 pl_module(images)
 
-        layers = batch_norm_layers(pl_module)
+        layers = batchnorms_of(pl_module)
         candidates: dict[str, Callable[[], object]] = {
             "bare forward passes, data at hand": bare,
             "PreciseBN, all of it": lambda: go_through(trainer, pl_module, layers, samples, "train"),

@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_tricks import callbacks
 from lit_tricks.callbacks import drop_path
-from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.callbacks.soft_targets.target import SoftTarget
 
 MAKE: dict[str, Callable[[], Callback]] = {
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(timm.create_model("resnet50")),
@@ -74,7 +74,7 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
-class Clock(Callback):
+class TrainingLength(Callback):
     """Times steps, and what tricks do in them. To be the last callback."""
 
     def __init__(self, tricks: list[Callback]) -> None:
@@ -102,7 +102,7 @@ class Clock(Callback):
     def loss(self, target: torch.Tensor) -> float:
         """Seconds that the loss of a target takes more than that of its labels, with the gradient."""
         took = []
-        for labels in (target, target.parts["value"]) if isinstance(target, Target) else ():
+        for labels in (target, target.parts["value"]) if isinstance(target, SoftTarget) else ():
             logits = torch.randn(len(labels), 1000, requires_grad=True)
             start = time.process_time()
             F.cross_entropy(logits, labels).backward()
@@ -119,7 +119,7 @@ class Clock(Callback):
 def measure(names: list[str], image_size: int, batch_size: int, steps: int, module: Classifier) -> tuple[float, float]:
     """Median seconds of a step, and of what the tricks do in it."""
     tricks, size = list(map(make, names)), batch_size * (steps + 1)
-    clock, drop = Clock(tricks), drop_path.drop
+    clock, drop = TrainingLength(tricks), drop_path.drop
     data = torch.utils.data.TensorDataset(torch.randn(size, 3, image_size, image_size), torch.arange(size) % 1000)
     trainer = Trainer(
         max_epochs=3, max_steps=steps + 1, accelerator="cpu", logger=False, enable_checkpointing=False,

@@ -142,7 +142,7 @@ def share_of_a_step(batch_size: int, steps: int) -> tuple[float, float, float]:
     ema, swa, ends = EMA(DECAY), SWA(0.01, start=0, every_n_steps=10**6, validate=False), []
     timed = {ema: Timed(), swa: Timed()}
 
-    class Clock(Callback):
+    class TrainingLength(Callback):
         def on_fit_start(self, *args: object) -> None:  # before those of the tricks
             timed[ema].time(ema, "_on_step", "on_train_batch_end")
             timed[swa].time(swa, "_on_step", "on_train_batch_end", "on_before_optimizer_step")
@@ -155,7 +155,7 @@ def share_of_a_step(batch_size: int, steps: int) -> tuple[float, float, float]:
                 one.steps.append(0.0)
             ends.append(time.perf_counter())
 
-    fit([Clock(), ema, swa], 224, batch_size, steps)  # type: ignore[list-item]
+    fit([TrainingLength(), ema, swa], 224, batch_size, steps)  # type: ignore[list-item]
     step = statistics.median(b - a for a, b in itertools.pairwise(ends))
     return step, *(statistics.median(timed[trick].steps[1:-1]) for trick in (ema, swa))  # SWA averages after the last
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lit_tricks.callbacks import EMA, PreciseBN
 from lit_tricks.callbacks.batchnorm.statistics import estimate
-from lit_tricks.utils.modules import batch_norm_layers
+from lit_tricks.utils.modules import batchnorms_of
 
 RANK = int(os.environ["RANK"])
 SHARES = [range(12), range(12, 16)]  # of the samples: batches of 6 and of 2
@@ -64,7 +64,7 @@ def of_unequal_numbers_of_batches() -> Any:
         torch.distributed.all_reduce(tensor)
         return tensor
 
-    return estimate(model, batch_norm_layers(model), batches, model, reduce=reduce)
+    return estimate(model, batchnorms_of(model), batches, model, reduce=reduce)
 
 
 def main(folder: Path) -> None:

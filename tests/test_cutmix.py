@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks import CutMix, LabelSmoothing
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 
 N, K = 5, 4
 IMAGES = torch.randn(N, 3, 8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_is_torchvisions_with_its_box_and_its_partner(seed, monkeypatch):
     roll = torch.arange(N).roll(1)
     assert torch.equal(cutmix(IMAGES, roll, box), images)
     share = torch.full((N,), kept_area(8, 12, box), dtype=torch.float64)
-    target = carrying(LABELS, Recipe(("CutMix",)), LABELS[roll], share)
+    target = carrying(LABELS, LossSpec(("CutMix",)), LABELS[roll], share)
     torch.testing.assert_close(CE(LOGITS, target), CE(LOGITS, soft.double()), rtol=1e-6, atol=0)
 
 
@@ -86,8 +86,8 @@ def test_box_is_timms(monkeypatch):
         assert kept_area(8, 12, box) == pytest.approx(corrected)
 
 
-def mixed(labels: Tensor, seed: int = 0, **inputs: Tensor) -> tuple[dict[Any, Tensor], Target, float]:
-    target = carrying(labels, Recipe(("CutMix",)))
+def mixed(labels: Tensor, seed: int = 0, **inputs: Tensor) -> tuple[dict[Any, Tensor], SoftTarget, float]:
+    target = carrying(labels, LossSpec(("CutMix",)))
     return CutMix().mix(inputs or {"x": IMAGES}, target, PERMUTATION, torch.Generator().manual_seed(seed))
 
 

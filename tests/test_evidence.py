@@ -150,14 +150,14 @@ def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
 # Time
 
 
-class Clock:
+class TrainingLength:
     now = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def play(split: TimeSplit, clock: Clock, *actions: Any) -> None:
+def play(split: TimeSplit, clock: TrainingLength, *actions: Any) -> None:
     """Actions, nested as tuples ``(name, *inner)``; numbers are seconds that pass."""
     for action in actions:
         if isinstance(action, tuple):
@@ -214,7 +214,7 @@ EXPECTED = {
 
 
 def test_time_is_split() -> None:
-    split = TimeSplit(clock := Clock())
+    split = TimeSplit(clock := TrainingLength())
     play(
         split, clock, 500, ("[Callback]E.on_train_start", 5), ("run_training_epoch", *STEP, *VALIDATION), 2, SAVE, *END
     )
@@ -224,7 +224,7 @@ def test_time_is_split() -> None:
 
 def test_time_on_a_device_divides_the_steps() -> None:
     """A device that takes 3 of 4 parts for the backward pass, behind a process that is held up by callbacks."""
-    clock, device = Clock(), Clock()
+    clock, device = TrainingLength(), TrainingLength()
 
     class Event:
         def record(self) -> None:

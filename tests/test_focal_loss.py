@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks import FocalLoss, LabelSmoothing, MixUp
 from lit_tricks.callbacks.focal_loss import focal_factor
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 
 N, K = 6, 4
 LOGITS = torch.randn(N, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
@@ -25,8 +25,8 @@ ALPHA = [0.1, 0.2, 0.3, 0.4]
 CE = F.cross_entropy
 
 
-def focal(trick: FocalLoss, labels: Tensor = LABELS, recipe: Recipe | None = None, *mixed: Tensor) -> Target:
-    return trick.act({}, carrying(labels.clone(), recipe or Recipe(("FocalLoss",)), *mixed))[1]
+def focal(trick: FocalLoss, labels: Tensor = LABELS, recipe: LossSpec | None = None, *mixed: Tensor) -> SoftTarget:
+    return trick.act({}, carrying(labels.clone(), recipe or LossSpec(("FocalLoss",)), *mixed))[1]
 
 
 def by_hand(gamma: float, alpha: list[float] | None, soft: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def test_weights_and_ignored_labels_keep_their_meaning():
     target = focal(FocalLoss(2.0))
     torch.testing.assert_close(CE(LOGITS, target, **how, reduction="none"), none)
     torch.testing.assert_close(CE(LOGITS, target, **how), none.sum() / WEIGHT[LABELS[LABELS != 2]].sum())
-    torch.testing.assert_close(target.recipe.mean_factor, ((1 - p[LABELS != 2]) ** 2).mean())
+    torch.testing.assert_close(target.spec.mean_factor, ((1 - p[LABELS != 2]) ** 2).mean())
     alpha = CE(LOGITS, focal(FocalLoss(2.0, ALPHA)), **how)
     torch.testing.assert_close(alpha, (none * torch.tensor(ALPHA)[LABELS]).sum() / WEIGHT[LABELS[LABELS != 2]].sum())
 
@@ -125,7 +125,7 @@ def test_beside_mixing_and_smoothing_it_modulates_the_loss_of_the_distribution(o
     other, share = LABELS.roll(1), torch.linspace(0, 1, N, dtype=torch.float64)
     soft = share[:, None] * HARD + (1 - share[:, None]) * F.one_hot(other, K)
     soft = soft * 0.7 + 0.3 / K
-    target = carrying(LABELS.clone(), Recipe(("FocalLoss", "LabelSmoothing")), other, share)
+    target = carrying(LABELS.clone(), LossSpec(("FocalLoss", "LabelSmoothing")), other, share)
     for trick in [FocalLoss(2.0, ALPHA), LabelSmoothing(0.3)][::order]:
         _, target = trick.act({}, target)
     torch.testing.assert_close(CE(LOGITS, target), by_hand(2.0, ALPHA, soft).mean(), rtol=1e-6, atol=0)
@@ -219,7 +219,7 @@ def test_compiles_once(alpha):
         target = focal(trick, LABELS.roll(i))
         x = LOGITS.clone().requires_grad_()
         torch.testing.assert_close(compiled(x, target), loss(x, focal(trick, LABELS.roll(i))))
-        assert target.recipe.used
-        assert 0 < target.recipe.mean_factor < 1
+        assert target.spec.used
+        assert 0 < target.spec.mean_factor < 1
     assert set(compilations) <= {1}
     assert len(compilations) == 1 or torch.__version__ < "2.15"  # there it is not compiled at all

@@ -24,8 +24,8 @@ from tricks import teacher as small_teacher
 from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
 from lit_tricks.callbacks.knowledge_distillation import divergence
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized
 
 N, K, T = 6, 4, 3.0
@@ -48,12 +48,12 @@ class Says(nn.Module):
 
 
 def taught(
-    trick: KnowledgeDistillation, labels: Tensor = LABELS, logits: Tensor = TAUGHT, target: Target | None = None
-) -> Target:
+    trick: KnowledgeDistillation, labels: Tensor = LABELS, logits: Tensor = TAUGHT, target: SoftTarget | None = None
+) -> SoftTarget:
     """A target after the trick acted on it."""
     trick._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext))
     trick._teacher = Says(logits)
-    target = carrying(labels.clone(), Recipe(("KnowledgeDistillation",))) if target is None else target
+    target = carrying(labels.clone(), LossSpec(("KnowledgeDistillation",))) if target is None else target
     return trick.act({(0,): torch.zeros(len(labels), 1, 8, 8)}, target)[1]
 
 
@@ -134,7 +134,7 @@ def test_weights_smoothing_and_ignored_labels_are_of_the_labels_loss(reduction, 
     extra = {"none": each, "sum": each.sum(), "mean": each.sum() / known.sum()}[reduction]
     target = taught(kd(alpha=0.3))
     torch.testing.assert_close(CE(LOGITS, target, **how), 0.7 * CE(LOGITS, LABELS, **how) + 0.3 * extra)
-    torch.testing.assert_close(target.recipe.mean_divergence, each.sum() / known.sum())
+    torch.testing.assert_close(target.spec.mean_divergence, each.sum() / known.sum())
     if not smoothing:
         how.pop("label_smoothing")
         found = F.nll_loss(LOGITS.log_softmax(1), taught(kd()), **how)
@@ -185,7 +185,7 @@ def test_on_top_of_mixing_smoothing_and_focal_loss_in_any_order(order):
     soft = soft * 0.7 + 0.3 / K
     p = softmax(LOGITS)
     of_labels = (1 - (soft * p).sum(1)) ** 2 * -(soft * p.log()).sum(1)
-    target = carrying(LABELS.clone(), Recipe(("FocalLoss", "KnowledgeDistillation")), other, share)
+    target = carrying(LABELS.clone(), LossSpec(("FocalLoss", "KnowledgeDistillation")), other, share)
     for i in order:
         if i == 0:
             target = taught(kd(), target=target)
@@ -198,7 +198,7 @@ def test_on_top_of_mixing_smoothing_and_focal_loss_in_any_order(order):
 
 def test_an_ignored_label_of_a_mixture_is_not_taught():
     other, share = torch.full_like(LABELS, 255), torch.linspace(0.6, 1, N, dtype=torch.float64)
-    target = taught(kd(), target=carrying(LABELS.clone(), Recipe(("KnowledgeDistillation",)), other, share))
+    target = taught(kd(), target=carrying(LABELS.clone(), LossSpec(("KnowledgeDistillation",)), other, share))
     each = share * (-softmax(LOGITS)[range(N), LABELS].log() + by_hand())
     torch.testing.assert_close(CE(LOGITS, target, ignore_index=255), each.sum() / share.sum())
 
@@ -395,7 +395,7 @@ def test_compiles_once():
         x, teacher = LOGITS.clone().requires_grad_(), TAUGHT.roll(i, 0)
         target = taught(kd(), LABELS.roll(i), teacher)
         torch.testing.assert_close(compiled(x, target), CE(x, LABELS.roll(i)) + by_hand(teacher=teacher).mean())
-        torch.testing.assert_close(target.recipe.mean_divergence, by_hand(teacher=teacher).mean())
+        torch.testing.assert_close(target.spec.mean_divergence, by_hand(teacher=teacher).mean())
     assert set(compilations) <= {1}
     assert len(compilations) == 1 or torch.__version__ < "2.15"  # there it is not compiled at all
 

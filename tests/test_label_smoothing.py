@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_tricks.callbacks import LabelSmoothing
 from lit_tricks.callbacks.label_smoothing import torch_smoothing
-from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import carrying
 
 CE = F.cross_entropy
@@ -47,7 +47,7 @@ def test_loss_of_the_paper(smoothing):
     labels = torch.randint(10, (7,))
     q = torch.full((7, 10), smoothing / 9, dtype=torch.float64).scatter(1, labels[:, None], 1 - smoothing)
     trick = LabelSmoothing(smoothing, convention="paper")
-    _, target = trick.act({}, carrying(labels, Recipe(("LabelSmoothing",))))
+    _, target = trick.act({}, carrying(labels, LossSpec(("LabelSmoothing",))))
     torch.testing.assert_close(CE(logits, target), -(q * logits.log_softmax(1)).sum(1).mean())
 
 
@@ -58,7 +58,7 @@ def test_gap_between_logits_that_the_targets_ask_for(classes, smoothing):
     best = torch.tensor((classes - 1) * (1 - smoothing) / smoothing, dtype=torch.float64).log()
     logits[3] = best
     logits.requires_grad_()
-    _, target = LabelSmoothing(smoothing, "paper").act({}, carrying(torch.tensor([3]), Recipe(("LabelSmoothing",))))
+    _, target = LabelSmoothing(smoothing, "paper").act({}, carrying(torch.tensor([3]), LossSpec(("LabelSmoothing",))))
     (gradient,) = torch.autograd.grad(CE(logits[None], target), logits)
     assert gradient.abs().max() < 1e-12
 

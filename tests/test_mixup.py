@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lit_tricks.callbacks import CutMix, LabelSmoothing, MixUp
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.soft_targets.mixing import beta
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 
 N, K = 5, 4
 IMAGES = torch.randn(N, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -27,10 +27,12 @@ PERMUTATION = torch.tensor([3, 0, 4, 1, 2])
 CE = F.cross_entropy
 
 
-def mixed_by(trick: Any, lam: float, monkeypatch: pytest.MonkeyPatch, labels: Tensor = LABELS) -> tuple[Tensor, Target]:
+def mixed_by(
+    trick: Any, lam: float, monkeypatch: pytest.MonkeyPatch, labels: Tensor = LABELS
+) -> tuple[Tensor, SoftTarget]:
     monkeypatch.setattr("lit_tricks.callbacks.mixup.beta", lambda a, n, g: torch.full((n,), lam, dtype=torch.float64))
     inputs, target, mean = trick.mix(
-        {("x",): IMAGES}, carrying(labels, Recipe(("MixUp",))), PERMUTATION, torch.Generator()
+        {("x",): IMAGES}, carrying(labels, LossSpec(("MixUp",))), PERMUTATION, torch.Generator()
     )
     assert mean == pytest.approx(lam)
     return inputs["x",], target
@@ -62,7 +64,7 @@ def test_a_lambda_for_each_sample():
     for i in range(N):
         torch.testing.assert_close(mixed[i], lam[i] * IMAGES[i] + (1 - lam[i]) * IMAGES[PERMUTATION[i]])
     inputs, target, mean = MixUp(per_sample=True).mix(
-        {(): IMAGES}, carrying(LABELS, Recipe(("MixUp",))), PERMUTATION, torch.Generator().manual_seed(0)
+        {(): IMAGES}, carrying(LABELS, LossSpec(("MixUp",))), PERMUTATION, torch.Generator().manual_seed(0)
     )
     drawn = beta(0.2, N, torch.Generator().manual_seed(0))
     torch.testing.assert_close(inputs[()], mixup(IMAGES, drawn.float(), PERMUTATION))
@@ -101,7 +103,7 @@ def test_is_torchvisions_with_its_lambda_and_its_partner(monkeypatch):
     their_images, soft = theirs(IMAGES, LABELS)
     roll = torch.arange(N).roll(1)
     monkeypatch.setattr("lit_tricks.callbacks.mixup.beta", lambda a, n, g: torch.full((n,), 0.3, dtype=torch.float64))
-    inputs, target, _ = MixUp().mix({(): IMAGES}, carrying(LABELS, Recipe(("MixUp",))), roll, torch.Generator())
+    inputs, target, _ = MixUp().mix({(): IMAGES}, carrying(LABELS, LossSpec(("MixUp",))), roll, torch.Generator())
     torch.testing.assert_close(inputs[()], their_images)
     torch.testing.assert_close(CE(LOGITS, target), CE(LOGITS, soft.double()), rtol=1e-6, atol=0)
 
@@ -114,7 +116,7 @@ def test_is_timms_with_its_lambda_and_its_partner(smoothing, monkeypatch):
     images, labels, logits = IMAGES[:4], LABELS[:4], LOGITS[:4]
     soft = mixup_target(labels, K, lam=0.3, smoothing=smoothing)
     monkeypatch.setattr("lit_tricks.callbacks.mixup.beta", lambda a, n, g: torch.full((n,), 0.3, dtype=torch.float64))
-    target = carrying(labels, Recipe(("MixUp",)))
+    target = carrying(labels, LossSpec(("MixUp",)))
     LabelSmoothing(smoothing).act({}, target)
     inputs, target, _ = MixUp().mix({(): images}, target, torch.tensor([3, 2, 1, 0]), torch.Generator())
     torch.testing.assert_close(inputs[()], images * 0.3 + images.flip(0) * 0.7)
@@ -267,7 +269,7 @@ def test_ranks_draw_differently_from_one_state(monkeypatch):
         trick._trainer = Trainer(rank)
         trick._trainer.callbacks = [trick]
         trick.setup(trick._trainer, None, "fit")
-        inputs, _ = trick.act({(): IMAGES}, carrying(LABELS, Recipe(("MixUp",))))
+        inputs, _ = trick.act({(): IMAGES}, carrying(LABELS, LossSpec(("MixUp",))))
         return inputs[()], trick.state_dict()["seeds"]
 
     (first, state), (second, other_state), (again, _) = inputs_of(0), inputs_of(1), inputs_of(1)

@@ -22,7 +22,7 @@ from lit_tricks import Classifier
 from lit_tricks.callbacks import EMA, MixUp, PreciseBN
 from lit_tricks.callbacks.batchnorm.statistics import estimate, pooled, shift
 from lit_tricks.data import Digits
-from lit_tricks.utils.modules import batch_norm_layers
+from lit_tricks.utils.modules import batchnorms_of
 
 pl = lightning()
 STEPS = 3 * BATCHES  # of a run of ``_fits.run``
@@ -39,7 +39,7 @@ def halves(size: int, features: int = 3) -> torch.Tensor:
 
 
 def estimated(model: nn.Module, batches: Any, **kwargs: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return estimate(model, batch_norm_layers(model), batches, model, **kwargs)
+    return estimate(model, batchnorms_of(model), batches, model, **kwargs)
 
 
 def assert_precise(found: Any, expected: Any) -> None:
@@ -108,12 +108,12 @@ def test_float64_reference_of_a_real_network():
     model = timm.create_model("resnet18", num_classes=4)
     data = torch.randn(16, 3, 64, 64)
     exact = deepcopy(model).double().train()
-    for layer in batch_norm_layers(exact).values():
+    for layer in batchnorms_of(exact).values():
         layer.momentum = 1.0
     exact(data.double())
     found = estimated(model, [data])
     assert len(found) == 20
-    for name, layer in batch_norm_layers(exact).items():
+    for name, layer in batchnorms_of(exact).items():
         size = 16 * {64: 256, 128: 64, 256: 16, 512: 4}[layer.num_features]
         size *= 4 if name == "bn1" else 1
         assert_precise(found[name], (layer.running_mean, layer.running_var * (size - 1) / size))
@@ -127,7 +127,7 @@ def test_agrees_with_fvcore():
     theirs = deepcopy(model).train()
     fvcore.update_bn_stats(theirs, batches, num_iters=4)
     for name, (mean, variance) in estimated(model, batches).items():
-        layer = batch_norm_layers(theirs)[name]
+        layer = batchnorms_of(theirs)[name]
         torch.testing.assert_close((mean.float(), variance.float()), (layer.running_mean, layer.running_var))
 
 
@@ -212,14 +212,14 @@ def test_layers_without_statistics_and_others_are_left_alone():
     net = nn.Sequential(
         nn.BatchNorm2d(3, track_running_stats=False), nn.InstanceNorm2d(3, track_running_stats=True), nn.GroupNorm(1, 3)
     )
-    assert not batch_norm_layers(net)
+    assert not batchnorms_of(net)
 
 
 def test_all_else_is_in_evaluation_mode_and_frozen_layers_keep_theirs():
     net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval())
     data = halves(16)
     before = deepcopy(net[2].state_dict())
-    layers = {name: layer for name, layer in batch_norm_layers(net).items() if layer.training}
+    layers = {name: layer for name, layer in batchnorms_of(net).items() if layer.training}
     found = estimate(net, layers, data.split(4), net)
     assert found.keys() == {"1"}
     assert_precise(found["1"], population(data))

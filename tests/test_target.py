@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 
 N, K = 6, 5
 EPS = 0.3
@@ -26,12 +26,12 @@ LOGITS = torch.randn(N, K, generator=torch.Generator().manual_seed(0), dtype=tor
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 3.0, 0.1], dtype=torch.float64)
 
 
-def smoothed() -> Target:
-    return carrying(LABELS.clone(), Recipe(("Smooth",), smoothing=lambda k: EPS))
+def smoothed() -> SoftTarget:
+    return carrying(LABELS.clone(), LossSpec(("Smooth",), smoothing=lambda k: EPS))
 
 
-def mixed(**kwargs: Any) -> Target:
-    return carrying(LABELS.clone(), Recipe(("Mix",), **kwargs), OTHER, SHARE)
+def mixed(**kwargs: Any) -> SoftTarget:
+    return carrying(LABELS.clone(), LossSpec(("Mix",), **kwargs), OTHER, SHARE)
 
 
 def distribution(smoothing: float = 0.0, mix: bool = True) -> Tensor:
@@ -124,9 +124,9 @@ def test_carries_through(through):
         target = make()
         seen = SAME[through](target)
         assert seen.tolist() == target.tolist()
-        assert not target.recipe.used
+        assert not target.spec.used
         torch.testing.assert_close(F.cross_entropy(LOGITS, seen), by_hand(soft).mean())
-        assert target.recipe.used
+        assert target.spec.used
 
 
 def test_indexing_takes_the_parts_along():
@@ -158,7 +158,7 @@ def test_mixed_labels_that_were_changed_are_an_error_in_the_loss(through):
     changed = LOST[through](target)
     with pytest.raises(RuntimeError, match=r"^Mix can not follow the target of the batch through `.*F.cross_entropy"):
         F.cross_entropy(LOGITS[: len(changed)], changed)
-    assert not target.recipe.used
+    assert not target.spec.used
     assert type(changed == 0) is Tensor
 
 
@@ -216,7 +216,7 @@ def test_with_one_lambda_it_is_the_loss_of_the_paper():
     """lambda CE(a) + (1 - lambda) CE(b), b being a permutation of a: also with weights and ignored labels."""
     labels = torch.tensor([0, 3, 255, 4, 2, 2])
     other = labels.flip(0)
-    target = carrying(labels, Recipe(("Mix",)), other, torch.full((N,), 0.3, dtype=torch.float64))
+    target = carrying(labels, LossSpec(("Mix",)), other, torch.full((N,), 0.3, dtype=torch.float64))
     how = {"weight": WEIGHT, "ignore_index": 255}
     expected = 0.3 * F.cross_entropy(LOGITS, labels, **how) + 0.7 * F.cross_entropy(LOGITS, other, **how)
     torch.testing.assert_close(F.cross_entropy(LOGITS, target, **how), expected)
@@ -228,7 +228,7 @@ def test_dense_targets():
     labels, other = torch.randint(K, (2, 2, 3, 4), generator=generator)
     labels[0, 0], other[1, 1] = 255, 255
     share = torch.tensor([0.2, 0.9], dtype=torch.float64)
-    target = carrying(labels, Recipe(("Mix",), smoothing=lambda k: EPS), other, share)
+    target = carrying(labels, LossSpec(("Mix",), smoothing=lambda k: EPS), other, share)
     assert torch.equal(target, torch.stack([other[0], labels[1]]))
     how = {"ignore_index": 255, "label_smoothing": EPS, "reduction": "none"}
     a, b = (F.cross_entropy(logits, each, **how) for each in (labels, other))
@@ -252,7 +252,7 @@ def test_floats_of_one_hot_are_the_distribution(make):
     assert torch.equal(one_hot, F.one_hot(torch.tensor(target.tolist()), K))
     assert one_hot.dtype == torch.int64
     assert F.one_hot(target).shape == (N, K)
-    assert not target.recipe.used
+    assert not target.spec.used
     for floats in (one_hot.double(), one_hot.to(LOGITS), one_hot.type_as(LOGITS), one_hot.to(torch.float64)):
         torch.testing.assert_close(torch.tensor(floats.tolist(), dtype=torch.float64), soft, rtol=0, atol=1e-7)
 
@@ -281,7 +281,7 @@ def test_soft_target_losses_of_one_hot(make, loss):
     target = make()
     logits = LOGITS.clone().requires_grad_()
     value = function(logits, F.one_hot(target.long(), K).double())
-    assert target.recipe.used
+    assert target.spec.used
     assert type(value) is Tensor
     soft = distribution(EPS, mix=False) if make is smoothed else distribution()
     torch.testing.assert_close(value, function(LOGITS, soft), rtol=1e-6, atol=1e-6)
@@ -289,7 +289,7 @@ def test_soft_target_losses_of_one_hot(make, loss):
 
 def test_one_hot_of_dense_labels():
     labels = LABELS.view(1, 2, 3)
-    target = carrying(labels, Recipe(("Mix",)), OTHER.view(1, 2, 3), torch.tensor([0.6]))
+    target = carrying(labels, LossSpec(("Mix",)), OTHER.view(1, 2, 3), torch.tensor([0.6]))
     soft = F.one_hot(target, K).permute(0, 3, 1, 2).double()
     expected = 0.6 * F.one_hot(labels, K) + 0.4 * F.one_hot(OTHER.view(1, 2, 3), K)
     torch.testing.assert_close(torch.tensor(soft.tolist()), expected.permute(0, 3, 1, 2).float())
@@ -299,7 +299,7 @@ def test_binary_labels():
     labels, other = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0])
     share = torch.tensor([0.8, 0.3, 0.4])
     logits = torch.tensor([[0.3], [-2.0], [1.0]])
-    target = carrying(labels, Recipe(("Mix",), smoothing=lambda k: 0.2), other, share)
+    target = carrying(labels, LossSpec(("Mix",), smoothing=lambda k: 0.2), other, share)
     soft = torch.tensor([[0.2], [1.0], [0.4]]) * 0.8 + 0.1
     loss = F.binary_cross_entropy_with_logits(logits, target.unsqueeze(1).float())
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, soft))
@@ -311,7 +311,7 @@ def test_a_metric_of_one_hot_floats_is_no_loss():
     with torch.no_grad():
         F.mse_loss(LOGITS.clone().requires_grad_().softmax(1), F.one_hot(target, K).double())
     (F.one_hot(target, K).double() * LOGITS.softmax(1)).sum()
-    assert not target.recipe.used
+    assert not target.spec.used
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_metric_of_one_hot_floats_is_no_loss():
 def test_unknown_losses_are_not_counted_as_seen(loss):
     target = mixed()
     assert loss(LOGITS.clone().requires_grad_(), target).isfinite()
-    assert not target.recipe.used
+    assert not target.spec.used
 
 
 def test_smoothing_by_hand_on_one_hot_is_an_error():
@@ -345,7 +345,7 @@ def test_labels_may_go_into_the_network(make):
     table = torch.randn(K, 3, requires_grad=True)
     assert type(F.embedding(target, table)) is Tensor
     assert type(table[:, :1] * (target[:K, None].float() * 0.1 - 1)) is Tensor
-    assert not target.recipe.used
+    assert not target.spec.used
 
 
 def test_deprecated_arguments_are_refused():
@@ -378,8 +378,8 @@ def test_compiles_once_whatever_the_batch(backend, smooth):
         loss = loss + F.binary_cross_entropy_with_logits(logits, F.one_hot(target, K).float())
         return loss, (logits.argmax(1) == target).float().mean()
 
-    def batch(i: int) -> Target:
-        recipe = Recipe(("Mix",), smoothing=(lambda k: EPS) if smooth is None else partial(_smooth, by=smooth))
+    def batch(i: int) -> SoftTarget:
+        recipe = LossSpec(("Mix",), smoothing=(lambda k: EPS) if smooth is None else partial(_smooth, by=smooth))
         return carrying(LABELS, recipe, LABELS.roll(i), torch.full((N,), 0.1 * i))
 
     torch._dynamo.reset()
@@ -387,7 +387,7 @@ def test_compiles_once_whatever_the_batch(backend, smooth):
     for i in range(1, 7):
         x, targets = torch.randn(N, 3), (batch(i), batch(i))
         torch.testing.assert_close(compiled(x, targets[0]), step(x, targets[1]))
-        assert targets[0].recipe.used
+        assert targets[0].spec.used
         grads = [torch.autograd.grad(f(x, batch(i))[0], linear.weight)[0] for f in (compiled, step)]
         torch.testing.assert_close(*grads)
     assert set(compilations) == {1}

@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.batch import replace, tensors_in
-from lit_tricks.utils.dtensor import is_sharded, local_of
+from lit_tricks.utils.dtensor import is_sharded, to_local
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -71,7 +71,7 @@ class ChannelsLast(Trick):
                 f"ChannelsLast has no effect: there is no two-dimensional convolution in {type(pl_module).__name__}. "
                 "Remove it."
             )
-        self._count = sum(local_of(weight).is_contiguous(memory_format=torch.channels_last) for weight in filters)
+        self._count = sum(to_local(weight).is_contiguous(memory_format=torch.channels_last) for weight in filters)
         self._say(f"images of training batches, and {self._count} of {len(filters)} filters")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

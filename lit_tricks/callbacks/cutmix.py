@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from lit_tricks.callbacks.soft_targets.mixing import Mixing, beta
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.utils.batch import Path, describe
 
 __all__ = ["CutMix", "cutmix", "cutmix_box"]
@@ -81,8 +81,8 @@ class CutMix(Mixing):
         super().__init__(alpha, off_epochs, prob)
 
     def mix(
-        self, inputs: dict[Path, Tensor], target: Target, permutation: Tensor, generator: Generator
-    ) -> tuple[dict[Path, Tensor], Target, float]:
+        self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator
+    ) -> tuple[dict[Path, Tensor], SoftTarget, float]:
         """Cut all inputs, and a dense target, by the same box."""
         labels = target.parts["value"]
         dense = labels.dim() > 2
@@ -97,6 +97,6 @@ class CutMix(Mixing):
         lam = kept_area(height, width, box)
         mixed = {path: cutmix(x, permutation, box) for path, x in inputs.items()}
         if dense:
-            return mixed, carrying(cutmix(labels, permutation, box), target.recipe), lam
+            return mixed, carrying(cutmix(labels, permutation, box), target.spec), lam
         share = torch.full((len(labels),), lam, device=labels.device)
-        return mixed, carrying(labels, target.recipe, labels[permutation], share), lam
+        return mixed, carrying(labels, target.spec, labels[permutation], share), lam

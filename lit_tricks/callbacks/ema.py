@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_tricks.callbacks.averaging.callback import Averaging
-from lit_tricks.utils.training_length import Clock
+from lit_tricks.utils.training_length import TrainingLength
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -125,7 +125,7 @@ class EMA(Averaging):
         """Find the decay: earlier, the loaders are not there."""
         self._decay = self.decay
         if self.half_life is not None:
-            clock = Clock("EMA(half_life=...)", "EMA(decay=...), or Trainer(limit_train_batches=...)")
+            clock = TrainingLength("EMA(half_life=...)", "EMA(decay=...), or Trainer(limit_train_batches=...)")
             clock.measure(trainer, pl_module)
             self._decay = decay_of_half_life(self.half_life, clock.epoch, self.every_n_steps)
         what = f"decay {self._decay:.6g}" + (f" (half_life={self.half_life:g} epochs)" if self.half_life else "")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def focal_factor(p: Tensor, gamma: float) -> Tensor:
     return (1 - p).clamp(min=torch.finfo(p.dtype).eps) ** gamma
 
 
-def focal_target(target: Tensor, gamma: float) -> Target:
+def focal_target(target: Tensor, gamma: float) -> SoftTarget:
     """Labels of a batch whose cross entropy is the focal loss, for a module that has it as its own.
 
     Args:
@@ -44,13 +44,13 @@ def focal_target(target: Tensor, gamma: float) -> Target:
     Raises:
         RuntimeError: if ``FocalLoss`` acts on them, too.
     """
-    if not isinstance(target, Target):
-        target = carrying(target, Recipe(("the focal loss",)))
-    if target.recipe.factor is not None:
+    if not isinstance(target, SoftTarget):
+        target = carrying(target, LossSpec(("the focal loss",)))
+    if target.spec.factor is not None:
         raise RuntimeError(
             "FocalLoss: the module's own loss is focal, too. Leave the callback out, or set that to 'cross_entropy'."
         )
-    target.recipe.factor = partial(focal_factor, gamma=gamma)
+    target.spec.factor = partial(focal_factor, gamma=gamma)
     return target
 
 
@@ -125,16 +125,16 @@ class FocalLoss(LossTrick):
         weights = "" if self.alpha is None else f", classes weighed by alpha={self.alpha}"
         self._say(f"the loss times (1 - p)^{self.gamma:g}{weights}")
 
-    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+    def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Put the factors on the loss."""
         if self.gamma:
-            target.recipe.factor = partial(focal_factor, gamma=self.gamma)
+            target.spec.factor = partial(focal_factor, gamma=self.gamma)
         if self.alpha is not None:
             alpha = torch.tensor(self.alpha, device=target.device) if isinstance(self.alpha, list) else self.alpha
-            target.recipe.class_weight = partial(class_weights, alpha=alpha)
-            target.recipe.positive_weight = partial(positive_weight, alpha)
+            target.spec.class_weight = partial(class_weights, alpha=alpha)
+            target.spec.positive_weight = partial(positive_weight, alpha)
         return inputs, target
 
-    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+    def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """The mean factor: near 1 nothing is easy, near 0 almost all is."""
-        return {"focal_loss/factor": 1.0 if recipe.mean_factor is None else recipe.mean_factor}
+        return {"focal_loss/factor": 1.0 if spec.mean_factor is None else spec.mean_factor}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized, load_teacher, logits_of, require_apart
 from lit_tricks.utils.batch import Path
 
@@ -142,7 +142,7 @@ class KnowledgeDistillation(LossTrick):
         )
         self._teacher = torch.compile(teacher) if self.compiled else teacher  # type: ignore[assignment]
 
-    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+    def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Ask the teacher."""
         assert self._trainer is not None
         assert self._teacher is not None
@@ -153,17 +153,17 @@ class KnowledgeDistillation(LossTrick):
                 f"{found}: let the collate_fn of the loader leave one tensor of images."
             )
         [images] = inputs.values()
-        labels, recipe = target.parts["value"], target.recipe
+        labels, spec = target.parts["value"], target.spec
         with torch.no_grad(), self._trainer.precision_plugin.forward_context():
-            recipe.teacher = logits_of(self._teacher, images, labels, self._name)
-        recipe.divergence = partial(divergence, temperature=self.temperature, loss=self.loss)
-        recipe.weights = self._weights()
+            spec.teacher = logits_of(self._teacher, images, labels, self._name)
+        spec.divergence = partial(divergence, temperature=self.temperature, loss=self.loss)
+        spec.weights = self._weights()
         target.parts["row"] = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
         return inputs, target
 
-    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+    def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """The mean divergence, times the square of the temperature."""
-        return {} if recipe.mean_divergence is None else {"knowledge_distillation/loss": recipe.mean_divergence}
+        return {} if spec.mean_divergence is None else {"knowledge_distillation/loss": spec.mean_divergence}
 
     def _unwrap(self) -> None:  # at any end of the fit
         super()._unwrap()

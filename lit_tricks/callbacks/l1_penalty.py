@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.utils.dtensor import local_of
+from lit_tricks.utils.dtensor import to_local
 from lit_tricks.utils.modules import check_shapes, kinds
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class L1Penalty(Trick):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales in its step
             strength = scaler.scale(torch.tensor(strength, device=chosen[0].device))
         with torch.no_grad():
-            penalize([local_of(p) for p in chosen], [local_of(p.grad) for p in chosen], strength)
+            penalize([to_local(p) for p in chosen], [to_local(p.grad) for p in chosen], strength)
         self._acted = True
 
     def on_train_batch_end(
@@ -126,7 +126,7 @@ class L1Penalty(Trick):
             self._require_act(pl_module)
         if self._weights and self._is_logged(trainer):
             with torch.no_grad():
-                share = sparsity([local_of(weight) for weight in self._weights], self.threshold)
+                share = sparsity([to_local(weight) for weight in self._weights], self.threshold)
             pl_module.log("l1_penalty/sparsity", share)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
@@ -82,12 +82,12 @@ class LabelSmoothing(LossTrick):
         shared = "all classes" if self.convention == "torch" else "the wrong classes"
         self._say(f"{self.smoothing:g} of the target's probability shared by {shared}")
 
-    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+    def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Smooth the target's distribution."""
         if self.smoothing:
-            target.recipe.smoothing = partial(torch_smoothing, smoothing=self.smoothing, convention=self.convention)
+            target.spec.smoothing = partial(torch_smoothing, smoothing=self.smoothing, convention=self.convention)
         return inputs, target
 
-    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+    def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """The probability that is shared."""
         return {"label_smoothing/smoothing": self.smoothing}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["LinearScaling", "TrueBatch", "scaling_factor", "true_batch"]
+__all__ = ["EffectiveBatchSize", "LinearScaling", "effective_batch_size", "scaling_factor"]
 
 # where a new parameter group has its rate: timm's optimizers also note the highest one, for their weight decay
 _RATES = {"lr", "initial_lr", "max_lr_snapshot"}
@@ -160,7 +160,7 @@ class LinearScaling(Trick):
         self, pl_module: LightningModule, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         self._base = []
-        self._batch = true_batch(pl_module.trainer, pl_module, self.batch_size, "LinearScaling")
+        self._batch = effective_batch_size(pl_module.trainer, pl_module, self.batch_size, "LinearScaling")
         self._factor = scaling_factor(self._batch.total, self.base_batch_size, self.rule)
         with on_each_group(self._scale_group):
             configured = configure_optimizers(*args, **kwargs)
@@ -190,7 +190,7 @@ class LinearScaling(Trick):
 
     def _forget(self) -> None:
         self._factor = 1.0
-        self._batch = TrueBatch()
+        self._batch = EffectiveBatchSize()
         self._base = []
         self._restored = None
         self._is_seen = False
@@ -206,7 +206,7 @@ def _text(rates: list[float]) -> str:
     return ", ".join(f"{lr:g}" for lr in distinct) if len(distinct) < 4 else f"{min(distinct):g} to {max(distinct):g}"
 
 
-class TrueBatch(NamedTuple):
+class EffectiveBatchSize(NamedTuple):
     """The samples of a step: those of a batch, in each process, in each of the batches that are accumulated."""
 
     size: int = 1
@@ -223,7 +223,9 @@ class TrueBatch(NamedTuple):
         return " x ".join([str(self.size), *(f"{n} {what}" for what, n in parts.items() if n > 1)])
 
 
-def true_batch(trainer: Trainer, pl_module: LightningModule, batch_size: int | None, trick: str) -> TrueBatch:
+def effective_batch_size(
+    trainer: Trainer, pl_module: LightningModule, batch_size: int | None, trick: str
+) -> EffectiveBatchSize:
     """Find the batch of a step.
 
     Args:
@@ -247,7 +249,7 @@ def true_batch(trainer: Trainer, pl_module: LightningModule, batch_size: int | N
             f"no batch_size. Give {trick}(batch_size=...), the samples in a batch of one process."
         )
     processes = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)  # those that see different data
-    return TrueBatch(size, processes, trainer.accumulate_grad_batches)
+    return EffectiveBatchSize(size, processes, trainer.accumulate_grad_batches)
 
 
 def _configured(trainer: Trainer, pl_module: LightningModule) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from lit_tricks.callbacks.soft_targets.mixing import Mixing, beta
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.utils.batch import Path
 
 __all__ = ["MixUp", "mixup"]
@@ -59,12 +59,12 @@ class MixUp(Mixing):
         self.per_sample = per_sample
 
     def mix(
-        self, inputs: dict[Path, Tensor], target: Target, permutation: Tensor, generator: Generator
-    ) -> tuple[dict[Path, Tensor], Target, float]:
+        self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator
+    ) -> tuple[dict[Path, Tensor], SoftTarget, float]:
         """Mix all inputs by the same lambdas."""
         n = len(target)
         drawn = beta(self.alpha, n if self.per_sample else 1, generator)
         lam = drawn.float().expand(n).contiguous().to(target.device, non_blocking=True)
         labels = target.parts["value"]
         mixed = {path: mixup(x, lam, permutation) for path, x in inputs.items()}
-        return mixed, carrying(labels, target.recipe, labels[permutation], lam), float(drawn.mean())
+        return mixed, carrying(labels, target.spec, labels[permutation], lam), float(drawn.mean())

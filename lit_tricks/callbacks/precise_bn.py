@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lit_tricks.callbacks.batchnorm.callback import Estimating
 from lit_tricks.callbacks.batchnorm.data_pass import Watch, check, go_through, norms
 from lit_tricks.utils.batch import inputs_of
-from lit_tricks.utils.modules import batch_norm_layers
+from lit_tricks.utils.modules import batchnorms_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -76,7 +76,7 @@ class PreciseBN(Estimating):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the brackets around validation: outside of those of averages, which are made earlier."""
-        fit, number = self._now, len(set(batch_norm_layers(pl_module).values()))
+        fit, number = self._now, len(set(batchnorms_of(pl_module).values()))
         if fit.begun:  # a tuner trains within the fit
             return
         fit.begun = True
@@ -129,7 +129,7 @@ class PreciseBN(Estimating):
             if fit.shift is not None and (self.when == "end" or not trainer.enable_validation):
                 for logger in trainer.loggers:
                     logger.log_metrics({_SHIFT: fit.shift}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-            if fit.norms is None and batch_norm_layers(pl_module):
+            if fit.norms is None and batchnorms_of(pl_module):
                 _warn(f"all BatchNorm layers of {type(pl_module).__name__} are frozen, in evaluation mode in training.")
         self._show(pl_module)
 
@@ -137,7 +137,7 @@ class PreciseBN(Estimating):
         if not self._fit:  # of a copy of the module
             return on_validation_model_eval()
         trainer, pl_module = self._fit.trainer(), self._fit.module()
-        trained = {name for name, layer in batch_norm_layers(pl_module).items() if layer.training}
+        trained = {name for name, layer in batchnorms_of(pl_module).items() if layer.training}
         result = on_validation_model_eval()  # it also swaps in an average
         if self.when == "validation" or (self.when != "end" and (trainer.current_epoch + 1) % self.when == 0):
             self._estimate(trainer, pl_module, trained)
@@ -147,9 +147,7 @@ class PreciseBN(Estimating):
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, names: set[str] | None = None) -> None:
         fit = self._now
         fit.overlay.values = {}
-        layers = {
-            k: v for k, v in batch_norm_layers(pl_module).items() if (v.training if names is None else k in names)
-        }
+        layers = {k: v for k, v in batchnorms_of(pl_module).items() if (v.training if names is None else k in names)}
         if not layers:
             return
         found = go_through(trainer, pl_module, layers, self.num_samples, self.transform)

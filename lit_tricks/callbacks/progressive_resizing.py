@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.batch import describe, find, refuse_boxes, replace, tensors_in
 from lit_tricks.utils.image_size import require_fit, resize, resize_nearest
-from lit_tricks.utils.training_length import Clock, steps_done
+from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -98,7 +98,7 @@ class ProgressiveResizing(Trick):
         self.mode = mode
         self.total_steps = total_steps
         self._seeds, self._draws = Generator(), Generator()
-        self._clock = Clock("ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", total_steps)
+        self._clock = TrainingLength("ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", total_steps)
         self._side = 0
         self._checked = False
 

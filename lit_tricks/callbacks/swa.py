@@ -15,9 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.averaging.callback import Averaging
-from lit_tricks.callbacks.optim.lr_override import LentRates, configured_rates
-from lit_tricks.utils.modules import batch_norm_layers
-from lit_tricks.utils.training_length import Clock, steps_done
+from lit_tricks.callbacks.optim.lr_override import TemporaryLRs, configured_rates
+from lit_tricks.utils.modules import batchnorms_of
+from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -95,7 +95,7 @@ class SWA(Averaging):
     """
 
     _plan: tuple[int, int, int] | None  # start, end and length of the glide, in steps
-    _rates: LentRates | None
+    _rates: TemporaryLRs | None
 
     def __init__(
         self,
@@ -146,18 +146,14 @@ class SWA(Averaging):
         """
         super().on_fit_start(trainer, pl_module)
         configured = configured_rates("SWA", trainer, pl_module)
-        self._rates = LentRates(trainer.optimizers, configured, self.lr, partial(self._way, trainer))
+        self._rates = TemporaryLRs(trainer.optimizers, configured, self.lr, partial(self._way, trainer))
         self._handles += self._rates.hook()
         names = [(callback, cls.__name__) for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
         for monitor in [callback for callback, name in names if name == "LearningRateMonitor"]:
             self._wrap(monitor, "on_train_epoch_start", self._rates.around)
             self._wrap(monitor, "on_train_batch_start", self._rates.around)
         re_estimated = any(name == "PreciseBN" for _, name in names)
-        if (
-            self.validate
-            and not re_estimated
-            and any(layer.training for layer in batch_norm_layers(pl_module).values())
-        ):
+        if self.validate and not re_estimated and any(layer.training for layer in batchnorms_of(pl_module).values()):
             rank_zero_only(warnings.warn)(
                 f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}; those of the "
                 "averaged weights are others. Add the callback PreciseBN, which re-estimates them.",
@@ -225,7 +221,7 @@ class SWA(Averaging):
         super()._forget()
         run_remedy = "Trainer(max_steps=...), or Trainer(max_epochs=...) with limit_train_batches=..."
         epoch_remedy = "SWA(every_n_steps=...) without anneal_epochs, or Trainer(limit_train_batches=...)"
-        self._clock = Clock("SWA", epoch_remedy, run_remedy)
+        self._clock = TrainingLength("SWA", epoch_remedy, run_remedy)
         self._plan = None
         self._rates = None
 

@@ -22,7 +22,7 @@ from lit_tricks.commands.checkpoints import RUN, module_of, read_checkpoint, wri
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.loaders import isolated_random_state
-from lit_tricks.utils.modules import batch_norm_layers
+from lit_tricks.utils.modules import batchnorms_of
 
 __all__ = ["average", "mean_of"]
 
@@ -127,7 +127,7 @@ class _Workshop:
     def with_statistics(self, state: State) -> State:
         """The weights with the statistics of BatchNorm that belong to them."""
         self.model.load_state_dict(state, strict=self.model.strict_loading)
-        layers = batch_norm_layers(self.model)
+        layers = batchnorms_of(self.model)
         if not layers:
             return state
         self.data.setup("fit")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gathered", "is_sharded", "local_of", "part_for", "read", "shard_like", "write"]
+__all__ = ["full_tensor", "is_sharded", "part_for", "read", "shard_like", "to_local", "write"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -17,7 +17,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def local_of(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """The part of this process; of a tensor that is not sharded, all of it."""
     with torch.no_grad():
         local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -35,7 +35,7 @@ def shard_like(tensor: Any, local: Tensor) -> Tensor:
     )
 
 
-def gathered(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """The whole of it, on the CPU if it was sharded."""
     whole: Tensor = tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
     return whole
@@ -47,7 +47,7 @@ def part_for(tensor: Any, value: Tensor) -> Tensor:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-    return local_of(value)
+    return to_local(value)
 
 
 def write(state: dict[str, dict[str, Tensor]], folder: Path) -> None:

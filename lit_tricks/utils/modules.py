@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     "Kind",
-    "batch_norm_layers",
+    "batchnorms_of",
     "check_shapes",
     "find_classifier",
     "find_norms",
@@ -53,7 +53,7 @@ def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
     return found
 
 
-def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+def batchnorms_of(module: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers that keep running statistics, by name. A shared one has several names."""
     return {
         name: layer
@@ -135,7 +135,7 @@ def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[s
     """
     if which == "none":
         return {}
-    found: dict[str, Any] = batch_norm_layers(module)
+    found: dict[str, Any] = batchnorms_of(module)
     found = {layer: norm for layer, norm in found.items() if _is_trained(norm) or norm.weight is None}
     if name is not None:
         found = {layer: norm for layer, norm in found.items() if layer == name}

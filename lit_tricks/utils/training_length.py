@@ -14,7 +14,7 @@ from lit_tricks._compat import callbacks_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Clock", "steps_done"]
+__all__ = ["TrainingLength", "steps_done"]
 
 
 def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
@@ -24,7 +24,7 @@ def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined, no-any-return]
 
 
-class Clock:
+class TrainingLength:
     """Measures a run in steps. In ``on_train_start``: earlier, loaders are not there and checkpoints not restored.
 
     Args:

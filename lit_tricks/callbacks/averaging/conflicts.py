@@ -9,12 +9,12 @@ from lit_tricks._compat import callbacks_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lit_tricks.callbacks.averaging.callback import Averaging
+    from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 
 __all__ = ["refuse_hidden_steps", "refuse_hidden_weights", "refuse_rivals"]
 
 
-def refuse_rivals(average: Averaging, trainer: Trainer) -> None:
+def refuse_rivals(average: KeptAverage, trainer: Trainer) -> None:
     """See that nothing else decides which weights are validated and saved.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_rivals(average: Averaging, trainer: Trainer) -> None:
         raise RuntimeError(f"{name} and {other} both decide which weights are validated and saved: {remedy}")
 
 
-def refuse_hidden_weights(average: Averaging, trainer: Trainer, pl_module: LightningModule) -> None:
+def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: LightningModule) -> None:
     """See that the module's parameters are its weights.
 
     Raises:
@@ -47,7 +47,7 @@ def refuse_hidden_weights(average: Averaging, trainer: Trainer, pl_module: Light
         )
 
 
-def refuse_hidden_steps(average: Averaging, trainer: Trainer) -> None:
+def refuse_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
     """See that the optimizers say when they step.
 
     Raises:

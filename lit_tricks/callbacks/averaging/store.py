@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
-from lit_tricks.utils.dtensor import gathered, is_sharded, local_of, part_for, shard_like
+from lit_tricks.utils.dtensor import full_tensor, is_sharded, part_for, shard_like, to_local
 
 __all__ = ["AveragedWeights"]
 
@@ -47,12 +47,12 @@ class AveragedWeights:
         self._sharded = any(map(is_sharded, self._params.values()))
         self._raw: list[Tensor] = []  # the module's own, while it shows the average
         self._left: list[Tensor] = []
-        self._average = [_precise(local_of(tensor), on_cpu) for tensor in self._live()]
+        self._average = [_precise(to_local(tensor), on_cpu) for tensor in self._live()]
         self._arriving: list[Tensor] = []  # the weights of the last update, on their way to the CPU
         self._arrival: torch.cuda.Event | None = None
         self._share: float | None = None  # that of these weights, until they are averaged
         if on_cpu:
-            self._arriving = [_on_cpu(local_of(tensor.detach())) for tensor in self._live()]
+            self._arriving = [_on_cpu(to_local(tensor.detach())) for tensor in self._live()]
         self._group()
 
     def belongs_to(self, module: nn.Module) -> bool:
@@ -67,7 +67,7 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self, share: float) -> None:
         """Move the average: ``average += share * (weights - average)``. A share of 1 copies."""
-        live = self._live() if not self._sharded else [local_of(tensor) for tensor in self._live()]
+        live = self._live() if not self._sharded else [to_local(tensor) for tensor in self._live()]
         if not self._on_cpu:
             self._average_in(live, share)
             return
@@ -131,7 +131,7 @@ class AveragedWeights:
             for i, tensor in enumerate(live):
                 new = self._average[i] if to_average else raw[i]
                 if self._sharded and is_sharded(tensor):
-                    local = local_of(tensor)
+                    local = to_local(tensor)
                     self._raw += [local.clone()] if to_average else []
                     local.copy_(new)
                 else:
@@ -172,7 +172,7 @@ class AveragedWeights:
                 if not shown or tensor.dtype != mean.dtype or name not in saved:
                     average[name] = shard_like(tensor, mean.to(tensor.device)) if is_sharded(tensor) else mean
             if whole and self._sharded:
-                raw, average = ({k: gathered(v) for k, v in part.items()} for part in (raw, average))
+                raw, average = ({k: full_tensor(v) for k, v in part.items()} for part in (raw, average))
                 if torch.distributed.get_rank():
                     raw, average = {}, {}
             if shown and not self._sharded:  # the state_dict tells the one half of an average of bf16 weights
@@ -187,10 +187,10 @@ class AveragedWeights:
             RuntimeError: if the state is that of another module.
         """
         if self.swapped:  # a tuner ran to the end of a fit within the fit, and then restored the module
-            given = [local_of(tensor).clone() for tensor in self._live()]
+            given = [to_local(tensor).clone() for tensor in self._live()]
             self.swap(False)
             for tensor, value in zip(self._live(), given, strict=True):
-                local_of(tensor).copy_(value)
+                to_local(tensor).copy_(value)
         self._share = self._arrival = None
         live: dict[str, Tensor] = dict(zip(self.names, self._live(), strict=True))
         averages = dict(zip(self.names, self._average, strict=True))
@@ -201,7 +201,7 @@ class AveragedWeights:
             value = part_for(tensor, state["average"].get(name, tensor))
             averages[name].copy_(join(tensor, value.to(tensor.device)) if value.dtype == torch.int16 else value)
         for name, value in state["raw"].items():
-            local_of(live[name]).copy_(part_for(live[name], value))
+            to_local(live[name]).copy_(part_for(live[name], value))
         self._reshard()
 
     def like_state(self, names: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
@@ -216,11 +216,11 @@ class AveragedWeights:
 
     def leave(self) -> None:
         """Remember some values of what the module shows now."""
-        self._left = [_some_values(local_of(param.detach())) for param in self._params.values()]
+        self._left = [_some_values(to_local(param.detach())) for param in self._params.values()]
 
     def is_as_left(self) -> bool:
         """Whether the module still shows them, or was given other weights."""
-        now = [_some_values(local_of(param.detach())) for param in self._params.values()]
+        now = [_some_values(to_local(param.detach())) for param in self._params.values()]
         return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, self._left, strict=True))
 
     def follow(self) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Overlay"]
+__all__ = ["BufferOverride"]
 
 
-class Overlay:
+class BufferOverride:
     """Shows other values in the buffers of a module.
 
     They are written into the memory that the buffers have at the time, and later that memory gets back what it had,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks.batchnorm.buffers import Overlay
+from lit_tricks.callbacks.batchnorm.buffers import BufferOverride
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -118,7 +118,9 @@ class _Fit:
 
     trainer: Callable[[], Any]
     module: Callable[[], Any]
-    overlay: Overlay = field(default_factory=Overlay)  # the statistics of the weights, until the next step
+    overlay: BufferOverride = field(
+        default_factory=BufferOverride
+    )  # the statistics of the weights, until the next step
     norms: list[float] | None = None  # of these weights
     shift: float | None = None  # to be logged
     handles: list[Any] = field(default_factory=list)

@@ -15,7 +15,7 @@ from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
 from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
 from lit_tricks.utils.batch import arguments_of, describe
-from lit_tricks.utils.dtensor import is_sharded, local_of
+from lit_tricks.utils.dtensor import is_sharded, to_local
 from lit_tricks.utils.loaders import fresh_loader, isolated_random_state
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def go_through(
     """
     sharded = any(map(is_sharded, pl_module.parameters()))
     in_step = sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
-    channels_last = any(_is_channels_last(local_of(param.detach())) for param in pl_module.parameters())
+    channels_last = any(_is_channels_last(to_local(param.detach())) for param in pl_module.parameters())
     wanted = math.ceil(num_samples / trainer.world_size)
     seen = 0
 
@@ -166,7 +166,7 @@ def go_through(
 
 def norms(pl_module: LightningModule) -> list[float]:
     """Of the parameters, to tell whether they are still the same."""
-    params = [local_of(param.detach()) for param in pl_module.parameters() if param.is_floating_point()]
+    params = [to_local(param.detach()) for param in pl_module.parameters() if param.is_floating_point()]
     return [float(torch.linalg.vector_norm(param)) for param in params]
 
 

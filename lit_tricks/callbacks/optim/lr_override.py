@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["LentRates", "configured_rates", "rates_of"]
+__all__ = ["TemporaryLRs", "configured_rates", "rates_of"]
 
 
 def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -> list[list[float]]:
@@ -28,7 +28,7 @@ def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -
     return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
 
 
-class LentRates:
+class TemporaryLRs:
     """Other learning rates that stand in the optimizers while they step, in the place of the scheduled ones.
 
     Whoever sets or reads rates between steps, as schedulers that go on from the last one do, finds the scheduled ones.

@@ -11,7 +11,7 @@ import torch
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
-from lit_tricks.utils.training_length import Clock, steps_done
+from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -50,7 +50,7 @@ class Schedule(Trick):
         epoch_remedy = (
             f"{run_remedy} with Trainer(max_epochs=...), or Trainer(limit_train_batches=...), the batches of an epoch"
         )
-        self._clock = Clock(type(self).__name__, epoch_remedy, run_remedy, total_steps)
+        self._clock = TrainingLength(type(self).__name__, epoch_remedy, run_remedy, total_steps)
 
     @abstractmethod
     def lr(self, step: int, base_lr: float) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target, carrying
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.utils.batch import Path, find, replace
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ class LossTrick(Trick):
     stage = 1  # 0: changes inputs and labels; 1: changes the loss of the labels; 2: looks at what became of the inputs
 
     _trainer: Trainer | None = None
-    _recipe: Recipe | None = None  # of the batch in work
+    _spec: LossSpec | None = None  # of the batch in work
     _seen = False  # a loss has seen the target, in this fit
 
-    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+    def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Change inputs, or target, or the recipe of its loss. The inputs that were given are not changed in place."""
         return inputs, target
 
-    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+    def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """What to log for a batch."""
         return {}
 
@@ -74,11 +74,11 @@ class LossTrick(Trick):
         team = _team(self._trainer)
         names = tuple(sorted(type(trick).__name__ for trick in team))
         inputs, where, labels = find(batch, names[0])
-        target = carrying(labels, Recipe(names))
+        target = carrying(labels, LossSpec(names))
         changed = inputs
         for trick in sorted(team, key=lambda trick: (trick.stage, type(trick).__name__)):
             changed, target = trick.act(changed, target)
-            trick._recipe = target.recipe
+            trick._spec = target.spec
         for path, value in changed.items():
             if value is not inputs[path]:
                 batch = replace(batch, path, value)
@@ -92,11 +92,11 @@ class LossTrick(Trick):
         Raises:
             RuntimeError: if none had.
         """
-        recipe, self._recipe = self._recipe, None
-        if recipe is None:
+        spec, self._spec = self._spec, None
+        if spec is None:
             return
         if not self._seen and (outputs or not pl_module.automatic_optimization):  # not a batch that the module skipped
-            self._seen = recipe.used
+            self._seen = spec.used
             if not self._seen:
                 raise RuntimeError(
                     f"{type(self).__name__} has no effect: in the first training step of {type(pl_module).__name__}, "
@@ -104,21 +104,21 @@ class LossTrick(Trick):
                     "batch, to F.cross_entropy, nn.CrossEntropyLoss or F.nll_loss, or as F.one_hot(target, "
                     "num_classes).float() to a binary or soft-target loss."
                 )
-        if quantities := self.quantities(recipe):
+        if quantities := self.quantities(spec):
             self._log_step(pl_module, quantities)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the tricks off the hook."""
         super().teardown(trainer, pl_module, stage)
-        self._trainer = self._recipe = None
+        self._trainer = self._spec = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the tricks off the hook."""
         super().on_exception(trainer, pl_module, exception)
-        self._trainer = self._recipe = None
+        self._trainer = self._spec = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_trainer", "_recipe")}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_trainer", "_spec")}
 
 
 def _team(trainer: Trainer) -> list[LossTrick]:

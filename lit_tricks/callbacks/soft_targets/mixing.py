@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
-from lit_tricks.callbacks.soft_targets.spec import Recipe
-from lit_tricks.callbacks.soft_targets.target import Target
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
+from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.utils.batch import Path, describe
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Mixing(LossTrick):
 
     @abstractmethod
     def mix(
-        self, inputs: dict[Path, Tensor], target: Target, permutation: Tensor, generator: Generator
-    ) -> tuple[dict[Path, Tensor], Target, float]:
+        self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator
+    ) -> tuple[dict[Path, Tensor], SoftTarget, float]:
         """Mix a batch with its permutation; also return the mean share that an item keeps of itself."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -85,7 +85,7 @@ class Mixing(LossTrick):
         off = f", none in the last {self.off_epochs} epochs" if self.off_epochs else ""
         self._say(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
 
-    def act(self, inputs: dict[Path, Tensor], target: Target) -> tuple[dict[Path, Tensor], Target]:
+    def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Draw the random numbers of the batch, and mix it if it is its turn."""
         assert self._trainer is not None
         if not inputs:
@@ -119,7 +119,7 @@ class Mixing(LossTrick):
             trick._turn = 0 <= draw < trick.prob
             draw -= trick.prob
 
-    def quantities(self, recipe: Recipe) -> dict[str, Any]:
+    def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """The share that items kept of themselves, 1 in a batch that was not mixed."""
         return {f"{type(self).__name__.lower()}/lambda": self._lambda}
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Recipe"]
+__all__ = ["LossSpec"]
 
 
 @dataclass
-class Recipe:
+class LossSpec:
     """What the tricks make of the loss of one batch. One for the target and all that is derived from it.
 
     The meaning does not depend on the order of the tricks: the labels are mixed, then smoothed; the loss under this

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_tricks.callbacks.soft_targets.losses import LOSSES
-from lit_tricks.callbacks.soft_targets.spec import Recipe
+from lit_tricks.callbacks.soft_targets.spec import LossSpec
 
-__all__ = ["Target", "carrying"]
+__all__ = ["SoftTarget", "carrying"]
 
 
-class Target(Tensor):
+class SoftTarget(Tensor):
     """Labels, with all that makes their loss."""
 
-    recipe: Recipe
+    spec: LossSpec
     # "value": what this tensor shows, plain. "labels" that are mixed: "other", the labels they are mixed with, and
     # "weight", the share of "value". "one-hot": "soft", the distribution. Beside a teacher: "row", where its logits
     # for a label are. All are of one shape, and stay so.
@@ -36,11 +36,11 @@ class Target(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in LOSSES and isinstance(_second(args, kwargs), Target):
+        if func in LOSSES and isinstance(_second(args, kwargs), SoftTarget):
             with torch._C.DisableTorchFunctionSubclass():
                 return LOSSES[func](*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            if args and isinstance(args[0], Target):
+            if args and isinstance(args[0], SoftTarget):
                 if func in MOVES:
                     return _move(func, *args, **kwargs)
                 if func in CASTS:
@@ -57,20 +57,20 @@ class Target(Tensor):
 
 
 if torch.__version__ < "2.15":  # torch.compile can not trace it there: the graph breaks, and the loss runs in between
-    Target.__torch_function__ = classmethod(torch.compiler.disable(Target.__torch_function__.__func__))  # type: ignore
+    SoftTarget.__torch_function__ = classmethod(torch.compiler.disable(SoftTarget.__torch_function__.__func__))  # type: ignore
 
 
-def carrying(labels: Tensor, recipe: Recipe, other: Tensor | None = None, share: Tensor | None = None) -> Target:
-    """Labels that carry a recipe.
+def carrying(labels: Tensor, spec: LossSpec, other: Tensor | None = None, share: Tensor | None = None) -> SoftTarget:
+    """Labels that carry a spec.
 
     Args:
         labels: integers.
-        recipe: of their loss.
+        spec: of their loss.
         other: labels of the same shape that they are mixed with.
         share: of ``labels`` in the mixture, (N,). The one that has more is shown, so that accuracy keeps its meaning.
     """
     if other is None or share is None:
-        return _target({"value": labels}, recipe)
+        return _target({"value": labels}, spec)
     share = share.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)
     mine = share >= 0.5
     parts = {
@@ -78,12 +78,12 @@ def carrying(labels: Tensor, recipe: Recipe, other: Tensor | None = None, share:
         "other": torch.where(mine, other, labels),
         "weight": torch.where(mine, share, 1 - share),
     }
-    return _target(parts, recipe)
+    return _target(parts, spec)
 
 
-def _target(parts: dict[str, Tensor], recipe: Recipe, kind: str = "labels", lost: str = "") -> Target:
-    target = parts["value"].as_subclass(Target)
-    target.recipe, target.parts, target.kind, target.lost = recipe, parts, kind, lost
+def _target(parts: dict[str, Tensor], spec: LossSpec, kind: str = "labels", lost: str = "") -> SoftTarget:
+    target = parts["value"].as_subclass(SoftTarget)
+    target.spec, target.parts, target.kind, target.lost = spec, parts, kind, lost
     return target
 
 
@@ -91,16 +91,16 @@ def _second(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else kwargs.get("target")
 
 
-def _move(func: Callable[..., Any], target: Target, *args: Any, **kwargs: Any) -> Any:
+def _move(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: Any) -> Any:
     """What only moves elements: all parts go along."""
     moved = {name: func(part, *args, **kwargs) for name, part in target.parts.items()}
     if isinstance(moved["value"], Tensor):
-        return _target(moved, target.recipe, target.kind, target.lost)
+        return _target(moved, target.spec, target.kind, target.lost)
     pieces = [dict(zip(moved, piece, strict=True)) for piece in zip(*moved.values(), strict=True)]
-    return tuple(_target(piece, target.recipe, target.kind, target.lost) for piece in pieces)
+    return tuple(_target(piece, target.spec, target.kind, target.lost) for piece in pieces)
 
 
-def _cast(func: Callable[..., Any], target: Target, *args: Any, **kwargs: Any) -> Any:
+def _cast(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: Any) -> Any:
     """What changes dtype or device: labels change both, shares the device only."""
     value = func(target.parts["value"], *args, **kwargs)
     if not isinstance(value, Tensor):
@@ -108,15 +108,15 @@ def _cast(func: Callable[..., Any], target: Target, *args: Any, **kwargs: Any) -
     if "soft" in target.parts and value.is_floating_point():
         parts = {"value": target.parts["soft"].to(value)}
         parts |= {"row": target.parts["row"].to(value.device)} if "row" in target.parts else {}
-        return _target(parts, target.recipe, "soft", target.lost)
+        return _target(parts, target.spec, "soft", target.lost)
     cast = {
         name: func(part, *args, **kwargs) if name in ("value", "other") else part.to(value.device)
         for name, part in target.parts.items()
     }
-    return _target(cast, target.recipe, target.kind, target.lost)
+    return _target(cast, target.spec, target.kind, target.lost)
 
 
-def _one_hot(target: Target, num_classes: int = -1) -> Target:
+def _one_hot(target: SoftTarget, num_classes: int = -1) -> SoftTarget:
     """One-hot integers, which turn into the soft distribution when they are cast to floats."""
     labels = [target.parts[name] for name in ("value", "other") if name in target.parts]
     if num_classes == -1:
@@ -125,20 +125,20 @@ def _one_hot(target: Target, num_classes: int = -1) -> Target:
     soft = hard.to(torch.get_default_dtype())
     if others:
         soft = others[0].to(soft).lerp_(soft, target.parts["weight"].to(soft).unsqueeze(-1))
-    if target.recipe.smoothing:
-        smoothing = target.recipe.smoothing(num_classes)
+    if target.spec.smoothing:
+        smoothing = target.spec.smoothing(num_classes)
         soft = soft * (1 - smoothing) + smoothing / num_classes
     parts = {"value": hard, "soft": soft}
     if "row" in target.parts:
         parts["row"] = target.parts["row"].unsqueeze(-1).expand_as(hard).contiguous()  # to be viewed as the others
-    return _target(parts, target.recipe, "one-hot", target.lost)
+    return _target(parts, target.spec, "one-hot", target.lost)
 
 
 def _join(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-    targets = [each for each in tensors if isinstance(each, Target)]
-    joined = func([each.parts["value"] if isinstance(each, Target) else each for each in tensors], *args, **kwargs)
+    targets = [each for each in tensors if isinstance(each, SoftTarget)]
+    joined = func([each.parts["value"] if isinstance(each, SoftTarget) else each for each in tensors], *args, **kwargs)
     first = targets[0]
-    if any(each.recipe is not first.recipe for each in targets):
+    if any(each.spec is not first.spec for each in targets):
         return joined  # of several batches, as metrics keep them
     lost = next((each.lost for each in targets if each.lost), "")
     parts = {"value": joined}
@@ -146,33 +146,33 @@ def _join(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwa
         parts |= {name: func([t.parts[name] for t in targets], *args, **kwargs) for name in first.parts}
     elif any(len(each.parts) > 1 for each in targets):
         lost = lost or _name(func)
-    return _target(parts, first.recipe, first.kind, lost)
+    return _target(parts, first.spec, first.kind, lost)
 
 
 def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Any other function sees plain tensors. Where its result may still be meant for a loss, it is a target, too."""
     result = func(*args, **kwargs)
-    if func is Tensor.__setitem__ and isinstance(args[0], Target):
+    if func is Tensor.__setitem__ and isinstance(args[0], SoftTarget):
         result = args[0]
     if not isinstance(result, Tensor) or _name(func) == "__get__":  # of an attribute
         return result
-    target = next((each for each in (*args, *kwargs.values()) if isinstance(each, Target)), None)
+    target = next((each for each in (*args, *kwargs.values()) if isinstance(each, SoftTarget)), None)
     if target is None:
         return result
     whole = target.kind == "soft" or len(target.parts) == 1  # a new value is as good as the old one
-    if target.kind == "soft" and (target.recipe.modulates or target.recipe.teacher is not None):
+    if target.kind == "soft" and (target.spec.modulates or target.spec.teacher is not None):
         whole = False  # but a factor, or a teacher, is for a loss that is known
     lost = target.lost or ("" if whole else _name(func))
     if result is target:  # in place
         target.lost = lost
     elif result.requires_grad:  # it met the network, in a loss that is written out
         if target.kind == "soft" or (target.kind == "one-hot" and target.lost):
-            target.recipe.require(not lost, lost)
-            target.recipe.used = True
+            target.spec.require(not lost, lost)
+            target.spec.used = True
     elif result.shape == target.shape and result.dtype != torch.bool:
         if target.kind == "labels" and result.is_floating_point():
             lost = lost or _name(func)
-        return _target({"value": result}, target.recipe, target.kind, lost)
+        return _target({"value": result}, target.spec, target.kind, lost)
     return result
 
 
