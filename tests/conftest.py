@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _once  # noqa: F401
 import numpy as np
 import pytest
 import torch
-from _launch import two_processes
+from helpers import once as _once  # noqa: F401
+from helpers.launch import two_processes
 
 torch.set_num_threads(1)  # sums in one order, for comparisons bit by bit; and the tests share the cores of the machine
 
@@ -51,7 +51,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # What is run by two processes, by the fixture that has what they ended with. Starting them takes longer than any.
-SCRIPTS = {"ranks": "_distributed", "weights_ranks": "_weights_distributed", "bn_ranks": "_precise_bn_distributed"}
+SCRIPTS = {"ranks": "distributed", "weights_ranks": "weights_distributed", "bn_ranks": "precise_bn_distributed"}
 
 
 @pytest.fixture(scope="session")
@@ -67,16 +67,16 @@ def launched(
 @pytest.fixture(scope="session")
 def ranks(launched: dict[str, Any]) -> Any:
     """``ranks[rank][strategy][trick]``, for every trick."""
-    return launched["_distributed"]
+    return launched["distributed"]
 
 
 @pytest.fixture(scope="session")
 def weights_ranks(launched: dict[str, Any]) -> Any:
     """``weights_ranks[rank][case]``, of averages."""
-    return launched["_weights_distributed"]
+    return launched["weights_distributed"]
 
 
 @pytest.fixture(scope="session")
 def bn_ranks(launched: dict[str, Any]) -> Any:
     """``bn_ranks[rank][plan]``, of statistics."""
-    return launched["_precise_bn_distributed"]
+    return launched["precise_bn_distributed"]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import yaml
-from tricks import CASES, TRICKS
+from helpers.tricks import CASES, TRICKS
 
 from lit_tricks import callbacks
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from _fits import differences, weights_of
-from _traces import class_attributes, traces
+from helpers.fits import differences, weights_of
+from helpers.traces import class_attributes, traces
+from helpers.tricks import TRICKS
 from torch import Tensor, nn
-from tricks import TRICKS
 
 from lit_tricks import callbacks
 from lit_tricks.callbacks.base import Trick

@@ -19,7 +19,7 @@ from _clients import (
     own_schedule,
     without_trick,
 )
-from _fits import make_trainer
+from helpers.fits import make_trainer
 
 data = pytest.importorskip("chemprop.data")
 models = pytest.importorskip("chemprop.models")

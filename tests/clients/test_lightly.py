@@ -16,7 +16,7 @@ from _clients import (
     own_schedule,
     without_trick,
 )
-from _fits import make_trainer
+from helpers.fits import make_trainer
 from torch.utils.data import DataLoader
 from torchvision.datasets import FakeData
 from torchvision.transforms import ToTensor

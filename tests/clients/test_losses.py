@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from _clients import network
-from _fits import make_trainer
+from helpers.fits import make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

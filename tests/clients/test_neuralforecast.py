@@ -21,7 +21,7 @@ from _clients import (
     own_schedule,
     spy_on,
 )
-from tricks import TRICKS
+from helpers.tricks import TRICKS
 
 neuralforecast = pytest.importorskip("neuralforecast")
 models = pytest.importorskip("neuralforecast.models")

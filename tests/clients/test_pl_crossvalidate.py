@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from _clients import NO_FORWARD, NO_RESIDUAL_BRANCHES, check, each_trick, without_trick
-from modules import eval_loader, images, lightning, module_class
+from helpers.modules import eval_loader, images, lightning, module_class
 from torch.utils.data import DataLoader
 
 pl_crossvalidate = pytest.importorskip("pl_crossvalidate")

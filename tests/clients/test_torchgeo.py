@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from _clients import check, each_schedule, each_trick, network, own_schedule, without_trick
-from _fits import make_trainer
+from helpers.fits import make_trainer
 
 pytest.importorskip("torchgeo")
 if importlib.util.find_spec("torchgeo.tasks"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from _clients import check, each_schedule, each_trick, network, own_schedule, without_trick
-from _fits import make_trainer
+from helpers.fits import make_trainer
 
 methods = pytest.importorskip("lightning_uq_box.uq_methods")
 data = pytest.importorskip("lightning_uq_box.datamodules")

@@ -1,0 +1,120 @@
+"""lit-tricks ablate --engine ray, on a cluster of two workers with one CPU each, on this machine."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.cli import cli, workplace
+from helpers.sleepers import alive, interrupted, sleepers, wait_for
+
+from lit_tricks.commands.ablation.cells import Cell, run_all
+from lit_tricks.commands.ablation.ray_engine import run_on_ray
+
+ray = pytest.importorskip("ray", reason="Ray has no wheel here")
+
+pytestmark = [
+    pytest.mark.slow,  # to start and end the cluster takes ten seconds
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),  # Ray's
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Address of a cluster."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
+    made.add_node(num_cpus=1, num_gpus=0)
+    made.wait_for_nodes()
+    yield made.address
+    made.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def folder(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    with workplace(tmp_path):
+        yield tmp_path
+    assert not ray.is_initialized()
+
+
+def engine(environment: dict[str, str] | None = None, cpus: float = 1, gpus: float | None = None) -> Any:
+    return partial(run_on_ray, cpus=cpus, gpus=gpus, environment=environment or {})
+
+
+@pytest.fixture(autouse=True)
+def no_accuracies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sleepers there are none."""
+    if "real" not in request.node.name:
+        monkeypatch.setattr("lit_tricks.commands.ablation.cells.read_run", lambda run: {"top1": 0.5})
+
+
+def test_as_many_run_as_there_are_cpus(folder: Path) -> None:
+    cells = sleepers(folder, 1.5, (0, 1, 2, 4))
+    run_all(cells, engine({"WANDB_RUN_GROUP": "ours"}))
+    assert [cell.state for cell in cells] == ["50.00%", "failed", "50.00%", "50.00%"]
+    assert "AssertionError: odd" in cells[1].last_words()
+    told = [cell.told for cell in cells if cell.finished]
+    for one in told:
+        assert one["environment"]["WANDB_RUN_GROUP"] == "ours"
+        assert one["environment"]["OMP_NUM_THREADS"] == "1"
+        assert not one["environment"].get("CUDA_VISIBLE_DEVICES")
+        assert one["cwd"] == str(folder.resolve())
+        at_a_time = sum(other["start"] <= one["start"] < other["end"] for other in told)
+        assert at_a_time <= 2
+    assert any(one["start"] < other["start"] < one["end"] for one in told for other in told), "one after the other"
+
+
+def test_interrupted_it_ends_its_runs_and_goes_on(folder: Path) -> None:
+    interrupted(sleepers(folder, 60, (0, 2, 4)), engine(), signal.SIGINT)
+    wait_for(lambda: not alive(folder))
+    assert len(list(folder.glob("*.pid"))) == 2, "another one was started"
+    cells = sleepers(folder, 0.1, (0, 2, 4))
+    run_all(cells, engine())
+    assert all(cell.finished for cell in cells)
+
+
+def test_a_killed_worker_is_a_failed_run(folder: Path) -> None:
+    """As when a node is lost; the others go on."""
+
+    class Killer(Cell):
+        @property
+        def words(self) -> list[str]:
+            return ["-c", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"]
+
+    cells = [Killer("row", 1, folder.resolve() / "killer", []), *sleepers(folder, 0.5, (0,))]
+    run_all(cells, engine())
+    assert [bool(cell.finished) for cell in cells] == [False, True]
+    assert cells[0].last_words().startswith("Ray: ")
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (1, 1)])
+def test_resources_that_no_node_has(folder: Path, cpus: float, gpus: float) -> None:
+    with pytest.raises(ValueError, match=f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs for a run"):
+        run_all(sleepers(folder, 0.1, (0,)), engine(cpus=cpus, gpus=gpus))
+
+
+def test_without_ray_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lit-tricks\[ray\]'"):
+        run_all(sleepers(folder, 0.1, (0,)), engine())
+
+
+def test_a_real_ablation(folder: Path) -> None:
+    """Two rows, one of which fails."""
+    Path("broken.yaml").write_text("trainer: {callbacks+: [{class_path: WarmupCosine, init_args: {min_lr: -1}}]}")
+    words = ("ablate", "--config", "tiny.yaml", "--stack", "broken.yaml", "--seeds", "0", "--engine", "ray")
+    outcome = cli(*words)
+    assert outcome.code == 1
+    assert "1 of 2 runs failed" in outcome.err
+    assert "min_lr=-1" in outcome.err
+    assert [path.parts[2] for path in Path().glob("ablation/runs/*/v0/results.json")] == ["baseline-seed0"]

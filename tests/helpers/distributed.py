@@ -1,0 +1,54 @@
+"""One of two processes that run every trick under DDP and under FSDP2.
+
+Run by ``_two.py``. It leaves ``FOLDER/<rank>.pt``: per strategy and trick what the run ended with,
+and what it ended with when it was resumed, or the message with which the trick refused it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers.fits import Saver, make_trainer, said, weights_of
+from helpers.modules import eval_loader, lightning, module_class, sharded_class, train_loader
+from helpers.tricks import TRICKS
+
+RANK = int(os.environ["RANK"])
+
+
+def fit(strategy: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, Any]:
+    if strategy == "FSDP2":
+        module = sharded_class("lightning")()
+        plan = lightning().strategies.ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    else:
+        module = module_class("lightning")()
+        plan = lightning().strategies.DDPStrategy()
+    trainer = make_trainer(*callbacks, strategy=plan, devices=2, use_distributed_sampler=False)
+    torch.manual_seed(0)
+    trainer.fit(module, train_loader(rank=RANK, world_size=2), eval_loader(), ckpt_path=ckpt_path)
+    assert trainer.world_size == 2
+    return {"weights": weights_of(module), "logged": trainer.logger.metrics}
+
+
+def fit_and_resume(strategy: str, make: Callable[[], Any], folder: Path) -> dict[str, Any]:
+    saver = Saver(folder, steps=(3, 8))  # within the first epoch, and at the end of the second
+    try:
+        with said() as records:
+            full = fit(strategy, make(), saver)
+    except RuntimeError as error:
+        return {"refused": str(error)}
+    resumed = {path.name: fit(strategy, make(), ckpt_path=path)["weights"] for path in saver.paths}
+    return full | {"resumed": resumed, "said": [record.getMessage() for record in records]}
+
+
+def main(folder: Path) -> None:
+    found: dict[str, dict[str, Any]] = {}
+    for strategy in ("DDP", "FSDP2"):
+        found[strategy] = {"no trick": fit(strategy)}
+        for name, row in TRICKS.items():
+            found[strategy][name] = fit_and_resume(strategy, row.make, folder / strategy / name)
+    torch.save(found, folder / f"{RANK}.pt")
