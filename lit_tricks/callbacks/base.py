@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
+
+from lit_tricks._compat import lightning_classes
 
 __all__ = ["Trick"]
 
@@ -21,16 +22,7 @@ if TYPE_CHECKING:
 else:
     # `lightning` and `pytorch_lightning` are two packages with two `Callback` classes; each one's Trainer and CLI take
     # only their own, so a trick is both.
-    _bases = []
-    for _package in ("lightning.pytorch", "pytorch_lightning"):
-        try:
-            _bases.append(importlib.import_module(_package).Callback)
-        except ModuleNotFoundError as error:
-            if error.name != _package.partition(".")[0]:
-                raise
-    if not _bases:
-        raise ModuleNotFoundError("lit_tricks needs PyTorch Lightning: pip install lightning", name="lightning")
-    _Callback = type("_Callback", tuple(_bases), {})
+    _Callback = type("_Callback", lightning_classes("Callback"), {})
 
 
 class Wrapped:
