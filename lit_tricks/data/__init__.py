@@ -6,7 +6,7 @@ from lit_tricks.data.detection.voc import VOCDetection
 from lit_tricks.data.digits import Digits
 from lit_tricks.data.image_folder import ImageFolder
 from lit_tricks.data.segmentation.ade20k import ADE20KSegmentation
-from lit_tricks.data.segmentation.folder import SegmentationFolder
+from lit_tricks.data.segmentation.mask_folder import SegmentationFolder
 from lit_tricks.data.segmentation.voc import VOCSegmentation
 from lit_tricks.data.shards.streaming import Streaming
 from lit_tricks.data.synthetic.digit_scenes import DigitDetection, DigitSegmentation

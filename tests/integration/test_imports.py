@@ -1,4 +1,4 @@
-"""Who may import what: callbacks need torch and Lightning, nothing else; and the parts of the package go one way."""
+"""Check imports: callbacks need only torch and Lightning, imports go one way, and no modules import each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,82 @@ def test_imports_go_one_way(file):
 
 def test_parts_of_the_rules_exist():
     assert ALLOWED.keys() <= set(map(part_of, FILES))
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """Modules of ours that each of them imports: anywhere in its file, also in functions and for type checkers.
+
+    Args:
+        files: the source of each module, by its dotted name.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, source in files.items():
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {name if name in files else str(node.module) for name in full}
+        graph[module] = names & files.keys()
+    return graph
+
+
+def cycles(graph: Mapping[str, set[str]]) -> set[frozenset[str]]:
+    """The strongly connected components of more than one module, and modules that import themselves."""
+    reached = {}
+    for start in graph:
+        found, waiting = set(), list(graph[start])
+        while waiting:
+            if (module := waiting.pop()) not in found:
+                found.add(module)
+                waiting += graph[module]
+        reached[start] = found
+    return {
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in graph
+        if module in reached[module]
+    }
+
+
+def test_modules_form_no_cycle():
+    assert cycles(import_graph({module_of(file): file.read_text(encoding="utf-8") for file in FILES})) == set()
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import p.a",
+        "from p.a import x",
+        "from p import a",
+        "if TYPE_CHECKING:\n    from p.a import X",
+        "def f():\n    from p.a import x",
+    ],
+)
+def test_cycles_are_found_however_they_are_written(back):
+    files = {"p": "", "p.a": "from p.b import y", "p.b": "from p.c import z", "p.c": back, "p.d": "import p.a"}
+    assert cycles(import_graph(files)) == {frozenset({"p.a", "p.b", "p.c"})}
+
+
+# File names that stand in several packages, and what such a file holds in each of them.
+SAME_NAME = {
+    "__init__.py": "what its package exports",
+    "base.py": "the base class of a package's classes",
+    "callback.py": "the callback that a package of helpers serves",
+    "loader.py": "the DataLoader of a package's data",
+    "segmentation.py": "semantic segmentation: its networks in models, its task in tasks",
+    "voc.py": "Pascal VOC: once for detection, once for segmentation",
+}
+
+
+def test_files_of_one_name_hold_the_same_thing():
+    counts = Counter(file.name for file in FILES)
+    assert {name for name, count in counts.items() if count > 1} == SAME_NAME.keys()
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "callbacks").rglob("*.py")), ids=lambda file: file.name)

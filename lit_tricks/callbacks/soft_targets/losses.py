@@ -9,7 +9,7 @@ each label as much, whatever the class weights: its mean is over the labels that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,30 @@ from torch import Tensor
 
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 
-if TYPE_CHECKING:
-    from lit_tricks.callbacks.soft_targets.target import SoftTarget
+__all__ = ["LOSSES", "Target"]
 
-__all__ = ["LOSSES"]
+
+class Target(Protocol):
+    """What a loss reads of a soft target.
+
+    Attributes:
+        spec: the loss, as the tricks of the batch specify it.
+        kind: "labels", integers; "one-hot", integers made of labels; "soft", a distribution in floats.
+        lost: name of the function after which the parts do not match the value any more. Empty as long as they match.
+        parts: tensors of one shape. "value" is what the target shows. Mixed labels also have "other", the labels they
+            are mixed with, and "weight", the share of "value". One-hot integers also have "soft", the distribution.
+            With a teacher there is "row", the row of the teacher's logits for each label.
+    """
+
+    spec: LossSpec
+    kind: str
+    lost: str
+    parts: dict[str, Tensor]
 
 
 def cross_entropy(
     input: Tensor,  # noqa: A002  # as torch calls it
-    target: SoftTarget,
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -56,7 +71,7 @@ def cross_entropy(
 
 def nll_loss(
     input: Tensor,  # noqa: A002
-    target: SoftTarget,
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     ignore_index: int = -100,
@@ -75,7 +90,7 @@ def nll_loss(
 
 def bce_with_logits(
     input: Tensor,  # noqa: A002
-    target: SoftTarget,
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -94,7 +109,7 @@ def bce_with_logits(
 
 def bce(
     input: Tensor,  # noqa: A002
-    target: SoftTarget,
+    target: Target,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -116,7 +131,7 @@ LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
-def _begin(target: SoftTarget, size_average: bool | None, reduce: bool | None) -> tuple[LossSpec, Tensor]:
+def _begin(target: Target, size_average: bool | None, reduce: bool | None) -> tuple[LossSpec, Tensor]:
     spec = target.spec
     spec.require(not target.lost, target.lost)
     if size_average is not None or reduce is not None:
@@ -130,7 +145,7 @@ def _class_dim(input: Tensor) -> int:  # noqa: A002
 
 
 def _of_log_p(
-    log_p: Tensor, target: SoftTarget, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+    log_p: Tensor, target: Target, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
     """Negative log-likelihood: the loss of each element, the probability of its target, and its part in the mean."""
     spec, parts, dim = target.spec, target.parts, _class_dim(log_p)
@@ -170,7 +185,7 @@ def _of_log_p(
     return loss.sum() if reduction == "sum" else loss
 
 
-def _with_teacher(loss: Tensor, logits: Tensor, target: SoftTarget, ignore_index: int, reduction: str) -> Tensor:
+def _with_teacher(loss: Tensor, logits: Tensor, target: Target, ignore_index: int, reduction: str) -> Tensor:
     """Add the divergence from the teacher to the loss of the labels."""
     spec, parts, dim = target.spec, target.parts, _class_dim(logits)
     if spec.teacher is None or spec.divergence is None:
@@ -199,7 +214,7 @@ def _pick(table: Tensor, index: Tensor, dim: int) -> Tensor:
     return table.gather(dim, index.unsqueeze(dim)).squeeze(dim)
 
 
-def _binary(target: SoftTarget) -> Tensor:
+def _binary(target: Target) -> Tensor:
     """Probability of the positive class: from a distribution over classes, or from labels 0 and 1 in floats."""
     parts, smoothing = target.parts, target.spec.smoothing
     if target.spec.teacher is not None:

@@ -1,8 +1,8 @@
-"""The target that carries its loss: integer labels to everything, and to a loss the distribution that tricks made.
+"""Soft targets: labels that are integers to metrics, and the distribution that the tricks made of them to a loss.
 
-A training batch gets such labels in the place of its own. Metrics, indexing and printing see plain labels. What the
-loss needs besides follows them through ``.long()``, ``.view(-1)``, ``[mask]`` and the like, until a loss of
-``_loss.py`` finds it. It is tensors, and not numbers, so that torch.compile need not compile again for each batch.
+A soft target replaces the labels of a training batch. Metrics, indexing and printing see plain labels. The parts that
+only the loss needs follow the labels through ``.long()``, ``.view(-1)``, ``[mask]`` and similar operations, until the
+labels reach a loss of ``losses.py``. The parts are tensors, not numbers: torch.compile would recompile for each number.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ __all__ = ["SoftTarget", "carrying"]
 
 
 class SoftTarget(Tensor):
-    """Labels, with all that makes their loss."""
+    """Labels that carry what their loss needs. ``losses.Target`` documents the attributes."""
 
     spec: LossSpec
-    # "value": what this tensor shows, plain. "labels" that are mixed: "other", the labels they are mixed with, and
-    # "weight", the share of "value". "one-hot": "soft", the distribution. Beside a teacher: "row", where its logits
-    # for a label are. All are of one shape, and stay so.
+    kind: str
+    lost: str
     parts: dict[str, Tensor]
-    kind: str  # "labels"; "one-hot", made of them; "soft", the distribution itself, in floats
-    lost: str  # name of the function after which the parts do not belong to the value any more
 
     @classmethod
     def __torch_function__(
