@@ -1,4 +1,4 @@
-"""The base of every trick: a Lightning callback, whichever package Lightning was installed as."""
+"""The base class of tricks: a Lightning callback, in whichever package Lightning was installed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ else:
 
 
 class Wrapped:
-    """A method of an object with something around it: ``around(method, *args, **kwargs)``.
+    """A method of an object that is replaced by a call of ``around(method, *args, **kwargs)``.
 
     It is an object and not a closure, so that it pickles, and so that a copy of its owner calls the copy.
     """
@@ -34,11 +34,11 @@ class Wrapped:
     def __init__(self, method: Callable[..., Any], around: Callable[..., Any], was_attribute: bool) -> None:
         self.method: Any = method
         self.around = around
-        self.was_attribute = was_attribute  # the method stood in the owner's own attributes, not in its class
+        self.was_attribute = was_attribute  # the method was in the owner's own attributes, not in its class
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The method at the bottom: what Lightning looks at to see if a hook is overridden."""
+        """The innermost method. Lightning compares it with its own to find out if a hook is overridden."""
         inner: Callable[..., Any] = self.method.__wrapped__ if isinstance(self.method, Wrapped) else self.method
         return inner
 
@@ -47,50 +47,81 @@ class Wrapped:
 
 
 class Trick(_Callback):
-    """Base of the tricks: a ``Callback`` of every installed Lightning package that says what it does.
+    """Base class of tricks: a ``Callback`` of every installed Lightning package.
 
-    A trick that wraps methods, with ``_wrap``, need not undo it: that is done in ``teardown`` and ``on_exception``
-    (Lightning calls only one of them), in whatever order several tricks come off the same method.
+    Subclass it as you would subclass ``Callback``, and override Lightning's hooks. In addition,
+
+    - ``announce`` logs one line that states what the trick does in this run.
+    - ``wrap`` replaces a method of the module, the Trainer or a strategy for as long as the trick is in force. Use it
+      only where no hook does. Methods are restored in ``teardown`` and ``on_exception`` (Lightning calls one of them),
+      in any order of tricks that wrap the same method.
+    - ``unwrap`` restores them. Override it to undo other changes of the trick, too.
+    - ``should_log`` and ``log_step`` log quantities without work in batches that no logger sees.
+
+    ``CONTRIBUTING.md`` has the contract of a trick, and an example.
+
+    Attributes:
+        effect: the line that was announced. Empty before.
+        changes_batches: whether training batches are being changed, for a trick that does that.
     """
 
-    effect = ""  # what it does in this run, in one line, once it has said so
+    effect = ""
+    changes_batches = False
 
-    _takes_batches = False  # the loop over training batches, in this fit, of a trick that changes them
     _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take everything off that was put around methods."""
-        self._unwrap()
+        """Restore the methods that the trick has wrapped."""
+        self.unwrap()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take everything off that was put around methods."""
-        self._unwrap()
+        """Restore the methods that the trick has wrapped."""
+        self.unwrap()
 
-    def _say(self, effect: str) -> None:
-        """Say once, on rank zero, what the trick does in this run, as a line of the start-up summary."""
+    def announce(self, effect: str) -> None:
+        """Log on rank zero, in one line, what the trick does in this run.
+
+        Args:
+            effect: what it does, with the numbers that follow from arguments and run: "0.1 x 1024/256 = 0.4".
+        """
         self.effect = effect
         rank_zero_only(log.info)(f"{type(self).__name__}: {effect}")
 
     @staticmethod
-    def _is_logged(trainer: Trainer) -> bool:
-        """Whether what is logged with this training batch goes to the loggers; of others it need not be computed."""
+    def should_log(trainer: Trainer) -> bool:
+        """Return whether the loggers get what is logged in this training batch."""
         return trainer._logger_connector.should_update_logs
 
     @staticmethod
-    def _log_step(pl_module: LightningModule, quantities: Mapping[str, Any]) -> None:
-        """Log numbers with the step. Lightning would put a float on the GPU, and wait there for all work before it."""
+    def log_step(pl_module: LightningModule, quantities: Mapping[str, Any]) -> None:
+        """Log numbers of a training step.
+
+        Lightning copies floats to the GPU and waits there for all earlier work. Tensors on the CPU are not copied.
+
+        Args:
+            pl_module: the module.
+            quantities: numbers or tensors, by name: "ema/decay".
+        """
         on_cpu = {
             name: value if isinstance(value, Tensor) else torch.tensor(value) for name, value in quantities.items()
         }
         pl_module.log_dict(on_cpu, on_step=True, on_epoch=False)
 
-    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Put ``around(method, *args, **kwargs)`` in the place of a method, until the trick is torn down."""
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Replace a method until the trick is torn down.
+
+        Args:
+            owner: the object whose method it is. Its class is not changed.
+            name: name of the method.
+            around: is called as ``around(method, *args, **kwargs)``, and returns what the method should return. Give a
+                bound method, or a ``functools.partial`` of one, not a lambda: the owner may be pickled.
+        """
         wrapper = Wrapped(getattr(owner, name), around, was_attribute=name in vars(owner))
         setattr(owner, name, wrapper)
         self._wrappers += ((owner, name, wrapper),)
 
-    def _unwrap(self) -> None:
+    def unwrap(self) -> None:
+        """Restore the methods that the trick has wrapped. Is called however the fit ends, and may be called again."""
         for owner, name, wrapper in reversed(self._wrappers):
             outer = vars(owner).get(name)
             if outer is wrapper:
@@ -99,7 +130,7 @@ class Trick(_Callback):
                 else:
                     delattr(owner, name)
                 continue
-            while isinstance(outer, Wrapped):  # another trick came on top of this one, and stays
+            while isinstance(outer, Wrapped):  # another trick has wrapped the method later, and stays
                 if outer.method is wrapper:
                     outer.method, outer.was_attribute = wrapper.method, wrapper.was_attribute
                     break
@@ -107,6 +138,6 @@ class Trick(_Callback):
         self._wrappers = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The Trainer hangs the module's `log` and `log_dict` on each callback. They are not part of the trick, and
-        # would drag the whole module into every copy and pickle of it; so would the wrapped methods.
+        # The Trainer sets the module's `log` and `log_dict` on each callback. They, and the wrapped methods, would drag
+        # the whole module into every copy and pickle of the trick.
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_wrappers")}

@@ -56,7 +56,7 @@ class ChannelsLast(Trick):
         if stage != "fit" or not self.weights:
             return
         if _is_overridden(pl_module, "configure_model"):  # which may build layers, or shard them
-            self._wrap(pl_module, "configure_model", partial(self._configured, pl_module))
+            self.wrap(pl_module, "configure_model", partial(self._configured, pl_module))
         else:
             self._lay_out(pl_module)
 
@@ -72,17 +72,17 @@ class ChannelsLast(Trick):
                 "Remove it."
             )
         self._count = sum(to_local(weight).is_contiguous(memory_format=torch.channels_last) for weight in filters)
-        self._say(f"images of training batches, and {self._count} of {len(filters)} filters")
+        self.announce(f"images of training batches, and {self._count} of {len(filters)} filters")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act on training batches, after all that others do to them."""
         connector: Any = trainer._data_connector
         hook = "on_after_batch_transfer"
-        self._wrap(connector._datahook_selector.get_instance(hook), hook, partial(self._transferred, trainer))
+        self.wrap(connector._datahook_selector.get_instance(hook), hook, partial(self._transferred, trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the number of filters that are in this order."""
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("channels_last/filters", float(self._count))
 
     def _transferred(self, trainer: Trainer, hook: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,8 +109,9 @@ class ChannelsLast(Trick):
             weight.data = weight.data.contiguous()
         self._laid_out = []
 
-    def _unwrap(self) -> None:  # at any end of the fit
-        super()._unwrap()
+    def unwrap(self) -> None:
+        """Also lay the weights out as before."""
+        super().unwrap()
         self._lay_back()
 
     def __getstate__(self) -> dict[str, Any]:

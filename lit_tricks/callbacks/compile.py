@@ -93,9 +93,9 @@ class Compile(Trick):
             compiled = torch.compile(
                 _call_of(layer), mode=self.mode, backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph
             )
-            self._wrap(layer, "_compiled_call_impl", partial(self._run, compiled))  # as nn.Module.compile does
+            self.wrap(layer, "_compiled_call_impl", partial(self._run, compiled))  # as nn.Module.compile does
         self._count, self._ran = len(found), False
-        self._say(f"{', '.join(found)} by {self.backend}, mode {self.mode}")
+        self.announce(f"{', '.join(found)} by {self.backend}, mode {self.mode}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -110,7 +110,7 @@ class Compile(Trick):
                 f"Compile has no effect: in the first training step of {type(pl_module).__name__}, none of the layers "
                 "was called. Name those that are, as Compile(layers=['model.backbone'])."
             )
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("compile/layers", float(self._count))
 
     def _run(self, compiled: Callable[..., Any], _: None, *args: Any, **kwargs: Any) -> Any:

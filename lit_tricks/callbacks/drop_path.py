@@ -151,8 +151,10 @@ class DropPath(Trick):
         self._rates = drop_rates(self.rate, len(found), self.mode)
         for i, (name, layer) in enumerate(found.items()):
             block = pl_module.get_submodule(name.rpartition(".")[0])
-            self._wrap(layer, "forward", partial(self._run, i, block, is_drop_path(name, layer)))
-        self._say(f"{len(found)} residual branches, skipped at rates of {self._rates[0]:.3g} to {self._rates[-1]:.3g}")
+            self.wrap(layer, "forward", partial(self._run, i, block, is_drop_path(name, layer)))
+        self.announce(
+            f"{len(found)} residual branches, skipped at rates of {self._rates[0]:.3g} to {self._rates[-1]:.3g}"
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw which images skip which branches, and log the share of branches that they take."""
@@ -161,7 +163,7 @@ class DropPath(Trick):
         size = next((tensor.size(0) for _, tensor in tensors_in(batch)), 1)
         kept = self._draw(size)
         self._kept = {size: kept.to(pl_module.device, non_blocking=True)}
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("drop_path/kept", kept.float().mean())
 
     def on_train_batch_end(
@@ -219,6 +221,7 @@ class DropPath(Trick):
         self._kept = {}
         self._ran = False
 
-    def _unwrap(self) -> None:  # at any end of the fit
-        super()._unwrap()
+    def unwrap(self) -> None:
+        """Also forget the branches of the fit."""
+        super().unwrap()
         self._forget()

@@ -132,7 +132,7 @@ class EMA(Averaging):
         when = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"
         start = f" after step {self.start_step}" if self.start_step else ""
         name = f"{self.name}: " if self.name else ""
-        self._say(f"{name}{what}{' with warm-up' if self.warmup else ''}, {when}{start}; {self._what_for()}")
+        self.announce(f"{name}{what}{' with warm-up' if self.warmup else ''}, {when}{start}; {self._what_for()}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,7 +141,7 @@ class EMA(Averaging):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._updates:
             key = f"ema/{self.name}/decay" if self.name else "ema/decay"
-            self._log_step(pl_module, {key: self._decay_at(self._updates - 1)})
+            self.log_step(pl_module, {key: self._decay_at(self._updates - 1)})
 
     def _decay_at(self, updates: int) -> float:
         assert self._decay is not None

@@ -107,12 +107,12 @@ class FixRes(Trick):
         self._run = _Run()
         if self.test_size is not None:
             self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
-            self._wrap(trainer.strategy, "process_dataloader", self._run.data.around)
+            self.wrap(trainer.strategy, "process_dataloader", self._run.data.around)
         if stage == "fit":
             refuse_rivals(trainer, self)
-            self._wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
-            self._wrap(pl_module, "configure_optimizers", self._with_rate)
-            self._wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
+            self.wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
+            self.wrap(pl_module, "configure_optimizers", self._with_rate)
+            self.wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """See that a fit goes on with one of this kind.
@@ -139,7 +139,7 @@ class FixRes(Trick):
         shown = ", ".join(names if len(names) < 5 else [*names[:3], f"... ({len(names)} layers)", names[-1]])
         rates = {float(group["lr"]) for group in groups_of(trainer.optimizers) if "lr" in group}
         at = f" at {self.test_size} pixels" if self.test_size else ""
-        self._say(f"trains {shown}{at}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
+        self.announce(f"trains {shown}{at}, lr {', '.join(f'{lr:g}' for lr in sorted(rates))}; all else is frozen")
         has_norms = any(map(is_norm, pl_module.modules()))
         if has_norms and not sign_of_training(pl_module, set(pl_module.parameters())):
             rank_zero_only(warnings.warn)(
@@ -160,7 +160,7 @@ class FixRes(Trick):
         run.frozen.hold()
         if not run.seen:
             self._require_size(batch)
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("fixres/parameters", float(run.parameters))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -271,8 +271,9 @@ class FixRes(Trick):
         assert self._run is not None
         return self._run
 
-    def _unwrap(self) -> None:  # at any end
-        super()._unwrap()
+    def unwrap(self) -> None:
+        """Also restore data sets, modes and what is trained."""
+        super().unwrap()
         run, self._run = self._run, None
         for changed in (run.data, run.frozen) if run else ():
             if changed:

@@ -123,7 +123,7 @@ class FocalLoss(LossTrick):
         """Put it to work, and say so."""
         super().on_fit_start(trainer, pl_module)
         weights = "" if self.alpha is None else f", classes weighed by alpha={self.alpha}"
-        self._say(f"the loss times (1 - p)^{self.gamma:g}{weights}")
+        self.announce(f"the loss times (1 - p)^{self.gamma:g}{weights}")
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Put the factors on the loss."""

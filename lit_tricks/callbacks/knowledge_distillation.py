@@ -136,7 +136,7 @@ class KnowledgeDistillation(LossTrick):
             teacher = teacher.to(memory_format=torch.channels_last)
         size = sum(parameter.numel() for parameter in teacher.parameters())
         labels, factor = self._weights()
-        self._say(
+        self.announce(
             f"{labels:g} x loss + {factor * self.temperature**2:g} x {self.loss.upper()} from "
             f"{self._name}, {size:,} parameters, at temperature {self.temperature:g}"
         )
@@ -165,8 +165,9 @@ class KnowledgeDistillation(LossTrick):
         """The mean divergence, times the square of the temperature."""
         return {} if spec.mean_divergence is None else {"knowledge_distillation/loss": spec.mean_divergence}
 
-    def _unwrap(self) -> None:  # at any end of the fit
-        super()._unwrap()
+    def unwrap(self) -> None:
+        """Also release the teacher."""
+        super().unwrap()
         self._teacher = None
 
     def _weights(self) -> tuple[float, float]:

@@ -92,7 +92,7 @@ class L1Penalty(Trick):
                 if parameter.requires_grad and kinds(name, parameter, owner) <= {"embedding"}:
                     self._weights[parameter] = None
         size = sum(weight.numel() for weight in self._weights)
-        self._say(f"{self.strength:g} x |w| on {len(self._weights)} tensors ({size:,} weights)")
+        self.announce(f"{self.strength:g} x |w| on {len(self._weights)} tensors ({size:,} weights)")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Know where the run begins, or goes on."""
@@ -124,7 +124,7 @@ class L1Penalty(Trick):
         """
         if trainer.global_step > self._first_step and pl_module.automatic_optimization:
             self._require_act(pl_module)
-        if self._weights and self._is_logged(trainer):
+        if self._weights and self.should_log(trainer):
             with torch.no_grad():
                 share = sparsity([to_local(weight) for weight in self._weights], self.threshold)
             pl_module.log("l1_penalty/sparsity", share)
@@ -150,6 +150,7 @@ class L1Penalty(Trick):
         self._acted = False
         self._first_step = 0
 
-    def _unwrap(self) -> None:  # at any end of the fit
-        super()._unwrap()
+    def unwrap(self) -> None:
+        """Also release weights and hooks of the fit."""
+        super().unwrap()
         self._forget()

@@ -80,7 +80,7 @@ class LabelSmoothing(LossTrick):
         """Put it to work, and say so."""
         super().on_fit_start(trainer, pl_module)
         shared = "all classes" if self.convention == "torch" else "the wrong classes"
-        self._say(f"{self.smoothing:g} of the target's probability shared by {shared}")
+        self.announce(f"{self.smoothing:g} of the target's probability shared by {shared}")
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Smooth the target's distribution."""

@@ -89,7 +89,7 @@ class LinearScaling(Trick):
         """Be there when the module builds its optimizers."""
         if stage == "fit":
             self._forget()
-            self._wrap(pl_module, "configure_optimizers", partial(self._scale, pl_module))
+            self.wrap(pl_module, "configure_optimizers", partial(self._scale, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that the optimizers still have the scaled rates, and say which.
@@ -111,7 +111,7 @@ class LinearScaling(Trick):
         ratio = f"{self._batch.total}/{self.base_batch_size}"
         times = ratio if self.rule == "linear" else f"sqrt({ratio})"
         product = f" ({self._batch.total} = {self._batch})" if self._batch.total > self._batch.size else ""
-        self._say(f"{_text(self._base)} x {times} = {_text(scaled)}{product}")
+        self.announce(f"{_text(self._base)} x {times} = {_text(scaled)}{product}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See, once, that a batch is as large as was assumed, and log the factor.
@@ -131,7 +131,7 @@ class LinearScaling(Trick):
                     f"one is {describe(batch)}. Give LinearScaling(batch_size=...), the samples in a batch of one "
                     "process."
                 )
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("linear_scaling/factor", self._factor)
 
     def state_dict(self) -> dict[str, Any]:

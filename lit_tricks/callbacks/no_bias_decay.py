@@ -62,7 +62,7 @@ class NoBiasDecay(Trick):
         """Be there when the module builds its optimizers."""
         if stage == "fit":
             self._forget()
-            self._wrap(pl_module, "configure_optimizers", partial(self._split, pl_module))
+            self.wrap(pl_module, "configure_optimizers", partial(self._split, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what decays."""
@@ -71,7 +71,7 @@ class NoBiasDecay(Trick):
             sizes[bool(group.get("weight_decay"))] += [parameter.numel() for parameter in group["params"]]
         decayed, free = sizes[True], sizes[False]
         self._share = sum(free) / (sum(free) + sum(decayed))
-        self._say(
+        self.announce(
             f"weight decay on {len(decayed)} tensors ({sum(decayed):,} parameters), "
             f"none on {len(free)} tensors ({sum(free):,} parameters)"
         )
@@ -86,7 +86,7 @@ class NoBiasDecay(Trick):
         if groups != self._group_count:
             self._check(trainer.optimizers, _rule(pl_module, self.skip))
             self._group_count = groups
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("no_bias_decay/share", self._share)
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,11 +85,11 @@ class PreciseBN(Estimating):
             return
         check(trainer, pl_module, self.transform)
         self._begin(trainer, pl_module)
-        self._wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
+        self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
         epochs = "" if self.when == "validation" else f" of every {self.when} epochs"
         moments = "" if self.when == "end" else f"before the validations{epochs} and "
         then = "" if self.restore else "; training goes on from them"
-        self._say(f"{number} BatchNorm layers, from {self.num_samples} samples, {moments}at the end{then}")
+        self.announce(f"{number} BatchNorm layers, from {self.num_samples} samples, {moments}at the end{then}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch what the first training step gives ``forward``.
@@ -155,7 +155,7 @@ class PreciseBN(Estimating):
         if found.samples < self.num_samples and not fit.said:
             fit.said = True
             text = f"num_samples={self.num_samples} is more than there are; all {found.samples} are used, in one pass"
-            self._say(text)
+            self.announce(text)
 
 
 _SHIFT = "precise_bn/shift"

@@ -106,10 +106,10 @@ class ProgressiveResizing(Trick):
         """Take the batches first, before tricks that change their targets."""
         if stage != "fit":
             return
-        self._trainer, self._takes_batches, self._checked = trainer, False, False
+        self._trainer, self.changes_batches, self._checked = trainer, False, False
         connector: Any = trainer._data_connector
         hook = "on_after_batch_transfer"
-        self._wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
+        self.wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
         if trainer.global_step == 0:
             seed: int = trainer.strategy.broadcast(torch.initial_seed())
             self._seeds.manual_seed(seed ^ zlib.crc32(b"ProgressiveResizing"))
@@ -122,15 +122,15 @@ class ProgressiveResizing(Trick):
         """
         self._clock.measure(trainer, pl_module)
         first, full = round(self.start * self._clock.run), round(self.end * self._clock.run)
-        self._takes_batches = True
-        self._say(
+        self.changes_batches = True
+        self.announce(
             f"{self.mode} to {self.start_scale:g} of the side, rising from step {first}, full from step {full} of "
             f"{self._clock.run}; for the last epochs, or after it, FixRes or PreciseBN fit the statistics to full size"
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the shorter side."""
-        if self._side and self._is_logged(trainer):
+        if self._side and self.should_log(trainer):
             pl_module.log("progressive_resizing/size", float(self._side))
 
     def on_train_batch_end(
@@ -150,7 +150,7 @@ class ProgressiveResizing(Trick):
     def _transferred(self, hook: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
         batch = hook(batch, *args, **kwargs)
         trainer = self._trainer
-        if trainer is None or not trainer.training or not self._takes_batches:  # the same hook serves all other loops
+        if trainer is None or not trainer.training or not self.changes_batches:  # the same hook serves all other loops
             return batch
         images = _images_in(batch)
         height, width = images[next(iter(images))].shape[-2:]
@@ -194,9 +194,10 @@ class ProgressiveResizing(Trick):
         known = torch.zeros_like(images[:1])
         require_fit(trainer.lightning_module, smallest, known, f"ProgressiveResizing(start_scale={self.start_scale:g})")
 
-    def _unwrap(self) -> None:  # at any end of the fit
-        super()._unwrap()
-        self._trainer, self._takes_batches, self._side = None, False, 0
+    def unwrap(self) -> None:
+        """Also forget the Trainer and the size."""
+        super().unwrap()
+        self._trainer, self.changes_batches, self._side = None, False, 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_trainer"}

@@ -150,8 +150,8 @@ class SWA(Averaging):
         self._handles += self._rates.hook()
         names = [(callback, cls.__name__) for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
         for monitor in [callback for callback, name in names if name == "LearningRateMonitor"]:
-            self._wrap(monitor, "on_train_epoch_start", self._rates.around)
-            self._wrap(monitor, "on_train_batch_start", self._rates.around)
+            self.wrap(monitor, "on_train_epoch_start", self._rates.around)
+            self.wrap(monitor, "on_train_batch_start", self._rates.around)
         re_estimated = any(name == "PreciseBN" for _, name in names)
         if self.validate and not re_estimated and any(layer.training for layer in batchnorms_of(pl_module).values()):
             rank_zero_only(warnings.warn)(
@@ -184,12 +184,12 @@ class SWA(Averaging):
             self._updates = 0  # they are those of a shorter run, which this one resumes
         name, way = f"{self.name}: " if self.name else "", f" after a glide of {length} steps" if length else ""
         plan = f"learning rate {self.lr:g} from step {start} of {end}{way}, averaged every {every:g} steps"
-        self._say(f"{name}{plan}; {self._what_for()}")
+        self.announce(f"{name}{plan}; {self._what_for()}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rates of the step, under the names that LearningRateMonitor gives them."""
         if self._rates:
-            self._log_step(pl_module, self._rates.used())
+            self.log_step(pl_module, self._rates.used())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -199,7 +199,7 @@ class SWA(Averaging):
         self._clock.check(trainer)
         if self._updates:
             key = f"swa/{self.name}/averaged" if self.name else "swa/averaged"
-            self._log_step(pl_module, {key: float(self._updates)})
+            self.log_step(pl_module, {key: float(self._updates)})
 
     def state_dict(self) -> dict[str, Any]:
         """That of the average; the state of the optimizers, which is saved with it, has the scheduled rates."""

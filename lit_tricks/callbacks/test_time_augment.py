@@ -140,7 +140,7 @@ class TestTimeAugment(Trick):
             )
         where = {"fit": "validation", "validate": "validation", "test": "the test", "predict": "prediction"}
         [loop] = [name for fn, name in where.items() if fn == stage]  # of the enum, only the equality is a string's
-        self._say(f"{self.number} views of each image, in {loop}")
+        self.announce(f"{self.number} views of each image, in {loop}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, but for the sanity check, and log the number of views."""
@@ -161,7 +161,7 @@ class TestTimeAugment(Trick):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """End: training has its own ``forward`` again."""
-        self._unwrap()
+        self.unwrap()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin."""
@@ -181,7 +181,7 @@ class TestTimeAugment(Trick):
 
     def _begin(self, pl_module: LightningModule) -> None:
         self._calls = 0
-        self._wrap(pl_module.get_submodule(self.layer or ""), "forward", self._forward)
+        self.wrap(pl_module.get_submodule(self.layer or ""), "forward", self._forward)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._calls += 1

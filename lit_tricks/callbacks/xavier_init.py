@@ -99,7 +99,7 @@ class XavierInit(Initializer):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the norm of all these weights, of this process's shards, as a multiple of what it is at the start."""
-        if not self._is_logged(trainer):
+        if not self.should_log(trainer):
             return
         norms = torch._foreach_norm([local(pl_module.get_parameter(name)) for name in self._weights])
         pl_module.log("xavier_init/growth", torch.stack(norms).norm() / math.sqrt(self._expected))

@@ -110,7 +110,7 @@ class ZeroGamma(Initializer):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the mean absolute scale, of this process's shards: how far the branches have opened."""
-        if not self._is_logged(trainer):
+        if not self.should_log(trainer):
             return
         scales = [local(pl_module.get_parameter(name)) for name in self._names]
         total = torch.stack(torch._foreach_norm(scales, 1)).sum()

@@ -40,7 +40,7 @@ class Tag(Trick):
 def tagged(owner: Owner, *tags: str) -> list[Tag]:
     tricks = [Tag(tag) for tag in tags]
     for trick in tricks:
-        trick._wrap(owner, "method", trick.write)
+        trick.wrap(owner, "method", trick.write)
     return tricks
 
 
@@ -85,7 +85,7 @@ def test_a_method_that_was_an_attribute_of_the_object_stays_one(order):
 def test_one_trick_on_several_methods_and_twice_on_one():
     owner, other, trick = Owner(), Owner(), Tag("a")
     for target in (owner, other, owner):
-        trick._wrap(target, "method", trick.write)
+        trick.wrap(target, "method", trick.write)
     assert (owner.method(), other.method()) == ("a[a[(){}]]", "a[(){}]")
     take_off(trick)
     assert (owner.method(), other.method()) == ("(){}", "(){}")
@@ -137,7 +137,7 @@ def test_a_copy_of_the_owner_calls_itself(copy):
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_of_an_owner_that_is_an_argument_too_is_the_argument(copy):
     owner, trick = Owner(), Tag("a")
-    trick._wrap(owner, "method", partial(record, owner))
+    trick.wrap(owner, "method", partial(record, owner))
     twin = COPIES[copy](owner)
     twin.method()
     assert (owner.calls, twin.calls) == ([], ["seen", "method"])
@@ -168,8 +168,8 @@ def test_lightning_sees_which_hooks_are_overridden(namespace):
     is_overridden = lightning(namespace).utilities.model_helpers.is_overridden
     module = module_class(namespace)()
     for trick in (Tag("a"), Tag("b")):
-        trick._wrap(module, "validation_step", trick.write)
-        trick._wrap(module, "on_train_start", trick.write)
+        trick.wrap(module, "validation_step", trick.write)
+        trick.wrap(module, "on_train_start", trick.write)
         assert is_overridden("validation_step", module)
         assert not is_overridden("on_train_start", module)
 
@@ -179,7 +179,7 @@ class AroundSteps(Trick):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.steps = 0
-        self._wrap(pl_module, "training_step", self.count)
+        self.wrap(pl_module, "training_step", self.count)
 
     def count(self, training_step: Any, *args: Any) -> Any:
         self.steps += 1
@@ -203,9 +203,9 @@ def test_a_fit_that_ends_in_any_way_takes_everything_off(namespace, error, resto
 
 def test_says_its_name_on_the_first_rank_alone(monkeypatch):
     with said() as records:
-        Tag("a")._say("does this")
+        Tag("a").announce("does this")
         monkeypatch.setattr(rank_zero_only, "rank", 1)
-        Tag("a")._say("does this")
+        Tag("a").announce("does this")
     assert [record.getMessage() for record in records] == ["Tag: does this"]
 
 
@@ -213,7 +213,7 @@ class LogsStep(Trick):
     """Logs the number of the step, where that is of use."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._is_logged(trainer):
+        if self.should_log(trainer):
             pl_module.log("number", float(trainer.global_step))
 
 

@@ -110,7 +110,7 @@ class Recorder(Trick):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         owner = trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
-        self._wrap(owner, "on_after_batch_transfer", self.transferred)
+        self.wrap(owner, "on_after_batch_transfer", self.transferred)
         self.trainer = trainer
         self.net.register_forward_hook(self.computed)
 

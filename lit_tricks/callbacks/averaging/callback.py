@@ -80,16 +80,16 @@ class Averaging(KeptAverage):
         if self._restored is not None:
             self._restore(self._restored)
         self._handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
-        self._wrap(trainer.strategy, "on_exception", self._around_exception)
+        self.wrap(trainer.strategy, "on_exception", self._around_exception)
         if self._in_shards:
-            self._wrap(trainer.strategy, "save_checkpoint", self._around_writing)
+            self.wrap(trainer.strategy, "save_checkpoint", self._around_writing)
         if self.validate:
-            self._wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
-            self._wrap(pl_module, "on_validation_end", self._around_validation_end)
-            self._wrap(pl_module, "on_save_checkpoint", self._around_saving)
-            self._wrap(trainer.fit_loop, "on_run_end", self._around_run_end)
+            self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
+            self.wrap(pl_module, "on_validation_end", self._around_validation_end)
+            self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
+            self.wrap(trainer.fit_loop, "on_run_end", self._around_run_end)
         if self.validate == "both":
-            self._wrap(trainer.fit_loop.epoch_loop.val_loop, "run", partial(self._around_validation, trainer))
+            self.wrap(trainer.fit_loop.epoch_loop.val_loop, "run", partial(self._around_validation, trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -190,7 +190,7 @@ class Averaging(KeptAverage):
         if self._wrappers and self._weights:
             self._weights.follow()
             self._weights.leave()
-        self._unwrap()
+        self.unwrap()
 
     def _forget(self) -> None:
         super()._forget()

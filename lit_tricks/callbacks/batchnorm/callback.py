@@ -36,15 +36,15 @@ class Estimating(Trick):
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
         if last and last.trainer() is trainer and last.module() is pl_module and last.overlay.is_as_left():
             last.overlay.put_back()
-        self._wrap(pl_module, "on_load_checkpoint", self._around_loading)
-        self._wrap(pl_module, "on_save_checkpoint", self._around_saving)
-        self._wrap(pl_module, "teardown", self._around_teardown)
-        self._wrap(trainer.strategy, "on_exception", self._around_exception)
+        self.wrap(pl_module, "on_load_checkpoint", self._around_loading)
+        self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
+        self.wrap(pl_module, "teardown", self._around_teardown)
+        self.wrap(trainer.strategy, "on_exception", self._around_exception)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With the training, begin to follow steps and validations."""
         self._now.handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
-        self._wrap(pl_module, "on_validation_end", self._around_validation_end)
+        self.wrap(pl_module, "on_validation_end", self._around_validation_end)
 
     def _show(self, pl_module: LightningModule) -> None:
         self._now.overlay.show(pl_module)
@@ -106,7 +106,7 @@ class Estimating(Trick):
     def _end_fit(self) -> None:
         for handle in self._fit.handles if self._fit else ():
             handle.remove()
-        self._unwrap()
+        self.unwrap()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_fit"}

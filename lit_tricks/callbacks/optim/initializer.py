@@ -55,7 +55,7 @@ class Initializer(Trick):
         """Be there when the module builds its optimizers."""
         if stage == "fit":
             self._begun = None
-            self._wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
+            self.wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Know whether the weights are those of a run that had begun; some strategies restore them last."""
@@ -65,7 +65,7 @@ class Initializer(Trick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was done."""
-        self._say(self._effect)
+        self.announce(self._effect)
 
     def _start(
         self,

@@ -100,7 +100,7 @@ class Schedule(Trick):
             )
         rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(lr for lrs in self._base_lrs for lr in lrs))
         rise = f"0 -> {rates} in {self._warmup_steps} steps" if self._warmup_steps else f"{rates} without warm-up"
-        self._say(f"{rise}, then {what_follows}")
+        self.announce(f"{rise}, then {what_follows}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set and log the learning rates of the step that this batch belongs to."""
@@ -113,7 +113,7 @@ class Schedule(Trick):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-        self._log_step(pl_module, rates_of(trainer.optimizers))
+        self.log_step(pl_module, rates_of(trainer.optimizers))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -56,20 +56,20 @@ class LossTrick(Trick):
                 f"{name} can not reach the batches that {type(pl_module).__name__}.training_step takes from "
                 "`dataloader_iter`: let it take `batch`."
             )
-        self._trainer, self._seen, self._takes_batches = trainer, False, False
+        self._trainer, self._seen, self.changes_batches = trainer, False, False
         if team[0] is self:
             connector: Any = trainer._data_connector
             hook = "on_after_batch_transfer"
-            self._wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
+            self.wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect training batches from now on."""
-        self._takes_batches = True
+        self.changes_batches = True
 
     def _transferred(self, hook: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         batch = hook(batch, *args, **kwargs)
         # the same hook serves all other loops, and the example input of the summary
-        if self._trainer is None or not self._trainer.training or not self._takes_batches:
+        if self._trainer is None or not self._trainer.training or not self.changes_batches:
             return batch
         team = _team(self._trainer)
         names = tuple(sorted(type(trick).__name__ for trick in team))
@@ -105,7 +105,7 @@ class LossTrick(Trick):
                     "num_classes).float() to a binary or soft-target loss."
                 )
         if quantities := self.quantities(spec):
-            self._log_step(pl_module, quantities)
+            self.log_step(pl_module, quantities)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the tricks off the hook."""
@@ -129,14 +129,14 @@ def _team(trainer: Trainer) -> list[LossTrick]:
 def without_loss_tricks(trainer: Trainer) -> Iterator[None]:
     """Let training batches pass as they are, for a while; those that ProgressiveResizing makes small, too."""
     begun = {
-        trick: trick._takes_batches
+        trick: trick.changes_batches
         for trick in callbacks_of(trainer)
-        if isinstance(trick, Trick) and trick._takes_batches
+        if isinstance(trick, Trick) and trick.changes_batches
     }
     try:
         for trick in begun:
-            trick._takes_batches = False
+            trick.changes_batches = False
         yield
     finally:
         for trick, before in begun.items():
-            trick._takes_batches = before
+            trick.changes_batches = before

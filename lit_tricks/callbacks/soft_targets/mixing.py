@@ -83,7 +83,7 @@ class Mixing(LossTrick):
         share = "each batch" if odds == 1 else f"{odds:.3g} of the batches"
         others = "".join(f", {type(rival).__name__} the others" for rival in rivals)
         off = f", none in the last {self.off_epochs} epochs" if self.off_epochs else ""
-        self._say(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
+        self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Draw the random numbers of the batch, and mix it if it is its turn."""
