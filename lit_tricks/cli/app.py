@@ -28,7 +28,7 @@ import lit_tricks.tasks.detection
 from lit_tricks import __version__, commands
 from lit_tricks.cli.commands import find_command, own_arguments, run_command, summary
 from lit_tricks.cli.errors import explain
-from lit_tricks.commands.checkpoints import run_settings
+from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.folder import RunFolder
 from lit_tricks.run.mask_writer import MaskWriter
@@ -113,11 +113,11 @@ class TricksCLI(LightningCLI):
         """Put the settings of a checkpoint that is to be used below the ones that are given."""
         assert isinstance(args, list)  # __init__ takes nothing else
         subcommand = next((arg for arg in args if arg in self.subcommands()), None)
-        path = given(args, "--ckpt_path")
+        args, path = _with_checkpoint_file(args, prefer="last" if subcommand == "fit" else "best")
         settings: dict[str, Any] = {}
-        if path and "://" not in path and path not in ("best", "last", "hpc", "null"):
+        if path:
             # where the data is at hand, what it gives the model comes from it
-            settings = run_settings(Path(path), without=() if subcommand == "predict" else LINKS.values())
+            settings = run_settings(path, without=() if subcommand == "predict" else LINKS.values())
         if subcommand in (None, "fit"):  # a resumed run has settings of its own, which may differ on purpose
             settings = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -278,6 +278,16 @@ def main(args: list[str] | None = None) -> None:
         message, code = explain(error, own_arguments(command) if command else ())
         print(f"lit-tricks: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(code)
+
+
+def _with_checkpoint_file(args: list[str], prefer: Literal["best", "last"]) -> tuple[list[str], Path | None]:
+    """Return the words with a file instead of a run folder in --ckpt_path, and the file, if one is given."""
+    flag = "--ckpt_path"
+    path = given(args, flag)
+    if not path or "://" in path or path in ("best", "last", "hpc", "null"):
+        return args, None
+    file = checkpoint_at(path, flag, prefer)
+    return [*args, f"{flag}={file}"], file
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:

@@ -16,7 +16,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
-from lit_tricks.commands.checkpoints import data_settings
+from lit_tricks.commands.checkpoints import checkpoint_at, data_settings
 from lit_tricks.utils.config_files import given as given_value
 
 __all__ = ["find_command", "own_arguments", "run_command", "summary"]
@@ -137,7 +137,7 @@ def _underscored(word: str) -> str:
 
 def _settings_of(checkpoint: str | None, folder: str) -> list[str]:
     """Words for the data settings of a checkpoint: a configuration below what is given."""
-    settings = data_settings(Path(checkpoint)) if checkpoint and Path(checkpoint).is_file() else {}
+    settings = data_settings(checkpoint_at(checkpoint)) if checkpoint and Path(checkpoint).exists() else {}
     if not settings:
         return []
     path = Path(folder, "checkpoint.yaml")

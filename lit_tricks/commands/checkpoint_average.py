@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks.batchnorm.statistics import estimate
-from lit_tricks.commands.checkpoints import RUN, module_of, read_checkpoint, written_whole
+from lit_tricks.commands.checkpoints import RUN, checkpoint_at, module_of, read_checkpoint, written_whole
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.loaders import isolated_random_state
@@ -65,7 +65,7 @@ def average(
     too, and a network with BatchNorm may lose most of its accuracy.
 
     Args:
-        checkpoints: two or more of the same model.
+        checkpoints: two or more of the same model, each a file or a run folder, of which the best one is taken.
         output: file to write.
         greedy: start from the checkpoint with the best ``metric``, and add the others in the order of theirs, each only
             if the average does not get worse. Needs ``data``.
@@ -187,15 +187,9 @@ def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> t
 def _check(
     checkpoints: list[str], output: str, greedy: bool, data: object, num_samples: int, overwrite: bool
 ) -> list[Path]:
-    paths = [Path(checkpoint) for checkpoint in checkpoints]
-    if len(paths) < 2:
+    if len(checkpoints) < 2:
         raise ValueError("average needs two checkpoints or more: one alone is its own average.")
-    for path in paths:
-        if path.is_dir():
-            remedy = f"make it one file, with python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-            raise IsADirectoryError(f"{path} is a folder. If it is a distributed checkpoint, {remedy}.")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file.")
+    paths = [checkpoint_at(checkpoint) for checkpoint in checkpoints]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a checkpoint is given twice: it would count double. Give each once.")
     if Path(output).exists() and not overwrite:

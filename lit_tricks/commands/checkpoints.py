@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 __all__ = [
     "RUN",
+    "checkpoint_at",
     "class_of",
     "class_path_in",
     "data_of",
@@ -28,6 +30,53 @@ __all__ = [
 
 # What only a run that goes on needs.
 RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
+
+
+def checkpoint_at(path: str | Path, flag: str = "", prefer: Literal["best", "last"] = "best") -> Path:
+    """Return the checkpoint that a path stands for: the file itself, or a checkpoint of a run folder.
+
+    Args:
+        path: file of a checkpoint, run folder such as ``runs/NAME/v0``, or the folder ``checkpoints`` of a run.
+        flag: option that the path was given with, for messages.
+        prefer: checkpoint of a run folder to use. The other one is used if the run folder lacks this one.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or the folder has no checkpoint.
+        IsADirectoryError: for a distributed checkpoint, and for a folder of several runs.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    name = f"{flag} {path}".lstrip()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{name}: there is no such file. Give a checkpoint or a run folder, runs/NAME/vN.")
+    if (path / ".metadata").is_file():
+        remedy = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        raise IsADirectoryError(f"{name} is a distributed checkpoint. Make it one file, with {remedy}.")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    names = {"best": _best_of(folder.parent), "last": "last.ckpt"}
+    order = ("best", "last") if prefer == "best" else ("last", "best")
+    for candidate in (folder / names[which] for which in order):
+        if candidate.is_file():
+            return candidate
+    found = sorted(folder.glob("*.ckpt"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise IsADirectoryError(f"{name} has {len(found)} checkpoints. Give one of them, such as {found[-1]}.")
+    runs = sorted(run for run in path.glob("v*") if (run / "checkpoints").is_dir())
+    if runs:
+        raise IsADirectoryError(f"{name} is a folder of {len(runs)} runs. Give one of them, such as {runs[-1]}.")
+    raise FileNotFoundError(f"{name}: this folder has no checkpoint. Give a checkpoint or a run folder, runs/NAME/vN.")
+
+
+def _best_of(run: Path) -> str:
+    """Name of the best checkpoint, which the configuration of a run can change."""
+    try:
+        found = json.loads((run / "results.json").read_text(encoding="utf-8")).get("best_checkpoint")
+    except (OSError, ValueError, AttributeError):  # an interrupted run has no results
+        found = None
+    return Path(str(found)).name if found else "best.ckpt"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -82,11 +131,8 @@ def run_settings(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
         without: arguments of the model to leave out.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is no checkpoint.
+        ValueError: if the file is no checkpoint.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path {path}: there is no such file.")
     try:
         content = read_checkpoint(path)
     except ValueError as error:

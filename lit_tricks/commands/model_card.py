@@ -15,7 +15,7 @@ import yaml
 
 import lit_tricks
 from lit_tricks import callbacks
-from lit_tricks.commands.checkpoints import read_checkpoint
+from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint
 from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.content import Table, results_table, tricks_table
@@ -45,7 +45,7 @@ def card(
     from the folder of its run.
 
     Args:
-        checkpoint: file in the ``checkpoints`` of a run.
+        checkpoint: a checkpoint, or the folder of a run, runs/NAME/vN, of which the best one is taken.
         output: file to write; by default README.md in the folder of the run, or beside the checkpoint.
         license: identifier of the licence that the model is given away under, such as apache-2.0.
         overwrite: replace ``output`` if it exists.
@@ -58,11 +58,7 @@ def card(
         FileExistsError: if ``output`` exists, unless it is to be replaced.
         ValueError: if the file is no checkpoint.
     """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such file. Give a checkpoint, runs/NAME/vN/checkpoints/best.ckpt."
-        )
+    path = checkpoint_at(checkpoint)
     facts = Facts.of(path)
     target = Path(output) if output else facts.run.path / "README.md"
     if target.exists() and not overwrite:

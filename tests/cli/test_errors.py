@@ -168,7 +168,7 @@ FLAGS = {
     "logger": ((*FIT, "--trainer.logger=WandbLoger"), ".*'WandbLoger' is unknown; did you mean 'WandbLogger'?"),
     "seed": ((*FIT, "--seed_everything=lucky"), r"--seed_everything: 'lucky' is not bool or int\."),
     "missing value": ((*FIT, "--trainer.max_epochs"), "argument --trainer.max_epochs: expected one argument"),
-    "checkpoint": ((*FIT, "--ckpt_path=nowhere.ckpt"), r"--ckpt_path nowhere\.ckpt: there is no such file\."),
+    "checkpoint": ((*FIT, "--ckpt_path=nowhere.ckpt"), r"--ckpt_path nowhere\.ckpt: there is no such file\. .*"),
 }
 
 

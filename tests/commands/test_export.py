@@ -618,9 +618,9 @@ def test_a_network_that_can_not_be_traced(kind: Any) -> None:
 
 
 BAD = {
-    "no such checkpoint": (("nowhere.ckpt",), r"nowhere\.ckpt: there is no such file\. Give a checkpoint, .*"),
+    "no such checkpoint": (("nowhere.ckpt",), r"nowhere\.ckpt: there is no such file\. Give a checkpoint .*"),
     "not a checkpoint": (("tiny.yaml",), r"tiny\.yaml is not a checkpoint of Lightning, or damaged\."),
-    "folder": (("run",), "run: there is no such file.*"),
+    "folder": (("run/no",), "run/no: this folder has no checkpoint.*"),
     "format": (
         (BEST, "--format=tim"),
         r"--format: 'tim' is not one of 'timm', 'onnx', 'torch-export', 'safetensors'\.",
@@ -642,6 +642,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_in_one_line(case: str) -> None:
     words, message = BAD[case]
+    Path("run/no").mkdir(exist_ok=True)
     refused(message, *words, *(() if any("--format" in word for word in words) else ("--format=onnx",)))
 
 

@@ -305,7 +305,7 @@ def refused(message: str, *words: str) -> None:
 def test_refuses(trained):
     good = (f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
     refused("give --ckpt, .*", "--test-size=10", "-o", "x.ckpt")
-    refused("--ckpt no.ckpt: there is no such file.", "--ckpt=no.ckpt", "--test-size=10", "-o", "x.ckpt")
+    refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt", "--test-size=10", "-o", "x.ckpt")
     refused("--test_size=0 is below 1: .*", f"--ckpt={trained}", "--test-size=0", "-o", "x.ckpt")
     refused("nothing of an image is left at 3 pixels .*", f"--ckpt={trained}", "--test-size=3", "-o", "x.ckpt")
     refused("--crop_ratio 0.9: Digits can not keep it. Leave it out.", *good, "--crop-ratio=0.9")

@@ -280,7 +280,7 @@ def refused(message: str, *words: str) -> None:
 def test_refuses(trained):
     ckpt = f"--ckpt={trained}"
     refused("give --ckpt, a checkpoint, or the name of one of timm's models.")
-    refused("--ckpt no.ckpt: there is no such file.", "--ckpt=no.ckpt")
+    refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt")
     refused(".*resnet1 is neither a file nor a model of timm's.*", "--ckpt=resnet1", "--data=Digits")
     refused("resnet18 does not say what data it was trained on: give --data, .*", "--ckpt=resnet18")
     refused("--sizes '8:a' is no size: .*", ckpt, "--sizes", "8:a")

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from lightning.pytorch import LightningModule
 
-from lit_tricks.commands.checkpoints import written_whole
+from lit_tricks.commands.checkpoints import checkpoint_at, written_whole
 from lit_tricks.commands.exporting.file_formats import import_onnx, write_onnx, write_safetensors, write_torch_export
 from lit_tricks.commands.exporting.network import Exported, module_to_export, network_of, preprocessing_of
 from lit_tricks.commands.exporting.timm_folder import FILES, write_timm
@@ -75,7 +75,7 @@ def export(
         ValueError: if the checkpoint is damaged, of another module, does not say what images it is for, or is of a
             network that the format can not hold.
     """
-    path = Path(checkpoint)
+    path = checkpoint_at(checkpoint)
     target = _check(path, format, output, overwrite)
     with progress(f"export to {format}", 3) as advance:
         trained = module_to_export(path, module)
@@ -120,10 +120,6 @@ def _write_folder(exported: Exported, facts: Facts, target: Path) -> None:
 
 
 def _check(path: Path, format: str, output: str | None, overwrite: bool) -> Path:  # noqa: A002
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such file. Give a checkpoint, runs/NAME/vN/checkpoints/best.ckpt."
-        )
     if format not in ENDINGS:
         raise ValueError(f"format={format!r} is unknown: choose one of {', '.join(get_args(Format))}.")
     target = Path(output) if output else path.with_name(path.stem + ENDINGS[format])

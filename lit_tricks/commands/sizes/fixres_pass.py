@@ -58,7 +58,7 @@ def fixres(
     of the training images. An interrupted pass goes on when the command is given again.
 
     Args:
-        ckpt: a checkpoint, or the name of a model of timm's with pretrained weights.
+        ckpt: a checkpoint, a run folder (its best one is taken), or the name of one of timm's pretrained models.
         test_size: side of the test images in pixels, at least 1.
         output: checkpoint to write. It loads like any other, and is tested at the new size.
         crop_ratio: size over the short side before the centre crop, in (0, 1]; by default that of the data.
@@ -91,7 +91,7 @@ def fixres(
     with isolated_random_state(subject.device, [like]):
         features = _features(subject, dataset, like, norms, head, num_samples, Path(f"{output}.features"))
     _solve(head, features, weight_decay, subject.device, name)
-    _write(subject, ckpt, Path(output), test_size, crop_ratio)
+    _write(subject, Path(output), test_size, crop_ratio)
     features.remove()
     return Path(output)
 
@@ -161,12 +161,12 @@ def _solve(head: nn.Linear, file: FeatureFile, weight_decay: float | None, devic
     )  # fmt: skip
 
 
-def _write(subject: Subject, ckpt: str | None, path: Path, test_size: int, crop_ratio: float | None) -> None:
+def _write(subject: Subject, path: Path, test_size: int, crop_ratio: float | None) -> None:
     """Write a checkpoint of the network, with the new size among the settings of its data."""
     trainer, data = subject.trainer, subject.data
     subject.module.cpu()
-    if ckpt and Path(ckpt).is_file():
-        content = {key: value for key, value in read_checkpoint(Path(ckpt)).items() if key not in RUN}
+    if subject.checkpoint:
+        content = {key: value for key, value in read_checkpoint(subject.checkpoint).items() if key not in RUN}
         content |= {"state_dict": subject.module.state_dict()}
     else:
         trainer.strategy.connect(subject.module)

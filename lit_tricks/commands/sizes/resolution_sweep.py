@@ -49,7 +49,7 @@ def resolution(
     read once, and resized to all sizes from there. A result that the folder holds is replaced.
 
     Args:
-        ckpt: a checkpoint, or the name of a model of timm's with pretrained weights.
+        ckpt: a checkpoint, a run folder (its best one is taken), or the name of one of timm's pretrained models.
         sizes: sides in pixels: 128:448:32 (both ends are in), or single ones. By default from 4/7 to twice the size in
             training.
         crop_ratio: size over the short side before the centre crop, in (0, 1], one or more: each is a line of the

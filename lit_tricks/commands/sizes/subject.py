@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_tricks.commands.checkpoints import data_of, module_of, read_checkpoint
+from lit_tricks.commands.checkpoints import checkpoint_at, data_of, module_of, read_checkpoint
 from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
 from lit_tricks.tasks.classification import Classifier
@@ -51,13 +51,19 @@ class Subject:
         data: gives the images.
         train_size: side of the images in training in pixels, where that is known.
         crop_ratio: of evaluation; None is that of the data.
+        checkpoint: file of the weights; None for a model of timm's.
 
     Raises:
         ValueError: if the module has no ``forward``.
     """
 
     def __init__(
-        self, module: LightningModule, data: LightningDataModule, train_size: int | None, crop_ratio: float | None
+        self,
+        module: LightningModule,
+        data: LightningDataModule,
+        train_size: int | None,
+        crop_ratio: float | None,
+        checkpoint: Path | None = None,
     ) -> None:
         if not is_overridden("forward", module, parent=LightningModule):
             raise ValueError(f"{type(module).__name__} has no `forward`: give it one, from images to logits.")
@@ -69,6 +75,7 @@ class Subject:
         self.device = self.trainer.strategy.root_device
         self.module, self.data = module.to(self.device).eval(), data
         self.train_size, self.crop_ratio = train_size, crop_ratio
+        self.checkpoint = checkpoint
         module.trainer = data.trainer = self.trainer  # hooks look at the stage
         self.trainer.validating = True
         data.prepare_data()
@@ -144,7 +151,7 @@ def subject_of(
     """Load a network and the data that belongs to it.
 
     Args:
-        ckpt: a checkpoint, or the name of one of timm's models.
+        ckpt: a checkpoint, a run folder, or the name of one of timm's models.
         data: in the place of what the checkpoint was trained on.
         module: what the weights of the checkpoint are of.
         weights: of a model of timm's.
@@ -156,30 +163,36 @@ def subject_of(
     """
     if not ckpt and module is None:
         raise ValueError("give --ckpt, a checkpoint, or the name of one of timm's models.")
-    path = Path(ckpt) if ckpt else None
-    is_file = path is not None and path.is_file()
-    data = data_of(path) if data is None and path and is_file else data
-    if path and not is_file and (path.suffix in (".ckpt", ".pt", ".pth") or len(path.parts) > 1):
-        raise FileNotFoundError(f"--ckpt {ckpt}: there is no such file.")
+    path = _checkpoint(ckpt) if ckpt else None
+    data = data_of(path) if data is None and path else data
     if data is None:
         raise ValueError(
             f"{ckpt or type(module).__name__} does not say what data it was trained on: give --data, such as --data "
             "ImageFolder --data.root FOLDER, or the --config of a run."
         )
     if module is not None:
-        if path and is_file:
+        if path:
             module.load_state_dict(read_checkpoint(path)["state_dict"], strict=module.strict_loading)
-        return Subject(module, data, _side(module, data), None)
-    assert path is not None and ckpt is not None  # noqa: PT018
-    if is_file:
-        hparams = read_checkpoint(path).get("hyper_parameters", {})
-        changes = {"model_args": (hparams.get("model_args") or {}) | model_args} if model_args else {}
-        module = module_of(path, **changes)
-        if getattr(module, "score", "top1") != "top1":
-            raise ValueError(f"{ckpt} is of a {type(module).__name__}, and this is for classifiers of whole images.")
-        _check_classes(module, data, ckpt)
-        return Subject(module, data, _side(module, data), None)
-    return _timm(ckpt, data, weights, model_args)
+        return Subject(module, data, _side(module, data), None, path)
+    assert ckpt is not None
+    if path is None:
+        return _timm(ckpt, data, weights, model_args)
+    hparams = read_checkpoint(path).get("hyper_parameters", {})
+    changes = {"model_args": (hparams.get("model_args") or {}) | model_args} if model_args else {}
+    module = module_of(path, **changes)
+    if getattr(module, "score", "top1") != "top1":
+        raise ValueError(f"{ckpt} is of a {type(module).__name__}, and this is for classifiers of whole images.")
+    _check_classes(module, data, ckpt)
+    return Subject(module, data, _side(module, data), None, path)
+
+
+def _checkpoint(ckpt: str) -> Path | None:
+    """Return the file of a checkpoint; None for the name of a model."""
+    path = Path(ckpt)
+    if not path.is_file() and timm.is_model(ckpt.partition(".")[0]):
+        return None
+    is_path = path.exists() or path.suffix in (".ckpt", ".pt", ".pth") or len(path.parts) > 1
+    return checkpoint_at(path, "--ckpt") if is_path else None
 
 
 def _timm(name: str, data: LightningDataModule, weights: str | None, model_args: dict[str, Any] | None) -> Subject:
