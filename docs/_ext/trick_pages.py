@@ -1,0 +1,217 @@
+"""Sphinx extension: a page per trick and their overview, made from docstrings, contract, benchmark results and figures.
+
+A trick without figure, entry in ``tricks.yaml``, measured cost, or BibTeX fails the build with its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helpers.tricks import CASES, TRICKS
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+from trick_figures import FIGURES
+
+from lit_tricks import callbacks
+from lit_tricks.run.report.ablation_table import paired_change
+from lit_tricks.run.report.citations import citations, link_of
+from lit_tricks.run.report.style import DARK, LIGHT, draw
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+REPOSITORY = "https://github.com/lit-tricks/lit-tricks"
+SECTION = re.compile(r"^(Args|Raises|Example|Returns|References):$", re.MULTILINE)
+
+
+def card_of(name: str) -> dict[str, Any]:
+    """Return the parts of a trick's docstring: claim, link, body, advice, example."""
+    text = inspect.getdoc(getattr(callbacks, name)) or ""
+    prose, *sections = SECTION.split(text)
+    parts = dict(zip(sections[::2], sections[1::2], strict=True))
+    claim, *paragraphs = [part.replace("\n", " ") for part in prose.strip().split("\n\n")]
+    example = re.search(r"``- (.+)``", parts.get("Example", ""))
+    advice = next((part for part in paragraphs if part.startswith("Cost:")), "")
+    return {
+        "claim": claim,
+        "link": link_of(text),
+        "body": [part.replace("``", "`") for part in paragraphs if part != advice],
+        "advice": advice.replace("``", "`"),
+        "example": yaml.safe_load(example[1]) if example else {"class_path": name},
+    }
+
+
+def slug(name: str) -> str:
+    """Return the name of a trick's page."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def usage(name: str, example: dict[str, Any]) -> Iterator[str]:
+    """Yield one line of use in Python, YAML and as a flag."""
+    arguments = example.get("init_args", {})
+    call = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    flags = " ".join(
+        [
+            f"--trainer.callbacks+={name}",
+            *(f"--trainer.callbacks.{key} {json.dumps(value)}" for key, value in arguments.items()),
+        ]
+    )
+    entry = f"- class_path: {name}" + "".join(
+        ["\n      init_args:", *(f"\n        {key}: {json.dumps(value)}" for key, value in arguments.items())]
+        if arguments
+        else []
+    )
+    yield "::::{tab-set}\n:::{tab-item} Python\n```python\n"
+    yield f"from lightning import Trainer\nfrom lit_tricks import {name}\n\ntrainer = Trainer(callbacks=[{call}])\n```\n:::\n"
+    yield f":::{{tab-item}} YAML\n```yaml\ntrainer:\n  callbacks+:\n    {entry}\n```\n:::\n"
+    yield f":::{{tab-item}} Flag\n```text\nlit-tricks fit --config quickstart {flags}\n```\n:::\n::::\n"
+
+
+def evidence() -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """Return top-1 in per cent by (run, model), seed and test size."""
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for line in (RESULTS / "evidence.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        for model, sizes in run["top1"].items():
+            found.setdefault((run["run"], model), {})[run["seed"]] = {k: 100 * v for k, v in sizes.items()}
+    return found
+
+
+def costs() -> dict[str, str]:
+    """Return the share of a ResNet-50 step on a CPU by trick, in per cent."""
+    rows = re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \|", (RESULTS / "tricks.md").read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator[str]:
+    """Yield the measured effect on accuracy and cost.
+
+    Raises:
+        ExtensionError: without any measurement.
+    """
+    rows = []
+    if "evidence" in entry:
+        where = entry["evidence"]
+        size, found = where.get("size", "32"), evidence()
+        these, those = (found[tuple(where[key])] for key in ("with", "without"))
+        seeds = sorted(these.keys() & those.keys())
+        change, reach = paired_change([these[seed][size] - those[seed][size] for seed in seeds])
+        before, after = (sum(each[seed][size] for seed in seeds) / len(seeds) for each in (those, these))
+        rows.append(
+            f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs, tested at {size} px | {before:.2f} | {after:.2f} "
+            f"| {change:+.2f} ± {reach:.2f} | {len(seeds)} |"
+        )
+    if rows:
+        yield "| setting | top-1 without | top-1 with | change, 95 % interval | seeds |\n|---|---|---|---|---|\n"
+        yield "\n".join(rows) + "\n\n"
+        yield "Top-1 in per cent, paired by seed. An interval that contains 0 means: no effect was shown at this budget. "
+        yield f"([table]({REPOSITORY}/blob/main/benchmarks/results/evidence.md), `benchmarks/evidence.py`)\n\n"
+    else:
+        yield "The accuracy has not been measured in a paired benchmark yet.\n\n"
+    if name in cost:
+        yield f"Cost: {cost[name]} % of a ResNet-50 training step on a CPU (`benchmarks/tricks.py`).\n"
+    elif "cost" not in entry:
+        raise ExtensionError(
+            f"{name} has no measurement: add it to benchmarks/tricks.py, or `cost` to docs/tricks.yaml"
+        )
+    else:
+        yield f"Cost: {entry['cost']}\n"
+
+
+def behavior(name: str) -> Iterator[str]:
+    """Yield the contract row as a table."""
+    refused = TRICKS[name].refused
+    for cases in (CASES[:6], CASES[6:]):
+        yield "| " + " | ".join(cases) + " |\n|" + "---|" * len(cases) + "\n"
+        yield "| " + " | ".join("refused" if case in refused else "yes" for case in cases) + " |\n\n"
+    yield 'Each cell is a test. "Refused" means an error that explains the conflict. A resumed run ends bitwise equal.\n'
+
+
+def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -> str:
+    """Return the page of a trick, and draw its figure.
+
+    Raises:
+        ExtensionError: without figure or BibTeX.
+    """
+    card = card_of(name)
+    if name not in FIGURES:
+        raise ExtensionError(f"{name} has no figure: add one to docs/_ext/trick_figures.py")
+    bibtex = citations([card["link"]])
+    if not bibtex:
+        raise ExtensionError(f"{name} has no BibTeX: add {card['link']} to lit_tricks/run/report/citations.bib")
+    function, caption = FIGURES[name]
+    for theme, kind in ((LIGHT, "light"), (DARK, "dark")):
+        (images / f"{slug(name)}_{kind}.png").write_bytes(draw(function, theme=theme))
+    out = [f"# {name}\n\n{card['claim']}\n\n", *usage(name, card["example"]), "\n"]
+    for kind in ("light", "dark"):
+        out.append(f"```{{image}} images/{slug(name)}_{kind}.png\n:class: only-{kind}\n:alt: {caption}\n```\n\n")
+    out.append(f"*{caption}*\n\n" + "\n\n".join(card["body"]) + "\n\n## Measured effect\n\n")
+    out += [*measured(name, entry, cost), f"\n## In the literature\n\n{entry['literature']}\n\n"]
+    out.append("## Suggested values\n\n| argument | start with | change it |\n|---|---|---|\n")
+    out += [f"| `{argument}` | {value} | {when} |\n" for argument, value, when in entry["values"]]
+    out.append(f"\n## Cost and advice\n\n{card['advice']}\n\n## Combinations\n\nStacks with: {entry['stacks']}\n\n")
+    others = ", ".join(f"[{other}]({slug(other)}.md)" for other in entry["conflicts"])
+    out.append(f"Conflicts with: {others or 'no trick of this library'}.\n\n## Precision, devices, resume\n\n")
+    out += [*behavior(name), f"\n## How it works inside\n\n{entry['inside']}"]
+    if "readme" in entry:
+        folder = f"{REPOSITORY}/tree/main/lit_tricks/callbacks/{entry['readme']}"
+        out.append(f" The [{entry['readme']} package]({folder}) explains the mechanism.")
+    out.append("\n\n## Citation\n\n```bibtex\n" + "\n\n".join(bibtex) + "\n```\n\n## API\n\n")
+    out.append(f"```{{eval-rst}}\n.. autoclass:: lit_tricks.callbacks.{name}\n   :no-members:\n```\n")
+    return "".join(out)
+
+
+def overview(entries: dict[str, Any]) -> str:
+    """Return the page with a card per trick, that buttons filter by goal and budget."""
+    out = [
+        "# Tricks\n\nChoose a goal or a budget to filter the cards. Short is below 60 epochs of ImageNet or its equal, "
+    ]
+    out.append(
+        'medium up to 240 epochs.\n\n```{raw} html\n<div class="trick-filter" aria-label="Filter"></div>\n```\n\n'
+    )
+    out.append("::::{grid} 1 2 3 3\n:gutter: 2\n\n")
+    for name, entry in entries.items():
+        tags = [f"tag-{tag.replace(' ', '-')}" for tag in (*entry["goals"], *entry["budgets"])]
+        claim = re.sub(r" \(\[.*$", "", card_of(name)["claim"])
+        out.append(
+            f":::{{grid-item-card}} {name}\n:link: {slug(name)}\n:link-type: doc\n:class-card: trick-card {' '.join(tags)}\n\n"
+        )
+        out.append(f"{claim}.\n\n{' '.join(f'{{bdg-secondary}}`{goal}`' for goal in entry['goals'])}\n:::\n")
+    out.append("::::\n\n```{toctree}\n:hidden:\n\n" + "\n".join(map(slug, entries)) + "\n```\n")
+    return "".join(out)
+
+
+def generate(app: Sphinx) -> None:
+    """Write the pages below ``docs/tricks``.
+
+    Raises:
+        ExtensionError: if ``tricks.yaml`` lacks a trick, or knows another one.
+    """
+    entries = yaml.safe_load((ROOT / "docs" / "tricks.yaml").read_text(encoding="utf-8"))
+    for name in sorted(set(callbacks.__all__) ^ set(entries)):
+        raise ExtensionError(f"{name} is in only one of docs/tricks.yaml and lit_tricks.callbacks")
+    folder = Path(app.srcdir, "tricks")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    cost = costs()
+    pages = {slug(name): page(name, entry, cost, folder / "images") for name, entry in entries.items()}
+    for file, text in (pages | {"index": overview(entries)}).items():
+        path = folder / f"{file}.md"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def link(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Turn Markdown links of docstrings into those of reStructuredText."""
+    lines[:] = [re.sub(r"\[([^\]]+)\]\((\S+?)\)", r"`\1 <\2>`__", line) for line in lines]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Generate the pages before Sphinx reads its sources."""
+    app.connect("config-inited", lambda app, _config: generate(app))
+    app.connect("autodoc-process-docstring", link)
+    return {"parallel_read_safe": True}
