@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import flag
 from lit_tricks.utils.batch import replace, tensors_in
 from lit_tricks.utils.dtensor import is_sharded, to_local
 
@@ -47,7 +48,7 @@ class ChannelsLast(Trick):
     _laid_out: list[Any]  # weights
 
     def __init__(self, weights: bool = True) -> None:
-        self.weights = weights
+        self.weights = flag(self, "weights", weights)
         self._laid_out = []
         self._count = 0
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import choice, flag, text, texts
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -59,18 +60,11 @@ class Compile(Trick):
         dynamic: bool | None = None,
         fullgraph: bool = False,
     ) -> None:
-        modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-        if mode not in modes:
-            raise ValueError(f"mode={mode!r} is unknown: write one of {', '.join(map(repr, modes))}.")
-        if layers is not None and (isinstance(layers, str) or not layers):
-            raise ValueError(f"layers={layers!r} must be a list of patterns, as ['model'], or None for all networks.")
-        if not isinstance(backend, str) or not backend:
-            raise ValueError(f"backend={backend!r} must be the name of a backend of torch.compile, as 'inductor'.")
-        self.mode = mode
-        self.layers = None if layers is None else list(layers)
-        self.backend = backend
-        self.dynamic = dynamic
-        self.fullgraph = fullgraph
+        self.mode = choice(self, "mode", mode, get_args(Mode))
+        self.layers = texts(self, "layers", layers, "Name modules by patterns, as ['model'].", or_none="all networks")
+        self.backend = text(self, "backend", backend, "Name a backend of torch.compile, such as 'inductor'.")
+        self.dynamic = None if dynamic is None else flag(self, "dynamic", dynamic)
+        self.fullgraph = flag(self, "fullgraph", fullgraph)
         self._count = 0
         self._ran = False
 

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import choice, number, texts
 from lit_tricks.utils.batch import tensors_in
 from lit_tricks.utils.residual import is_drop_path, residual_branches
 
@@ -111,15 +112,9 @@ class DropPath(Trick):
         mode: Literal["linear", "constant"] = "linear",
         layers: Sequence[str] | None = None,
     ) -> None:
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate={rate} must lie in [0, 1): it is a probability; 0.05 to 0.2 are usual.")
-        if mode not in ("linear", "constant"):
-            raise ValueError(f"mode={mode!r} is unknown: write 'linear' or 'constant'.")
-        if layers is not None and (isinstance(layers, str) or not layers):
-            raise ValueError(f"layers={layers!r} must be a list of patterns, as ['*.bn3'], or None to find them.")
-        self.rate = rate
-        self.mode = mode
-        self.layers = None if layers is None else list(layers)
+        self.rate = number(self, "rate", rate, "[0, 1)", "Give a probability; 0.05 to 0.2 are usual.")
+        self.mode = choice(self, "mode", mode, ("linear", "constant"))
+        self.layers = texts(self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search")
         self._seeds, self._draws = Generator(), Generator()
         self._forget()
 

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_tricks.callbacks.averaging.callback import Averaging
+from lit_tricks.utils.arguments import choice, flag, integer, invalid, number
 from lit_tricks.utils.training_length import TrainingLength
 
 if TYPE_CHECKING:
@@ -94,24 +95,21 @@ class EMA(Averaging):
         device: Literal["cpu"] | None = None,
     ) -> None:
         if decay is not None and half_life is not None:
-            raise ValueError(f"decay={decay} and half_life={half_life} say the same thing: give one of them.")
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay={decay} must lie in [0, 1): the share of the old average, such as 0.9999.")
-        if half_life is not None and not 0 < half_life < math.inf:
-            raise ValueError(f"half_life={half_life} must be above 0: it is a number of epochs.")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} is below 1; give 1 for an update after every step.")
-        if start_step < 0:
-            raise ValueError(f"start_step={start_step} is below 0; give 0 to start with the first step.")
-        if device not in (None, "cpu"):
-            raise ValueError(f'device={device!r} must be "cpu", or None for that of the weights.')
+            raise invalid(
+                self, "decay and half_life set the same quantity. Give one of them.", decay=decay, half_life=half_life
+            )
+        self.device = choice(self, "device", device, (None, "cpu"), "None keeps the average where the weights are.")
         super().__init__(buffers, validate, name, on_cpu=device == "cpu")
-        self.device = device
-        self.decay = 0.9999 if decay is None and half_life is None else decay
-        self.warmup = warmup
-        self.every_n_steps = every_n_steps
-        self.start_step = start_step
-        self.half_life = half_life
+        decay = 0.9999 if decay is None and half_life is None else decay
+        self.decay = number(
+            self, "decay", decay, "[0, 1)", "Give the share of the old average, such as 0.9999.", or_none="half_life"
+        )
+        self.warmup = flag(self, "warmup", warmup)
+        self.every_n_steps = integer(self, "every_n_steps", every_n_steps, 1, "1 updates the average after every step.")
+        self.start_step = integer(self, "start_step", start_step, 0, "0 starts with the first step.")
+        self.half_life = number(
+            self, "half_life", half_life, "[0.001, 1e6]", "Give a number of epochs.", or_none="decay"
+        )
         self._decay = self.decay
 
     def share(self, step: int, updates: int) -> float | None:

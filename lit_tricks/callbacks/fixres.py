@@ -20,6 +20,7 @@ from lit_tricks.callbacks.finetuning.eval_transform import SwitchedTransforms
 from lit_tricks.callbacks.finetuning.freezing import Frozen, refuse_rivals
 from lit_tricks.callbacks.optim.initializer import sign_of_training
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group
+from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number, text
 from lit_tricks.utils.batch import refuse_boxes
 from lit_tricks.utils.image_size import require_fit, require_size
 from lit_tricks.utils.modules import find_classifier, find_norms, is_norm
@@ -78,25 +79,35 @@ class FixRes(Trick):
         classifier: str | None = None,
         batch_norm: str | None = None,
     ) -> None:
-        if test_size is not None and (not isinstance(test_size, int) or test_size < 1):
-            raise ValueError(f"test_size={test_size!r} must be a number of pixels, or None for that of the loaders.")
-        if lr is not None and not lr > 0:
-            raise ValueError(f"lr={lr} must be above 0, or None for the module's own: 0.008 is the paper's.")
-        if train_bn not in ("last", "none", "all"):
-            raise ValueError(f"train_bn={train_bn!r} must be 'last', 'none' or 'all'.")
-        if not callable(transform) and transform not in ("test", "test+flip"):
-            raise ValueError(f"transform={transform!r} must be 'test', 'test+flip', or a function of an image.")
+        self.test_size = integer(
+            self, "test_size", test_size, 1, "Give a number of pixels.", most=MAX_SIDE, or_none="the loaders' size"
+        )
+        fix = "0.008 is the paper's."
+        self.lr = number(self, "lr", lr, "(0, 1e6]", fix, or_none="the module's own learning rate")
+        self.train_bn = choice(self, "train_bn", train_bn, ("last", "none", "all"))
+        self.train_affine = flag(self, "train_affine", train_affine)
+        fix = "A function of an image is legal too."
+        self.transform = (
+            transform if callable(transform) else choice(self, "transform", transform, ("test", "test+flip"), fix)
+        )
+        fix = "Name a module, such as 'model.fc'."
+        self.classifier = text(self, "classifier", classifier, fix, or_none="the last layer with a weight")
+        fix = "Name a module, such as 'model.bn2'."
+        self.batch_norm = text(self, "batch_norm", batch_norm, fix, or_none="the last one before the classifier")
         if test_size is None and transform != "test":
-            raise ValueError(f"test_size=None leaves transforms alone: give it with transform={transform!r}.")
+            raise invalid(
+                self,
+                "without a test size the loaders keep their transforms. Give test_size, or leave transform out.",
+                test_size=test_size,
+                transform=transform,
+            )
         if batch_norm is not None and train_bn != "last":
-            raise ValueError(f"batch_norm={batch_norm!r} names the last one: with train_bn={train_bn!r} leave it out.")
-        self.test_size = test_size
-        self.lr = lr
-        self.train_bn = train_bn
-        self.train_affine = train_affine
-        self.transform = transform
-        self.classifier = classifier
-        self.batch_norm = batch_norm
+            raise invalid(
+                self,
+                "batch_norm names the last one, and train_bn is not 'last'. Leave one of them out.",
+                batch_norm=batch_norm,
+                train_bn=train_bn,
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Be there when loaders are made, and when the strategy takes the module.

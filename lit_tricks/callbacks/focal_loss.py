@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
+from lit_tricks.utils.arguments import number, numbers
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
@@ -109,15 +110,13 @@ class FocalLoss(LossTrick):
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float | Sequence[float] | None = None) -> None:
-        if gamma < 0:
-            raise ValueError(f"gamma={gamma} is below 0, and would weigh down what is hard; 2 is usual.")
-        numbers = [alpha] if isinstance(alpha, int | float) else list(alpha or [])
-        if isinstance(alpha, int | float) and not 0 < alpha < 1:
-            raise ValueError(f"alpha={alpha} must lie in (0, 1); give None for no weights, or a list of one a class.")
-        if alpha is not None and (not numbers or min(numbers) <= 0):
-            raise ValueError(f"alpha={alpha} must have a number above 0 for each class.")
-        self.gamma = gamma
-        self.alpha = alpha if isinstance(alpha, int | float | None) else list(alpha)
+        self.gamma = number(self, "gamma", gamma, "[0, 100]", "2 is usual, and 0 is cross entropy.")
+        self.alpha: float | list[float] | None
+        if hasattr(alpha, "__len__"):
+            self.alpha = numbers(self, "alpha", alpha, "(0, 1e6]", "Give one number per class.")
+        else:
+            fix = "A list of positive numbers, one per class, is legal too."
+            self.alpha = number(self, "alpha", alpha, "(0, 1)", fix, or_none="no weights")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it to work, and say so."""

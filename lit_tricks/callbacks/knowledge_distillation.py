@@ -17,6 +17,7 @@ from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized, load_teacher, logits_of, require_apart
+from lit_tricks.utils.arguments import choice, flag, invalid, number, numbers, text
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
@@ -97,24 +98,28 @@ class KnowledgeDistillation(LossTrick):
         channels_last: bool = False,
         compiled: bool = False,
     ) -> None:
-        if not isinstance(teacher, nn.Module) and not (isinstance(teacher, str) and teacher):
-            raise ValueError(f"teacher={teacher!r} must be a module, the path of a checkpoint, or a name of timm's.")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be above 0: 4 and 20 are usual.")
-        if alpha is not None and not 0 < alpha <= 1:
-            raise ValueError(f"alpha={alpha} must lie in (0, 1]: it is the teacher's weight; None adds both losses.")
-        if loss not in ("kl", "ce"):
-            raise ValueError(f"loss={loss!r} is unknown: write 'kl' or 'ce'.")
-        self.teacher = teacher
-        self.temperature = temperature
-        self.alpha = alpha
-        self.loss = loss
-        self.mean, self.std, self.input_mean, self.input_std = mean, std, input_mean, input_std
-        self.channels_last = channels_last
-        self.compiled = compiled
-        self._to, self._was = _normalization("", mean, std), _normalization("input_", input_mean, input_std)
+        fix = "Give a module, the path of a checkpoint, or the name of a pretrained model of timm."
+        self.teacher = teacher if isinstance(teacher, nn.Module) else text(self, "teacher", teacher, fix)
+        self.temperature = number(self, "temperature", temperature, "[0.01, 1000]", "4 and 20 are usual.")
+        fix = "Give the weight of the teacher."
+        self.alpha = number(self, "alpha", alpha, "(0, 1]", fix, or_none="the sum of both losses")
+        self.loss = choice(self, "loss", loss, ("kl", "ce"))
+        self.channels_last = flag(self, "channels_last", channels_last)
+        self.compiled = flag(self, "compiled", compiled)
+        fix = "Give one number per channel."
+        self.mean = numbers(self, "mean", mean, "[-1e6, 1e6]", fix, or_none="no normalization")
+        self.std = numbers(self, "std", std, "[1e-6, 1e6]", fix, or_none="no normalization")
+        self.input_mean = numbers(self, "input_mean", input_mean, "[-1e6, 1e6]", fix, or_none="images in [0, 1]")
+        self.input_std = numbers(self, "input_std", input_std, "[1e-6, 1e6]", fix, or_none="images in [0, 1]")
+        self._to = self._normalization("mean", "std")
+        self._was = self._normalization("input_mean", "input_std")
         if self._was and len(self._was[0]) != len(self._to[0] if self._to else ()):
-            raise ValueError(f"input_mean={input_mean} needs mean and std of as many channels: what the teacher wants.")
+            raise invalid(
+                self,
+                "the teacher's normalization must have as many channels. Give mean and std, too.",
+                input_mean=input_mean,
+                mean=mean,
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build the teacher."""
@@ -173,13 +178,14 @@ class KnowledgeDistillation(LossTrick):
     def _weights(self) -> tuple[float, float]:
         return (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)
 
+    def _normalization(self, mean: str, std: str) -> tuple[Sequence[float], ...]:
+        subtracted, divided = getattr(self, mean), getattr(self, std)
+        if subtracted is None and divided is None:
+            return ()
+        if subtracted is None or divided is None or len(subtracted) != len(divided):
+            both: dict[str, object] = {mean: subtracted, std: divided}
+            raise invalid(self, f"{mean} and {std} go together. Give both, with one number per channel.", **both)
+        return subtracted, divided
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_teacher"}
-
-
-def _normalization(kind: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Sequence[float], ...]:
-    if mean is None and std is None:
-        return ()
-    if mean is None or std is None or len(mean) != len(std) or not std or min(std) <= 0:
-        raise ValueError(f"{kind}mean={mean} and {kind}std={std} go together: a number for each channel, std above 0.")
-    return mean, std

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import number
 from lit_tricks.utils.dtensor import to_local
 from lit_tricks.utils.modules import check_shapes, kinds
 
@@ -71,12 +72,8 @@ class L1Penalty(Trick):
     _weights: dict[Tensor, None]  # in the order of the module
 
     def __init__(self, strength: float = 1e-5, threshold: float = 1e-3) -> None:
-        if not strength >= 0:
-            raise ValueError(f"strength={strength} is below 0, and would make weights grow; 1e-5 is usual.")
-        if not threshold > 0:
-            raise ValueError(f"threshold={threshold} must be above 0: no weight is below it else; take 1e-3.")
-        self.strength = strength
-        self.threshold = threshold
+        self.strength = number(self, "strength", strength, "[0, 1000]", "1e-5 is usual, and 0 changes nothing.")
+        self.threshold = number(self, "threshold", threshold, "(0, 1000]", "1e-3 is usual.")
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

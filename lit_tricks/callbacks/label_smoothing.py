@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
+from lit_tricks.utils.arguments import choice, number
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
@@ -69,12 +70,8 @@ class LabelSmoothing(LossTrick):
     """
 
     def __init__(self, smoothing: float = 0.1, convention: Literal["torch", "paper"] = "torch") -> None:
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing={smoothing} must lie in [0, 1): it is a probability; 0.1 is usual.")
-        if convention not in ("torch", "paper"):
-            raise ValueError(f"convention={convention!r} is unknown: write 'torch' or 'paper'.")
-        self.smoothing = smoothing
-        self.convention = convention
+        self.smoothing = number(self, "smoothing", smoothing, "[0, 1)", "Give a probability, such as 0.1.")
+        self.convention = choice(self, "convention", convention, ("torch", "paper"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it to work, and say so."""

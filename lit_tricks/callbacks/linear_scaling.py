@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import Group, on_each_group, optimizers_in
+from lit_tricks.utils.arguments import choice, integer
 from lit_tricks.utils.batch import describe, images_in_list
 
 if TYPE_CHECKING:
@@ -75,14 +76,10 @@ class LinearScaling(Trick):
         rule: Literal["linear", "sqrt"] = "linear",
         batch_size: int | None = None,
     ) -> None:
-        for name, size in {"base_batch_size": base_batch_size, "batch_size": batch_size}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size} is below 1; give a number of samples.")
-        if rule not in ("linear", "sqrt"):
-            raise ValueError(f"rule={rule!r} is unknown: write 'linear', or 'sqrt' for adaptive optimizers.")
-        self.base_batch_size = base_batch_size
-        self.rule = rule
-        self.batch_size = batch_size
+        fix = "Give a number of samples."
+        self.base_batch_size = integer(self, "base_batch_size", base_batch_size, 1, fix)
+        self.rule = choice(self, "rule", rule, ("linear", "sqrt"), "'sqrt' is for adaptive optimizers.")
+        self.batch_size = integer(self, "batch_size", batch_size, 1, fix, or_none="the batch size of the loader")
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from lit_tricks.callbacks.soft_targets.mixing import Mixing, beta
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
+from lit_tricks.utils.arguments import flag
 from lit_tricks.utils.batch import Path
 
 __all__ = ["MixUp", "mixup"]
@@ -56,7 +57,7 @@ class MixUp(Mixing):
 
     def __init__(self, alpha: float = 0.2, off_epochs: int = 0, per_sample: bool = False, prob: float = 1.0) -> None:
         super().__init__(alpha, off_epochs, prob)
-        self.per_sample = per_sample
+        self.per_sample = flag(self, "per_sample", per_sample)
 
     def mix(
         self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator

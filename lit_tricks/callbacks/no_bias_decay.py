@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group, optimizers_in, split_group
+from lit_tricks.utils.arguments import invalid, texts
 from lit_tricks.utils.modules import Kind, check_shapes, kinds
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class NoBiasDecay(Trick):
     _group_count: int
 
     def __init__(self, skip: Sequence[Kind] = ("bias", "norm")) -> None:
-        unknown = set(skip) - {"bias", "norm", "embedding"}
-        if isinstance(skip, str) or unknown or not skip:
-            raise ValueError(f"skip={skip!r} must be a list of one or more of 'bias', 'norm' and 'embedding'.")
-        self.skip = list(skip)
+        fix = "Choose one or more of 'bias', 'norm' and 'embedding'."
+        self.skip = texts(self, "skip", skip, fix)
+        if unknown := set(self.skip) - {"bias", "norm", "embedding"}:
+            raise invalid(self, f"there is no kind {min(unknown)!r}. {fix}", skip=skip)
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks.callbacks.batchnorm.callback import Estimating
 from lit_tricks.callbacks.batchnorm.data_pass import Watch, check, go_through, norms
+from lit_tricks.utils.arguments import choice, flag, integer
 from lit_tricks.utils.batch import inputs_of
 from lit_tricks.utils.modules import batchnorms_of
 
@@ -63,16 +64,14 @@ class PreciseBN(Estimating):
         transform: Literal["train", "eval"] = "train",
         restore: bool = True,
     ) -> None:
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r} must be a whole number of at least 1, such as 8192.")
-        if when not in ("validation", "end") and (type(when) is not int or when < 1):
-            raise ValueError(f'when={when!r} must be "validation", "end", or a number of epochs of at least 1.')
-        if transform not in ("train", "eval"):
-            raise ValueError(f'transform={transform!r} must be "train" or "eval".')
-        self.num_samples = num_samples
-        self.when = when
-        self.transform = transform
-        self.restore = restore
+        self.num_samples = integer(self, "num_samples", num_samples, 1, "8192 are usual.")
+        self.when: str | int
+        if isinstance(when, str):
+            self.when = choice(self, "when", when, ("validation", "end"), "A number of epochs is legal too.")
+        else:
+            self.when = integer(self, "when", when, 1, "Give a number of epochs, or 'validation', or 'end'.")
+        self.transform = choice(self, "transform", transform, ("train", "eval"))
+        self.restore = flag(self, "restore", restore)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the brackets around validation: outside of those of averages, which are made earlier."""

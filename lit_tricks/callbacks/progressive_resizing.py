@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, number
 from lit_tricks.utils.batch import describe, find, refuse_boxes, replace, tensors_in
 from lit_tricks.utils.image_size import require_fit, resize, resize_nearest
 from lit_tricks.utils.training_length import TrainingLength, steps_done
@@ -81,24 +82,21 @@ class ProgressiveResizing(Trick):
         mode: Literal["resize", "crop"] = "resize",
         total_steps: int | None = None,
     ) -> None:
-        if not 0 < start_scale < 1:
-            raise ValueError(f"start_scale={start_scale} must lie in (0, 1): 0.5 begins with half the side.")
-        if not 0 <= start < end <= 1:
-            raise ValueError(f"start={start} and end={end} must be parts of the run with 0 <= start < end <= 1.")
-        if not isinstance(multiple_of, int) or multiple_of < 1:
-            raise ValueError(f"multiple_of={multiple_of!r} must be a number of pixels, 1 or more.")
-        if mode not in ("resize", "crop"):
-            raise ValueError(f"mode={mode!r} is unknown: write 'resize' or 'crop'.")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} is below 1; give the steps of the whole run, or None.")
-        self.start_scale = start_scale
-        self.start = start
-        self.end = end
-        self.multiple_of = multiple_of
-        self.mode = mode
-        self.total_steps = total_steps
+        self.start_scale = number(self, "start_scale", start_scale, "(0, 1)", "0.5 begins with half the side.")
+        fix = "Give a share of the run, such as 0.8."
+        self.start = number(self, "start", start, "[0, 1)", fix)
+        self.end = number(self, "end", end, "(0, 1]", fix)
+        if not self.start < self.end:
+            raise invalid(self, "images grow from `start` to `end`. Give an `end` above `start`.", start=start, end=end)
+        fix = "Give a number of pixels."
+        self.multiple_of = integer(self, "multiple_of", multiple_of, 1, fix, most=MAX_SIDE)
+        self.mode = choice(self, "mode", mode, ("resize", "crop"))
+        fix = "Give the number of steps of the whole run."
+        self.total_steps = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
         self._seeds, self._draws = Generator(), Generator()
-        self._clock = TrainingLength("ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", total_steps)
+        self._clock = TrainingLength(
+            "ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", self.total_steps
+        )
         self._side = 0
         self._checked = False
 

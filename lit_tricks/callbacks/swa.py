@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.averaging.callback import Averaging
 from lit_tricks.callbacks.optim.lr_override import TemporaryLRs, configured_rates
+from lit_tricks.utils.arguments import choice, integer, invalid, number
 from lit_tricks.utils.modules import batchnorms_of
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
@@ -109,26 +110,19 @@ class SWA(Averaging):
         validate: bool | Literal["both"] = True,
         name: str | None = None,
     ) -> None:
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr={lr} must be above 0: the learning rate from start={start} on, such as 0.05.")
-        if not 0 <= start < 1:
-            raise ValueError(f"start={start} must lie in [0, 1): a share of the run; for 75 % write 0.75.")
-        if anneal_epochs < 0:
-            raise ValueError(f"anneal_epochs={anneal_epochs} is below 0; give 0 to jump to lr={lr}.")
-        if anneal not in ("cos", "linear"):
-            raise ValueError(f'anneal={anneal!r} must be "cos" or "linear".')
-        for unit, every in {"epochs": every_n_epochs, "steps": every_n_steps}.items():
-            if every is not None and every < 1:
-                raise ValueError(f"every_n_{unit}={every} is below 1: it is the length of a cycle.")
-        if every_n_steps is not None and every_n_epochs != 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps}: give one of them.")
         super().__init__(buffers, validate, name)
-        self.lr = lr
-        self.start = start
-        self.anneal_epochs = anneal_epochs
-        self.anneal = anneal
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
+        self.lr = number(self, "lr", lr, "(0, 1e6]", "Give the learning rate from `start` on, such as 0.05.")
+        self.start = number(self, "start", start, "[0, 1)", "Give a share of the run: for 75 % write 0.75.")
+        self.anneal_epochs = number(
+            self, "anneal_epochs", anneal_epochs, "[0, 1e6]", "0 changes to `lr` in a single step."
+        )
+        self.anneal = choice(self, "anneal", anneal, ("cos", "linear"))
+        fix = "Give the length of a cycle."
+        self.every_n_epochs = integer(self, "every_n_epochs", every_n_epochs, 1, fix)
+        self.every_n_steps = integer(self, "every_n_steps", every_n_steps, 1, fix, or_none="every_n_epochs")
+        if self.every_n_steps is not None and self.every_n_epochs != 1:
+            both = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
+            raise invalid(self, "both set the length of a cycle. Give one of them.", **both)
 
     def share(self, step: int, updates: int) -> float | None:
         """Share of the weights in the mean: 1 of all that are averaged so far."""

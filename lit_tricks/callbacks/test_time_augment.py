@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import choice, flag, invalid, numbers, text
 from lit_tricks.utils.batch import describe, images_in_list
 from lit_tricks.utils.image_size import resize
 
@@ -109,20 +110,21 @@ class TestTimeAugment(Trick):
         activation: Literal["softmax", "sigmoid"] = "softmax",
         layer: str | None = None,
     ) -> None:
-        if crops not in (1, 5, 10):
-            raise ValueError(f"crops={crops!r} must be 1, 5 or 10.")
-        if isinstance(scales, int | float | str) or not scales or not all(scale > 0 for scale in scales):
-            raise ValueError(f"scales={scales!r} must be a list of factors above 0, as [1.0].")
-        if activation not in ("softmax", "sigmoid"):
-            raise ValueError(f"activation={activation!r} is unknown: write 'softmax' or 'sigmoid'.")
-        self.flip = flip
-        self.crops = crops
-        self.scales = list(scales)
-        self.activation = activation
-        self.layer = layer
-        self.number = len(self.scales) * (crops if crops == 10 else crops * (1 + flip))
+        self.flip = flag(self, "flip", flip)
+        self.crops = choice(self, "crops", crops, (1, 5, 10))
+        self.scales = numbers(self, "scales", scales, "[0.1, 10]", "Give factors on the sides, as [1.0].")
+        self.activation = choice(self, "activation", activation, ("softmax", "sigmoid"))
+        fix = "Name a module, such as 'model'."
+        self.layer = text(self, "layer", layer, fix, or_none="the LightningModule")
+        self.number = len(self.scales) * (self.crops if self.crops == 10 else self.crops * (1 + self.flip))
         if self.number == 1 and self.scales == [1.0]:
-            raise ValueError("flip=False, crops=1 and scales=[1.0] are the image itself: give more, or leave it out.")
+            raise invalid(
+                self,
+                "the only view is the image itself. Give flips, crops or scales, or leave the callback out.",
+                flip=flip,
+                crops=crops,
+                scales=scales,
+            )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what the views are.

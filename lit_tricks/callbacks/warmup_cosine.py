@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from lit_tricks.callbacks.optim.schedule import Schedule, warmup
+from lit_tricks.utils.arguments import invalid, number
 
 __all__ = ["WarmupCosine", "warmup_cosine"]
 
@@ -57,15 +58,15 @@ class WarmupCosine(Schedule):
 
     def __init__(self, warmup_epochs: float = 5, min_lr: float = 0.0, total_steps: int | None = None) -> None:
         super().__init__(warmup_epochs, total_steps)
-        if min_lr < 0:
-            raise ValueError(f"min_lr={min_lr} is below 0; give the learning rate at the end of the run.")
-        self.min_lr = min_lr
+        self.min_lr = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
 
     def plan(self) -> str:
         """Find the end of the cosine."""
         lowest = min(lr for lrs in self._base_lrs for lr in lrs)
         if self.min_lr > lowest:
-            raise ValueError(f"min_lr={self.min_lr} is above the learning rate {lowest} that it should end below.")
+            raise invalid(
+                self, f"the run starts at learning rate {lowest:g}, and ends higher. Lower min_lr.", min_lr=self.min_lr
+            )
         return f"half a cosine to {self.min_lr:g} at step {self._clock.run}"
 
     def lr(self, step: int, base_lr: float) -> float:

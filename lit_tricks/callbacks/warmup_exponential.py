@@ -6,6 +6,7 @@ One caveat: the epochs of the decay are counted from the end of the warm-up, so 
 from __future__ import annotations
 
 from lit_tricks.callbacks.optim.schedule import Schedule, warmup
+from lit_tricks.utils.arguments import number
 
 __all__ = ["WarmupExponential", "warmup_exponential"]
 
@@ -57,12 +58,10 @@ class WarmupExponential(Schedule):
         total_steps: int | None = None,
     ) -> None:
         super().__init__(warmup_epochs, total_steps)
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma={gamma} must lie in (0, 1]: the learning rate is multiplied by it.")
-        if every_n_epochs <= 0:
-            raise ValueError(f"every_n_epochs={every_n_epochs} must be above 0.")
-        self.gamma = gamma
-        self.every_n_epochs = every_n_epochs
+        fix = "The learning rate is multiplied by it, and 1 keeps it constant."
+        self.gamma = number(self, "gamma", gamma, "(0, 1]", fix)
+        fix = "Give the number of epochs between two falls."
+        self.every_n_epochs = number(self, "every_n_epochs", every_n_epochs, "[0.001, 1e6]", fix)
         self._every_n_steps = 1.0
 
     def plan(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lit_tricks.callbacks.optim.schedule import Schedule, warmup
+from lit_tricks.utils.arguments import integers, invalid, number
 
 __all__ = ["WarmupStep", "warmup_step"]
 
@@ -59,17 +60,19 @@ class WarmupStep(Schedule):
         total_steps: int | None = None,
     ) -> None:
         super().__init__(warmup_epochs, total_steps)
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma={gamma} must lie in (0, 1]: the learning rate is multiplied by it.")
-        if list(milestones) != sorted(set(milestones)):
-            raise ValueError(f"milestones={list(milestones)} must increase: give each epoch once, in order.")
-        if milestones and milestones[0] < max(warmup_epochs, 1):
-            raise ValueError(
-                f"milestones={list(milestones)} must come after the {warmup_epochs} epochs of the warm-up and be at "
-                "least 1: lower warmup_epochs, or remove the early ones."
+        fix = "The learning rate is multiplied by it, and 1 keeps it constant."
+        self.gamma = number(self, "gamma", gamma, "(0, 1]", fix)
+        fix = "Give epochs, in rising order."
+        self.milestones = integers(self, "milestones", milestones, 1, fix, empty=True)
+        if self.milestones != sorted(set(self.milestones)):
+            raise invalid(self, "milestones must rise. Give each epoch once, in order.", milestones=milestones)
+        if self.milestones and self.milestones[0] < self.warmup_epochs:
+            raise invalid(
+                self,
+                "all milestones must come after the warm-up. Lower warmup_epochs, or remove the early milestones.",
+                milestones=milestones,
+                warmup_epochs=warmup_epochs,
             )
-        self.milestones = list(milestones)
-        self.gamma = gamma
         self._milestone_steps: list[int] = []
 
     def plan(self) -> str:

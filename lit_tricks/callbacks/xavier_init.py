@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.optim.initializer import Initializer, local
+from lit_tricks.utils.arguments import MAX_SEED, integer
 from lit_tricks.utils.modules import check_shapes, has_matrix
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ class XavierInit(Initializer):
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed={seed} is below 0; give a number from 0 on, or None for that of seed_everything.")
-        self.seed = seed
+        fix = "Another seed gives other weights."
+        self.seed = integer(self, "seed", seed, 0, fix, most=MAX_SEED, or_none="the seed of seed_everything")
         self._weights: list[str] = []
         self._biases: list[str] = []
         self._expected = 0.0

@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.optim.initializer import Initializer, local, whole
+from lit_tricks.utils.arguments import texts
 from lit_tricks.utils.modules import is_norm
 from lit_tricks.utils.residual import last_norms
 
@@ -50,9 +51,7 @@ class ZeroGamma(Initializer):
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:
         super().__init__()
-        if layers is not None and (isinstance(layers, str) or not layers):
-            raise ValueError(f"layers={layers!r} must be a list of patterns, as ['*.bn3'], or None to find them.")
-        self.layers = None if layers is None else list(layers)
+        self.layers = texts(self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search")
         self._names: list[str] = []  # of the scales
         self._zeroed: list[str] = []  # names of those that this object has set to 0, in this run or one before
 

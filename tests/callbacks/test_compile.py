@@ -134,10 +134,10 @@ def test_arguments_go_to_torch(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "fast"}, "mode='fast' is unknown: write one of 'default', 'reduce-overhead'"),
-        ({"layers": []}, r"layers=\[\] must be a list of patterns"),
-        ({"layers": "net"}, "layers='net' must be a list"),
-        ({"backend": ""}, "backend='' must be the name of a backend"),
+        ({"mode": "fast"}, "mode='fast'"),
+        ({"layers": []}, r"layers=\[\]"),
+        ({"layers": "net"}, "layers='net'"),
+        ({"backend": ""}, "backend=''"),
     ],
 )
 def test_refuses_arguments(arguments, message):

@@ -64,17 +64,17 @@ def plain_history(**kwargs: Any) -> list[Weights]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"decay": 1.0}, r"decay=1.0 must lie in \[0, 1\)"),
-        ({"decay": -0.1}, r"decay=-0.1 must lie in"),
-        ({"decay": 0.9, "half_life": 1.0}, "decay=0.9 and half_life=1.0 say the same"),
-        ({"half_life": 0.0}, "half_life=0.0 must be above 0"),
-        ({"half_life": math.inf}, "half_life=inf must be"),
-        ({"every_n_steps": 0}, "every_n_steps=0 is below 1"),
-        ({"start_step": -1}, "start_step=-1 is below 0"),
-        ({"buffers": "raw"}, "buffers='raw' must be"),
-        ({"name": " "}, "name=' ' is empty"),
-        ({"validate": "raw"}, "validate='raw' must be"),
-        ({"device": "cuda"}, "device='cuda' must be"),
+        ({"decay": 1.0}, r"decay=1.0"),
+        ({"decay": -0.1}, r"decay=-0.1"),
+        ({"decay": 0.9, "half_life": 1.0}, "decay=0.9, half_life=1.0"),
+        ({"half_life": 0.0}, "half_life=0.0"),
+        ({"half_life": math.inf}, "half_life=inf"),
+        ({"every_n_steps": 0}, "every_n_steps=0"),
+        ({"start_step": -1}, "start_step=-1"),
+        ({"buffers": "raw"}, "buffers='raw'"),
+        ({"name": " "}, "name=' '"),
+        ({"validate": "raw"}, "validate='raw'"),
+        ({"device": "cuda"}, "device='cuda'"),
     ],
 )
 def test_refuses_arguments(arguments, message):

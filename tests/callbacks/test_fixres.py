@@ -355,13 +355,13 @@ def test_data_sets_of_data_sets_are_looked_through_and_stay_as_they_are():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"test_size": 0}, "test_size=0 must be a number of pixels"),
-        ({"test_size": 24.5}, "test_size=24.5 must be a number of pixels"),
-        ({"test_size": 24, "lr": 0}, "lr=0 must be above 0"),
-        ({"test_size": 24, "train_bn": "first"}, "train_bn='first' must be"),
-        ({"test_size": 24, "transform": "flip"}, "transform='flip' must be"),
-        ({"test_size": None, "transform": "test[+]flip"}, "test_size=None leaves transforms alone"),
-        ({"test_size": 24, "train_bn": "all", "batch_norm": "bn2"}, "batch_norm='bn2' names the last one"),
+        ({"test_size": 0}, "test_size=0"),
+        ({"test_size": 24.5}, "test_size=24.5"),
+        ({"test_size": 24, "lr": 0}, "lr=0"),
+        ({"test_size": 24, "train_bn": "first"}, "train_bn='first'"),
+        ({"test_size": 24, "transform": "flip"}, "transform='flip'"),
+        ({"test_size": None, "transform": "test[+]flip"}, "test_size=None"),
+        ({"test_size": 24, "train_bn": "all", "batch_norm": "bn2"}, "batch_norm='bn2'"),
     ],
 )
 def test_refuses_arguments(kwargs, message):

@@ -432,17 +432,20 @@ def test_in_yaml_a_teacher_is_a_class_a_file_or_a_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"teacher": None}, "teacher=None must be a module, the path of a checkpoint, or a name"),
-        ({"teacher": ""}, "teacher='' must be a module"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"alpha": 0.0}, r"alpha=0.0 must lie in \(0, 1\]"),
-        ({"alpha": 1.5}, "alpha=1.5 must lie in"),
-        ({"loss": "mse"}, "loss='mse' is unknown: write 'kl' or 'ce'"),
-        ({"mean": [0.5]}, r"mean=\[0.5\] and std=None go together"),
-        ({"mean": [0.5], "std": [0.0]}, r"mean=\[0.5\] and std=\[0.0\] go together: .* std above 0"),
-        ({"mean": [0.5], "std": [0.5, 0.5]}, "go together: a number for each channel"),
-        ({"input_mean": [0.5], "input_std": [1.0]}, r"input_mean=\[0.5\] needs mean and std of as many channels"),
-        ({"mean": [0.0] * 3, "std": [1.0] * 3, "input_mean": [0.5], "input_std": [1.0]}, "of as many channels"),
+        ({"teacher": None}, "teacher=None"),
+        ({"teacher": ""}, "teacher=''"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"alpha": 0.0}, r"alpha=0.0"),
+        ({"alpha": 1.5}, "alpha=1.5"),
+        ({"loss": "mse"}, "loss='mse'"),
+        ({"mean": [0.5]}, r"mean=\[0.5\], std=None"),
+        ({"mean": [0.5], "std": [0.0]}, r"std=\[0.0\]"),
+        ({"mean": [0.5], "std": [0.5, 0.5]}, r"std=\[0.5, 0.5\]"),
+        ({"input_mean": [0.5], "input_std": [1.0]}, r"input_mean=\[0.5\], mean=None"),
+        (
+            {"mean": [0.0] * 3, "std": [1.0] * 3, "input_mean": [0.5], "input_std": [1.0]},
+            r"input_mean=\[0.5\], mean=\[0.0, 0.0",
+        ),
     ],
 )
 def test_refuses_arguments(arguments, message):

@@ -159,9 +159,9 @@ def test_says_what_it_does():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strength": -1.0}, "strength=-1.0 is below 0"),
-        ({"strength": float("nan")}, "strength=nan is below 0"),
-        ({"threshold": 0.0}, "threshold=0.0 must be above 0"),
+        ({"strength": -1.0}, "strength=-1.0"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"threshold": 0.0}, "threshold=0.0"),
     ],
 )
 def test_refuses_arguments(arguments, message):

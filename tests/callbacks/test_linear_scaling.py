@@ -343,9 +343,9 @@ def test_many_rates_are_said_as_a_range():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base_batch_size": 0}, "base_batch_size=0 is below 1"),
-        ({"batch_size": -4}, "batch_size=-4 is below 1"),
-        ({"rule": "cubic"}, "rule='cubic' is unknown: write 'linear', or 'sqrt'"),
+        ({"base_batch_size": 0}, "base_batch_size=0"),
+        ({"batch_size": -4}, "batch_size=-4"),
+        ({"rule": "cubic"}, "rule='cubic'"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

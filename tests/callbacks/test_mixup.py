@@ -135,10 +135,10 @@ def test_lambda_has_the_moments_of_beta(alpha):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": 0.0}, r"alpha=0.0 must be above 0"),
-        ({"off_epochs": -1}, r"off_epochs=-1 is below 0"),
-        ({"prob": 0.0}, r"prob=0.0 must lie in \(0, 1\]"),
-        ({"prob": 1.1}, r"prob=1.1 must lie in \(0, 1\]"),
+        ({"alpha": 0.0}, r"alpha=0.0"),
+        ({"off_epochs": -1}, r"off_epochs=-1"),
+        ({"prob": 0.0}, r"prob=0.0"),
+        ({"prob": 1.1}, r"prob=1.1"),
     ],
 )
 @pytest.mark.parametrize("trick", [MixUp, CutMix])

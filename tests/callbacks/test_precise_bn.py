@@ -59,12 +59,12 @@ def population(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_samples": 0}, "num_samples=0 must be a whole number of at least 1"),
-        ({"num_samples": 1.5}, "num_samples=1.5 must be"),
-        ({"when": "start"}, "when='start' must be"),
-        ({"when": 0}, "when=0 must be"),
-        ({"when": True}, "when=True must be"),
-        ({"transform": "test"}, "transform='test' must be"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"num_samples": 1.5}, "num_samples=1.5"),
+        ({"when": "start"}, "when='start'"),
+        ({"when": 0}, "when=0"),
+        ({"when": True}, "when=True"),
+        ({"transform": "test"}, "transform='test'"),
     ],
 )
 def test_refuses_arguments(arguments, message):

@@ -200,13 +200,13 @@ def test_a_loader_without_a_length_needs_the_steps():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"start_scale": 0}, r"start_scale=0 must lie in \(0, 1\)"),
-        ({"start_scale": 1}, r"start_scale=1 must lie in \(0, 1\)"),
-        ({"start": 0.8}, r"start=0.8 and end=0.8 must be parts of the run with 0 <= start < end <= 1"),
-        ({"end": 2}, "start=0.0 and end=2 must be"),
-        ({"multiple_of": 0}, "multiple_of=0 must be a number of pixels"),
-        ({"mode": "pad"}, "mode='pad' is unknown"),
-        ({"total_steps": 0}, "total_steps=0 is below 1"),
+        ({"start_scale": 0}, r"start_scale=0"),
+        ({"start_scale": 1}, r"start_scale=1"),
+        ({"start": 0.8}, "start=0.8, end=0.8"),
+        ({"end": 2}, "end=2"),
+        ({"multiple_of": 0}, "multiple_of=0"),
+        ({"mode": "pad"}, "mode='pad'"),
+        ({"total_steps": 0}, "total_steps=0"),
     ],
 )
 def test_refuses_arguments(kwargs, message):

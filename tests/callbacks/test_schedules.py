@@ -374,22 +374,22 @@ def test_max_steps_by_hand_with_other_steps_and_total_steps():
 @pytest.mark.parametrize(
     ("trick", "arguments", "message"),
     [
-        (WarmupCosine, {"warmup_epochs": -1}, "warmup_epochs=-1 is below 0"),
-        (WarmupStep, {"warmup_epochs": -0.5}, "warmup_epochs=-0.5 is below 0"),
-        (WarmupExponential, {"warmup_epochs": -1}, "warmup_epochs=-1 is below 0"),
-        (WarmupCosine, {"total_steps": 0}, "total_steps=0 is below 1"),
-        (WarmupStep, {"total_steps": -3}, "total_steps=-3 is below 1"),
-        (WarmupExponential, {"total_steps": 0}, "total_steps=0 is below 1"),
-        (WarmupCosine, {"min_lr": -0.1}, "min_lr=-0.1 is below 0"),
-        (WarmupStep, {"gamma": 0}, r"gamma=0 must lie in \(0, 1\]"),
-        (WarmupStep, {"gamma": 1.1}, r"gamma=1.1 must lie in \(0, 1\]"),
-        (WarmupExponential, {"gamma": 0}, r"gamma=0 must lie in \(0, 1\]"),
-        (WarmupExponential, {"gamma": 94}, r"gamma=94 must lie in \(0, 1\]"),
-        (WarmupExponential, {"every_n_epochs": 0}, "every_n_epochs=0 must be above 0"),
-        (WarmupStep, {"milestones": [60, 30]}, r"milestones=\[60, 30\] must increase"),
-        (WarmupStep, {"milestones": [30, 30]}, r"milestones=\[30, 30\] must increase"),
-        (WarmupStep, {"milestones": [3, 60]}, r"milestones=\[3, 60\] must come after the 5 epochs of the warm-up"),
-        (WarmupStep, {"milestones": [0, 60], "warmup_epochs": 0}, r"milestones=\[0, 60\] must come after .* least 1"),
+        (WarmupCosine, {"warmup_epochs": -1}, "warmup_epochs=-1"),
+        (WarmupStep, {"warmup_epochs": -0.5}, "warmup_epochs=-0.5"),
+        (WarmupExponential, {"warmup_epochs": -1}, "warmup_epochs=-1"),
+        (WarmupCosine, {"total_steps": 0}, "total_steps=0"),
+        (WarmupStep, {"total_steps": -3}, "total_steps=-3"),
+        (WarmupExponential, {"total_steps": 0}, "total_steps=0"),
+        (WarmupCosine, {"min_lr": -0.1}, "min_lr=-0.1"),
+        (WarmupStep, {"gamma": 0}, r"gamma=0"),
+        (WarmupStep, {"gamma": 1.1}, r"gamma=1.1"),
+        (WarmupExponential, {"gamma": 0}, r"gamma=0"),
+        (WarmupExponential, {"gamma": 94}, r"gamma=94"),
+        (WarmupExponential, {"every_n_epochs": 0}, "every_n_epochs=0"),
+        (WarmupStep, {"milestones": [60, 30]}, r"milestones=\[60, 30\]"),
+        (WarmupStep, {"milestones": [30, 30]}, r"milestones=\[30, 30\]"),
+        (WarmupStep, {"milestones": [3, 60]}, r"milestones=\[3, 60\]"),
+        (WarmupStep, {"milestones": [0, 60], "warmup_epochs": 0}, r"milestones=\[0, 60\]"),
     ],
 )
 def test_arguments_out_of_range(trick, arguments, message):
@@ -410,7 +410,7 @@ def test_arguments_at_the_ends_of_their_ranges(trick):
 
 
 def test_min_lr_above_the_learning_rate():
-    with pytest.raises(ValueError, match=r"min_lr=0.3 is above the learning rate 0.125"):
+    with pytest.raises(ValueError, match=r"min_lr=0.3\): .* 0.125"):
         run(WarmupCosine(min_lr=0.3), optimizers=sgds((0.5, 0.125)))
 
 

@@ -166,12 +166,12 @@ def test_works_for_a_single_logit_and_several_labels():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"crops": 3}, "crops=3 must be 1, 5 or 10"),
-        ({"scales": []}, r"scales=\[\] must be a list of factors above 0"),
-        ({"scales": 1.0}, "scales=1.0 must be a list"),
-        ({"scales": [1.0, 0]}, "scales=.+ must be a list of factors above 0"),
-        ({"activation": "tanh"}, "activation='tanh' is unknown"),
-        ({"flip": False}, "are the image itself"),
+        ({"crops": 3}, "crops=3"),
+        ({"scales": []}, r"scales=\[\]"),
+        ({"scales": 1.0}, "scales=1.0"),
+        ({"scales": [1.0, 0]}, "scales=.+"),
+        ({"activation": "tanh"}, "activation='tanh'"),
+        ({"flip": False}, "flip=False, crops=1"),
     ],
 )
 def test_refuses_arguments(kwargs, message):

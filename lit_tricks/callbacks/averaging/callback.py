@@ -14,6 +14,7 @@ from lit_tricks.callbacks.averaging.conflicts import refuse_hidden_steps, refuse
 from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.callbacks.averaging.raw_validation import validate_aside
 from lit_tricks.callbacks.averaging.store import AveragedWeights
+from lit_tricks.utils.arguments import choice
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,8 +41,7 @@ class Averaging(KeptAverage):
     _raw_metrics: dict[str, float]  # to be logged with those of the average
 
     def __init__(self, buffers: str, validate: bool | str, name: str | None, on_cpu: bool = False) -> None:
-        if validate not in (True, False, "both"):
-            raise ValueError(f'validate={validate!r} must be true, false or "both".')
+        validate = choice(self, "validate", validate, (True, False, "both"))
         super().__init__(buffers, bool(validate), name)
         self.validate = validate
         self._on_cpu = on_cpu

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.arguments import choice, text
 from lit_tricks.utils.dtensor import read, write
 
 if TYPE_CHECKING:
@@ -39,13 +40,9 @@ class KeptAverage(Trick):
     _updates: int
 
     def __init__(self, buffers: str, validate: bool | str, name: str | None) -> None:
-        if buffers not in ("average", "copy"):
-            raise ValueError(f'buffers={buffers!r} must be "average" or "copy".')
-        if name is not None and not name.strip():
-            raise ValueError(f"name={name!r} is empty; leave it out for the only average of a run.")
-        self.buffers = buffers
+        self.buffers = choice(self, "buffers", buffers, ("average", "copy"))
         self.validate = validate
-        self.name = name
+        self.name = text(self, "name", name, "Leave it out for the only average of a run.", or_none="no name")
         self._forget()
 
     @abstractmethod

@@ -11,6 +11,7 @@ import torch
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
+from lit_tricks.utils.arguments import integer, number
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
@@ -38,19 +39,17 @@ class Schedule(Trick):
     """
 
     def __init__(self, warmup_epochs: float, total_steps: int | None) -> None:
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs={warmup_epochs} is below 0; give 0 for no warm-up.")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps={total_steps} is below 1; give the steps of the whole run, or None.")
-        self.warmup_epochs = warmup_epochs
-        self.total_steps = total_steps
+        fix = "0 starts at the full learning rate."
+        self.warmup_epochs = number(self, "warmup_epochs", warmup_epochs, "[0, 1e6]", fix)
+        fix = "Give the number of steps of the whole run."
+        self.total_steps = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
         self._base_lrs: list[list[float]] = []
         self._warmup_steps = 0
         run_remedy = f"{type(self).__name__}(total_steps=...)"
         epoch_remedy = (
             f"{run_remedy} with Trainer(max_epochs=...), or Trainer(limit_train_batches=...), the batches of an epoch"
         )
-        self._clock = TrainingLength(type(self).__name__, epoch_remedy, run_remedy, total_steps)
+        self._clock = TrainingLength(type(self).__name__, epoch_remedy, run_remedy, self.total_steps)
 
     @abstractmethod
     def lr(self, step: int, base_lr: float) -> float:

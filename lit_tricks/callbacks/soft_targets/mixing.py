@@ -13,6 +13,7 @@ from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
+from lit_tricks.utils.arguments import integer, number
 from lit_tricks.utils.batch import Path, describe
 
 if TYPE_CHECKING:
@@ -37,15 +38,11 @@ class Mixing(LossTrick):
     stage = 0
 
     def __init__(self, alpha: float, off_epochs: int, prob: float) -> None:
-        if alpha <= 0:
-            raise ValueError(f"alpha={alpha} must be above 0: near 0 almost nothing is mixed; 0.2 and 1 are usual.")
-        if off_epochs < 0:
-            raise ValueError(f"off_epochs={off_epochs} is below 0; give the number of last epochs to leave unmixed.")
-        if not 0 < prob <= 1:
-            raise ValueError(f"prob={prob} must lie in (0, 1]: it is the share of batches that are mixed.")
-        self.alpha = alpha
-        self.off_epochs = off_epochs
-        self.prob = prob
+        # below 0.001 the draws underflow, and every lambda becomes 0.5
+        self.alpha = number(self, "alpha", alpha, "[0.001, 1000]", "0.2 and 1 are usual.")
+        fix = "Give the number of last epochs without mixing."
+        self.off_epochs = integer(self, "off_epochs", off_epochs, 0, fix)
+        self.prob = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
         self._seeds, self._draws = Generator(), Generator()
         self._turn = False  # it mixes this batch, and not the other trick
         self._lambda = 1.0
