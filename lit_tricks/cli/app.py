@@ -291,4 +291,5 @@ def _with_checkpoint_file(args: list[str], prefer: Literal["best", "last"]) -> t
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:
-    return is_overridden("test_step", model) and data is not None and is_overridden("test_dataloader", data)
+    has_loader = data is not None and is_overridden("test_dataloader", data)
+    return is_overridden("test_step", model) and has_loader and getattr(data, "has_test", True)

@@ -34,6 +34,7 @@ class CIFAR10(ImageDataModule):
         download: download the files if they are not there.
         val_size: how many of the 50,000 training images are held out for validation, the classes in proportion.
             0 trains on all of them and validates on the test images: for a last run, when nothing is chosen any more.
+            ``fit`` then reports their figures once, as validation.
         num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
             the machine, 16 at most; 0 loads in the main process.
         split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.
@@ -91,6 +92,11 @@ class CIFAR10(ImageDataModule):
         """Make the transform of evaluation for another size (see the base class)."""
         return eval_transform(image_size, resize_size_for(image_size, crop_ratio), *self._pixel_statistics())
 
+    @property
+    def has_test(self) -> bool:
+        """False with ``val_size=0``, where the test images are the validation images."""
+        return self.val_size > 0
+
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test":
             return {"test": self._read(train=False)}
@@ -140,6 +146,7 @@ class CIFAR100(CIFAR10):
         download: download the files if they are not there.
         val_size: how many of the 50,000 training images are held out for validation, the classes in proportion.
             0 trains on all of them and validates on the test images: for a last run, when nothing is chosen any more.
+            ``fit`` then reports their figures once, as validation.
         num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
             the machine, 16 at most; 0 loads in the main process.
         split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.

@@ -110,6 +110,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Number of classes."""
         return len(self.classes)
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test images that are not the validation images."""
+        return True
+
     def setup(self, stage: str | None = None) -> None:
         """Find the samples of a stage ("fit", "validate", "test", "predict"; None for all but predict)."""
         self._seed = None  # each run takes the seed of its own time, unless its checkpoint brings one
@@ -117,7 +122,8 @@ class ImageDataModule(LightningDataModule, ABC):
             self._bad.clear()
             self._report = Report(None if self.trainer is None else self.trainer.log_dir)
         for split in STAGES.get(stage, ()):
-            self._source(split)
+            if stage is not None or split != "test" or self.has_test:
+                self._source(split)
         if stage in (None, "fit"):
             self._check_enough()
         if stage == "predict":
@@ -140,7 +146,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Give all test images in fixed order."""
+        """Give all test images in fixed order.
+
+        Raises:
+            FileNotFoundError: if there is no test split.
+        """
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -183,6 +193,14 @@ class ImageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def _load(self, split: Split) -> dict[Split, Source]:
         """Give the samples of a split, and of others that come with them at no cost."""
+
+    def _no_test(self, root: str | os.PathLike[str], remedy: str = "") -> FileNotFoundError:
+        """Make the error of a test without test images."""
+        remedy = f"{remedy}, or evaluate" if remedy else "Evaluate"
+        return FileNotFoundError(
+            f"{type(self).__name__}(root={os.fspath(root)!r}): there is no test split. {remedy} the validation images "
+            "with `lit-tricks validate`."
+        )
 
     def _auto_workers(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

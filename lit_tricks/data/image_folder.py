@@ -40,7 +40,7 @@ class ImageFolder(PhotoDataModule):
     (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the
     Trainer: its loaders alone give uint8.
 
-    The classes are the folders of ``root/train``, sorted. Without ``root/test`` the test is on ``root/val``. Files are
+    The classes are the folders of ``root/train``, sorted. Without ``root/test`` there is no test. Files are
     found by their ending (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp) at any depth. Grey, CMYK, palette
     and transparent images become RGB (alpha is dropped); EXIF orientation is not applied, as in torchvision. In
     validation, several processes share the images, and each is counted once.
@@ -137,6 +137,11 @@ class ImageFolder(PhotoDataModule):
         if augmentation != "none":
             self.train_transform = random_crop(image_size, augmentation, mean, std, random_erasing)
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a folder ``root/test``."""
+        return os.path.isdir(os.path.join(self.root, "test"))
+
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""
         return CentreCrop(image_size, resize_size_for(image_size, crop_ratio, default=self.crop_ratio))
@@ -150,8 +155,8 @@ class ImageFolder(PhotoDataModule):
         return _find_classes(self.root) if self.predict_dir is None or is_there else []
 
     def _load(self, split: Split) -> dict[Split, Source]:
-        if split == "test" and not os.path.isdir(os.path.join(self.root, "test")):
-            return {"test": self._source("val")}
+        if split == "test" and not self.has_test:
+            raise self._no_test(self.root, "Add ROOT/test/CLASS/*.jpg")
         folder = os.path.join(self.root, split)
         paths, labels, classes = list_images(folder)
         counts = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))

@@ -42,6 +42,7 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 import lit_tricks
 from lit_tricks import Classifier, WarmupCosine, WarmupStep
 from lit_tricks.data import CIFAR10, Digits, ImageFolder
+from lit_tricks.run.reading.predictions import Predictions
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -213,6 +214,28 @@ def test_a_run_without_checkpoints_or_validation() -> None:
         "runs/tiny/v1/checkpoints/best.ckpt",
         {"train", "test"},
     )
+
+
+def test_without_a_test_split_nothing_is_called_a_test(folder: Path) -> None:
+    root = write_image_folder(folder / "images")
+    words = (f"--data.root={root}", "--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0")
+    # after such steps the second epoch is not the best
+    epochs = ("--trainer.max_epochs=2", "--trainer.limit_val_batches=1.0", "--model.optimizer.lr=0.3")
+    done(*FIT, "--data=ImageFolder", *words, *epochs)
+    run = Path("runs/tiny/v0")
+    assert (results(run)["epoch"], results(run)["raw"].keys()) == (0, {"train", "val"})
+    assert not [key for row in metrics(run) for key in row if key.startswith("test")]
+    found = Predictions.read(run / "predictions.npz")
+    assert (found.split, found.weights) == ("val", "best")
+    assert (found.predicted == found.label).mean() == pytest.approx(results(run)["raw"]["val"]["top1"])
+    done("card", f"{run}/checkpoints/best.ckpt")
+    done("report", str(run))
+    for file in ("README.md", "report.md", "report.html"):
+        assert not re.search(r"\| test\b|>test<|split: test|test images", (run / file).read_text()), file
+    assert "split: val" in (run / "README.md").read_text()
+    outcome = cli("test", f"--ckpt_path={run}/checkpoints/best.ckpt", *QUIET)
+    assert outcome.code == 1
+    assert re.fullmatch(r"lit-tricks: error: ImageFolder\(root=.*no test split.*validate.*\n", outcome.err)
 
 
 def test_averaged_weights_are_tested_and_reported_as_such() -> None:
@@ -437,11 +460,11 @@ def test_other_data_than_the_checkpoint_was_made_with(folder: Path) -> None:
     words = ("--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0", "--trainer.callbacks=null")
     done(*FIT, "--data=ImageFolder", f"--data.root={root}", *words)
     root.rename(folder / "moved")
-    outcome = cli("test", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", *QUIET)
+    outcome = cli("validate", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", *QUIET)
     assert outcome.code == 1
     assert f"root='{root}' is not a folder" in outcome.err
-    found = table(done("test", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", "--data.root=moved", *QUIET).out)
-    assert found.keys() == {"test/loss", "test/top1", "test/ece"}  # no top-5 of three classes
+    found = table(done("validate", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", "--data.root=moved", *QUIET).out)
+    assert found.keys() == {"val/loss", "val/top1", "val/ece"}  # no top-5 of three classes
 
 
 # predict

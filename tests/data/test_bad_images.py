@@ -370,5 +370,5 @@ def test_from_the_command_line(root: Path, tmp_path: Path) -> None:
         outcome = done("fit", *words, "--data.on_bad_image=skip")
         assert "image files could not be read and were skipped: see runs/tiny/v" in outcome.log
         [path] = tmp_path.glob("runs/tiny/v*/bad_images.csv")
-        assert {row[0] for row in table(path)[1:]} == {"train", "val", "test"}
+        assert {row[0] for row in table(path)[1:]} == {"train", "val"}
         assert any("data/bad_images" in row for row in metrics(path.parent))

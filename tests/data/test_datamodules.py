@@ -436,6 +436,8 @@ def test_cifar_without_validation_images_validates_on_the_test(cifar: Path) -> N
     data = CIFAR10(str(cifar), batch_size=50, val_size=0, download=False)
     data.setup()
     assert [len(data._source(split)) for split in SPLITS] == [100, 30, 30]
+    assert not data.has_test, "a report would show the same images twice"
+    assert CIFAR10(str(cifar), val_size=10, download=False).has_test
     for val_size in (9, 91):
         with pytest.raises(ValueError, match=f"val_size={val_size} .*use 0, or 10 to 90"):
             CIFAR10(str(cifar), val_size=val_size, download=False).setup("fit")
@@ -472,9 +474,8 @@ def test_image_folder(folder: Path) -> None:
     picture = read_image(str(folder / "val" / "ant" / "0.jpg"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     torch.testing.assert_close(val[0][0][0], (data.eval_transform(picture) - mean) / std)
-    # Without a folder for the test, the test is the validation.
-    test = final(data, data.test_dataloader())
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(val, test, strict=True))
+    with pytest.raises(FileNotFoundError, match="no test split"):
+        data.test_dataloader()
     for name in CLASSES:
         write_images(folder / "test" / name, 1)
     assert [len(labels) for _, labels in ImageFolder(str(folder), 16, 5, num_workers=0).test_dataloader()] == [3]

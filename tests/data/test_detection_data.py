@@ -71,7 +71,9 @@ def test_a_layout_is_read(kind: str, tmp_path: Path) -> None:
         assert target["boxes"].tolist() == [list(map(float, box)) for box, _ in objects]
         assert target["labels"].tolist() == [label for _, label in objects]
         assert target["iscrowd"].tolist() == [0] * len(objects)
-    assert same(next(iter(data.test_dataloader())), (images, targets))  # there is no test
+    assert not data.has_test
+    with pytest.raises(FileNotFoundError, match="no test split"):
+        data.test_dataloader()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -46,7 +46,14 @@ def test_a_layout_gives_images_and_masks(layout: str, tmp_path: Path) -> None:
     assert data.num_classes == classes
     data.setup()
     channels, *size = data.input_size
-    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+    loaders = [data.train_dataloader(), data.val_dataloader()]
+    if data.has_test:
+        loaders.append(data.test_dataloader())
+    else:
+        with pytest.raises(FileNotFoundError, match="no test split"):
+            data.test_dataloader()
+    assert data.has_test == (layout == "digits")
+    for loader in loaders:
         images, masks = next(iter(loader))
         assert images.shape == (2, channels, *size)
         assert images.dtype == torch.float32

@@ -144,15 +144,14 @@ def test_images_are_those_of_the_folder(images: Path, shards: Path, workers: int
     plain, data = ImageFolder(str(images), **settings), Streaming(str(shards), **settings)
     assert (data.classes, data.num_classes, data.input_size) == (list(CLASSES), 3, (3, 16, 16))
     data.setup()
-    for name in ("val_dataloader", "test_dataloader"):  # without shards for the test, the test is the validation
-        expected, loader = list(getattr(plain, name)()), getattr(data, name)()
-        found = list(loader)
-        assert len(found) == len(loader) == len(expected) == 3
-        images_of = [
-            [fingerprint(pair) for batch in run for pair in zip(*batch, strict=True)] for run in (found, expected)
-        ]
-        assert sorted(images_of[0]) == sorted(images_of[1])
-        assert workers or images_of[0] == images_of[1]
+    expected, loader = list(plain.val_dataloader()), data.val_dataloader()
+    found = list(loader)
+    assert len(found) == len(loader) == len(expected) == 3
+    images_of = [[fingerprint(pair) for batch in run for pair in zip(*batch, strict=True)] for run in (found, expected)]
+    assert sorted(images_of[0]) == sorted(images_of[1])
+    assert workers or images_of[0] == images_of[1]
+    with pytest.raises(FileNotFoundError, match="no test split"):
+        data.test_dataloader()
     known = {fingerprint([image]) for pictures, *_ in plain.train_dataloader() for image in pictures}
     known |= {fingerprint([image]) for image, _ in (plain.train_dataloader().dataset[i] for i in range(TRAIN))}
     for seen in passes(data):

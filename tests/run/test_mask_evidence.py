@@ -194,9 +194,10 @@ def test_images_of_a_folder_are_named(tmp_path: Path) -> None:
     data = SegmentationFolder(str(write_folder(tmp_path / "data")), crop_size=16, base_size=20, num_workers=0)
     module, evidence = segmenter(num_classes=len(CLASSES), input_size=(3, 16, 16)), Evidence()
     run = trainer(callbacks=[evidence])
-    run.test(module, data, verbose=False)
+    run.validate(module, data, verbose=False)
     evidence.save(tmp_path / "predictions.npz", run, data.classes)
     found = MaskPredictions.read(tmp_path / "predictions.npz")
+    assert (found.split, found.weights) == ("val", "last")
     assert {each.where for each in found.worst} == {"0.jpg", "1.jpg"}
     assert all(each.image.shape == (16, 16, 3) for each in found.worst)
 

@@ -29,7 +29,7 @@ class CocoDetection(DetectionDataModule):
 
     As COCO 2017 lies on disk: ``root/train2017/*.jpg``, ``root/annotations/instances_train2017.json``, and the same
     with ``val2017``. The classes are the file's categories in the order of their ids, numbered from 1; train and val
-    must have the same. Without annotations of a test, the test is on the validation images. Crowds are not trained on.
+    must have the same. Without annotations of a test there is no test. Crowds are not trained on.
     Training images are flipped with probability 1/2. See the base class for what a batch is.
 
     Args:
@@ -79,9 +79,14 @@ class CocoDetection(DetectionDataModule):
             # the smaller file of the two that must agree
             self.classes = self._read("val")
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a file of annotations for the test."""
+        return os.path.isfile(self._path(self.annotations, "test"))
+
     def _load(self, split: Split) -> dict[Split, Source]:
-        if split == "test" and not os.path.isfile(self._path(self.annotations, "test")):
-            return {"test": self._source("val")}
+        if split == "test" and not self.has_test:
+            raise self._no_test(self.root, f"Add {self._path(self.annotations, 'test')!r}")
         classes = self._read(split)
         if classes != self.classes:
             raise ValueError(

@@ -45,7 +45,7 @@ class VOCDetection(DetectionDataModule):
         train: lists of the training images, as FOLDER/SET: the defaults are the paper's, both years' ``trainval``.
         val: lists of the validation images. There is none beside the test of 2007, so that this is it, as in published
             figures.
-        test: lists of the test images; None is ``val``.
+        test: lists of the test images. There is no test with None, or with the lists of ``val``.
         classes: names of the classes in the order of their labels, which start at 1; None are the 20 of VOC.
         batch_size: images in a batch of one process, at least 1.
         num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
@@ -87,7 +87,9 @@ class VOCDetection(DetectionDataModule):
         self.save_hyperparameters()
         self._set_transforms(mean, std, flip, scale, on_bad_box)
         self.root, self.on_bad_box = root, on_bad_box
-        self.lists: dict[Split, list[str]] = {"train": list(train), "val": list(val), "test": list(test or val)}
+        self.lists: dict[Split, list[str]] = {"train": list(train), "val": list(val)}
+        if test is not None:
+            self.lists["test"] = list(test)
         for split, lists in self.lists.items():
             if not lists or not all(isinstance(each, str) for each in lists):
                 raise ValueError(f"{split}={lists!r} must be lists of images, as ['VOC2007/trainval']")
@@ -97,9 +99,14 @@ class VOCDetection(DetectionDataModule):
         if predict_dir is None and not os.path.isdir(root):
             raise FileNotFoundError(f"root={root!r} is not a folder: give that of VOC2007 and VOC2012, or of your own")
 
+    @property
+    def has_test(self) -> bool:
+        """Whether ``test`` names lists other than the lists of ``val``."""
+        return self.lists.get("test", self.lists["val"]) != self.lists["val"]
+
     def _load(self, split: Split) -> dict[Split, Source]:
-        if split == "test" and self.lists["test"] == self.lists["val"]:
-            return {"test": self._source("val")}
+        if split == "test" and not self.has_test:
+            raise self._no_test(self.root, "Give its lists as test=['FOLDER/SET']")
         pictures: list[Picture] = []
         for each in self.lists[split]:
             folder, name = os.path.split(each)

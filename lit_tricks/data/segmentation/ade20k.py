@@ -14,14 +14,15 @@ from lit_tricks.data.segmentation.base import MaskFolders, image_files
 __all__ = ["ADE20KSegmentation"]
 
 LAYOUT = "expected are images/training, images/validation, and the same below annotations, as in ADEChallengeData2016"
-FOLDERS = {"train": "training", "val": "validation", "test": "validation"}
+FOLDERS = {"train": "training", "val": "validation"}
 
 
 class ADE20KSegmentation(MaskFolders):
     """ADE20K as in the Scene Parsing Challenge ([Zhou et al., 2017](https://arxiv.org/abs/1608.05442)): 150 classes.
 
     Label 0 of the files, "other", is ignored, and 1 to 150 become 0 to 149. Names are read from ``objectInfo150.txt``
-    where it is there. The test is on the validation images. All else is as in ``SegmentationFolder``.
+    where it is there. The masks of the test images are not public, so there is no test. All
+    else is as in ``SegmentationFolder``.
 
     Args:
         root: folder with ``images`` and ``annotations``, each with ``training`` and ``validation``.
@@ -65,9 +66,14 @@ class ADE20KSegmentation(MaskFolders):
         self.classes = _read_classes(self.root / "objectInfo150.txt")
         self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
+    @property
+    def has_test(self) -> bool:
+        """False: the masks of the test images are not public."""
+        return False
+
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test":
-            return {"test": self._source("val")}
+            raise self._no_test(self.root)
         images, masks = (self.root / kind / FOLDERS[split] for kind in ("images", "annotations"))
         names = image_files(images, LAYOUT).keys() | image_files(masks, LAYOUT).keys()
         return {split: self._pairs(images, masks, sorted(names), LAYOUT, offset=1)}

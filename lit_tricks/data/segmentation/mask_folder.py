@@ -23,8 +23,8 @@ LOOKED_AT = 32  # masks
 class SegmentationFolder(MaskFolders):
     """Images and masks of one name: ``root/train/images/NAME.jpg``, ``root/train/masks/NAME.png``, ``root/val/...``.
 
-    A mask has one channel, or a palette, whose values are labels: 0 for the first class. Without ``root/test`` the test
-    is on ``root/val``. The defaults are those of the FCN in [Bag of Tricks](https://arxiv.org/abs/1812.01187), section
+    A mask has one channel, or a palette, whose values are labels: 0 for the first class. Without ``root/test``
+    there is no test. The defaults are those of the FCN in [Bag of Tricks](https://arxiv.org/abs/1812.01187), section
     6.2, as in GluonCV: in training the short side is resized to 0.5 to 2 times 520 pixels, and a crop of 480 is flipped
     for every second image (their rotation by up to 10 degrees and blur are left out); otherwise the short side is
     resized to 480, and the centre cropped, masks alike.
@@ -83,6 +83,11 @@ class SegmentationFolder(MaskFolders):
             raise ValueError(f"ignore_index={ignore_index} is one of the {len(self.classes)} classes: take another one")
         self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a folder ``root/test``."""
+        return (self.root / "test").is_dir()
+
     def _read_classes(self) -> list[str]:
         if self.predict_dir is not None and not self.root.is_dir():
             return []  # a checkpoint knows its classes, and the folders that it was trained on need not be there
@@ -102,8 +107,8 @@ class SegmentationFolder(MaskFolders):
 
     def _load(self, split: Split) -> dict[Split, Source]:
         folder = self.root / split
-        if split == "test" and not folder.is_dir():
-            return {"test": self._source("val")}
+        if split == "test" and not self.has_test:
+            raise self._no_test(self.root, "Add ROOT/test/images and ROOT/test/masks")
         images, masks = folder / "images", folder / "masks"
         names = image_files(images, LAYOUT).keys() | image_files(masks, LAYOUT).keys()
         pairs = self._pairs(images, masks, sorted(names), LAYOUT)

@@ -20,8 +20,8 @@ MASK_LAYOUT = "expected are JPEGImages, SegmentationClass and ImageSets/Segmenta
 class VOCSegmentation(MaskFolders):
     """Pascal VOC ([Everingham et al., 2010](http://host.robots.ox.ac.uk/pascal/VOC/)): 20 classes and the background.
 
-    Masks are the indices of their palette; 255, the border of objects, is ignored. Its test set has no masks: the test
-    is on the validation images. All else is as in ``SegmentationFolder``.
+    Masks are the indices of their palette; 255, the border of objects, is ignored. Its test set has no masks,
+    so there is no test. All else is as in ``SegmentationFolder``.
 
     Args:
         root: folder with ``JPEGImages``, ``SegmentationClass`` and ``ImageSets/Segmentation``.
@@ -69,13 +69,18 @@ class VOCSegmentation(MaskFolders):
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self.root, self.masks = Path(root), masks
-        self.sets = {"train": train_set, "val": val_set, "test": val_set}
+        self.sets = {"train": train_set, "val": val_set}
         self.classes = ["background", *VOC_CLASSES]
         self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
+    @property
+    def has_test(self) -> bool:
+        """False: the masks of the test images are not public."""
+        return False
+
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test":
-            return {"test": self._source("val")}
+            raise self._no_test(self.root)
         file = self.root / "ImageSets" / "Segmentation" / f"{self.sets[split]}.txt"
         if not file.is_file():
             raise FileNotFoundError(f"there is no {str(file)!r}, the list of the images for {split}; {MASK_LAYOUT}")

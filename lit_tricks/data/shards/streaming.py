@@ -155,14 +155,23 @@ class Streaming(ImageFolder):
             raise ValueError(f"root={root!r} must be a folder, or a URL that starts with {' or '.join(SCHEMES)}")
         if self.predict_dir is not None and not os.path.isdir(os.path.join(root, "train")):
             return []
-        shards: dict[str, Any] = {split: self._source(split) for split in SPLITS}
+        shards: dict[str, Any] = {split: self._source(split) for split in SPLITS if split != "test" or self.has_test}
         check_same_classes({split: each.classes for split, each in shards.items()}, "the classes", root)
         return list(shards["train"].classes)
 
     def _load(self, split: Split) -> dict[Split, Source]:
         try:
             return {split: read_shards(self.root, split, self.cache_dir)}
-        except (FileNotFoundError, PermissionError):  # a bucket that may not be listed refuses what is not there
+        except (FileNotFoundError, PermissionError) as error:  # a bucket that may not be listed refuses what is missing
             if split == "test":
-                return {"test": self._source("val")}
+                raise self._no_test(self.root, "Add shards of ROOT/test") from error
             raise
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are shards of the test."""
+        try:
+            self._source("test")
+        except FileNotFoundError:
+            return False
+        return True

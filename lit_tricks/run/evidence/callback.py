@@ -39,12 +39,15 @@ class Evidence(Callback):
 
     def __init__(self) -> None:
         self._splits: dict[str, tuple[_Split | MaskSplit, ...]] = {}  # as one does not know yet what batches hold
+        self._best: tuple[_Split | MaskSplit, ...] = ()  # the validation of the best checkpoint
+        self._score: float | None = None  # of the best checkpoint
         self._last: list[Tensor] = []  # what `forward` gave in this step
         self._hook: Any = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch ``forward``."""
         if not trainer.sanity_checking:
+            self._note_best(trainer)
             self._watch(trainer, pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,15 +91,20 @@ class Evidence(Callback):
         self._unhook()
 
     def save(self, path: Path | None, trainer: Trainer, classes: list[str] | None) -> None:
-        """Write what was said of the test images, or without a test of those of the last validation. For all ranks.
+        """Write the predictions for the test images, or without a test for the validation images. Call it on all ranks.
+
+        Predictions for the validation images are from the best checkpoint, or from the last epoch where there is none.
 
         Args:
             path: the file, on rank zero. None is written where there is nothing to write.
             trainer: whose ranks have a part each.
             classes: their names, by label.
         """
+        self._note_best(trainer)
         name = "test" if "test" in self._splits else "val"
-        found = {type(split): part for split in self._splits.get(name, ()) if (part := split.part())}
+        splits = self._splits.get(name, ())
+        weights = "best" if name == "test" or self._best else "last"
+        found = {type(each): part for each in (name == "val" and self._best) or splits if (part := each.part())}
         parts: list[Any] = [found]
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             parts = [parts[0]] * trainer.world_size
@@ -106,9 +114,16 @@ class Evidence(Callback):
         if path is None or not trainer.is_global_zero or kind is None:
             return
         arrays: dict[str, Any] = {"split": np.array(name), "classes": np.array(classes or [])}
+        arrays["weights"] = np.array(weights)
         arrays |= kinds[kind]([part[kind] for part in parts])
         with path.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
+
+    def _note_best(self, trainer: Trainer) -> None:
+        """Keep the last validation if the best checkpoint was saved after it."""
+        score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        if score is not None and float(score) != self._score:
+            self._best, self._score = self._splits.get("val", ()), float(score)
 
     def _keep(self, name: str, batch: Any, dataloader_idx: int) -> None:
         """Of the first loader."""
@@ -140,7 +155,7 @@ class Evidence(Callback):
         self._hook, self._last = None, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_hook": None, "_last": [], "_splits": {}}
+        return vars(self) | {"_hook": None, "_last": [], "_splits": {}, "_best": ()}
 
 
 class _Split(Seen):

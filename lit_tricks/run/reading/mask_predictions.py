@@ -56,6 +56,7 @@ class MaskPredictions:
         images: their number.
         pixels: (C, C), their number by true (rows) and predicted class; those of no class are left out.
         worst: the images with the lowest IoU, the lowest first.
+        weights: "best" or "last": the weights of the best checkpoint, or of the last epoch.
     """
 
     unit: ClassVar[str] = "pixels"
@@ -65,6 +66,7 @@ class MaskPredictions:
     images: int
     pixels: Ints
     worst: list[WorstMask]
+    weights: str = "best"
 
     @classmethod
     def read(cls, path: Path) -> MaskPredictions:
@@ -80,7 +82,8 @@ class MaskPredictions:
             )
         ]
         classes = names if len(names) == len(pixels) else [str(i) for i in range(len(pixels))]
-        return cls(str(arrays["split"]), classes, int(arrays["images"]), pixels, worst)
+        weights = str(arrays.get("weights", "best"))
+        return cls(str(arrays["split"]), classes, int(arrays["images"]), pixels, worst, weights)
 
     def confusion(self) -> Confusion:
         """Pixels of each pair of a true and a predicted class."""

@@ -78,6 +78,7 @@ class Predictions:
         wrong_index: places of the most wrong images, the worst first.
         wrong_image: uint8 (K, H, W, 3 or 1), those images; None where they are no images.
         wrong_file: their files, or "".
+        weights: "best" or "last": the weights of the best checkpoint, or of the last epoch.
     """
 
     unit: ClassVar[str] = "images"
@@ -92,6 +93,7 @@ class Predictions:
     wrong_index: Ints
     wrong_image: npt.NDArray[np.uint8] | None
     wrong_file: list[str]
+    weights: str = "best"
 
     @classmethod
     def read(cls, path: Path) -> Predictions:
@@ -112,6 +114,7 @@ class Predictions:
             arrays.get("wrong_index", np.zeros(0, np.int64)),
             arrays.get("wrong_image"),
             [str(file) for file in arrays.get("wrong_file", [])],
+            str(arrays.get("weights", "best")),
         )
 
     @property

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "val", "test")
-WITH = {"test": "with the best checkpoint", "val": "with the weights of the last epoch"}  # which weights, by split
+WEIGHTS = {"best": "with the best checkpoint", "last": "with the weights of the last epoch"}
 IMAGES = {"test": "test", "val": "validation"}
 COLUMNS = ("loss", *SCORES, "ece")
 CLOCKS = {
@@ -223,7 +223,7 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
         return
     several = len(said) > 1
     text = [
-        f"{name}: {len(found.label):,} {IMAGES[found.split]} images, {WITH[found.split]}."
+        f"{name}: {len(found.label):,} {IMAGES[found.split]} images, {WEIGHTS[found.weights]}."
         for name, found in said.items()
     ]
     yield Section("Mistakes", text, pictures=[*_confusions(said)])
@@ -268,8 +268,8 @@ def _masks(runs: list[Run]) -> Iterator[Section]:
         return
     several = len(said) > 1
     text = [
-        f"{name}: {found.pixels.sum():,} pixels of {found.images:,} {IMAGES[found.split]} images, {WITH[found.split]}. "
-        "Pixels that are to be ignored do not count."
+        f"{name}: {found.pixels.sum():,} pixels of {found.images:,} {IMAGES[found.split]} images, "
+        f"{WEIGHTS[found.weights]}. Pixels that are to be ignored do not count."
         for name, found in said.items()
     ]
     yield Section("Mistakes", text, pictures=[*_confusions(said)])
