@@ -126,7 +126,9 @@ def draw_focal(theme: Theme) -> Figure:
     axes = figure.subplots()
     p = torch.linspace(0.02, 1, 200)
     for number, gamma in enumerate((0.0, 1.0, 2.0, 5.0)):
-        axes.plot(p, focal_factor(p, gamma) * -p.log(), color=theme.cycle[number], label=f"gamma {gamma:g}")
+        axes.plot(
+            p.numpy(), (focal_factor(p, gamma) * -p.log()).numpy(), color=theme.cycle[number], label=f"gamma {gamma:g}"
+        )
     tidy(axes, "", "probability of the true class", "loss")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
@@ -140,7 +142,7 @@ def draw_distillation(theme: Theme) -> Figure:
     figure, panels = row(3, 2.6, sharey=True)
     logits = torch.tensor([9.0, 6.5, 5.0, 1.0, 0.0, -1.0])
     for number, (axes, temperature) in enumerate(zip(panels, (1, 4, 20), strict=True)):
-        axes.bar(range(6), (logits / temperature).softmax(0), color=theme.cycle[number])
+        axes.bar(range(6), (logits / temperature).softmax(0).numpy(), color=theme.cycle[number])
         tidy(axes, f"T = {temperature}", "class", "probability" if number == 0 else "")
     return figure
 
@@ -236,7 +238,7 @@ def draw_drop_path(theme: Theme) -> Figure:
     left.legend(frameon=False, labelcolor=theme.ink)
     branch = torch.linspace(0.5, 1.5, 24).repeat(8, 1)
     kept = torch.tensor([True, True, False, True, True, True, False, True])
-    right.imshow(drop(branch, kept, 0.25), aspect="auto", cmap="viridis")
+    right.imshow(drop(branch, kept, 0.25).numpy(), aspect="auto", cmap="viridis")
     tidy(right, "", "feature of the branch", "image")
     right.grid(False)
     return figure
@@ -276,7 +278,13 @@ def draw_tta(theme: Theme) -> Figure:
     said = [torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.0]])]
     axes = panels[3]
     for number, (name, logits) in enumerate({"one": said[0], "other": said[1], "mean": mean_logits(said)}.items()):
-        axes.bar(np.arange(3) + (number - 1) * 0.27, logits.softmax(1)[0], 0.25, color=theme.cycle[number], label=name)
+        axes.bar(
+            np.arange(3) + (number - 1) * 0.27,
+            logits.softmax(1)[0].numpy(),
+            0.25,
+            color=theme.cycle[number],
+            label=name,
+        )
     tidy(axes, "", "class", "probability")
     axes.set_ylim(0, 1.1)
     axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, ncols=3, columnspacing=0.6, handlelength=1)
@@ -392,7 +400,7 @@ def draw_channels_last(theme: Theme) -> Figure:
         (image.flatten(), image.permute(0, 2, 3, 1).flatten()),
         strict=True,
     ):
-        axes.imshow(order[None], aspect="auto", cmap="viridis")
+        axes.imshow(order[None].numpy(), aspect="auto", cmap="viridis")
         axes.set_title(title, fontweight="normal", fontsize=9)
         axes.axis("off")
     return figure

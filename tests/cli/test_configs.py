@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 import lit_tricks
 from lit_tricks import Classifier, data
 from lit_tricks.commands.data import shard
+from lit_tricks.data.detection.voc import VOC_CLASSES
 from lit_tricks.utils.config_files import CONFIGS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         shard(str(write_image_folder(tmp_path / "imagenet")), str(tmp_path / "shards"))
         write_coco(tmp_path / "coco")
         lists = ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test")
-        write_voc(tmp_path / "VOCdevkit", lists, data.voc.VOC_CLASSES)
+        write_voc(tmp_path / "VOCdevkit", lists, VOC_CLASSES)
         yield tmp_path
 
 
