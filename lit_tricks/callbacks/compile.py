@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.utils.arguments import choice, flag, text, texts
+from lit_tricks.utils.arguments import choice, flag, invalid, text, texts
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -73,7 +73,11 @@ class Compile(Trick):
 
         Raises:
             RuntimeError: if there is nothing to compile, or it is compiled already.
+            ValueError: if the backend is unknown.
         """
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if self.backend not in backends:  # not in `__init__`: the list takes seconds to import
+            raise invalid(self, f"the backend must be one of {', '.join(backends)}.", backend=self.backend)
         who = type(pl_module).__name__
         found = dict(_networks(pl_module)) if self.layers is None else _named(pl_module, self.layers)
         if not found:

@@ -100,6 +100,8 @@ class KnowledgeDistillation(LossTrick):
     ) -> None:
         fix = "Give a module, the path of a checkpoint, or the name of a pretrained model of timm."
         self.teacher = teacher if isinstance(teacher, nn.Module) else text(self, "teacher", teacher, fix)
+        if isinstance(teacher, nn.Module) and getattr(teacher.forward, "__func__", None) is nn.Module.forward:
+            raise invalid(self, "the teacher has no `forward`. Give a network that returns logits.", teacher=teacher)
         self.temperature = number(self, "temperature", temperature, "[0.01, 1000]", "4 and 20 are usual.")
         fix = "Give the weight of the teacher."
         self.alpha = number(self, "alpha", alpha, "(0, 1]", fix, or_none="the sum of both losses")

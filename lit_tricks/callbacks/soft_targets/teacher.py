@@ -148,18 +148,25 @@ def _by_name(teacher: str) -> nn.Module:
     if path.is_file():
         return _checkpoint(path)
     if path.suffix in _FILE_ENDINGS or len(path.parts) > 1:
-        raise FileNotFoundError(f"teacher={teacher!r}: no such file (seen from {Path.cwd()}); correct the path.")
+        raise FileNotFoundError(
+            f"KnowledgeDistillation(teacher={teacher!r}): there is no such file, seen from {Path.cwd()}. Correct the "
+            "path."
+        )
     import timm
 
     if not timm.is_model_pretrained(teacher):
         nearest = difflib.get_close_matches(teacher, timm.list_pretrained(), n=3)
-        known = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else "."
-        raise ValueError(f"teacher={teacher!r} is neither a file nor a name with pretrained weights in timm{known}")
+        near = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+        raise ValueError(
+            f"KnowledgeDistillation(teacher={teacher!r}): it is neither a file nor a name with pretrained weights in "
+            f"timm.{near}"
+        )
     try:
         model: nn.Module = timm.create_model(teacher, pretrained=True)
     except OSError as error:
         raise ConnectionError(
-            f"teacher={teacher!r}: the download failed: {error}. Build it where there is a network, or give a module."
+            f"KnowledgeDistillation(teacher={teacher!r}): the download failed: {error}. Build it where there is a "
+            "network, or give a module."
         ) from error
     return model
 
@@ -174,6 +181,7 @@ def _checkpoint(path: Path) -> nn.Module:
         return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind fails in a dozen ways
         raise RuntimeError(
-            f"teacher={str(path)!r} is no checkpoint of a Classifier or Segmenter that was built by name "
-            f"({type(error).__name__}: {error}). Build the network yourself, load its weights and give it as a module."
+            f"KnowledgeDistillation(teacher={str(path)!r}): it is no checkpoint of a Classifier or Segmenter that was "
+            f"built by name ({type(error).__name__}: {error}). Build the network yourself, load its weights, and give "
+            "it as a module."
         ) from error
