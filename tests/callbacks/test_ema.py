@@ -134,7 +134,7 @@ def test_training_is_not_changed():
     assert not differences(history.weights, plain_history())
 
 
-RUNS: dict[str, dict[str, Any]] = {  # e, f1, i1, j
+RUNS: dict[str, dict[str, Any]] = {
     "accumulation": {"accumulate_grad_batches": 3},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "64-true": {"precision": "64-true"},
@@ -155,7 +155,7 @@ def test_counts_batches_that_step(kind, every):
 
 
 @pytest.mark.parametrize("every", [4, 10])
-def test_counts_batches_of_two_optimizers_by_hand(every):  # i2: they count steps of both optimizers, and never update
+def test_counts_batches_of_two_optimizers_by_hand(every):  # other averages count the steps of both optimizers
     history = History()
     result = run(EMA(0.8, warmup=False, every_n_steps=every), history, manual=True)
     assert_close(all_weights(result.module), reference(history.weights, 0.8, every=every))
@@ -404,7 +404,7 @@ def test_sanity_validation_sees_the_initial_weights():
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.parametrize("interval", [1.0, 2])
-def test_monitored_metric_is_that_of_the_saved_weights(tmp_path, interval):  # d1
+def test_monitored_metric_is_that_of_the_saved_weights(tmp_path, interval):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}")
     run(EMA(0.8), saver, enable_checkpointing=True, val_check_interval=interval)
     assert len(saver.best_k_models) == (3 if interval == 1.0 else 6)
@@ -420,7 +420,7 @@ def test_monitored_metric_is_that_of_the_saved_weights(tmp_path, interval):  # d
 # Before the first update
 
 
-def test_validates_and_saves_the_weights_as_they_are_before_the_first_update(tmp_path):  # d2
+def test_validates_and_saves_the_weights_as_they_are_before_the_first_update(tmp_path):
     history, seen, saver = History(), [], Saver(tmp_path)
     module = spy(module_class("lightning"), seen, "module")()
     trainer = make_trainer(EMA(0.8, start_step=6), history, saver, num_sanity_val_steps=0)
@@ -435,7 +435,7 @@ def test_validates_and_saves_the_weights_as_they_are_before_the_first_update(tmp
 
 
 @pytest.mark.parametrize("arguments", [{"start_step": 1000}, {"every_n_steps": 1000}])
-def test_never_hands_back_an_untrained_model(arguments, tmp_path):  # d2
+def test_never_hands_back_an_untrained_model(arguments, tmp_path):
     with pytest.warns(UserWarning, match=r"EMA averaged nothing in 12 steps.* Lower start_step"):
         result = run(EMA(**arguments))
     plain = run()
@@ -464,7 +464,7 @@ class Save(pl.Callback):
 
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_checkpoint_of_another_callback_holds_the_average(place, weights_only, tmp_path):  # b1, b2
+def test_checkpoint_of_another_callback_holds_the_average(place, weights_only, tmp_path):
     path, history = tmp_path / "x.ckpt", History()
     save, ema = Save(path, weights_only), EMA(0.8)
     run(*([history, save, ema] if place == "before" else [ema, history, save]))
@@ -478,7 +478,7 @@ def test_checkpoint_of_another_callback_holds_the_average(place, weights_only, t
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_model_checkpoint_holds_the_average(weights_only, tmp_path):  # b1, b2
+def test_model_checkpoint_holds_the_average(weights_only, tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, save_last=True, save_weights_only=weights_only)
     history = History()
     run(EMA(0.8), saver, history, enable_checkpointing=True)
@@ -494,7 +494,7 @@ def test_checkpoint_saved_after_the_fit_holds_the_average(weights_only, tmp_path
     assert not differences(loaded(tmp_path / "x.ckpt")["state_dict"], result.weights)
 
 
-def test_checkpoint_saved_after_the_fit_trains_longer_as_if_never_stopped(tmp_path):  # b3
+def test_checkpoint_saved_after_the_fit_trains_longer_as_if_never_stopped(tmp_path):
     first = run(EMA(0.8), max_epochs=2)
     first.trainer.test(first.module, eval_loader(), verbose=False)  # the trained weights survive it
     first.trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
@@ -552,7 +552,7 @@ def test_refuses_the_average_of_another_module(tmp_path):
     [{"every_n_steps": 3, "start_step": 2}, {"half_life": 0.5}, {"buffers": "copy"}, {"validate": False}],
     ids=str,
 )
-def test_resume_is_bitwise(arguments, tmp_path):  # a1, a2, a3
+def test_resume_is_bitwise(arguments, tmp_path):
     saver = Saver(tmp_path)
     full = run(EMA(**arguments), saver)
     for path in saver.paths[::2]:
@@ -583,7 +583,7 @@ def predictions(trainer: Any, module: Any, **kwargs: Any) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.parametrize("ckpt_path", [None, "last", "best"])
 @pytest.mark.parametrize("trainer", ["same", "fresh", "fresh with EMA"])
-def test_test_and_predict_see_the_average(trainer, ckpt_path, tmp_path):  # c1, c2, c3
+def test_test_and_predict_see_the_average(trainer, ckpt_path, tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, monitor="step", mode="max")
     fitted = run(EMA(0.8), saver, enable_checkpointing=True)
     module = module_class("lightning")()
@@ -601,7 +601,7 @@ def test_test_and_predict_see_the_average(trainer, ckpt_path, tmp_path):  # c1, 
     assert not differences(weights_of(fitted.module), fitted.weights)
 
 
-def test_second_fit_trains_on_from_the_trained_weights():  # b4
+def test_second_fit_trains_on_from_the_trained_weights():
     def twice(*callbacks: Any) -> Any:
         history = History()
         first = run(*callbacks, history, max_epochs=2)
@@ -637,7 +637,7 @@ def test_weights_that_were_loaded_after_the_fit_are_saved_as_they_are(tmp_path):
     assert "EMA" not in checkpoint["callbacks"]  # weights to resume from would be those of another step
 
 
-def test_same_object_in_a_second_trainer_starts_anew():  # b5
+def test_same_object_in_a_second_trainer_starts_anew():
     ema = EMA(0.8)
     run(ema, max_epochs=1)
     assert not differences(run(ema).weights, run(EMA(0.8)).weights)
@@ -661,7 +661,7 @@ def test_second_trainer_trains_the_same_module_as_it_is():
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("hook", STOPS)
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_error_leaves_the_trained_weights_and_nothing_patched(hook, kind, place, restored_interrupts):  # n1, n3, n5
+def test_error_leaves_the_trained_weights_and_nothing_patched(hook, kind, place, restored_interrupts):
     history, stop = History(), Interrupt(hook, kind())
     ema = EMA(0.8)
     module = module_class("lightning")()
@@ -681,7 +681,7 @@ def test_error_leaves_the_trained_weights_and_nothing_patched(hook, kind, place,
 @pytest.mark.filterwarnings('ignore:.fit.ckpt_path="last". is set, but there is no last checkpoint')
 @pytest.mark.parametrize("saver", ["first", "last", "ModelCheckpoint", "ModelCheckpoint, weights"])
 @pytest.mark.parametrize("hook", STOPS[:-1])
-def test_checkpoint_on_exception_is_right_and_resumes_bitwise(hook, saver, tmp_path):  # n2
+def test_checkpoint_on_exception_is_right_and_resumes_bitwise(hook, saver, tmp_path):
     def stopped(*callbacks: Any, folder: Any) -> Any:
         stop = Interrupt(hook, ZeroDivisionError())
         save = SAVERS.get(saver, SAVERS["OnExceptionCheckpoint"])(folder)  # ModelCheckpoint is always called last
@@ -707,7 +707,7 @@ def test_checkpoint_on_exception_is_right_and_resumes_bitwise(hook, saver, tmp_p
 
 @pytest.mark.filterwarnings("ignore:Found 9 module.s. in eval mode")  # as Lightning leaves it after an error
 @pytest.mark.parametrize("hook", STOPS)
-def test_fit_again_after_an_error_goes_on_with_the_trained_weights(hook):  # n4
+def test_fit_again_after_an_error_goes_on_with_the_trained_weights(hook):
     def caught(*callbacks: Any) -> Any:
         history = History()
         module = module_class("lightning")()
@@ -759,7 +759,7 @@ class Kinds(module_class("lightning")):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("buffers", ["average", "copy"])
-def test_buffers_of_all_kinds(buffers):  # k1, k2, k4, k5
+def test_buffers_of_all_kinds(buffers):
     module, history = Kinds.fit(EMA(0.8, buffers=buffers))
     names = [name for name, _ in module.named_buffers()] if buffers == "copy" else ["mask"]
     expected = reference(history, 0.8, warmup=True)
@@ -783,7 +783,7 @@ def test_buffers_of_all_kinds_resume_bitwise(tmp_path):
         assert not differences(all_weights(resumed), all_weights(full)), path.name
 
 
-def test_layers_built_in_setup():  # k6
+def test_layers_built_in_setup():
     class Module(module_class("lightning")):
         def setup(self, stage: str) -> None:
             if stage == "fit":
@@ -795,7 +795,7 @@ def test_layers_built_in_setup():  # k6
     assert_close(all_weights(module), reference(history.weights, 0.8, warmup=True))
 
 
-def test_layers_built_in_configure_model():  # k7
+def test_layers_built_in_configure_model():
     class Module(module_class("lightning")):
         def configure_model(self) -> None:
             if not hasattr(self, "head"):
@@ -806,7 +806,7 @@ def test_layers_built_in_configure_model():  # k7
     assert_close(all_weights(module), reference(history.weights, 0.8, warmup=True))
 
 
-def test_state_dict_that_leaves_frozen_weights_out(tmp_path):  # k8
+def test_state_dict_that_leaves_frozen_weights_out(tmp_path):
     class Module(module_class("lightning")):
         def __init__(self) -> None:
             super().__init__()
@@ -846,7 +846,7 @@ def test_module_that_writes_its_own_keys_sees_the_average_in_the_checkpoint(tmp_
 # Several averages, and other callbacks
 
 
-def test_several_averages(tmp_path):  # l6
+def test_several_averages(tmp_path):
     def make() -> list[EMA]:
         return [EMA(0.5, name="fast", validate=False), EMA(0.9), EMA(0.7, name="slow", validate=False)]
 
@@ -933,14 +933,14 @@ def test_a_copy_of_the_module_made_in_the_fit_works_alone():
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_other_averages_are_refused(name):  # l1
+def test_other_averages_are_refused(name):
     other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
     for callbacks in ([EMA(0.8), other], [other, EMA(0.8)]):
         with pytest.raises(RuntimeError, match=f"EMA and {name} both decide .* remove {name}"):
             run(*callbacks)
 
 
-def test_early_stopping(tmp_path):  # l5
+def test_early_stopping(tmp_path):
     history = History()
     stop = pl.callbacks.EarlyStopping("val_loss", patience=0, stopping_threshold=100.0)
     result = run(EMA(0.8), stop, history)
@@ -948,7 +948,7 @@ def test_early_stopping(tmp_path):  # l5
     assert_close(result.weights, reference(history.weights, 0.8, warmup=True))
 
 
-def test_backbone_finetuning():  # l2
+def test_backbone_finetuning():
     class Module(module_class("lightning")):
         @property
         def backbone(self) -> Any:
@@ -972,7 +972,7 @@ def test_backbone_finetuning():  # l2
 
 
 @pytest.mark.parametrize("finder", ["lr", "batch size"])
-def test_finders_do_not_disturb_it(finder, tmp_path):  # l5
+def test_finders_do_not_disturb_it(finder, tmp_path):
     class Module(module_class("lightning")):
         def __init__(self) -> None:
             super().__init__(optimizers=lambda m: torch.optim.SGD(m.parameters(), lr=m.lr))

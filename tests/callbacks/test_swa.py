@@ -187,18 +187,18 @@ def test_buffers(buffers):
     if buffers == "copy":
         expected |= {name: history.weights[-1][name] for name, _ in result.module.named_buffers()}
     assert_close(all_weights(result.module), expected)
-    assert result.weights["net.0.1.num_batches_tracked"] == STEPS  # k2
+    assert result.weights["net.0.1.num_batches_tracked"] == STEPS
 
 
 RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "accumulation": ({"accumulate_grad_batches": 3}, [4, 6]),  # e
-    "bf16-mixed": ({"precision": "bf16-mixed"}, [4, 8, 12]),  # f1
+    "bf16-mixed": ({"precision": "bf16-mixed"}, [4, 8, 12]),
     "64-true": ({"precision": "64-true"}, [4, 8, 12]),
-    "16-mixed": ({"precision": "16-mixed"}, [4, 8, 12]),  # f5, f6: the first steps are skipped, and count
-    "two optimizers by hand": ({"manual": True}, [4, 8, 12]),  # i1
+    "16-mixed": ({"precision": "16-mixed"}, [4, 8, 12]),  # the first steps are skipped, and count
+    "two optimizers by hand": ({"manual": True}, [4, 8, 12]),
     "validation within the epoch": ({"val_check_interval": 2}, [4, 8, 12]),
     "no validation": ({"limit_val_batches": 0}, [4, 8, 12]),
-    "max_steps": ({"max_steps": 10, "max_epochs": -1}, [4, 8, 10]),  # m3
+    "max_steps": ({"max_steps": 10, "max_epochs": -1}, [4, 8, 10]),
     "max_steps by hand": ({"max_steps": 20, "max_epochs": -1, "manual": True}, [4, 8, 10]),
     "max_epochs before max_steps": ({"max_steps": 100}, [4, 8, 12]),
 }
@@ -209,7 +209,7 @@ def test_average_of_runs_of_all_kinds(kind):
     how, ends = RUNS[kind]
     history = History()
     result = run(SWA(0.2, start=0.25), history, **how)
-    assert len(history.weights) == ends[-1] == result.trainer.global_step // (2 if "manual" in how else 1)  # m5
+    assert len(history.weights) == ends[-1] == result.trainer.global_step // (2 if "manual" in how else 1)
     assert_close(all_weights(result.module), mean_of(history.weights, ends))
 
 
@@ -224,7 +224,7 @@ def test_a_cycle_may_end_with_a_skipped_step(fused):
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_without_a_validation_loader():  # m1
+def test_without_a_validation_loader():
     history, module = History(), module_class("lightning")()
     trainer = make_trainer(SWA(0.2, start=0.25), history)
     torch.manual_seed(0)
@@ -233,7 +233,7 @@ def test_without_a_validation_loader():  # m1
     assert trainer.global_step == STEPS
 
 
-def test_early_stopping_in_the_phase():  # m2
+def test_early_stopping_in_the_phase():
     history = History()
     stop = pl.callbacks.EarlyStopping("val_loss", patience=0, stopping_threshold=100.0)
     result = run(SWA(0.2, start=0.25), stop, history)
@@ -249,7 +249,7 @@ def test_early_stopping_before_the_phase_keeps_the_trained_weights():
     assert not differences(result.weights, {k: history.weights[-1][k] for k in result.weights})
 
 
-def test_bf16_true_keeps_an_fp32_average_that_validation_does_not_round():  # f2, f4
+def test_bf16_true_keeps_an_fp32_average_that_validation_does_not_round():
     averages = []
     for how in ({}, {"limit_val_batches": 0}, {"val_check_interval": 1}):
         swa, history = SWA(0.2, start=0.25, every_n_steps=2), History()
@@ -354,7 +354,7 @@ SCHEDULERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_schedulers_of_torch_are_not_disturbed(scheduler):  # m4
+def test_schedulers_of_torch_are_not_disturbed(scheduler):
     plain = rates(scheduler=SCHEDULERS[scheduler])
     recorder = Rates(scheduler=SCHEDULERS[scheduler])
     run(SWA(0.05, start=0.5, anneal_epochs=1), optimizers=recorder)
@@ -429,7 +429,7 @@ def test_groups_keep_their_proportions():
     assert recorder.used[0] == [[0.4, 0.1]] * 6 + [[0.2, pytest.approx(0.05)]] * 6
 
 
-def test_optimizers_by_hand_keep_their_proportions():  # i3
+def test_optimizers_by_hand_keep_their_proportions():
     recorder = Rates([0.1], [0.4])
     end = run(SWA(0.2, start=0.5), optimizers=recorder, manual=True)
     assert recorder.used[0] == [[0.1]] * 6 + [[pytest.approx(0.05)]] * 6
@@ -466,7 +466,7 @@ def test_accumulated_batches_share_a_rate():
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_start", "on_after_backward", "on_train_batch_end", "on_validation_end"]
 )
-def test_error_gives_the_scheduled_rates_and_the_trained_weights_back(hook, saver, tmp_path):  # n1 to n5
+def test_error_gives_the_scheduled_rates_and_the_trained_weights_back(hook, saver, tmp_path):
     history, recorder = History(), Rates(scheduler=SCHEDULERS["ExponentialLR"])
     module = module_class("lightning")(optimizers=recorder)
     save = SAVERS["OnExceptionCheckpoint"](tmp_path)
@@ -566,7 +566,7 @@ def test_two_optimizers_that_do_not_step_in_every_batch_are_refused_under_max_st
 # Validation and checkpoints
 
 
-def test_validates_the_weights_until_the_first_cycle_has_ended_and_then_the_average():  # c4, d2, d3
+def test_validates_the_weights_until_the_first_cycle_has_ended_and_then_the_average():
     seen: list[tuple[str, str, Weights]] = []
     history = History()
     module = spy(module_class("lightning"), seen, "module")()
@@ -584,7 +584,7 @@ def test_validates_the_weights_until_the_first_cycle_has_ended_and_then_the_aver
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
-def test_monitored_metric_is_that_of_the_saved_weights(tmp_path):  # d1, d3
+def test_monitored_metric_is_that_of_the_saved_weights(tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}")
     run(SWA(0.2, start=0.5), saver, enable_checkpointing=True, val_check_interval=2)
     assert len(saver.best_k_models) == 6
@@ -596,7 +596,7 @@ def test_monitored_metric_is_that_of_the_saved_weights(tmp_path):  # d1, d3
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_checkpoints_hold_the_average(weights_only, tmp_path):  # b1, b2
+def test_checkpoints_hold_the_average(weights_only, tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, save_last=True, save_weights_only=weights_only)
     history = History()
     result = run(SWA(0.2, start=0.25), saver, history, enable_checkpointing=True)
@@ -618,7 +618,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_resume_is_bitwise(setup, tmp_path):  # a4, a5
+def test_resume_is_bitwise(setup, tmp_path):
     arguments = dict(SETUPS[setup])
     scheduler, saver = arguments.pop("scheduler"), Saver(tmp_path)
 
@@ -656,7 +656,7 @@ def test_more_epochs_on_resume_begin_the_average_anew(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
-def test_checkpoint_saved_after_the_fit_trains_longer_with_one_average(tmp_path):  # b3
+def test_checkpoint_saved_after_the_fit_trains_longer_with_one_average(tmp_path):
     how = {"max_steps": 12, "max_epochs": -1}
     stop = pl.callbacks.EarlyStopping("val_loss", patience=0, stopping_threshold=100.0)
     first = run(SWA(0.2, start=0.25), stop, **how)
@@ -678,7 +678,7 @@ def test_resumes_from_a_checkpoint_without_an_average(tmp_path):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.parametrize("ckpt_path", [None, "last", "best"])
 @pytest.mark.parametrize("trainer", ["same", "fresh", "fresh with SWA"])
-def test_test_and_predict_see_the_average(trainer, ckpt_path, tmp_path):  # c1, c2, c3
+def test_test_and_predict_see_the_average(trainer, ckpt_path, tmp_path):
     saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, monitor="step", mode="max")
     fitted = run(SWA(0.2, start=0.25), saver, enable_checkpointing=True)
     module = module_class("lightning")()
@@ -694,13 +694,13 @@ def test_test_and_predict_see_the_average(trainer, ckpt_path, tmp_path):  # c1, 
     assert not differences(weights_of(fitted.module), fitted.weights)
 
 
-def test_same_object_in_a_second_trainer_starts_anew():  # b5
+def test_same_object_in_a_second_trainer_starts_anew():
     swa = SWA(0.2, start=0.25)
     run(swa, max_epochs=2)
     assert not differences(run(swa).weights, run(SWA(0.2, start=0.25)).weights)
 
 
-def test_second_fit_trains_on_from_the_trained_weights():  # b4
+def test_second_fit_trains_on_from_the_trained_weights():
     history = History()
     first = run(SWA(0.2, start=0.5), history, max_epochs=2)
     assert_close(first.weights, mean_of(history.weights, [8]))
@@ -745,7 +745,7 @@ def test_precise_bn_re_estimates_the_statistics_of_the_average(place):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_two_validated_averages_are_refused(place):  # l1
+def test_two_validated_averages_are_refused(place):
     tricks = [SWA(0.2), EMA(0.9)][:: 1 - 2 * place]
     with pytest.raises(RuntimeError, match=r"both decide which weights .* give one of them validate=False"):
         run(*tricks)
@@ -761,7 +761,7 @@ def test_other_averages_are_refused(name):
 
 @pytest.mark.parametrize("aside", ["EMA", "SWA"])
 @pytest.mark.parametrize("place", [0, 1])
-def test_an_average_beside_one_that_is_validated(place, aside, tmp_path):  # l1
+def test_an_average_beside_one_that_is_validated(place, aside, tmp_path):
     def make() -> list[Any]:
         swa, ema = SWA(0.2, start=0.25, validate=aside != "SWA"), EMA(0.5, validate=aside != "EMA")
         return [swa, ema][:: 1 - 2 * place]
@@ -841,7 +841,7 @@ def test_any_order_of_averages_checkpoint_early_stopping_and_finetuning(order, t
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_learning_rate_finder_does_not_disturb_it(place, tmp_path):  # l5
+def test_learning_rate_finder_does_not_disturb_it(place, tmp_path):
     class Module(module_class("lightning")):
         lr = 0.1
 
@@ -880,7 +880,7 @@ def test_logs_how_many_are_averaged():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
-def test_two_processes_use_the_rates_of_one(strategy, ranks):  # g2, h2
+def test_two_processes_use_the_rates_of_one(strategy, ranks):
     expected = {
         step: metrics["lr-SGD"] for step, metrics in run(SWA(lr=0.2, start=0.25)).logged.items() if "lr-SGD" in metrics
     }

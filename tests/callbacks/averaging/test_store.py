@@ -78,7 +78,7 @@ def test_is_the_recurrence_and_agrees_with_torch_and_timm(name):
             torch.testing.assert_close(averages[key], others[key].detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_that_stands_still_keeps_its_outputs():  # k3: others change the index buffers of a Swin
+def test_a_model_that_stands_still_keeps_its_outputs():  # other averages change the index buffers of a Swin
     model, image = network("Swin").eval(), torch.randn(2, 3, 56, 56)
     indices = [name for name, value in model.named_buffers() if not value.is_floating_point()]
     assert indices
