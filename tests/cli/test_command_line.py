@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from helpers import warm
 from helpers.cli import (
     COSINE,
     FIT,
@@ -406,17 +407,17 @@ def test_a_finished_run_can_be_resumed_for_nothing(trained: Path) -> None:
 @pytest.mark.slow
 def test_interrupted_by_ctrl_c_it_can_be_resumed() -> None:
     words = (*FIT, *COSINE, "--trainer.max_epochs=100000")
-    process = subprocess.Popen([sys.executable, "-m", "lit_tricks", *words], stderr=subprocess.PIPE, text=True)
+    process = warm.start(["-m", "lit_tricks", *words], Path("out"), Path("err"))
     try:
         last = Path("runs/tiny/v0/checkpoints/last.ckpt")
         deadline = time.monotonic() + 200
         while not last.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        process.wait(60)
     finally:
         process.kill()
-        process.wait()
+    err = Path("err").read_text()
     assert "Traceback" not in err
     assert "Detected KeyboardInterrupt" in err
     assert process.returncode > 0

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from helpers import warm
 from helpers.cli import CELLS, checkpoint, cli, done, results, workplace
 from helpers.fits import differences
 from helpers.sleepers import alive, interrupted, sleepers, wait_for
@@ -235,7 +236,7 @@ def test_a_killed_run_resumes_and_ends_as_one_that_was_not(
     probe: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in its second epoch, in a process of its own."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process: sums in one order
+    monkeypatch.setattr("lit_tricks.commands.ablation.cells.subprocess.Popen", warm.popen)
     config = yaml.safe_load((folder / "base.yaml").read_text())
     config["trainer"]["callbacks"] = ["probe.Die"]
     (folder / "base.yaml").write_text(yaml.safe_dump(config))

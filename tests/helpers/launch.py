@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from helpers import warm
 
 TIMEOUT = 400  # seconds
 
@@ -27,26 +28,17 @@ def two_processes(scripts: Sequence[str], folder: Path, nodes: bool = False) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tests = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
-    shared = os.environ | {
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
     logs = [folder / f"{rank}.log" for rank in range(2)]
     processes = []
     for rank, log in enumerate(logs):
         place = ["--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=1", *place] if nodes else []
-        command = [sys.executable, *torchrun, str(Path(__file__).with_name("process.py")), str(folder), *scripts]
+        words = [*torchrun, str(Path(__file__).with_name("process.py")), str(folder), *scripts]
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         env = shared | ({} if nodes else rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        with log.open("w") as output:
-            processes.append(
-                subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            )
+        processes.append(warm.start(words, log, env=env))
     deadline = time.monotonic() + TIMEOUT
     try:
         # a rank that fails leaves the other one waiting for it
@@ -59,6 +51,7 @@ def two_processes(scripts: Sequence[str], folder: Path, nodes: bool = False) -> 
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            process.kill()
             process.wait()
     if codes != [0, 0]:
         output = "\n".join(f"--- rank {rank}\n{log.read_text()[-5000:]}" for rank, log in enumerate(logs))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 from helpers.fits import differences, logger_class, run
 from helpers.modules import BATCHES, lightning
+from helpers.warm import server
 
 from lit_tricks.callbacks import EMA, SWA, WarmupCosine
 from lit_tricks.callbacks.base import Trick
@@ -90,9 +90,7 @@ def fit_and_die(folder: Path, name: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("name", TRICKS)
 def test_a_run_that_is_killed_ends_as_one_that_is_not(name, seed, tmp_path):
-    context = multiprocessing.get_context("forkserver")  # this process itself may have threads by now
-    context.set_forkserver_preload(["test_kill"])
-    child = context.Process(target=fit_and_die, args=(tmp_path, name, seed))
+    child = server().Process(target=fit_and_die, args=(tmp_path, name, seed))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import wandb
 import yaml
+from helpers import warm
 from helpers.cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metrics, results, workplace
 from helpers.fits import differences
 from helpers.wandb import Tracked, stranger
@@ -303,10 +302,9 @@ def test_the_run_of_a_caller_goes_on() -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_asked_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_asked_and_nothing_waits(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.delenv("WANDB_SILENT")
-    command = [sys.executable, "-m", "lit_tricks", *TRACKED]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+    process = warm.run(["-m", "lit_tricks", *TRACKED], folder)
     assert process.returncode == 0, process.stderr
     assert "wandb: no login found, so the run is tracked offline; `wandb sync` uploads it later." in process.stderr
     for word in ("Traceback", "Warning", "Enter", "choice"):
@@ -315,11 +313,10 @@ def test_nothing_is_asked_and_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_tracks_and_writes() -> None:
+def test_of_two_processes_one_tracks_and_writes(folder: Path) -> None:
     """The second process is started with the same words, and makes nothing of its own."""
     words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2")
-    command = [sys.executable, "-m", "lit_tricks", *TRACKED, *COSINE, *words]
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+    process = warm.run(["-m", "lit_tricks", *TRACKED, *COSINE, *words], folder)
     assert process.returncode == 0, process.stderr
     assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
     assert [path.name for path in Path("runs/tiny").iterdir()] == ["v0"]
