@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 from collections.abc import Iterator
@@ -12,9 +13,38 @@ import numpy as np
 import pytest
 import torch
 from helpers import once as _once  # noqa: F401
-from helpers.launch import two_processes
+from helpers.launch import results_of, two_processes
+from helpers.shared import made_once
 
+SHORT = "not slow and not full"  # the marks of a run without options, in pyproject.toml
+MOST_WORKERS = 8
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a shell, where tests of Ctrl-C would hang
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # sums in one order, for comparisons bit by bit; and the tests share the cores of the machine
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Return the number of processes for ``-n auto``: none for single files or tests, which start faster that way."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    if all(".py" in argument for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS) if cores > 1 else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run a test that is named on the command line, whatever its marks."""
+    if config.option.markexpr == SHORT and any("::" in argument for argument in config.args):
+        config.option.markexpr = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that share a launch first, so that one worker runs most of them and the launch ends early."""
+    items.sort(key=lambda item: "launched" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture
@@ -50,7 +80,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# What is run by two processes, by the fixture that has what they ended with. Starting them takes longer than any.
+# Scripts that two processes run, by the fixture that gives what they ended with. One launch for all of them is fastest.
 SCRIPTS = {"ranks": "distributed", "weights_ranks": "weights_distributed", "bn_ranks": "precise_bn_distributed"}
 
 
@@ -58,10 +88,11 @@ SCRIPTS = {"ranks": "distributed", "weights_ranks": "weights_distributed", "bn_r
 def launched(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What each of two processes ended with, by script: one launch for all of those that this session needs."""
+    """What each of two processes ended with, by script, for the scripts that this session needs."""
     needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     scripts = [script for fixture, script in SCRIPTS.items() if fixture in needed]
-    return two_processes(scripts, tmp_path_factory.mktemp("distributed"))
+    folder = made_once(tmp_path_factory, "distributed", lambda folder: two_processes(scripts, folder))
+    return {script: results_of(script, folder) for script in scripts}
 
 
 @pytest.fixture(scope="session")

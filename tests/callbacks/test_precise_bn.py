@@ -1032,7 +1032,6 @@ def test_batches_without_inputs_are_refused():
 PLANS = ["DDP", "DDP, unequal", "FSDP2, whole", "FSDP2, in shards"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_processes_estimate_from_the_data_of_both_and_train_as_without(plan, bn_ranks):
     for rank in bn_ranks:
@@ -1045,7 +1044,6 @@ def test_two_processes_estimate_from_the_data_of_both_and_train_as_without(plan,
         assert not differences(*statistics)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_processes_resume_bitwise(plan, bn_ranks):
     for rank in bn_ranks:
@@ -1054,7 +1052,6 @@ def test_two_processes_resume_bitwise(plan, bn_ranks):
             assert not differences(weights, rank[plan]["full"]["weights"]), path
 
 
-@pytest.mark.slow
 def test_two_processes_with_unequal_numbers_of_batches(bn_ranks):
     for rank in bn_ranks:
         assert_precise(rank["unequal numbers of batches"]["0"], population(images(16).tensors[0]))

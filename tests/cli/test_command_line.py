@@ -404,7 +404,6 @@ def test_a_finished_run_can_be_resumed_for_nothing(trained: Path) -> None:
     assert results("runs/tiny/v0")["raw"] == {}
 
 
-@pytest.mark.slow
 def test_interrupted_by_ctrl_c_it_can_be_resumed() -> None:
     words = (*FIT, *COSINE, "--trainer.max_epochs=100000")
     process = warm.start(["-m", "lit_tricks", *words], Path("out"), Path("err"))

@@ -231,7 +231,6 @@ def test_a_seed_has_the_same_weights_split_and_order_in_every_row(here: None, pr
     assert first["val"] == second["val"], "the split has a seed of its own"
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_and_ends_as_one_that_was_not(
     probe: None, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

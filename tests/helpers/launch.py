@@ -56,7 +56,9 @@ def two_processes(scripts: Sequence[str], folder: Path, nodes: bool = False) -> 
     if codes != [0, 0]:
         output = "\n".join(f"--- rank {rank}\n{log.read_text()[-5000:]}" for rank, log in enumerate(logs))
         pytest.fail(f"exit codes {codes} (None: still running after {TIMEOUT} s)\n{output}", pytrace=False)
-    return {
-        script: [torch.load(folder / script / f"{rank}.pt", weights_only=True) for rank in range(2)]
-        for script in scripts
-    }
+    return {script: results_of(script, folder) for script in scripts}
+
+
+def results_of(script: str, folder: Path) -> list[dict[str, Any]]:
+    """Return what each rank of a script left in the folder of its launch."""
+    return [torch.load(folder / script / f"{rank}.pt", weights_only=True) for rank in range(2)]

@@ -48,6 +48,7 @@ def class_attributes(*instances: Any) -> dict[str, int]:
     classes = {cls for instance in instances for cls in ancestors(type(instance))}
     classes |= {torch.optim.Optimizer, torch.optim.SGD, nn.CrossEntropyLoss, nn.Module, torch.Tensor, DataLoader}
     found = {f"{cls.__qualname__}.{name}": id(value) for cls in classes for name, value in vars(cls).items()}
+    found = {name: value for name, value in found.items() if not name.endswith(".__slotnames__")}  # copies leave it
     return found | {f"F.{name}": id(value) for name, value in vars(F).items()}
 
 

@@ -21,6 +21,7 @@ import torch
 import yaml
 from helpers.fits import Result, Saver, differences, make_trainer, result, run, said, weights_of
 from helpers.modules import LAYOUTS, NAMESPACES, datamodule_class, eval_loader, module_class, train_loader
+from helpers.pairwise import parametrize_pairwise
 from helpers.traces import class_attributes, traces
 from helpers.tricks import CASES, TRICKS
 
@@ -87,7 +88,7 @@ def test_row_refuses_known_cases_only(name):
 
 @each_trick
 def test_has_a_test_file(name):
-    assert re.search(rf"\b{name}\(", (ROOT / "tests" / TRICKS[name].tests).read_text())
+    assert re.search(rf"\b{name}\(", (ROOT / "tests" / "callbacks" / TRICKS[name].tests).read_text())
 
 
 @each_trick
@@ -175,10 +176,9 @@ def test_runs_without_a_trick_are_repeatable(namespace):  # what all comparisons
     assert_equal(run(namespace=namespace), without_trick(namespace="lightning"))
 
 
-@each_trick
-@pytest.mark.parametrize("loss", ["functional loss", "criterion"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("namespace", NAMESPACES)
+@parametrize_pairwise(
+    "name, layout, loss, namespace", list(TRICKS), list(LAYOUTS), ["functional loss", "criterion"], list(NAMESPACES)
+)
 def test_has_an_effect_on_any_module_and_batch(name, namespace, layout, loss):
     how = {"namespace": namespace, "layout": layout, "criterion": loss == "criterion"} | AS_BY_DEFAULT
     if not refused(name, layout, loss, **how):
@@ -272,9 +272,7 @@ def other_sgd(module: Any) -> Any:
 COPIES = {"deepcopy": deepcopy, "pickle": lambda trick: pickle.loads(pickle.dumps(trick))}
 
 
-@each_trick
-@pytest.mark.parametrize("copy", COPIES)
-@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@parametrize_pairwise("name, copy, used", list(TRICKS), list(COPIES), [False, True])
 def test_a_copy_works_as_a_new_one(name, used, copy):
     trick = TRICKS[name].make()
     if used:
@@ -377,7 +375,6 @@ def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
 
 
 @each_trick
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 def test_two_processes(name, strategy, ranks):
     runs = [rank[strategy] for rank in ranks]
@@ -396,7 +393,6 @@ def test_two_processes(name, strategy, ranks):
 
 
 @each_trick
-@pytest.mark.slow
 def test_fsdp2_trains_as_ddp(name, ranks):
     if not {"DDP", "FSDP2"} & TRICKS[name].refused.keys():
         for rank in ranks:

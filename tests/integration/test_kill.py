@@ -83,7 +83,6 @@ def fit_and_die(folder: Path, name: str, seed: int) -> None:
     fit(folder, name, seed, Die(hook, draw.randrange(1, STEPS)))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forks of a server, or each would import for seconds")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")

@@ -124,7 +124,6 @@ def test_an_error_leaves_no_hook() -> None:
     assert not module._forward_hooks
 
 
-@pytest.mark.slow
 def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
     two_processes(["evidence_distributed"], tmp_path)
     (tmp_path / "one").mkdir()

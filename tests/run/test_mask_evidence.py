@@ -176,7 +176,6 @@ def test_images_that_a_sampler_repeats_count_once() -> None:
     assert ours["images"] == 7
 
 
-@pytest.mark.slow
 def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
     two_processes(["mask_evidence_distributed"], tmp_path)
     (tmp_path / "one").mkdir()

@@ -301,7 +301,6 @@ def test_the_run_of_a_caller_goes_on() -> None:
     assert wandb.run is None
 
 
-@pytest.mark.slow
 def test_nothing_is_asked_and_nothing_waits(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.delenv("WANDB_SILENT")
     process = warm.run(["-m", "lit_tricks", *TRACKED], folder)

@@ -201,7 +201,6 @@ CASES = ["DDP", "FSDP2, whole", "FSDP2, in shards", "FSDP2, bf16-true, whole", "
 each_case = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.mark.slow
 @each_case
 def test_two_processes_train_as_without(case, weights_ranks):
     for rank in weights_ranks:
@@ -209,7 +208,6 @@ def test_two_processes_train_as_without(case, weights_ranks):
         assert not differences(full["trained"], plain["trained"])
 
 
-@pytest.mark.slow
 @each_case
 def test_two_processes_end_with_one_average(case, weights_ranks):
     """Of the weights, and of the buffers of the first process: those that DDP spreads."""
@@ -224,7 +222,6 @@ def test_two_processes_end_with_one_average(case, weights_ranks):
             assert not differences(validated, first["validated"][epoch - 1])
 
 
-@pytest.mark.slow
 @each_case
 def test_two_processes_resume_bitwise(case, weights_ranks):
     for rank in weights_ranks:
@@ -238,7 +235,6 @@ def test_two_processes_resume_bitwise(case, weights_ranks):
                 assert not differences(*({k: v for k, v in x.items() if is_trained(k)} for x in (left, right))), path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if "shards" not in case])
 def test_two_processes_write_the_average_and_the_weights(case, weights_ranks):
     bf16, history = "bf16" in case, weights_ranks[0][case]["full"]["trained"]
