@@ -1,6 +1,6 @@
 """The tricks that make image classifiers more accurate, each as one PyTorch Lightning callback.
 
-Callbacks are imported here from ``lit_tricks.callbacks``; the modules, and with them timm, only when asked for.
+Each name is imported when it is first used: ``import lit_tricks`` alone does not import torch.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lit_tricks import callbacks
-from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
-
 if TYPE_CHECKING:
+    from lit_tricks import callbacks
+    from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
     from lit_tricks.tasks.classification import Classifier
     from lit_tricks.tasks.detection import Detector
     from lit_tricks.tasks.segmentation import Segmenter
@@ -25,8 +24,9 @@ _MODULES = {  # where they are
     "Segmenter": "tasks.segmentation",
 }
 
-__all__ = ["Classifier", "Detector", "Segmenter"]
-__all__ += callbacks.__all__
+if TYPE_CHECKING:
+    __all__ = ["Classifier", "Detector", "Segmenter"]
+    __all__ += callbacks.__all__
 
 __version__ = version("lit-tricks")
 
@@ -47,6 +47,17 @@ if not logging.getLogger().hasHandlers():  # as Lightning does: its lines and ou
 
 
 def __getattr__(name: str) -> Any:
+    """Import what a name stands for: a module of a task, the package of the callbacks, or one of these."""
     if name in _MODULES:
         return getattr(import_module(f"lit_tricks.{_MODULES[name]}"), name)
+    if name == "__all__":
+        return [*_MODULES, *import_module("lit_tricks.callbacks").__all__]
+    if not name.startswith("_"):
+        callbacks = import_module("lit_tricks.callbacks")
+        if name == "callbacks" or name in getattr(callbacks, "__all__", ()):
+            return callbacks if name == "callbacks" else getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,7 +1,4 @@
-"""The command line: ``lit-tricks fit``, ``validate``, ``test`` and ``predict``, one LightningCLI behind ``main``.
-
-The other commands, such as ``lit-tricks average``, are functions in ``lit_tricks.commands``.
-"""
+"""The commands that need torch: ``lit-tricks fit`` and the like by LightningCLI, and the functions in ``commands``."""
 
 from __future__ import annotations
 
@@ -26,7 +23,8 @@ import lit_tricks.data
 import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection
 from lit_tricks import __version__, commands
-from lit_tricks.cli.commands import find_command, own_arguments, run_command, summary
+from lit_tricks.cli.catalog import TRAINER_COMMANDS
+from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
 from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
 from lit_tricks.run.evidence.callback import Evidence
@@ -45,7 +43,7 @@ from lit_tricks.tasks.base import Task
 from lit_tricks.tasks.segmentation import Segmenter
 from lit_tricks.utils.config_files import given, model_in, resolve_configs
 
-__all__ = ["TricksCLI", "main"]
+__all__ = ["TricksCLI", "run"]
 
 # Lightning's own use of torch, a loader of images in memory, callbacks that only training needs, a resumed run in a
 # folder of its own: nothing to do about any of these warnings.
@@ -63,13 +61,16 @@ class TricksCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: RunFolder) -> None:
         self.run = run
+        self.wanted = next((arg for arg in args if arg in self.subcommands()), None)
         super().__init__(
             LightningModule,
             LightningDataModule,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
-            # errors are raised, for `main` to say in one line
-            parser_kwargs={command: {"exit_on_error": False} for command in self.subcommands()}
+            # errors are raised: `run` prints them as one line
+            parser_kwargs={
+                name: {"exit_on_error": False, "description": TRAINER_COMMANDS[name]} for name in self.subcommands()
+            }
             | {"exit_on_error": False, "prog": "lit-tricks", "version": __version__},
             trainer_defaults={"default_root_dir": "runs"},
             subclass_mode_model=True,
@@ -78,14 +79,9 @@ class TricksCLI(LightningCLI):
             args=args,
         )
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        assert parser._subcommands_action is not None
-        for name in commands.__all__:  # for --help, and for messages: `main` runs them itself
-            text = summary(getattr(commands, name))
-            parser._subcommands_action.add_subcommand(name, LightningArgumentParser(description=text), help=text)
-
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self.wanted not in (None, subcommand):  # a full parser takes time to make
+            return LightningArgumentParser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(
             {"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True}
@@ -112,7 +108,7 @@ class TricksCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Put the settings of a checkpoint that is to be used below the ones that are given."""
         assert isinstance(args, list)  # __init__ takes nothing else
-        subcommand = next((arg for arg in args if arg in self.subcommands()), None)
+        subcommand = self.wanted
         args, path = _with_checkpoint_file(args, prefer="last" if subcommand == "fit" else "best")
         settings: dict[str, Any] = {}
         if path:
@@ -241,38 +237,35 @@ def _parts_of_fit(words: list[str]) -> dict[str, Any]:
     return {"data": built.datamodule, "model": built.model, "trainer": trainer}
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run ``lit-tricks``.
+def run(words: list[str], debug: bool) -> None:
+    """Run a command.
 
     Args:
-        args: the words after ``lit-tricks``; those of the command line by default.
+        words: the words after ``lit-tricks``.
+        debug: raise errors instead of printing one line.
 
     Raises:
-        SystemExit: with 0 after ``--help`` and the like, 2 for arguments that can not be understood, 130 after Ctrl-C
-            outside of the training (1 in it, by Lightning), 1 for whatever else went wrong. One message says what;
-            ``--debug`` shows the traceback too.
+        SystemExit: see ``lit_tricks.cli.main``.
     """
-    words = sys.argv[1:] if args is None else list(args)
-    debug = "--debug" in words
-    run = RunFolder()
+    folder = RunFolder()
     command = None
     try:
         command, name = find_command(commands, words)
-        words, configs = resolve_configs([word for word in words if word != "--debug"])
-        run.name = configs[0].stem if configs else run.name
+        words, configs = resolve_configs(words)
+        folder.name = configs[0].stem if configs else folder.name
         with own_wandb_run(), warnings.catch_warnings():
             for message in NO_ADVICE:
                 warnings.filterwarnings("ignore", message=message)
             if command:
                 run_command(command, words[len(name.split()) :], name, _parts_of_fit)
             else:
-                TricksCLI(words, run)
+                TricksCLI(words, folder)
     except KeyboardInterrupt:
-        run.discard_if_empty()
+        folder.discard_if_empty()
         print("lit-tricks: interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(130)
     except Exception as error:
-        run.discard_if_empty()
+        folder.discard_if_empty()
         if debug:
             raise
         message, code = explain(error, own_arguments(command) if command else ())

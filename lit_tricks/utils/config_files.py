@@ -100,8 +100,10 @@ def _check_yaml(path: Path) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question with the known name that is nearest, or nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+    """Return a question with the known name that is nearest, or nothing. Case matters only between equal names."""
+    names = list(known)
+    lower = {each.lower(): each for each in reversed(names)}  # the first of several stays
+    found = [name] if name in names else [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1)]
     return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import math
+import os
 import re
 import signal
 import subprocess
@@ -571,9 +572,14 @@ def test_predicting_needs_a_checkpoint(images: Path) -> None:
 @pytest.mark.slow
 def test_the_installed_command() -> None:
     script = Path(sys.executable).with_name("lit-tricks")
-    process = subprocess.run([script, "fit", "--config=nowhere"], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    process = subprocess.run([script, "fit", "--config=nowhere"], capture_output=True, text=True, env=environment)
     assert (process.returncode, process.stdout) == (1, "")
-    assert re.fullmatch("lit-tricks: error: --config nowhere: there is no such file; .*\n", process.stderr)
+    imports = re.findall(r"^import time:.* ([\w.]+)$", process.stderr, re.MULTILINE)
+    assert "timm.models" in imports
+    assert "wandb.sdk" not in imports, "a run without W&B loads it"
+    [error] = [line for line in process.stderr.splitlines() if not line.startswith("import time:")]
+    assert re.fullmatch("lit-tricks: error: --config nowhere: there is no such file; .*", error)
 
 
 def test_version() -> None:
