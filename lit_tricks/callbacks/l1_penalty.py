@@ -148,6 +148,6 @@ class L1Penalty(Trick):
         self._first_step = 0
 
     def unwrap(self) -> None:
-        """Also release weights and hooks of the fit."""
+        """Also release the weights of the fit."""
         super().unwrap()
         self._forget()
