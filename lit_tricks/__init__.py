@@ -11,18 +11,14 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lit_tricks.tasks import TASKS
+
 if TYPE_CHECKING:
     from lit_tricks import callbacks
     from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
     from lit_tricks.tasks.classification import Classifier
     from lit_tricks.tasks.detection import Detector
     from lit_tricks.tasks.segmentation import Segmenter
-
-_MODULES = {  # where they are
-    "Classifier": "tasks.classification",
-    "Detector": "tasks.detection",
-    "Segmenter": "tasks.segmentation",
-}
 
 if TYPE_CHECKING:
     __all__ = ["Classifier", "Detector", "Segmenter"]
@@ -48,10 +44,10 @@ if not logging.getLogger().hasHandlers():  # as Lightning does: its lines and ou
 
 def __getattr__(name: str) -> Any:
     """Import what a name stands for: a module of a task, the package of the callbacks, or one of these."""
-    if name in _MODULES:
-        return getattr(import_module(f"lit_tricks.{_MODULES[name]}"), name)
+    if name in TASKS:
+        return getattr(import_module(TASKS[name]), name)
     if name == "__all__":
-        return [*_MODULES, *import_module("lit_tricks.callbacks").__all__]
+        return [*TASKS, *import_module("lit_tricks.callbacks").__all__]
     if not name.startswith("_"):
         callbacks = import_module("lit_tricks.callbacks")
         if name == "callbacks" or name in getattr(callbacks, "__all__", ()):

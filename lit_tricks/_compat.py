@@ -1,20 +1,103 @@
-"""Names that are private to other libraries: one function a name, with the reason and where it is defined upstream.
+"""Names that are private to other libraries: one function or class a name, with why it is needed and where it is.
+
+Nothing else in lit_tricks reads a private name of another library (ruff's SLF001). ``tests/test_compat.py`` has a test
+for each of these, which fails when a new version renames the name. They exist in the lowest versions that
+pyproject.toml allows, except where a docstring gives a version.
 
 Lightning is distributed as two packages, ``lightning`` and ``pytorch_lightning``, whose classes are not the same
-objects. Everything that has to work with both of them stands here too.
+objects. What works with both of them is here, too.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from multiprocessing.process import BaseProcess
 
-__all__ = ["callbacks_of", "lightning_classes", "lightning_packages"]
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
+
+__all__ = [
+    "CLASS_PATH_KEY",
+    "COMPILED_CALL",
+    "INSTANTIATOR_KEY",
+    "MODULE_REGISTRIES",
+    "BatchNorm",
+    "Convolution",
+    "Dropout",
+    "NormWithStatistics",
+    "add_subcommand",
+    "allow_http_endpoints",
+    "apply_before_transfer_hook",
+    "batch_hook_owner",
+    "call_of",
+    "callbacks_of",
+    "calls_step_hooks",
+    "combined_loader",
+    "compiled_call_of",
+    "draw_dirichlet",
+    "dummy_logger",
+    "dump_weights",
+    "foreach_add_",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "foreach_mul_",
+    "foreach_sign",
+    "has_iterator",
+    "is_built_by_command_line",
+    "is_compiled_by_lightning",
+    "is_optimized_module",
+    "is_overridden",
+    "leaves",
+    "lightning_classes",
+    "lightning_packages",
+    "logging_step",
+    "merge_shards",
+    "new_shared_storage",
+    "overrides",
+    "plain_torch_functions",
+    "reset_iterator",
+    "resize_antialiased_into",
+    "saved_hparams",
+    "saves_in_shards",
+    "share_among_workers",
+    "should_update_logs",
+    "stop_workers",
+    "streaming_environment",
+    "training_source",
+    "unscales_in_step",
+    "was_skipped_by_scaler",
+    "workers_of",
+]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def overrides(base: type) -> Callable[[Method], Method]:
+    """Mark a method that replaces a private method of a foreign class, where upstream has no public way.
+
+    If the method were renamed upstream, ours would silently never be called.
+
+    Raises:
+        AttributeError: at import, if the class has no method of this name.
+    """
+
+    def check(method: Method) -> Method:
+        getattr(base, method.__name__)
+        return method
+
+    return check
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,10 +134,427 @@ def lightning_classes(path: str) -> tuple[type[Any], ...]:
     return tuple(attrgetter(path)(package) for package in lightning_packages())
 
 
+def is_overridden(name: str, pl_module: nn.Module) -> bool:
+    """Return whether a LightningModule has a method of its own instead of the one of Lightning's base class."""
+    method = getattr(type(pl_module), name)
+    return name in vars(pl_module) or all(
+        method is not getattr(cls, name) for cls in lightning_classes("LightningModule")
+    )
+
+
+def dummy_logger(trainer: Trainer) -> Any:
+    """Return the logger that Lightning uses in a ``fast_dev_run``, of the Trainer's own package.
+
+    The class is public, and in no public module.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loggers/logger.py#L51
+    """
+    packages = [package for package in lightning_packages() if isinstance(trainer, package.Trainer)]
+    return packages[0].loggers.logger.DummyLogger()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Lightning
+# Lightning: the Trainer
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
-    """Return the Trainer's callbacks. The callback connector sets this attribute, so type checkers do not see it."""
+    """Return the Trainer's callbacks. The callback connector sets this attribute, so type checkers do not see it.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/callback_connector.py#L68
+    """
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def batch_hook_owner(trainer: Trainer, hook: str) -> Any:
+    """Return the module or data module whose ``on_after_batch_transfer`` (or similar hook) Lightning calls.
+
+    Callbacks have no hook that may change a batch; and only Lightning decides which of the two owners it calls.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/data_connector.py#L359
+    """
+    connector: Any = trainer._data_connector
+    return connector._datahook_selector.get_instance(hook)
+
+
+def should_update_logs(trainer: Trainer) -> bool:
+    """Return whether the loggers get what is logged in this batch, so that other batches need not compute it.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/logger_connector/logger_connector.py#L51
+    """
+    return trainer._logger_connector.should_update_logs
+
+
+def logging_step(trainer: Trainer) -> int:
+    """Return the step under which Lightning logs its own metrics: ``global_step`` counts all optimizers.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py#L94
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def combined_loader(loop: Any) -> Any:
+    """Return the CombinedLoader of a fit or evaluation loop, None before the loop has set up its data.
+
+    The public properties return the loaders without what combines them, and they may still have to be built.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/fit_loop.py#L107
+    """
+    return loop._combined_loader
+
+
+def training_source(trainer: Trainer) -> Any:
+    """Return the object that has the training loader: the loader itself, or the module or data module that builds it.
+
+    Building the loader early would lose its state when the run resumes, so the public properties do not serve.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/fit_loop.py#L106
+    """
+    return trainer.fit_loop._data_source.instance
+
+
+def dump_weights(trainer: Trainer) -> dict[str, Any]:
+    """Return the content of a checkpoint without what only a run that continues needs.
+
+    ``Trainer.save_checkpoint`` writes a file, and its content is to be changed before.
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/checkpoint_connector.py#L415
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+
+
+def saves_in_shards(trainer: Trainer) -> bool:
+    """Return whether checkpoints are folders to which each process writes its own part of the weights.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/model_parallel.py#L94
+    """
+    strategy: Any = trainer.strategy
+    is_parallel = isinstance(strategy, lightning_classes("strategies.ModelParallelStrategy"))
+    return is_parallel and bool(strategy._save_distributed_checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lightning: modules
+
+
+def apply_before_transfer_hook(pl_module: LightningModule, batch: Any) -> Any:
+    """Call ``on_before_batch_transfer`` as Lightning does: of the module or the data module, whichever has it.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/module.py#L355
+    """
+    return pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def is_compiled_by_lightning(pl_module: LightningModule) -> bool:
+    """Return whether the module was given to the Trainer as ``torch.compile(module)``. Lightning unwraps it.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/module.py#L148
+    """
+    return pl_module._compiler_ctx is not None
+
+
+def saved_hparams(owner: Any) -> dict[str, Any]:
+    """Return what ``save_hyperparameters`` has saved. The property ``hparams`` would create an empty one.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/mixins/hparams_mixin.py#L175
+    """
+    return vars(owner).get("_hparams") or {}
+
+
+CLASS_PATH_KEY = "_class_path"
+"""Key under which LightningCLI saves the class of a module or data module among its hyperparameters.
+
+https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py#L873
+"""
+
+INSTANTIATOR_KEY = "_instantiator"
+"""Key under which Lightning saves how to build such an object again.
+
+https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/mixins/hparams_mixin.py#L36
+"""
+
+
+def is_built_by_command_line() -> bool:
+    """Return whether LightningCLI is building an object: its arguments are then plain text and numbers.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/mixins/hparams_mixin.py#L30
+    """
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+    return bool(_given_hyperparameters.get())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch: modules
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base class of all BatchNorm layers, SyncBatchNorm and those of other libraries included.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/batchnorm.py#L152
+"""
+
+NormWithStatistics = nn.modules.batchnorm._NormBase
+"""Base class of BatchNorm and InstanceNorm.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/batchnorm.py#L25
+"""
+
+Convolution = nn.modules.conv._ConvNd
+"""Base class of all convolutions.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/conv.py#L55
+"""
+
+Dropout = nn.modules.dropout._DropoutNd
+"""Base class of all dropout layers.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/dropout.py#L17
+"""
+
+MODULE_REGISTRIES = ("_parameters", "_modules")
+"""Attributes in which a module keeps its parameters and submodules, to be left out of a copy of its other attributes.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/module.py#L506
+"""
+
+COMPILED_CALL = "_compiled_call_impl"
+"""Attribute of a module that replaces its call. ``nn.Module.compile`` sets it, and nothing public resets it.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/module.py#L3062
+"""
+
+
+def compiled_call_of(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the compiled call of a module, if ``nn.Module.compile`` was called.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/module.py#L480
+    """
+    return module._compiled_call_impl
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """Return what calling a module runs, hooks included: what ``nn.Module.compile`` compiles.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/module.py#L1787
+    """
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def is_optimized_module(module: nn.Module) -> bool:
+    """Return whether a module is what ``torch.compile(module)`` returns. The class is in no public module.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/_dynamo/eval_frame.py#L469
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and no module is compiled without it
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch: tensors
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return what is in nested lists, tuples, dicts and other containers. torch has no public module for trees.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/utils/_pytree.py#L1527
+    """
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def plain_torch_functions() -> AbstractContextManager[None]:
+    """Run torch functions on tensors of a subclass without calling its ``__torch_function__``.
+
+    The public ``torch.overrides`` has no such context. ``Tensor.__torch_function__`` uses this one.
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/_tensor.py#L1539
+    """
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def foreach_copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor], non_blocking: bool = False) -> None:
+    """Copy tensors, with one kernel for many of them. torch's own optimizers use the ``_foreach`` functions.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/asgd.py#L399
+    """
+    torch._foreach_copy_(list(tensors), list(sources), non_blocking)
+
+
+def foreach_lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Interpolate tensors in place, with one kernel for many of them.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/adam.py#L704
+    """
+    torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def foreach_sign(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the signs of tensors, computed with one kernel for many of them.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/rprop.py#L373
+    """
+    return list(torch._foreach_sign(list(tensors)))
+
+
+def foreach_mul_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply tensors in place by a scalar tensor, with one kernel for many of them.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/adam.py#L708
+    """
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def foreach_add_(tensors: Sequence[Tensor], terms: Sequence[Tensor], alpha: float = 1) -> None:
+    """Add ``alpha`` times a term to each tensor in place, with one kernel for many of them.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/sgd.py#L427
+    """
+    torch._foreach_add_(list(tensors), list(terms), alpha=alpha)
+
+
+def draw_dirichlet(concentration: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw from Dirichlet distributions. ``torch.distributions`` takes no generator.
+
+    https://github.com/pytorch/pytorch/issues/45115
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/distributions/dirichlet.py#L26
+    """
+    return torch._sample_dirichlet(concentration, generator=generator)
+
+
+def new_shared_storage(size: int) -> torch.UntypedStorage:
+    """Return memory that processes share, as ``default_collate`` does. ``share_memory_`` would copy.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/utils/data/_utils/collate.py#L273
+    """
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    return storage
+
+
+def resize_antialiased_into(out: Tensor, images: Tensor, y_scale: float, x_scale: float) -> None:
+    """Resize bilinearly into a tensor. ``F.interpolate`` takes a size or scales, not both, and allocates.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/functional.py#L5257
+    """
+    torch.ops.aten._upsample_bilinear2d_aa.out(images, list(out.shape[-2:]), False, y_scale, x_scale, out=out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch: optimizers and gradient scalers
+
+
+def calls_step_hooks(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` calls the hooks of ``register_step_post_hook``. Those of some wrappers do not.
+
+    ``torch.optim.Optimizer.__init__`` marks ``step`` when it makes it call hooks.
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/optimizer.py#L584
+    """
+    return getattr(type(optimizer).step, "hooked", False)
+
+
+def unscales_in_step(optimizer: Optimizer) -> bool:
+    """Return whether a gradient scaler leaves it to the optimizer to unscale gradients. Fused ones do it in ``step``.
+
+    Other optimizers do not have the attribute.
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/amp/grad_scaler.py#L418
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def was_skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Return whether the step in progress changes nothing, as a gradient scaler has found an overflow.
+
+    A gradient scaler does not call other optimizers at all then. It sets the attribute on fused ones, for their step.
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/amp/grad_scaler.py#L464
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders of torch, torchdata and Lightning
+
+
+def has_iterator(loader: Any) -> bool:
+    """Return whether a loader of torchdata has begun an epoch. Its ``state_dict`` would start the workers.
+
+    https://github.com/meta-pytorch/data/blob/v0.11.0/torchdata/stateful_dataloader/stateful_dataloader.py#L367
+    """
+    return loader._iterator is not None
+
+
+def reset_iterator(loader: Any) -> None:
+    """Let a DataLoader or CombinedLoader start anew. Persistent workers keep the data set that they were given.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/utils/data/dataloader.py#L429
+    """
+    if loader._iterator is not None:
+        loader._iterator = None
+
+
+def workers_of(loader: DataLoader[Any]) -> list[BaseProcess]:
+    """Return the processes of the iterator that a loader keeps, to find out if one was killed.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/utils/data/dataloader.py#L1140
+    """
+    iterator: Any = loader._iterator
+    return [] if iterator is None or not loader.num_workers else list(iterator._workers)
+
+
+def stop_workers(loader: DataLoader[Any]) -> None:
+    """Stop the processes of ``workers_of``, and let torch's signal handler forget them: it would raise once more.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/utils/data/dataloader.py#L1608
+    """
+    iterator: Any = loader._iterator
+    if iterator._worker_pids_set:
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+        iterator._worker_pids_set = False
+    iterator._shutdown_workers()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# litdata, which is optional
+
+
+def streaming_environment(world_size: int, rank: int) -> Any:
+    """Return litdata's description of the processes, as one node. It would otherwise split shards among nodes.
+
+    https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/utilities/env.py#L21
+    """
+    from litdata.utilities.env import _DistributedEnv
+
+    return _DistributedEnv(world_size, rank, 1)
+
+
+def share_among_workers(numbers: Any, intervals: Any, num_workers: int, batch_size: int) -> Any:
+    """Share the shards of a process among its workers, as litdata does.
+
+    https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/utilities/shuffle.py#L257
+    """
+    from litdata.utilities.shuffle import _associate_chunks_and_intervals_to_workers
+
+    process = streaming_environment(1, 0)
+    return _associate_chunks_and_intervals_to_workers(process, numbers, intervals, False, num_workers, batch_size)
+
+
+def allow_http_endpoints() -> None:
+    """Let litdata read from endpoints of S3 without TLS, such as a local MinIO. boto3 does so by default.
+
+    https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/streaming/downloader.py#L206
+    """
+    from litdata.streaming import downloader
+
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
+
+
+def merge_shards(writer: Any) -> None:
+    """Write the index of shards. ``merge`` would wait for as many writers as ``WORLD_SIZE`` says.
+
+    https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/streaming/writer.py#L814
+    """
+    writer._merge_no_wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jsonargparse
+
+
+def add_subcommand(parser: Any, name: str, subparser: Any, text: str) -> None:
+    """Add a subcommand to a parser that has some: LightningCLI does not return what ``add_subcommands`` gave it.
+
+    https://github.com/omni-us/jsonargparse/blob/v4.53.0/jsonargparse/_core.py#L263
+    """
+    parser._subcommands_action.add_subcommand(name, subparser, help=text)

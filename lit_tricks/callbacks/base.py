@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_tricks._compat import lightning_classes
+from lit_tricks._compat import lightning_classes, should_update_logs
 
 __all__ = ["Trick"]
 
@@ -90,7 +90,7 @@ class Trick(_Callback):
     @staticmethod
     def should_log(trainer: Trainer) -> bool:
         """Return whether the loggers get what is logged in this training batch."""
-        return trainer._logger_connector.should_update_logs
+        return should_update_logs(trainer)
 
     @staticmethod
     def log_step(pl_module: LightningModule, quantities: Mapping[str, Any]) -> None:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lit_tricks._compat import batch_hook_owner, is_overridden
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import flag
 from lit_tricks.utils.batch import replace, tensors_in
 from lit_tricks.utils.dtensor import is_sharded, to_local
+from lit_tricks.utils.modules import own_parameter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -56,7 +58,7 @@ class ChannelsLast(Trick):
         """Lay the weights out, before a strategy or an optimizer looks at them."""
         if stage != "fit" or not self.weights:
             return
-        if _is_overridden(pl_module, "configure_model"):  # which may build layers, or shard them
+        if is_overridden("configure_model", pl_module):  # which may build layers, or shard them
             self.wrap(pl_module, "configure_model", partial(self._configured, pl_module))
         else:
             self._lay_out(pl_module)
@@ -77,9 +79,8 @@ class ChannelsLast(Trick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act on training batches, after all that others do to them."""
-        connector: Any = trainer._data_connector
         hook = "on_after_batch_transfer"
-        self.wrap(connector._datahook_selector.get_instance(hook), hook, partial(self._transferred, trainer))
+        self.wrap(batch_hook_owner(trainer, hook), hook, partial(self._transferred, trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the number of filters that are in this order."""
@@ -121,10 +122,5 @@ class ChannelsLast(Trick):
 
 def _filters(module: nn.Module) -> list[Any]:
     layers = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.ConvTranspose2d)]
-    weights = [layer._parameters.get("weight") for layer in layers]  # a parametrized one has none
+    weights = [own_parameter(layer, "weight") for layer in layers]  # a parametrized one has none
     return [weight for weight in weights if weight is not None]
-
-
-def _is_overridden(module: Any, hook: str) -> bool:
-    classes = [cls for cls in type(module).__mro__ if hook in vars(cls)]
-    return bool(classes) and classes[0].__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
+from lit_tricks._compat import COMPILED_CALL, call_of, compiled_call_of, is_compiled_by_lightning, is_optimized_module
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, flag, invalid, text, texts
 
@@ -85,13 +86,13 @@ class Compile(Trick):
                 f"Compile found no layers like {self.layers or 'networks with weights'} in {who}: name them."
             )
         inside = [part for layer in found.values() for part in layer.modules()]
-        if getattr(pl_module, "_compiler_ctx", None) or any(map(_is_compiled, inside)):
+        if is_compiled_by_lightning(pl_module) or any(map(_is_compiled, inside)):
             raise RuntimeError(f"Compile: {who}, or a part of it, is compiled already. Remove one of the two.")
         for layer in found.values():
             compiled = torch.compile(
                 _call_of(layer), mode=self.mode, backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph
             )
-            self.wrap(layer, "_compiled_call_impl", partial(self._run, compiled))  # as nn.Module.compile does
+            self.wrap(layer, COMPILED_CALL, partial(self._run, compiled))
         self._count, self._ran = len(found), False
         self.announce(f"{', '.join(found)} by {self.backend}, mode {self.mode}")
 
@@ -117,8 +118,8 @@ class Compile(Trick):
 
 
 def _call_of(layer: nn.Module) -> Callable[..., Any]:
-    """What calling it does. A function of ours: torch 2.7 does not compile a call that stays within torch.nn."""
-    call_impl: Callable[..., Any] = layer._call_impl
+    """Return a function that calls the layer: torch 2.7 does not compile a call that stays within torch.nn."""
+    call_impl = call_of(layer)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return call_impl(*args, **kwargs)
@@ -141,4 +142,4 @@ def _named(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return is_optimized_module(module) or compiled_call_of(module) is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_tricks._compat import foreach_add_, foreach_mul_, foreach_sign, unscales_in_step
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import number
 from lit_tricks.utils.dtensor import to_local
@@ -31,12 +32,12 @@ def penalize(weights: list[Tensor], gradients: list[Tensor], strength: float | T
         gradients: theirs.
         strength: 0 or more.
     """
-    signs = torch._foreach_sign(weights)
+    signs = foreach_sign(weights)
     if isinstance(strength, Tensor):
-        torch._foreach_mul_(signs, strength)
-        torch._foreach_add_(gradients, signs)
+        foreach_mul_(signs, strength)
+        foreach_add_(gradients, signs)
     else:
-        torch._foreach_add_(gradients, signs, alpha=strength)
+        foreach_add_(gradients, signs, alpha=strength)
 
 
 def sparsity(weights: list[Tensor], threshold: float) -> Tensor:
@@ -105,7 +106,7 @@ class L1Penalty(Trick):
             return
         strength: float | Tensor = self.strength
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales in its step
+        if scaler is not None and unscales_in_step(optimizer):
             strength = scaler.scale(torch.tensor(strength, device=chosen[0].device))
         with torch.no_grad():
             penalize([to_local(p) for p in chosen], [to_local(p.grad) for p in chosen], strength)

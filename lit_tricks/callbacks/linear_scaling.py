@@ -11,8 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from lit_tricks._compat import callbacks_of, leaves, lightning_classes, saved_hparams, training_source
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import Group, on_each_group, optimizers_in
 from lit_tricks.utils.arguments import choice, integer
@@ -117,7 +117,7 @@ class LinearScaling(Trick):
             RuntimeError: if it is not.
         """
         if not self._is_seen:
-            sizes = [leaf.size(0) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+            sizes = [leaf.size(0) for leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]
             if images := images_in_list(batch):  # each with its channels first
                 sizes = [len(images)]
             self._is_seen = self._batch.size in sizes or not sizes
@@ -234,7 +234,8 @@ def effective_batch_size(
     Raises:
         RuntimeError: if it is not known, or will change.
     """
-    if any(type(c).__name__ == "GradientAccumulationScheduler" for c in trainer.callbacks):  # type: ignore[attr-defined]
+    schedulers = lightning_classes("callbacks.GradientAccumulationScheduler")
+    if any(isinstance(c, schedulers) for c in callbacks_of(trainer)):
         raise RuntimeError(
             f"{trick} needs one batch size for the run, and the GradientAccumulationScheduler changes it: use "
             f"Trainer(accumulate_grad_batches=...), or remove {trick}."
@@ -252,14 +253,9 @@ def effective_batch_size(
 def _configured(trainer: Trainer, pl_module: LightningModule) -> int | None:
     """Batch size of the training loader, without building it: that early, it would not be restored on resume."""
     # where the Trainer takes the loader from: the object itself, or the module or datamodule that will make it
-    source = getattr(getattr(trainer.fit_loop, "_data_source", None), "instance", None)
+    source = training_source(trainer)
     if source is trainer.datamodule or source is pl_module:  # type: ignore[attr-defined]  # a connector sets it
-        sizes = [getattr(source, "batch_size", None), _hparams(source).get("batch_size")]
+        sizes = [getattr(source, "batch_size", None), saved_hparams(source).get("batch_size")]
     else:
         sizes = [getattr(loader, "batch_size", None) for loader in (source, getattr(source, "batch_sampler", None))]
     return next((size for size in sizes if isinstance(size, int)), None)
-
-
-def _hparams(owner: Any) -> dict[str, Any]:
-    """What ``save_hyperparameters`` saved; asking for ``owner.hparams`` would leave an empty one there."""
-    return vars(owner).get("_hparams") or {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lit_tricks._compat import logging_step
 from lit_tricks.callbacks.batchnorm.callback import Estimating
 from lit_tricks.callbacks.batchnorm.data_pass import Watch, check, go_through, norms
 from lit_tricks.utils.arguments import choice, flag, integer
@@ -82,7 +83,7 @@ class PreciseBN(Estimating):
         if not number:
             _warn(f"{type(pl_module).__name__} has no BatchNorm with running statistics. Leave it out.")
             return
-        check(trainer, pl_module, self.transform)
+        check(self, trainer, pl_module, self.transform)
         self._begin(trainer, pl_module)
         self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
         epochs = "" if self.when == "validation" else f" of every {self.when} epochs"
@@ -127,7 +128,7 @@ class PreciseBN(Estimating):
             self._estimate(trainer, pl_module)
             if fit.shift is not None and (self.when == "end" or not trainer.enable_validation):
                 for logger in trainer.loggers:
-                    logger.log_metrics({_SHIFT: fit.shift}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                    logger.log_metrics({_SHIFT: fit.shift}, step=logging_step(trainer))
             if fit.norms is None and batchnorms_of(pl_module):
                 _warn(f"all BatchNorm layers of {type(pl_module).__name__} are frozen, in evaluation mode in training.")
         self._show(pl_module)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Generator, Tensor
 
+from lit_tricks._compat import batch_hook_owner
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, number
 from lit_tricks.utils.batch import describe, find, refuse_boxes, replace, tensors_in
@@ -105,9 +106,8 @@ class ProgressiveResizing(Trick):
         if stage != "fit":
             return
         self._trainer, self.changes_batches, self._checked = trainer, False, False
-        connector: Any = trainer._data_connector
         hook = "on_after_batch_transfer"
-        self.wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
+        self.wrap(batch_hook_owner(trainer, hook), hook, self._transferred)
         if trainer.global_step == 0:
             seed: int = trainer.strategy.broadcast(torch.initial_seed())
             self._seeds.manual_seed(seed ^ zlib.crc32(b"ProgressiveResizing"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_tricks.callbacks.optim.initializer import Initializer, local
 from lit_tricks.utils.arguments import MAX_SEED, integer
-from lit_tricks.utils.modules import check_shapes, has_matrix
+from lit_tricks.utils.modules import check_shapes, has_matrix, own_parameter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -76,8 +76,8 @@ class XavierInit(Initializer):
                     f"XavierInit cannot set the weight of {name}: it is parametrized (weight or spectral norm). Remove "
                     "XavierInit, and draw the weights before they are parametrized."
                 )
-        weights = dict.fromkeys(layer._parameters.get("weight") for layer in layers.values())  # shared ones once
-        biases = dict.fromkeys(layer._parameters.get("bias") for layer in layers.values())
+        weights = dict.fromkeys(own_parameter(layer, "weight") for layer in layers.values())  # shared ones once
+        biases = dict.fromkeys(own_parameter(layer, "bias") for layer in layers.values())
         self._weights = [names[weight] for weight in weights if weight in names]
         self._biases = [names[bias] for bias in biases if bias in names]
         if not self._weights:
@@ -101,8 +101,8 @@ class XavierInit(Initializer):
         """Log the norm of all these weights, of this process's shards, as a multiple of what it is at the start."""
         if not self.should_log(trainer):
             return
-        norms = torch._foreach_norm([local(pl_module.get_parameter(name)) for name in self._weights])
-        pl_module.log("xavier_init/growth", torch.stack(norms).norm() / math.sqrt(self._expected))
+        norm = nn.utils.get_total_norm([local(pl_module.get_parameter(name)) for name in self._weights])
+        pl_module.log("xavier_init/growth", norm / math.sqrt(self._expected))
 
 
 def _variance(weight: Tensor) -> float:

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
+from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.optim.initializer import Initializer, local, whole
 from lit_tricks.utils.arguments import texts
-from lit_tricks.utils.modules import is_norm
+from lit_tricks.utils.modules import is_norm, own_parameter
 from lit_tricks.utils.residual import last_norms
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ZeroGamma(Initializer):
         Raises:
             RuntimeError: if another one is, too.
         """
-        if any(isinstance(c, ZeroGamma) and c is not self for c in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(isinstance(c, ZeroGamma) and c is not self for c in callbacks_of(trainer)):
             raise RuntimeError("ZeroGamma is in the list of callbacks twice: keep one, with all layers.")
         super().setup(trainer, pl_module, stage)
 
@@ -112,13 +112,13 @@ class ZeroGamma(Initializer):
         if not self.should_log(trainer):
             return
         scales = [local(pl_module.get_parameter(name)) for name in self._names]
-        total = torch.stack(torch._foreach_norm(scales, 1)).sum()
+        total = nn.utils.get_total_norm(scales, norm_type=1)
         pl_module.log("zero_gamma/scale", total / sum(scale.numel() for scale in scales))
 
 
 def _scale(module: nn.Module) -> Tensor | None:
     """The weight of a layer, if it is a vector or of a norm layer."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     return weight if weight is not None and (weight.ndim < 2 or is_norm(module)) else None
 
 

@@ -21,10 +21,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lit_tricks.callbacks
 import lit_tricks.data
 import lit_tricks.tasks.classification
-import lit_tricks.tasks.detection
+import lit_tricks.tasks.detection  # noqa: F401
 from lit_tricks import __version__, commands
+<<<<<<< HEAD
 from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
+=======
+from lit_tricks._compat import add_subcommand, overrides
+from lit_tricks.cli.commands import find_command, own_arguments, run_command, summary
+>>>>>>> b6d786b (Keep private names of other libraries in _compat, one function a name)
 from lit_tricks.cli.errors import explain
 from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
 from lit_tricks.run.evidence.callback import Evidence
@@ -39,6 +44,7 @@ from lit_tricks.run.report.fit import report_fit
 from lit_tricks.run.saving import LastCheckpoint, SaveConfig
 from lit_tricks.run.tricks_in_force import TricksInForce
 from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
+from lit_tricks.tasks import TASKS
 from lit_tricks.tasks.base import Task
 from lit_tricks.tasks.segmentation import Segmenter
 from lit_tricks.utils.config_files import given, model_in, resolve_configs
@@ -61,7 +67,11 @@ class TricksCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: RunFolder) -> None:
         self.run = run
+<<<<<<< HEAD
         self.wanted = next((arg for arg in args if arg in self.subcommands()), None)
+=======
+        self.parsers: dict[str, LightningArgumentParser] = {}  # of the subcommands
+>>>>>>> b6d786b (Keep private names of other libraries in _compat, one function a name)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -79,10 +89,23 @@ class TricksCLI(LightningCLI):
             args=args,
         )
 
+<<<<<<< HEAD
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if self.wanted not in (None, subcommand):  # a full parser takes time to make
             return LightningArgumentParser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+=======
+    @overrides(LightningCLI)
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name in commands.__all__:  # for --help, and for messages: `main` runs them itself
+            text = summary(getattr(commands, name))
+            add_subcommand(parser, name, LightningArgumentParser(description=text), text)
+
+    @overrides(LightningCLI)
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.parsers[subcommand] = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+>>>>>>> b6d786b (Keep private names of other libraries in _compat, one function a name)
         parser.set_defaults(
             {"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True}
         )
@@ -123,13 +146,14 @@ class TricksCLI(LightningCLI):
                 at = args.index(str(subcommand)) + 1
                 args = [*args[:at], f"--config={file}", *args[at:]]
             named = model_in(args)  # of arguments in common it would take the values of the default class
-            if subcommand and named in lit_tricks._MODULES:
-                default = {"class_path": f"lit_tricks.{lit_tricks._MODULES[named]}.{named}"}
-                self._subcommand_parsers[subcommand].set_defaults({"model": default})
+            if subcommand and named in TASKS:
+                default = {"class_path": f"{TASKS[named]}.{named}"}
+                self.parsers[subcommand].set_defaults({"model": default})
             self.config = parser.parse_args(args)
 
+    @overrides(LightningCLI)
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would let a checkpoint's settings win over the flags here."""
+        """Do nothing: Lightning would let a checkpoint's settings win over the flags here."""
 
     def before_instantiate_classes(self) -> None:
         """Choose the folder of the run, and tell the loggers of it."""
@@ -225,8 +249,9 @@ class _Unrun(TricksCLI):
         trainer.num_sanity_val_steps = 0
         trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
 
+    @overrides(LightningCLI)
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _parts_of_fit(words: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lit_tricks.data.io.worker_errors import explain_death
+from lit_tricks.tasks import TASKS
 from lit_tricks.utils.config_files import among, nearest
 
 __all__ = ["explain"]
@@ -133,4 +134,4 @@ def _class_names() -> list[str]:
 
     modules = (lit_tricks.callbacks, lit_tricks.data, lightning.pytorch.callbacks, lightning.pytorch.loggers)
     optimizers = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
-    return [*lit_tricks._MODULES, *optimizers, *(name for module in modules for name in module.__all__)]
+    return [*TASKS, *optimizers, *(name for module in modules for name in module.__all__)]

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lit_tricks._compat import CLASS_PATH_KEY, INSTANTIATOR_KEY
+
 __all__ = [
     "RUN",
     "checkpoint_at",
@@ -115,7 +117,7 @@ def class_path_in(settings: dict[str, Any]) -> str:
     """Where the module is that saved these settings: the command line names it, ours are known by what they have."""
     ours = {"decoder": "Segmenter", "backbone": "Detector", "num_classes": "Classifier"}
     found = next((f"lit_tricks.{name}" for setting, name in ours.items() if setting in settings), "")
-    return str(settings.get("_class_path", found))
+    return str(settings.get(CLASS_PATH_KEY, found))
 
 
 def data_settings(path: Path) -> dict[str, Any]:
@@ -145,8 +147,8 @@ def run_settings(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
 
 def settings_in(hparams: dict[str, Any], default: str = "") -> dict[str, Any]:
     """Class path and arguments in saved hyper-parameters; nothing if no class is named, and none is given."""
-    name = hparams.get("_class_path", default)
-    init_args = {key: plain(value) for key, value in hparams.items() if key not in ("_class_path", "_instantiator")}
+    name = hparams.get(CLASS_PATH_KEY, default)
+    init_args = {key: plain(value) for key, value in hparams.items() if key not in (CLASS_PATH_KEY, INSTANTIATOR_KEY)}
     return {"class_path": name, "init_args": init_args} if name else {}
 
 

@@ -15,6 +15,7 @@ import yaml
 
 import lit_tricks
 from lit_tricks import callbacks
+from lit_tricks._compat import CLASS_PATH_KEY
 from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint
 from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.run.report.citations import citations, link_of
@@ -104,11 +105,11 @@ class Facts:
         data = content.get("datamodule_hyper_parameters", {})
         model = run.config.get("model", {}).get("init_args", {}) | hparams
         self.settings: dict[str, Any] = model
-        self.model = str(model.get("model", hparams.get("_class_path", "")).rpartition(".")[2] or "model")
-        self.module = str(hparams.get("_class_path") or run.config.get("model", {}).get("class_path", ""))
+        self.model = str(model.get("model", hparams.get(CLASS_PATH_KEY, "")).rpartition(".")[2] or "model")
+        self.module = str(hparams.get(CLASS_PATH_KEY) or run.config.get("model", {}).get("class_path", ""))
         self.classes: list[str] = model.get("class_names") or []
         settings = run.config.get("data") or {}
-        self.data = str(data.get("_class_path") or settings.get("class_path", "")).rpartition(".")[2]
+        self.data = str(data.get(CLASS_PATH_KEY) or settings.get("class_path", "")).rpartition(".")[2]
         self.data_settings = settings.get("init_args", {}) | {k: v for k, v in data.items() if not k.startswith("_")}
         optimizer = model.get("optimizer") or {}
         self.optimizer = str(optimizer.get("class_path", "")) or ", ".join(content.get("optimizers", []))

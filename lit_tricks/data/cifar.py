@@ -101,7 +101,7 @@ class CIFAR10(ImageDataModule):
         if split == "test":
             return {"test": self._read(train=False)}
         if self.val_size == 0:
-            return {"train": self._read(train=True)} if split == "train" else {"val": self._source("test")}
+            return {"train": self._read(train=True)} if split == "train" else {"val": self.source("test")}
         images = self._read(train=True)
         most = len(images) - self.num_classes
         if not self.num_classes <= self.val_size <= most:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lit_tricks._compat import resize_antialiased_into
 from lit_tricks.data.color import Jitter
 from lit_tricks.data.io.jpeg import Pixels, pixels_of
 
@@ -158,8 +159,7 @@ def resize(pixels: Pixels, out: Tensor, y_scale: float, x_scale: float) -> None:
         x_scale: width of the whole result over that of ``pixels``.
     """
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    # What F.interpolate calls; that takes either a size or a scale, and cannot write where it shall.
-    torch.ops.aten._upsample_bilinear2d_aa.out(image, list(out.shape[1:]), False, y_scale, x_scale, out=out[None])
+    resize_antialiased_into(out[None], image, y_scale, x_scale)
 
 
 def generator_at(seed: int, *key: int) -> np.random.Generator:

@@ -123,7 +123,7 @@ class ImageDataModule(LightningDataModule, ABC):
             self._report = Report(None if self.trainer is None else self.trainer.log_dir)
         for split in STAGES.get(stage, ()):
             if stage is not None or split != "test" or self.has_test:
-                self._source(split)
+                self.source(split)
         if stage in (None, "fit"):
             self._check_enough()
         if stage == "predict":
@@ -135,7 +135,7 @@ class ImageDataModule(LightningDataModule, ABC):
         For several processes give the module itself to the Trainer: without one, a loader gives all images.
         """
         self._check_enough()
-        samples = self._samples("train", self._source("train"), self.train_transform)
+        samples = self._samples("train", self.source("train"), self.train_transform)
         sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed, repeats=self.repeats)
         with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 has deprecated
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")
@@ -202,12 +202,13 @@ class ImageDataModule(LightningDataModule, ABC):
             "with `lit-tricks validate`."
         )
 
-    def _auto_workers(self) -> int:
+    def auto_workers(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = self.trainer.num_devices if self.trainer is not None else 1
         return min(max(cores // local_ranks, 1), MAX_AUTO_WORKERS)
 
-    def _source(self, split: Split) -> Source:
+    def source(self, split: Split) -> Source:
+        """Return the untransformed samples of a split."""
         if split not in self._sources:
             self._sources.update(self._load(split))
         return self._sources[split]
@@ -224,7 +225,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return kind(source, transform, self._seed, max(workers, 1), self._bad.get(name))
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
-        samples = self._samples(split, self._source(split), self.eval_transform)
+        samples = self._samples(split, self.source(split), self.eval_transform)
         args, (replicas, rank) = self._loader_args(samples), self._replicas()
         if replicas > 1:
             args["batch_size"] = eval_batch_size(self.batch_size, len(samples), replicas)
@@ -235,7 +236,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return read_image(path)
 
     def _workers(self) -> int:
-        return self._auto_workers() if self.num_workers == "auto" else self.num_workers
+        return self.auto_workers() if self.num_workers == "auto" else self.num_workers
 
     def _loader_args(self, samples: Samples) -> dict[str, Any]:
         workers = min(self._workers(), 1) if self.thread_workers else self._workers()
@@ -255,7 +256,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _check_enough(self) -> None:
         replicas, _ = self._replicas()
-        images = -(-len(self._source("train")) // replicas)
+        images = -(-len(self.source("train")) // replicas)
         if self.batch_size > images:
             share = f" in each of {replicas} processes" if replicas > 1 else ""
             raise ValueError(

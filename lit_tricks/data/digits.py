@@ -78,7 +78,8 @@ class Digits(ImageDataModule):
         to_size = partial(to_ink, size=resize_size_for(image_size, crop_ratio))
         return v2.Compose([to_size, v2.CenterCrop(image_size), v2.Normalize([MEAN], [STD])])  # type: ignore[no-any-return]
 
-    def _auto_workers(self) -> int:
+    def auto_workers(self) -> int:
+        """Return 0: the images are in memory."""
         return 0
 
     def _load(self, split: Split) -> dict[Split, Source]:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lit_tricks._compat import has_iterator
 from lit_tricks.data.io.worker_errors import guarded
 from lit_tricks.data.samples import Samples, derive_seed
 
@@ -101,7 +102,7 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
 
     def state_dict(self) -> dict[str, Any]:
         """Tell what was handed out in the epoch."""
-        if self._iterator is None:  # not begun: the parent would start the workers
+        if not has_iterator(self):  # not begun: the parent would start the workers
             return dict(self.next_iter_state or {})
         now = {"epoch": self._epoch(), "workers": self.num_workers > 0, "batch_size": self.batch_size}
         return {**super().state_dict(), **now, "processes": self._processes()}

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from lit_tricks.data.color import Jitter, Triple, apply_matrices, normalisation
 from lit_tricks.data.crops import RandomCrop
 from lit_tricks.data.datamodule import ImageDataModule
+from lit_tricks.utils.dtensor import to_local
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoDataModule", "random_crop"]
 
@@ -92,5 +93,5 @@ class PhotoDataModule(ImageDataModule, ABC):
         weight: Any = next(filters, None)
         if weight is None:
             return False
-        weight = getattr(weight, "_local_tensor", weight)  # of a DTensor
+        weight = to_local(weight)
         return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)

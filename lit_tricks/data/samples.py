@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from lit_tricks._compat import new_shared_storage
 from lit_tricks.data.crops import Crop, generator_at, seeded
 from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.file_index import Paths
@@ -173,7 +174,7 @@ def _shared(batch: Tensor) -> Tensor:
     """Move room for a batch of a worker to where the main process finds it."""
     if not get_worker_info():
         return batch
-    storage = torch.UntypedStorage._new_shared(batch.numel())  # type: ignore[no-untyped-call]  # as torch's default_collate does
+    storage = new_shared_storage(batch.numel())
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, batch.shape, batch.stride())
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lit_tricks._compat import lightning_classes
 from lit_tricks.run.reading.predictions import Predictions
 from lit_tricks.run.reading.run import read_run_folder
 from lit_tricks.run.report.figures import draw_confusion, draw_worst_masks, draw_wrong
@@ -23,7 +24,7 @@ def send_pictures(run: Path, loggers: Iterable[Any]) -> None:
         run: the folder of the run.
         loggers: of the Trainer.
     """
-    loggers = [logger for logger in loggers if type(logger).__name__ == "WandbLogger"]
+    loggers = [logger for logger in loggers if isinstance(logger, lightning_classes("loggers.WandbLogger"))]
     if not loggers:
         return
     found = read_run_folder(run)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lit_tricks._compat import lightning_classes
 from lit_tricks.utils.batch import find, images_in_list, inputs_of
 
 __all__ = ["Preview", "PreviewLogger", "preview_of"]
@@ -92,7 +93,7 @@ class PreviewLogger(Callback):
         """Log, before the first step of all."""
         if trainer.global_step or batch_idx or not trainer.is_global_zero:
             return
-        loggers = [each for each in trainer.loggers if type(each).__name__ == "WandbLogger"]
+        loggers = [each for each in trainer.loggers if isinstance(each, lightning_classes("loggers.WandbLogger"))]
         if not loggers:
             return
         try:
@@ -100,7 +101,7 @@ class PreviewLogger(Callback):
                 preview = preview_of(batch, trainer.datamodule, self.count)  # type: ignore[attr-defined]
                 image = Image.open(io.BytesIO(preview.png()))
                 for logger in loggers:
-                    logger.log_image("data/preview", [image], step=0)  # type: ignore[attr-defined]
+                    logger.log_image("data/preview", [image], step=0)
         except Exception as error:  # a picture is not worth a run
             log.warning("there is no picture of the first batch for W&B: %s", error)
 

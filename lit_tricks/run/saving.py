@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from lit_tricks._compat import overrides
 from lit_tricks.run.wandb_run import tell_wandb
 
 __all__ = ["LastCheckpoint", "SaveConfig"]
@@ -27,9 +28,12 @@ class SaveConfig(SaveConfigCallback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves the last checkpoint, and tells no logger of it: W&B's would call it the best one too."""
+    """Saves the last checkpoint without notifying loggers: W&B's would also call it the best one."""
 
+    @overrides(ModelCheckpoint)
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        trainer.save_checkpoint(filepath, self.save_weights_only)
-        self._last_global_step_saved = trainer.global_step
-        self._last_checkpoint_saved = filepath
+        loggers, trainer.loggers = trainer.loggers, []
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        finally:
+            trainer.loggers = loggers

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
+from lit_tricks._compat import is_built_by_command_line
 from lit_tricks.models import freeze, layer_scales
 
 __all__ = ["Task"]
@@ -167,7 +167,7 @@ class Task(LightningModule):
         What the command line was given is plain text and numbers, and rebuilds all of the module from the checkpoint
         alone. Objects given in Python are none of a checkpoint's business: they would have to be pickled.
         """
-        if _given_hyperparameters.get():
+        if is_built_by_command_line():
             return []
         return ["optimizer", *(name for name, value in networks.items() if isinstance(value, nn.Module))]
 

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
+from lit_tricks._compat import overrides
 from lit_tricks.models import Backbone
 from lit_tricks.models.detectors import faster_rcnn, retinanet
 from lit_tricks.tasks.base import Task
@@ -261,9 +262,10 @@ class _AveragePrecision(MeanAveragePrecision):
         # -1 stands for "nothing to find"
         return {name: found[theirs].clamp(min=0) for name, theirs in _PRECISIONS.items()}
 
+    @overrides(MeanAveragePrecision)
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """Gather lists of any lengths. torchmetrics gathers one tensor after another, and would wait for ever."""
-        names = list(self._reductions)
+        names = list(self.metric_state)
         mine = {name: [each.cpu() for each in getattr(self, name)] for name in names}
         everyone: list[Any] = [None] * torch.distributed.get_world_size(process_group)
         torch.distributed.all_gather_object(everyone, mine, group=process_group)

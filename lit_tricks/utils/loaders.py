@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lit_tricks._compat import combined_loader, reset_iterator
 from lit_tricks.utils.dataset_transforms import changed, nested
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) ->
     Raises:
         RuntimeError: if a loader can not be copied, or a data set has no ``transform`` to replace.
     """
-    combined: Any = trainer.fit_loop._combined_loader
+    combined = combined_loader(trainer.fit_loop)
     fresh = copy.copy(combined)
-    fresh._iterator = None
+    reset_iterator(fresh)
     loaders = [_copied(loader, trick) for loader in combined.flattened]
     if like_validation:
         transforms = _transforms_of(trainer, trick)
@@ -84,9 +85,9 @@ def _copied(loader: Any, trick: str) -> Any:
     twin = loader
     if isinstance(loader, DataLoader):
         twin = copy.copy(loader)
-        vars(twin).update(_iterator=None, persistent_workers=False)
-        context = vars(loader).get("_DataLoader__multiprocessing_context")
-        shared = [loader.collate_fn, loader.worker_init_fn, context]
+        reset_iterator(twin)
+        vars(twin)["persistent_workers"] = False
+        shared = [loader.collate_fn, loader.worker_init_fn, loader.multiprocessing_context]
         if loader.num_workers or not isinstance(loader.dataset, IterableDataset):
             shared += nested(loader.dataset)
     else:
@@ -106,7 +107,7 @@ def _copied(loader: Any, trick: str) -> Any:
 
 
 def _transforms_of(trainer: Trainer, trick: str) -> dict[str, Any]:
-    combined: Any = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    combined = combined_loader(trainer.fit_loop.epoch_loop.val_loop)
     loaders = combined.flattened if combined is not None else []
     for loader in loaders:
         for dataset in nested(getattr(loader, "dataset", None)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_tricks._compat import BatchNorm, Convolution, NormWithStatistics
 
 __all__ = [
     "Kind",
@@ -15,14 +17,16 @@ __all__ = [
     "find_classifier",
     "find_norms",
     "has_matrix",
+    "is_flattened",
     "is_norm",
     "kinds",
+    "own_parameter",
 ]
 
 Kind = Literal["bias", "norm", "embedding"]
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_MATRICES = (nn.modules.conv._ConvNd, nn.Linear)
+_NORMS = (NormWithStatistics, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_MATRICES = (Convolution, nn.Linear)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -53,13 +57,33 @@ def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
     return found
 
 
-def batchnorms_of(module: nn.Module) -> dict[str, _BatchNorm]:
+def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a parameter that the layer itself registers; None for one that is parametrized, or not there."""
+    found = (each for key, each in layer.named_parameters(recurse=False, remove_duplicate=False) if key == name)
+    return next(found, None)
+
+
+def batchnorms_of(module: nn.Module) -> dict[str, BatchNorm]:
     """The BatchNorm layers that keep running statistics, by name. A shared one has several names."""
     return {
         name: layer
         for name, layer in module.named_modules(remove_duplicate=False)
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None
+        if isinstance(layer, BatchNorm) and layer.track_running_stats and layer.running_mean is not None
     }
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Return whether a strategy keeps weights elsewhere than in their parameters, as FSDP1 and DeepSpeed ZeRO-3 do.
+
+    Args:
+        module: the module as the strategy has wrapped it.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and nothing is wrapped without it
+    if fsdp and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in module.modules()):
+        return True
+    parameters = list(module.parameters())
+    is_flat = fsdp is not None and any(isinstance(parameter, fsdp.FlatParameter) for parameter in parameters)
+    return is_flat or any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
 def check_shapes(module: nn.Module, trick: str) -> None:
@@ -72,9 +96,8 @@ def check_shapes(module: nn.Module, trick: str) -> None:
     Raises:
         RuntimeError: if they are flattened, so that nothing can be told from them.
     """
-    matrices = [part._parameters.get("weight") for part in module.modules() if has_matrix(part)]
-    flat = any(name.endswith("_flat_param") for name, _ in module.named_parameters())
-    if flat or any(weight is not None and weight.ndim < 2 for weight in matrices):
+    matrices = [own_parameter(part, "weight") for part in module.modules() if has_matrix(part)]
+    if is_flattened(module) or any(weight is not None and weight.ndim < 2 for weight in matrices):
         raise RuntimeError(
             f"{trick} goes by the shapes of the parameters, and the strategy has flattened them. Use "
             "ModelParallelStrategy (FSDP2), which leaves them their shapes."

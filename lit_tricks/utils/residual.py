@@ -10,11 +10,13 @@ import operator
 import random
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from lit_tricks._compat import Dropout
 from lit_tricks.utils.modules import is_norm
 
 __all__ = ["is_drop_path", "last_norms", "residual_branches"]
@@ -65,10 +67,15 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module but torch's own and norm layers."""
+    """Traces into every module except torch's own and norm layers, without their hooks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or is_norm(m)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return super().call_module(m, m.forward, args, kwargs)  # `forward` would call hooks
 
 
 def _search(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
@@ -117,9 +124,6 @@ def _trace(module: nn.Module) -> tuple[fx.Graph | None, nn.Module]:
         with _random_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twin = copy.deepcopy(module, tensors).eval()
-            for part in twin.modules():
-                part._forward_hooks.clear()
-                part._forward_pre_hooks.clear()
             parameters = inspect.signature(twin.forward).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
             return _Tracer().trace(twin, defaults), twin
@@ -148,7 +152,7 @@ def _last_norm(
             if is_norm(modules[name]):
                 activation = getattr(modules[name], "act", None)  # timm has layers that do both
                 return name if activation is None or isinstance(activation, nn.Identity) else None
-            if not isinstance(modules[name], nn.Identity | nn.modules.dropout._DropoutNd):
+            if not isinstance(modules[name], nn.Identity | Dropout):
                 return None
         elif node.target in _PRODUCTS:  # with a number, a parameter, or a gate that is computed from the value
             factors = [factor for factor in inputs if factor.op != "get_attr"]

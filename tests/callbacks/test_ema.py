@@ -24,7 +24,15 @@ from helpers.averages import (
     whole_average,
 )
 from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
-from helpers.modules import BATCHES, eval_loader, image_and_label, lightning, module_class, train_loader
+from helpers.modules import (
+    BATCHES,
+    eval_loader,
+    image_and_label,
+    lightning,
+    module_class,
+    train_loader,
+    wrapped_by_fsdp1,
+)
 from torch import nn
 
 from lit_tricks.callbacks import EMA, SWA
@@ -891,7 +899,7 @@ def test_two_validated_averages_are_refused():
 def test_strategies_that_hide_the_weights_are_refused(strategy):
     module = module_class("lightning")()
     if strategy == "FSDP1":
-        module.other = type("FullyShardedDataParallel", (nn.Linear,), {})(1, 1)
+        module.other = wrapped_by_fsdp1(nn.Linear(1, 1))
     else:
         module.net[1].weight.ds_id = 0
     with pytest.raises(RuntimeError, match="EMA cannot see the weights under SingleDeviceStrategy: use FSDP2"):

@@ -440,6 +440,7 @@ def test_flattened_parameters_are_refused(how):
         def configure_model(self) -> None:
             if how == "one flat parameter":
                 self.net._flat_param = nn.Parameter(torch.zeros(9))
+                self.net._flat_param._is_flat_param = True  # isinstance(..., FlatParameter)
             else:
                 self.net[1].weight = nn.Parameter(self.net[1].weight.detach().flatten())
 

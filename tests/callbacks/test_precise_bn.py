@@ -14,7 +14,16 @@ import timm
 import torch
 from helpers.averages import Interrupt
 from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
-from helpers.modules import BATCHES, eval_loader, image_and_label, images, lightning, module_class, train_loader
+from helpers.modules import (
+    BATCHES,
+    eval_loader,
+    image_and_label,
+    images,
+    lightning,
+    module_class,
+    train_loader,
+    wrapped_by_fsdp1,
+)
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
@@ -1009,7 +1018,7 @@ def test_refuses_lightnings_averages(name):
 def test_strategies_that_hide_the_layers_are_refused(strategy):
     module = module_class("lightning")()
     if strategy == "FSDP1":
-        module.other = type("FullyShardedDataParallel", (nn.Linear,), {})(1, 1)
+        module.other = wrapped_by_fsdp1(nn.Linear(1, 1))
     else:
         module.net[1].weight.ds_id = 0
     assert "PreciseBN can not run the layers under SingleDeviceStrategy: use FSDP2" in refusal(module=module)

@@ -98,7 +98,7 @@ def test_pixels_are_those_of_the_data() -> None:
     data.train_transform = data.eval_transform
     found = preview_of(next(iter(data.train_dataloader())), data, 5)
     assert (found.images.shape, found.size, found.note) == ((5, 8, 8), (1, 8, 8), "")
-    ink = {np.asarray(image).round().astype(np.uint8).tobytes() for image, _ in data._source("train")}  # type: ignore[attr-defined]
+    ink = {np.asarray(image).round().astype(np.uint8).tobytes() for image, _ in data.source("train")}  # type: ignore[attr-defined]
     assert {image.tobytes() for image in found.images} <= ink
 
 

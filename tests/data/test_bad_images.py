@@ -162,7 +162,7 @@ def test_all_that_can_be_decoded_goes_into_batches(tmp_path: Path) -> None:
     [[images, labels]] = list(data.val_dataloader())
     assert images.shape == (31, 3, SIZE, SIZE)
     assert labels.tolist() == [0] * 25 + [1] * 6
-    for image, path in zip(images, data._source("val").paths, strict=True):  # type: ignore[attr-defined]
+    for image, path in zip(images, data.source("val").paths, strict=True):  # type: ignore[attr-defined]
         expected = reference(Path(path).read_bytes(), Path(path).name)
         if not Path(path).name.startswith("1x1"):
             np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)

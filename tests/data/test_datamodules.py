@@ -133,20 +133,20 @@ def test_digits_are_split_in_proportion_and_for_good() -> None:
     data = Digits()
     assert (data.classes, data.num_classes, data.input_size) == (list("0123456789"), 10, (1, 8, 8))
     data.setup()
-    sources = {split: data._source(split) for split in SPLITS}
+    sources = {split: data.source(split) for split in SPLITS}
     assert {split: len(source) for split, source in sources.items()} == {"train": 1257, "val": 180, "test": 360}
     pictures = [np.asarray(source[i][0]).tobytes() for source in sources.values() for i in range(len(source))]
     assert sorted(pictures) == sorted((255 / 16 * image).astype(np.float32).tobytes() for image in load_digits().images)
     for source in sources.values():
         counts = np.bincount([source[index][1] for index in range(len(source))])
         assert np.abs(counts - len(source) / 10).max() <= 0.06 * len(source) / 10 + 1
-    again, other = Digits()._source("test"), Digits(split_seed=1)._source("test")
+    again, other = Digits().source("test"), Digits(split_seed=1).source("test")
     labels = [[source[index][1] for index in range(360)] for source in (sources["test"], again, other)]
     assert labels[0] == labels[1] != labels[2]
 
 
 def test_digits_constants_are_those_of_the_training_images() -> None:
-    source = Digits()._source("train")
+    source = Digits().source("train")
     ink = np.stack([np.asarray(source[index][0]) for index in range(len(source))]) / (255 / 16)
     assert (round(float(ink.mean()), 2), round(float(ink.std()), 2)) == (4.88, 6.02)
     images, labels = next(iter(Digits(batch_size=180).val_dataloader()))
@@ -158,7 +158,7 @@ def test_digits_constants_are_those_of_the_training_images() -> None:
 
 def test_digits_train_transform_shifts_by_a_pixel() -> None:
     data = Digits()
-    image = data._source("train")[0][0]
+    image = data.source("train")[0][0]
     padded = torch.nn.functional.pad(data.eval_transform(image), (1, 1, 1, 1), value=-4.88 / 6.02)
     shifts = [padded[:, row : row + 8, column : column + 8] for row in range(3) for column in range(3)]
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_digits_train_transform_shifts_by_a_pixel() -> None:
 def test_digits_of_another_size_are_the_same_scaled() -> None:
     data = Digits(image_size=24)
     assert data.input_size == (1, 24, 24)
-    image = data._source("train")[0][0]
+    image = data.source("train")[0][0]
     ink = torch.from_numpy(np.array(image))[None, None] * 16 / 255
     want = torch.nn.functional.interpolate(ink, 24, mode="bilinear")
     want = (want[0] - 4.88) / 6.02
@@ -186,7 +186,7 @@ def test_digits_of_another_size_are_the_same_scaled() -> None:
 
 def test_digits_predict_any_image(tmp_path: Path) -> None:
     data = Digits(predict_dir=str(tmp_path))
-    digit = data._source("val")[3][0]
+    digit = data.source("val")[3][0]
     pixels = Image.fromarray(np.asarray(digit).round().astype(np.uint8))
     (tmp_path / "b" / "c").mkdir(parents=True)
     pixels.save(tmp_path / "b" / "c" / "grey.png")
@@ -234,7 +234,7 @@ def test_an_epoch_is_a_permutation_and_augments_anew() -> None:
     second, _ = next(iter(loader))
     assert not torch.equal(first, second)
     assert torch.equal(first.flatten(1).sum(1).sort()[0], second.flatten(1).sum(1).sort()[0])
-    assert np.bincount(labels).tolist() == np.bincount([data._source("train")[i][1] for i in range(1257)]).tolist()
+    assert np.bincount(labels).tolist() == np.bincount([data.source("train")[i][1] for i in range(1257)]).tolist()
     samples = Digits().train_dataloader().dataset
     assert isinstance(samples, Samples)
     pictures = [samples[5 + epoch * len(samples)][0] for epoch in range(8)]
@@ -266,7 +266,7 @@ def test_transform_of_a_loader_may_be_switched() -> None:
     loader = data.train_dataloader()
     assert isinstance(loader.dataset, Samples)
     loader.dataset.transform = data.eval_transform
-    source = data._source("train")
+    source = data.source("train")
     clean = {data.eval_transform(source[index][0]).numpy().tobytes() for index in range(len(source))}
     assert all(image.numpy().tobytes() in clean for image in next(iter(loader))[0])
     other = data.train_dataloader().dataset
@@ -375,7 +375,7 @@ def test_two_processes_share_the_training_images(tmp_path: Path) -> None:
     run = trainer(max_epochs=2, devices=2, strategy="ddp_fork", limit_val_batches=0)
     run.fit(SeedsApart(tmp_path), data)
     shares = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in (0, 1)]
-    source = data._source("train")
+    source = data.source("train")
     whole = sorted((data.eval_transform(source[i][0]).numpy().tobytes(), source[i][1]) for i in range(len(source)))
     for epoch in (0, 1):
         both = [row for share in shares for row in share[epoch * 629 : (epoch + 1) * 629]]
@@ -413,7 +413,7 @@ def test_cifar(cifar: Path, kind: type[CIFAR10], train: int, test: int) -> None:
     images, _ = next(iter(loaders[0]))
     assert images.shape == (7, *data.input_size)
     assert images.dtype == torch.float32
-    samples = data._source("test")
+    samples = data.source("test")
     expected = (np.asarray(samples[0][0]) / 255 - data._mean) / data._std
     np.testing.assert_allclose(loaders[2].dataset[0][0].numpy(), expected.transpose(2, 0, 1), atol=1e-5)
     assert data.eval_transform(Image.new("L", (50, 80))).shape == (3, 32, 32)
@@ -421,7 +421,7 @@ def test_cifar(cifar: Path, kind: type[CIFAR10], train: int, test: int) -> None:
 
 def test_cifar_split_is_decided_by_its_seed_alone(cifar: Path) -> None:
     def indices(split: Any, **kwargs: Any) -> list[int]:
-        source = CIFAR10(str(cifar), val_size=20, download=False, **kwargs)._source(split)
+        source = CIFAR10(str(cifar), val_size=20, download=False, **kwargs).source(split)
         assert isinstance(source, Subset)
         return list(source.indices)
 
@@ -435,7 +435,7 @@ def test_cifar_split_is_decided_by_its_seed_alone(cifar: Path) -> None:
 def test_cifar_without_validation_images_validates_on_the_test(cifar: Path) -> None:
     data = CIFAR10(str(cifar), batch_size=50, val_size=0, download=False)
     data.setup()
-    assert [len(data._source(split)) for split in SPLITS] == [100, 30, 30]
+    assert [len(data.source(split)) for split in SPLITS] == [100, 30, 30]
     assert not data.has_test, "a report would show the same images twice"
     assert CIFAR10(str(cifar), val_size=10, download=False).has_test
     for val_size in (9, 91):

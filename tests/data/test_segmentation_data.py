@@ -77,7 +77,7 @@ def test_labels_of_a_palette_are_its_indices_and_borders_are_ignored(tmp_path: P
     root = write_voc(tmp_path)
     data = VOCSegmentation(str(root), **SMALL)
     data.setup()
-    image, mask = data._source("val")[0]
+    image, mask = data.source("val")[0]
     file = root / "SegmentationClass" / "c.png"
     with Image.open(file) as stored:
         assert stored.mode == "P"
@@ -91,7 +91,7 @@ def test_label_0_of_ade_is_ignored_and_the_others_move_down(tmp_path: Path) -> N
     data = ADE20KSegmentation(str(root), **SMALL)
     data.setup()
     stored = np.array(Image.open(root / "annotations" / "training" / "a.png"))
-    mask = data._source("train")[0][1]
+    mask = data.source("train")[0][1]
     assert set(np.unique(stored)) == {0, 1, 150}
     assert torch.equal(mask, torch.from_numpy(np.where(stored == 0, 255, stored.astype(int) - 1)))
 
@@ -106,7 +106,7 @@ def test_names_of_classes_from_a_file(tmp_path: Path) -> None:
 def test_scenes_are_masked_where_the_ink_is() -> None:
     data = DigitSegmentation()
     data.setup()
-    scenes = data._source("train")
+    scenes = data.source("train")
     image, mask = scenes[3]
     pixels = torch.from_numpy(np.array(image))
     assert set(mask.unique().tolist()) == {0} | {digit.label + 1 for digit in scenes.scenes[3][1]}
@@ -119,7 +119,7 @@ def test_scenes_are_masked_where_the_ink_is() -> None:
 def test_mean_and_deviation_of_the_scenes() -> None:
     data = DigitSegmentation()
     data.setup()
-    scenes = data._source("train")
+    scenes = data.source("train")
     pixels = np.stack([np.asarray(scenes[i][0]) for i in range(len(scenes))])
     assert data.mean == (pytest.approx(pixels.mean(), abs=0.01),)
     assert data.std == (pytest.approx(pixels.std(), abs=0.01),)

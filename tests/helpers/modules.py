@@ -226,3 +226,13 @@ def datamodule_class(namespace: str) -> type[Any]:
             return batch
 
     return Data
+
+
+def wrapped_by_fsdp1(module: nn.Module) -> nn.Module:
+    """Wrap a module as FSDPStrategy does, without the processes that its shards need."""
+    from torch.distributed.fsdp import FullyShardedDataParallel  # slow, and for few tests
+
+    wrapper: nn.Module = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._fsdp_wrapped_module = module
+    return wrapper

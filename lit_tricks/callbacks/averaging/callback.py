@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lit_tricks._compat import saves_in_shards
 from lit_tricks.callbacks.averaging.conflicts import refuse_hidden_steps, refuse_hidden_weights, refuse_rivals
 from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.callbacks.averaging.raw_validation import validate_aside
@@ -76,7 +77,7 @@ class Averaging(KeptAverage):
             self._steps = self._updates = 0
         self._weights.follow()
         self._saved_names = set(pl_module.state_dict())
-        self._in_shards = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+        self._in_shards = saves_in_shards(trainer)
         if self._restored is not None:
             self._restore(self._restored)
         self._handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]

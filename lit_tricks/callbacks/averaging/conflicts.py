@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import callbacks_of, calls_step_hooks
+from lit_tricks.utils.modules import is_flattened
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -38,9 +39,7 @@ def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: Lig
     Raises:
         RuntimeError: if the strategy has them elsewhere.
     """
-    model = trainer.strategy.model or pl_module
-    flat = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
-    if flat or any(hasattr(param, "ds_id") for param in pl_module.parameters()):
+    if is_flattened(trainer.strategy.model or pl_module):
         raise RuntimeError(
             f"{average.state_key} cannot see the weights under {type(trainer.strategy).__name__}: use FSDP2 "
             "(ModelParallelStrategy)."
@@ -54,7 +53,7 @@ def refuse_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
         RuntimeError: if one does not, as many that are made round another one.
     """
     for optimizer in trainer.optimizers:
-        if not getattr(type(optimizer).step, "hooked", False):  # what torch.optim.Optimizer.__init__ sees to
+        if not calls_step_hooks(optimizer):
             name = type(optimizer).__name__
             raise RuntimeError(
                 f"{average.state_key} cannot see the steps of {name}, which does not call the step hooks of torch's "

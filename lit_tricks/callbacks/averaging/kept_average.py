@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_tricks._compat import was_skipped_by_scaler
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, text
@@ -64,8 +65,7 @@ class KeptAverage(Trick):
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         # a gradient scaler does not call the optimizer for a step that it skips, except if that is fused: it then
         # tells the optimizer to skip it
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not found_inf.item():
+        if not was_skipped_by_scaler(optimizer):
             self._stepped = True
 
     def _steps_done(self) -> int:

@@ -7,7 +7,6 @@ loop are afterwards as if it had not been.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from lit_tricks._compat import MODULE_REGISTRIES, dummy_logger, leaves
 from lit_tricks.utils.loaders import isolated_random_state
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def validate_aside(trainer: Trainer, pl_module: LightningModule, run: Callable[[
     results = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
     with _kept(*map(vars, pl_module.modules()), vars(loop), *results), _random_states(trainer):
         trainer.callbacks = []  # type: ignore[attr-defined]
-        trainer.loggers = [_dummy_logger(trainer) for _ in loggers]
+        trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         try:
             outputs = run()
         finally:
@@ -73,7 +72,7 @@ def _as_now(value: Any, seen: set[int]) -> Callable[[], Any]:
     if isinstance(value, dict):
         seen.add(id(value))
         # the weights, and modules, which are among these things themselves
-        items = {key: _as_now(v, seen) for key, v in value.items() if key not in ("_parameters", "_modules")}
+        items = {key: _as_now(v, seen) for key, v in value.items() if key not in MODULE_REGISTRIES}
         return partial(_fill_dict, value, items)
     if isinstance(value, list | deque | set):
         seen.add(id(value))
@@ -82,7 +81,7 @@ def _as_now(value: Any, seen: set[int]) -> Callable[[], Any]:
 
 
 def _fill_dict(value: dict[Any, Any], items: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    for key in [key for key in value if key not in items and key not in ("_parameters", "_modules")]:
+    for key in [key for key in value if key not in items and key not in MODULE_REGISTRIES]:
         del value[key]
     value.update({key: item() for key, item in items.items()})
     return value
@@ -97,7 +96,7 @@ def _fill(value: Any, items: list[Callable[[], Any]]) -> Any:
 @contextlib.contextmanager
 def _random_states(trainer: Trainer) -> Iterator[None]:
     """Put the random states back afterwards, those of the validation loaders and their samplers too."""
-    loaders = tree_leaves(trainer.val_dataloaders)
+    loaders = leaves(trainer.val_dataloaders)
     parts = [*loaders, *(getattr(x, name, None) for x in loaders for name in ("sampler", "batch_sampler"))]
     attributes = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
     states = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
@@ -107,9 +106,3 @@ def _random_states(trainer: Trainer) -> Iterator[None]:
     finally:
         for generator, state in states:
             generator.set_state(state)
-
-
-def _dummy_logger(trainer: Trainer) -> Any:
-    """What the Trainer itself puts in the place of a logger in a ``fast_dev_run``."""
-    [package] = {cls.__module__.partition(".trainer.")[0] for cls in type(trainer).__mro__ if cls.__name__ == "Trainer"}
-    return importlib.import_module(f"{package}.loggers.logger").DummyLogger()

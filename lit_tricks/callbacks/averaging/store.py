@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_tricks._compat import foreach_copy_, foreach_lerp_
 from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
 from lit_tricks.utils.dtensor import full_tensor, is_sharded, part_for, shard_like, to_local
 
@@ -39,8 +40,8 @@ class AveragedWeights:
         self._buffers = {  # by owner: modules put new tensors in the place of their buffers
             f"{path}.{name}" if path else name: (owner, name)
             for path, owner in module.named_modules()
-            for name, buffer in owner._buffers.items()
-            if buffers and buffer is not None and _is_averaged(buffer) and bool(buffer.isfinite().all())
+            for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False)
+            if buffers and _is_averaged(buffer) and bool(buffer.isfinite().all())
         }
         self.names = [*self._params, *self._buffers]
         self.swapped = False  # the module shows the average
@@ -72,7 +73,7 @@ class AveragedWeights:
             self._average_in(live, share)
             return
         self.finish()
-        torch._foreach_copy_(self._arriving, live, non_blocking=True)
+        foreach_copy_(self._arriving, live, non_blocking=True)
         if any(tensor.is_cuda for tensor in live):
             self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrival.record()
@@ -92,9 +93,9 @@ class AveragedWeights:
         for indices, averages in self._groups:
             tensors = [live[i] for i in indices]
             if share == 1:
-                torch._foreach_copy_(averages, tensors)
+                foreach_copy_(averages, tensors)
             else:
-                torch._foreach_lerp_(averages, tensors, share)
+                foreach_lerp_(averages, tensors, share)
         for i in self._imprecise:
             average = self._average[i]
             average.lerp_(live[i].to(average.dtype), share)
@@ -235,7 +236,7 @@ class AveragedWeights:
         self._group()
 
     def _live(self) -> list[Any]:
-        return [*self._params.values(), *(owner._buffers[name] for owner, name in self._buffers.values())]
+        return [*self._params.values(), *(getattr(owner, name) for owner, name in self._buffers.values())]
 
     def _group(self) -> None:
         """Sort the tensors into lists of one device and type: one kernel updates each of them."""

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import (
+    apply_before_transfer_hook,
+    callbacks_of,
+    is_compiled_by_lightning,
+    is_overridden,
+    lightning_classes,
+)
+from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
 from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
 from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.utils.dtensor import is_sharded, to_local
 from lit_tricks.utils.loaders import fresh_loader, isolated_random_state
+from lit_tricks.utils.modules import is_flattened
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,7 +54,7 @@ class Watch:
         self.inputs = inputs
         self.given: set[bool] = set()
         # a hook would be compiled too
-        compiled = getattr(pl_module, "_compiler_ctx", None) is not None
+        compiled = is_compiled_by_lightning(pl_module)
         self.handle = None if compiled else pl_module.register_forward_pre_hook(self.compare)
 
     def compare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -66,26 +74,26 @@ def _same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right.to(left.device, left.dtype))
 
 
-def check(trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
-    """See, before anything is trained, that there can be such a pass.
+def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
+    """Check, before anything is trained, that such a pass is possible.
 
     Raises:
         RuntimeError: if not.
     """
-    names = [cls.__name__ for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
-    if names.count("PreciseBN") > 1:
-        raise RuntimeError("PreciseBN is there twice: leave one of them in the list of callbacks.")
-    for other in {"WeightAveraging", "StochasticWeightAveraging"}.intersection(names):
-        raise RuntimeError(
-            f"PreciseBN and {other} do not know of each other's swaps of the weights: average with EMA or SWA of "
-            "lit_tricks, or remove PreciseBN."
-        )
+    others = [callback for callback in callbacks_of(trainer) if callback is not trick]
+    if any(isinstance(other, type(trick)) for other in others):
+        raise RuntimeError("PreciseBN was passed twice. Keep only one.")
+    averages = [f"callbacks.{name}" for name in ("WeightAveraging", "StochasticWeightAveraging")]
+    for other in others:
+        if any(isinstance(other, lightning_classes(average)) for average in averages):
+            raise RuntimeError(
+                f"PreciseBN and {type(other).__name__} do not know of each other's swaps of the weights: average with "
+                "EMA or SWA of lit_tricks, or remove PreciseBN."
+            )
     name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
-    model = trainer.strategy.model or pl_module
-    flat = any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules())
-    if flat or any(hasattr(param, "ds_id") for param in pl_module.parameters()):
+    if is_flattened(trainer.strategy.model or pl_module):
         raise RuntimeError(f"PreciseBN can not run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
-    if type(pl_module).forward.__qualname__ == "LightningModule.forward" and "forward" not in vars(pl_module):
+    if not is_overridden("forward", pl_module):
         raise RuntimeError(
             f"PreciseBN runs `forward` of {name}, which has none: give it one that takes the inputs of a batch, such "
             "as `def forward(self, images): return self.net(images)`."
@@ -210,7 +218,7 @@ def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
 def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Any]:
     """Let a batch go the way of those of training, and take its inputs; images in a list are one."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = apply_before_transfer_hook(pl_module, batch)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     return arguments_of(batch, "PreciseBN")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_tricks._compat import BatchNorm
 
 __all__ = ["estimate", "pooled", "shift"]
 
@@ -51,7 +52,7 @@ def shift(old: Mapping[str, Sequence[Tensor]], new: Statistics, eps: float = 1e-
 
 def estimate(
     module: nn.Module,
-    layers: dict[str, _BatchNorm],
+    layers: dict[str, BatchNorm],
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
     stop: bool = True,
@@ -96,7 +97,7 @@ class _Seen(BaseException):
 class _Population:
     """Sums over the calls of layers."""
 
-    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+    def __init__(self, layers: Sequence[BatchNorm]) -> None:
         self.layers = layers
         means: list[Any] = [layer.running_mean for layer in layers]
         devices = ["cpu" if mean.device.type == "mps" else mean.device for mean in means]  # which has no float64
@@ -136,7 +137,7 @@ class _Population:
             self.expected = self.calls
         self.calls = [0] * len(self.layers)
 
-    def statistics(self, reduce: Callable[[Tensor], Tensor] | None) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
+    def statistics(self, reduce: Callable[[Tensor], Tensor] | None) -> dict[BatchNorm, tuple[Tensor, Tensor]]:
         device = self.sums[0].device
         counts = torch.tensor([self.forwards, *self.sizes], dtype=torch.float64, device=device)
         if reduce:  # one sum, however unequal the shares of the processes are
@@ -179,7 +180,7 @@ def _moments(sums: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _at_work(module: nn.Module, layers: Sequence[_BatchNorm]) -> Iterator[None]:
+def _at_work(module: nn.Module, layers: Sequence[BatchNorm]) -> Iterator[None]:
     """Let layers, and nothing else, be in training mode and track the last batch alone. Puts all of it back."""
     modes = {part: part.training for part in module.modules()}
     momenta = [layer.momentum for layer in layers]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
+from lit_tricks._compat import combined_loader, reset_iterator
 from lit_tricks.utils.dataset_transforms import Flipped, at_size, changed, nested
 
 if TYPE_CHECKING:
@@ -80,11 +81,12 @@ class SwitchedTransforms:
     def _of_validation(self) -> Any:
         """The transform of the validation data, which has the size by now."""
         loop = self._trainer.fit_loop.epoch_loop.val_loop
-        if loop._combined_loader is None:
+        if combined_loader(loop) is None:
             self._trainer.validating = True
             loop.setup_data()
             self._trainer.training = True
-        for loader in [] if loop._combined_loader is None else loop._combined_loader.flattened:
+        combined = combined_loader(loop)
+        for loader in [] if combined is None else combined.flattened:
             for dataset in nested(loader.dataset):
                 if hasattr(dataset, "transform"):
                     return dataset.transform
@@ -100,5 +102,4 @@ class SwitchedTransforms:
 
 def _put(loader: Any, dataset: Any) -> None:
     vars(loader)["dataset"] = dataset  # DataLoader forbids it, as there may be workers that have the old one
-    if getattr(loader, "_iterator", None) is not None:  # there are, and they live on
-        loader._iterator = None
+    reset_iterator(loader)

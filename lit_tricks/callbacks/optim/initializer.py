@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import optimizers_in
-from lit_tricks.utils.modules import is_norm
+from lit_tricks.utils.modules import is_norm, own_parameter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -111,8 +111,8 @@ def local(tensor: Tensor) -> Tensor:
 def sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
     """Where a norm layer is not as it starts: the same in all channels, and without statistics."""
     for name, part in module.named_modules():
-        weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
-        if not is_norm(part) or weight not in trained:
+        weight, bias = own_parameter(part, "weight"), own_parameter(part, "bias")
+        if not is_norm(part) or weight is None or weight not in trained:
             continue
         for key, value in {"weight": weight, "bias": bias}.items():
             if value is not None and not (flat := whole(value).flatten()).eq(flat[:1]).all():

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+
+from lit_tricks._compat import leaves
 
 __all__ = ["Group", "groups_of", "on_each_group", "optimizers_in", "split_group"]
 
@@ -36,7 +37,7 @@ def on_each_group(act: Callable[[Optimizer, Group, Callable[[Group], None]], Non
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
     """The optimizers in what ``configure_optimizers`` returned, in any of its forms."""
-    return [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)]
+    return [leaf for leaf in leaves(configured) if isinstance(leaf, Optimizer)]
 
 
 def groups_of(optimizers: list[Optimizer]) -> list[Group]:

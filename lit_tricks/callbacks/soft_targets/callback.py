@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import batch_hook_owner, callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
@@ -31,7 +31,7 @@ class LossTrick(Trick):
     stage = 1  # 0: changes inputs and labels; 1: changes the loss of the labels; 2: looks at what became of the inputs
 
     _trainer: Trainer | None = None
-    _spec: LossSpec | None = None  # of the batch in work
+    spec: LossSpec | None = None  # of the batch in work
     _seen = False  # a loss has seen the target, in this fit
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
@@ -58,9 +58,8 @@ class LossTrick(Trick):
             )
         self._trainer, self._seen, self.changes_batches = trainer, False, False
         if team[0] is self:
-            connector: Any = trainer._data_connector
             hook = "on_after_batch_transfer"
-            self.wrap(connector._datahook_selector.get_instance(hook), hook, self._transferred)
+            self.wrap(batch_hook_owner(trainer, hook), hook, self._transferred)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect training batches from now on."""
@@ -78,7 +77,7 @@ class LossTrick(Trick):
         changed = inputs
         for trick in sorted(team, key=lambda trick: (trick.stage, type(trick).__name__)):
             changed, target = trick.act(changed, target)
-            trick._spec = target.spec
+            trick.spec = target.spec
         for path, value in changed.items():
             if value is not inputs[path]:
                 batch = replace(batch, path, value)
@@ -92,7 +91,7 @@ class LossTrick(Trick):
         Raises:
             RuntimeError: if none had.
         """
-        spec, self._spec = self._spec, None
+        spec, self.spec = self.spec, None
         if spec is None:
             return
         if not self._seen and (outputs or not pl_module.automatic_optimization):  # not a batch that the module skipped
@@ -110,15 +109,15 @@ class LossTrick(Trick):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the tricks off the hook."""
         super().teardown(trainer, pl_module, stage)
-        self._trainer = self._spec = None
+        self._trainer = self.spec = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the tricks off the hook."""
         super().on_exception(trainer, pl_module, exception)
-        self._trainer = self._spec = None
+        self._trainer = self.spec = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_trainer", "_spec")}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_trainer", "spec")}
 
 
 def _team(trainer: Trainer) -> list[LossTrick]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import callbacks_of, draw_dirichlet
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
@@ -25,7 +25,7 @@ __all__ = ["Mixing", "beta"]
 def beta(alpha: float, size: int, generator: Generator) -> Tensor:
     """Draws of Beta(alpha, alpha), of shape (size,)."""
     # a Dirichlet distribution of two; torch.distributions.Beta takes no generator
-    return torch._sample_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator=generator)[:, 0]
+    return draw_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator)[:, 0]
 
 
 class Mixing(LossTrick):
@@ -44,7 +44,7 @@ class Mixing(LossTrick):
         self.off_epochs = integer(self, "off_epochs", off_epochs, 0, fix)
         self.prob = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
         self._seeds, self._draws = Generator(), Generator()
-        self._turn = False  # it mixes this batch, and not the other trick
+        self.turn = False  # it mixes this batch, and not the other trick
         self._lambda = 1.0
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Mixing(LossTrick):
         if mixers and mixers[0] is self:
             self._draw_turns(mixers)
         self._lambda = 1.0
-        if self._turn and self in mixers:
+        if self.turn and self in mixers:
             permutation = torch.randperm(len(target), generator=self._draws).to(target.device, non_blocking=True)
             inputs, target, self._lambda = self.mix(inputs, target, permutation, self._draws)
         return inputs, target
@@ -113,7 +113,7 @@ class Mixing(LossTrick):
         if len(mixers) > 1:
             draw *= sum(trick.prob for trick in mixers)
         for trick in mixers:
-            trick._turn = 0 <= draw < trick.prob
+            trick.turn = 0 <= draw < trick.prob
             draw -= trick.prob
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:

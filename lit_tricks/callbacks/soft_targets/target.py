@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_tricks._compat import plain_torch_functions
 from lit_tricks.callbacks.soft_targets.losses import LOSSES
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 
@@ -34,9 +35,9 @@ class SoftTarget(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in LOSSES and isinstance(_second(args, kwargs), SoftTarget):
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_torch_functions():
                 return LOSSES[func](*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_torch_functions():
             if args and isinstance(args[0], SoftTarget):
                 if func in MOVES:
                     return _move(func, *args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from lit_tricks._compat import callbacks_of
 from lit_tricks.run.preview import Preview, preview_of
 
 __all__ = ["preview"]
@@ -95,7 +96,7 @@ class _NoModel(LightningModule):
 
 def _first_batch(data: LightningDataModule, model: LightningModule, trainer: Trainer, count: int) -> Preview:
     look = _Look(count)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     callbacks.append(look)  # behind those that change the batch
     try:
         trainer.fit(model, data)

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from lit_tricks._compat import callbacks_of
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import tensors_in
 
@@ -200,7 +201,7 @@ def _trained(
         loader.__class__ = type(kind.__name__, (kind,), {"__iter__": lambda self: clock.iterate(kind.__iter__(self))})
         return loader
 
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     callbacks.append(clock)
     trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 10**6, -1
     data.train_dataloader = train_dataloader  # type: ignore[method-assign]

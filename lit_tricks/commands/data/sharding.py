@@ -63,12 +63,12 @@ def shard(
     if not shard_mb > 0:
         raise ValueError(f"shard_mb must be above 0, got {shard_mb}: 64 is usual")
     data = ImageFolder(folder)
-    workers = data._auto_workers() if num_workers == "auto" else num_workers
+    workers = data.auto_workers() if num_workers == "auto" else num_workers
     with replaced_whole(out, overwrite) as part:
         for split in SPLITS:
             if not os.path.isdir(os.path.join(folder, split)):
                 continue
-            data._source(split)  # complains of classes without images
+            data.source(split)  # complains of classes without images
             paths, labels, _ = list_images(os.path.join(folder, split))
             files = list(zip(paths, labels.tolist(), strict=True))
             if split == "train":

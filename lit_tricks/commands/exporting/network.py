@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 import lit_tricks
+from lit_tricks._compat import CLASS_PATH_KEY
 from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.tasks.classification import Classifier
@@ -146,8 +147,8 @@ def module_to_export(path: Path, module: LightningModule | None) -> Classifier |
     settings = content.get("hyper_parameters", {})
     if module is not None:
         module.load_state_dict(content["state_dict"], strict=module.strict_loading)
-    elif "_class_path" in settings:
-        name = settings["_class_path"]
+    elif CLASS_PATH_KEY in settings:
+        name = settings[CLASS_PATH_KEY]
         try:
             kind = class_of(name)
         except (ImportError, AttributeError) as error:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
+from lit_tricks._compat import CLASS_PATH_KEY, dump_weights
 from lit_tricks.callbacks.batchnorm.statistics import estimate
 from lit_tricks.commands.checkpoints import RUN, read_checkpoint, written_whole
 from lit_tricks.commands.progress import progress
@@ -170,7 +171,7 @@ def _write(subject: Subject, path: Path, test_size: int, crop_ratio: float | Non
         content |= {"state_dict": subject.module.state_dict()}
     else:
         trainer.strategy.connect(subject.module)
-        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        content = dump_weights(trainer)
     settings = dict(data.hparams) if data.hparams else {}
     if "eval_size" in settings:
         settings["eval_size"] = test_size
@@ -179,7 +180,7 @@ def _write(subject: Subject, path: Path, test_size: int, crop_ratio: float | Non
     if crop_ratio and "resize_size" in settings:
         settings["resize_size"] = round(settings["image_size"] / crop_ratio)
     if settings:
-        settings.setdefault("_class_path", f"{type(data).__module__}.{type(data).__qualname__}")
+        settings.setdefault(CLASS_PATH_KEY, f"{type(data).__module__}.{type(data).__qualname__}")
         content[type(data).CHECKPOINT_HYPER_PARAMS_KEY] = settings
     with written_whole(path) as part:
         torch.save(content, part)

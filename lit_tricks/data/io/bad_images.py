@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lit_tricks._compat import logging_step
 from lit_tricks.data.io.jpeg import BadImageError
 
 __all__ = ["BadImages", "OnBadImage", "Report"]
@@ -81,7 +82,7 @@ class Report:
         self.paths += [path for _, path, _ in rows]
         self._write(rows)
         if trainer is not None:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as Lightning counts for its own metrics
+            step = logging_step(trainer)
             for logger in trainer.loggers:
                 logger.log_metrics({"data/bad_images": float(len(self.paths))}, step)
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
-from torch.utils.data._utils.signal_handling import _remove_worker_pids  # type: ignore[attr-defined]
+
+from lit_tricks._compat import stop_workers, workers_of
 
 __all__ = ["EvalLoader", "explain_death", "guarded"]
 
@@ -43,8 +44,7 @@ class EvalLoader(DataLoader[Any]):
 
 
 def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
-    iterator: Any = loader._iterator
-    workers = getattr(iterator, "_workers", [])
+    workers = workers_of(loader)
     # a connection breaks some time before the process is gone
     for _ in range(200 if isinstance(error, OSError | EOFError) else 1):
         dead = [worker for worker in workers if worker.exitcode]
@@ -53,11 +53,8 @@ def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
         time.sleep(0.01)
     else:
         return None
-    if iterator._worker_pids_set:  # or torch would say so once more, in its own words, at any time
-        _remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
-    iterator._shutdown_workers()  # the others
-    code = dead[0].exitcode
+    stop_workers(loader)
+    code = dead[0].exitcode or 0
     return _message(str(dead[0].pid), signal.strsignal(-code) or "" if code < 0 else "")
 
 

@@ -9,14 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from litdata import StreamingDataLoader, StreamingDataset
-from litdata.streaming import downloader
 from litdata.streaming.item_loader import Interval
 from litdata.streaming.sampler import ChunkedIndex
 from litdata.streaming.shuffle import NoShuffle
-from litdata.utilities.env import _DistributedEnv
-from litdata.utilities.shuffle import _associate_chunks_and_intervals_to_workers
 from PIL import Image
 
+from lit_tricks._compat import allow_http_endpoints, overrides, share_among_workers, streaming_environment
 from lit_tricks.data.io.jpeg import decode_image
 from lit_tricks.data.io.worker_errors import guarded
 from lit_tricks.data.loader import check_same_batches
@@ -26,8 +24,7 @@ from lit_tricks.data.shards.index import Shards, alone
 
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
 
-# Endpoints of S3 without TLS, such as a MinIO in the next room: boto3 takes them, obstore asks to be told.
-getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = "true"
+allow_http_endpoints()
 
 
 class ShardSamples(StreamingDataset):  # type: ignore[misc]
@@ -55,8 +52,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
         with alone(shards.url, shards.cache_dir):
             super().__init__(shards.url, cache_dir=shards.cache_dir, shuffle=shuffle, seed=order, **whole)
         self.set_drop_last(shuffle)
-        # As one node: with more, litdata keeps each node to its part of the shards from the second epoch on.
-        self.distributed_env = _DistributedEnv(num_replicas, rank, 1)
+        self.distributed_env = streaming_environment(num_replicas, rank)
         if self.posix_fast is not None:  # one order on every file system
             self.posix_fast = dataclasses.replace(self.posix_fast, kind="posix")
         self.shards, self.samples, self.exact = shards, samples, exact
@@ -83,6 +79,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
         first = (self.current_epoch - 1) * len(self.shards)
         return collate_samples(self.samples.__getitems__([first + item.number for item in items]))
 
+    @overrides(StreamingDataset)
     def _create_shuffler(self, cache: Any) -> Any:
         shuffler = super()._create_shuffler(cache)
         return shuffler if self.shuffle else EqualShares(cache, self.seed, drop_last=False)
@@ -141,9 +138,7 @@ class EqualShares(NoShuffle):  # type: ignore[misc]
                 if first < end and last > end - (stop - start)
             ]
             numbers, parts = zip(*mine, strict=True)
-            shares = _associate_chunks_and_intervals_to_workers(
-                _DistributedEnv(1, 0, 1), numbers, parts, False, num_workers, batch_size
-            )
+            shares = share_among_workers(numbers, parts, num_workers, batch_size)
             for whole, share in zip(found, shares, strict=True):
                 whole.extend(share)
         return found

@@ -128,7 +128,7 @@ class Streaming(ImageFolder):
         from lit_tricks.data.shards.loader import ShardSamples, StreamLoader, collate
 
         warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # litdata's is exact
-        shards: Any = self._source(split)
+        shards: Any = self.source(split)
         training, trainer, (replicas, rank) = split == "train", self.trainer, self._replicas()
         samples = self._samples(split, shards, transform)
         dataset = ShardSamples(shards, samples, training, replicas, rank, self.decode == "exact")
@@ -141,7 +141,7 @@ class Streaming(ImageFolder):
 
     def _check_enough(self) -> None:
         replicas, _ = self._replicas()
-        images = len(self._source("train")) // replicas
+        images = len(self.source("train")) // replicas
         if self.batch_size > images:
             share = f" in each of {replicas} processes" if replicas > 1 else ""
             raise ValueError(
@@ -155,7 +155,7 @@ class Streaming(ImageFolder):
             raise ValueError(f"root={root!r} must be a folder, or a URL that starts with {' or '.join(SCHEMES)}")
         if self.predict_dir is not None and not os.path.isdir(os.path.join(root, "train")):
             return []
-        shards: dict[str, Any] = {split: self._source(split) for split in SPLITS if split != "test" or self.has_test}
+        shards: dict[str, Any] = {split: self.source(split) for split in SPLITS if split != "test" or self.has_test}
         check_same_classes({split: each.classes for split, each in shards.items()}, "the classes", root)
         return list(shards["train"].classes)
 
@@ -171,7 +171,7 @@ class Streaming(ImageFolder):
     def has_test(self) -> bool:
         """Whether there are shards of the test."""
         try:
-            self._source("test")
+            self.source("test")
         except FileNotFoundError:
             return False
         return True

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from lit_tricks._compat import merge_shards
 from lit_tricks.data.shards.index import INDEX, SPLITS, import_litdata
 from lit_tricks.data.transforms import to_rgb
 
@@ -89,7 +90,7 @@ def write_shards(
             writer.add_item(index, (content, label, name))
             advance()
         writer.done()
-    writer._merge_no_wait()  # `merge` would wait for as many writers as WORLD_SIZE says
+    merge_shards(writer)
     _add_to_index(Path(folder, INDEX), {"classes": list(classes)})
 
 

@@ -129,7 +129,8 @@ class DigitSegmentation(MaskDataModule):
         self.classes = ["ground", *map(str, range(10))]
         self._set_transforms(SIZE, SIZE, (0.8, 1.25), False, (MEAN,), (STD,), eval_size)
 
-    def _auto_workers(self) -> int:
+    def auto_workers(self) -> int:
+        """Return 0: the images are in memory."""
         return 0
 
     def _load(self, split: Split) -> dict[Split, Source]:
@@ -195,7 +196,8 @@ class DigitDetection(DetectionDataModule):
         self.size, self.split_seed = size, split_seed
         self.input_size = (1, size, size)
 
-    def _auto_workers(self) -> int:
+    def auto_workers(self) -> int:
+        """Return 0: the images are in memory."""
         return 0
 
     def _load(self, split: Split) -> dict[Split, Source]:
