@@ -203,6 +203,7 @@ class ImageDataModule(LightningDataModule, ABC):
         )
 
     def auto_workers(self) -> int:
+        """Return the number of loading processes for ``num_workers="auto"``."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local_ranks = self.trainer.num_devices if self.trainer is not None else 1
         return min(max(cores // local_ranks, 1), MAX_AUTO_WORKERS)
