@@ -269,6 +269,7 @@ def test_command_line_saves_class_and_instantiator(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys.modules[__name__], "Noted", Noted, raising=False)  # where the command line finds it
     monkeypatch.setattr(sys, "argv", ["lit-tricks"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what it has deprecated since
     args = [f"--model={__name__}.Noted", f"--trainer.default_root_dir={tmp_path}"]
     options = {
         "run": False,

@@ -1,12 +1,13 @@
 """EMA: its numbers, what is validated, saved and kept, and every situation that averaging callbacks fail in."""
 
-from __future__ import annotations
+from __future__ import inspect
 
 import math
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
+import annotations
 import pytest
 import torch
 from helpers.averages import (
@@ -910,8 +911,11 @@ def test_strategies_that_hide_the_weights_are_refused(strategy):
 def test_optimizers_that_hide_their_steps_are_refused(trick):
     optim = pytest.importorskip("timm.optim")
 
+    class Lookahead(optim.Lookahead):  # type: ignore[misc]
+        step = inspect.unwrap(optim.Lookahead.step)  # a copy of one would make torch wrap it
+
     def lookahead(module: Any) -> Any:
-        return optim.Lookahead(torch.optim.SGD(module.parameters(), lr=0.1))
+        return Lookahead(torch.optim.SGD(module.parameters(), lr=0.1))
 
     with pytest.raises(RuntimeError, match=r"cannot see the steps of Lookahead, .* or train without Lookahead"):
         run(trick(), optimizers=lookahead)

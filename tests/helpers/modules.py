@@ -229,10 +229,10 @@ def datamodule_class(namespace: str) -> type[Any]:
 
 
 def wrapped_by_fsdp1(module: nn.Module) -> nn.Module:
-    """Wrap a module as FSDPStrategy does, without the processes that its shards need."""
+    """Wrap a module in the class of FSDPStrategy, without the processes that its shards need."""
     from torch.distributed.fsdp import FullyShardedDataParallel  # slow, and for few tests
 
-    wrapper: nn.Module = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(wrapper)
-    wrapper._fsdp_wrapped_module = module
+    plain = {name: getattr(nn.Module, name) for name in ("__init__", "__getattr__", "_apply")}
+    wrapper: nn.Module = type("Wrapper", (FullyShardedDataParallel,), plain)()
+    wrapper.wrapped = module
     return wrapper
