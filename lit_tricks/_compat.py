@@ -37,7 +37,6 @@ __all__ = [
     "Convolution",
     "Dropout",
     "NormWithStatistics",
-    "add_subcommand",
     "allow_http_endpoints",
     "apply_before_transfer_hook",
     "batch_hook_owner",
@@ -546,15 +545,3 @@ def merge_shards(writer: Any) -> None:
     https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/streaming/writer.py#L814
     """
     writer._merge_no_wait()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# jsonargparse
-
-
-def add_subcommand(parser: Any, name: str, subparser: Any, text: str) -> None:
-    """Add a subcommand to a parser that has some: LightningCLI does not return what ``add_subcommands`` gave it.
-
-    https://github.com/omni-us/jsonargparse/blob/v4.53.0/jsonargparse/_core.py#L263
-    """
-    parser._subcommands_action.add_subcommand(name, subparser, help=text)

@@ -67,13 +67,13 @@ def defined_names(source: str) -> Iterator[str]:
 # Names with an underscore that are public: of namedtuple, and of PIL for those who write a plugin.
 # https://pillow.readthedocs.io/en/stable/handbook/writing-your-own-image-plugin.html
 PUBLIC = {"_fields", "_replace", "_mode", "_size"}
-# Ends of names of files and metrics.
-ENDINGS = {"_", "_dataloader", "_epoch", "_masks", "_no_decay", "_step", "_timm"}
+# Ends of names of files and metrics, and a function of the shell.
+STRINGS = {"_", "_dataloader", "_epoch", "_lit_tricks_config", "_masks", "_no_decay", "_step", "_timm"}
 
 
 def test_private_names_of_others_stand_in_compat_only():
     sources = {file: file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py") if file.name != "_compat.py"}
-    ours = {name for source in sources.values() for name in defined_names(source)} | PUBLIC | ENDINGS
+    ours = {name for source in sources.values() for name in defined_names(source)} | PUBLIC | STRINGS
     found = {
         f"{file.relative_to(PACKAGE)}:{line} {name}"
         for file, source in sources.items()
@@ -525,17 +525,3 @@ def test_merge_shards_writes_the_index_without_other_writers(tmp_path, monkeypat
     merging.start()
     merging.join(30)
     assert (tmp_path / "index.json").is_file()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# jsonargparse
-
-
-def test_add_subcommand_to_a_parser_that_has_some():
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_subcommands().add_subcommand("first", ArgumentParser())
-    _compat.add_subcommand(parser, "second", ArgumentParser(), "What it does.")
-    assert parser.parse_args(["second"]).subcommand == "second"
-    assert "What it does." in parser.format_help()

@@ -23,13 +23,9 @@ import lit_tricks.data
 import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection  # noqa: F401
 from lit_tricks import __version__, commands
-<<<<<<< HEAD
+from lit_tricks._compat import overrides
 from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
-=======
-from lit_tricks._compat import add_subcommand, overrides
-from lit_tricks.cli.commands import find_command, own_arguments, run_command, summary
->>>>>>> b6d786b (Keep private names of other libraries in _compat, one function a name)
 from lit_tricks.cli.errors import explain
 from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
 from lit_tricks.run.evidence.callback import Evidence
@@ -67,11 +63,8 @@ class TricksCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: RunFolder) -> None:
         self.run = run
-<<<<<<< HEAD
         self.wanted = next((arg for arg in args if arg in self.subcommands()), None)
-=======
         self.parsers: dict[str, LightningArgumentParser] = {}  # of the subcommands
->>>>>>> b6d786b (Keep private names of other libraries in _compat, one function a name)
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -89,23 +82,11 @@ class TricksCLI(LightningCLI):
             args=args,
         )
 
-<<<<<<< HEAD
+    @overrides(LightningCLI)
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if self.wanted not in (None, subcommand):  # a full parser takes time to make
             return LightningArgumentParser(**kwargs)
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-=======
-    @overrides(LightningCLI)
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        for name in commands.__all__:  # for --help, and for messages: `main` runs them itself
-            text = summary(getattr(commands, name))
-            add_subcommand(parser, name, LightningArgumentParser(description=text), text)
-
-    @overrides(LightningCLI)
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = self.parsers[subcommand] = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
->>>>>>> b6d786b (Keep private names of other libraries in _compat, one function a name)
         parser.set_defaults(
             {"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True}
         )

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from lit_tricks.cli.catalog import LIGHT_COMMANDS, TRAINER_COMMANDS, configs, public_names
 from lit_tricks.cli.discovery import KINDS, LightParser
+from lit_tricks.tasks import TASKS
 
 __all__ = ["show_script"]
 
@@ -116,7 +117,7 @@ def _add_trainer_options(parser: argparse.ArgumentParser, command: str) -> None:
     import lit_tricks
 
     tricks, data = public_names("callbacks"), public_names("data")
-    tasks = {name: getattr(lit_tricks, name) for name in lit_tricks._MODULES}
+    tasks = {name: getattr(lit_tricks, name) for name in TASKS}
     _add_config(parser)
     for name in ("seed_everything", "print_config", "name", "watch")[: None if command == "fit" else 2]:
         _add(parser, name)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from typing import NoReturn
 
-from lit_tricks import _MODULES
 from lit_tricks.cli.catalog import Entry, configs, definition, plain, public_names
+from lit_tricks.tasks import TASKS
 from lit_tricks.utils.config_files import among, nearest
 
 __all__ = ["KINDS", "LightParser", "show_names", "show_one"]
@@ -111,7 +111,7 @@ def _use(entry: Entry) -> str:
             name for name, each in configs().items() if name.startswith("tricks/") and line in each.file.read_text()
         ]
         return " or ".join([*(f"--config {name}" for name in files), f"--trainer.callbacks+={entry.name}"])
-    flag = "data" if entry.name in public_names("data") else "model" if entry.name in _MODULES else "model.model"
+    flag = "data" if entry.name in public_names("data") else "model" if entry.name in TASKS else "model.model"
     return f"--{flag} {entry.name}"
 
 
@@ -129,7 +129,7 @@ def _find(name: str) -> Entry | None:
 
 
 def _classes() -> dict[str, Entry]:
-    tasks = {name: definition(name, f"lit_tricks.{module}") for name, module in _MODULES.items()}
+    tasks = {name: definition(name, module) for name, module in TASKS.items()}
     found = {**public_names("callbacks"), **public_names("data"), **tasks, **_networks()}
     return {name: entry for name, entry in found.items() if entry}
 

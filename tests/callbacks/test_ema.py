@@ -1,13 +1,13 @@
 """EMA: its numbers, what is validated, saved and kept, and every situation that averaging callbacks fail in."""
 
-from __future__ import inspect
+from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-import annotations
 import pytest
 import torch
 from helpers.averages import (

@@ -54,7 +54,11 @@ def test_callbacks_bring_no_other_part_of_ours(imported):
     ours = {name for name in imported[1] if name.startswith("lit_tricks")}
     assert "lit_tricks.callbacks" in ours
     others = {name for name in ours if not name.startswith(("lit_tricks.callbacks", "lit_tricks.utils"))}
-    assert others == {"lit_tricks", "lit_tricks._compat", "lit_tricks.tasks"}  # the names of the tasks, not their modules
+    assert others == {
+        "lit_tricks",
+        "lit_tricks._compat",
+        "lit_tricks.tasks",
+    }  # the names of the tasks, not their modules
 
 
 # ---------------------------------------------------------------------------------------------------------------------
