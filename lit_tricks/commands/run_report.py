@@ -18,7 +18,7 @@ def report(runs: list[str], *, out: str | None = None) -> Path:
     same as ``report.md`` with its pictures.
 
     Args:
-        runs: folders of runs, such as runs/quickstart/v0.
+        runs: folders of runs, such as runs/quickstart/v0, or the folder of one race.
         out: folder for the report; by default that of the run, or ``report`` for several.
 
     Returns:
@@ -31,7 +31,10 @@ def report(runs: list[str], *, out: str | None = None) -> Path:
     from lit_tricks.run.reading.run import read_runs
     from lit_tricks.run.report.content import report_sections
     from lit_tricks.run.report.page import write
+    from lit_tricks.run.report.race_page import report_race
 
+    if len(runs) == 1 and Path(runs[0], "race.json").is_file():
+        return report_race(Path(runs[0]))
     found = read_runs(runs)
     folder = Path(out or (runs[0] if len(runs) == 1 else "report"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.utils.config_files import config_name, find_config
 
-__all__ = ["ablate", "rows_of"]
+__all__ = ["ablate", "rows_of", "settings_of"]
 
 Mode = Literal["stack", "single", "drop"]
 
@@ -91,7 +91,7 @@ def ablate(
     _check(stack, seeds, jobs, engine, cpus, gpus)
     paths = [find_config(name).resolve() for name in config]
     rows = rows_of(stack, mode)
-    settings = {name: _settings(tricks) for name, tricks in rows.items()}
+    settings = {name: settings_of(tricks) for name, tricks in rows.items()}
     folder = Path(out)
     if as_sweep:
         return _write_sweep(Path(as_sweep), folder.name, settings, seeds, paths, fit_args or [])
@@ -160,7 +160,8 @@ def _write_plan(folder: Path, plan: dict[str, Any], settings: dict[str, dict[str
     path.write_text(json.dumps(plan, indent=2) + "\n")
 
 
-def _settings(tricks: Sequence[str]) -> dict[str, Any]:
+def settings_of(tricks: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of configurations of tricks, merged in their order."""
     row: dict[str, Any] = {}
     for trick in tricks:
         row = _merged(row, _read(find_config(trick)))

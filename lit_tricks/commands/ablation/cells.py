@@ -80,18 +80,19 @@ class Cell:
 Engine = Callable[[Sequence[Cell]], Generator[Cell, None, None]]
 
 
-def run_all(cells: Sequence[Cell], engine: Engine) -> None:
+def run_all(cells: Sequence[Cell], engine: Engine, name: str = "ablate") -> None:
     """Run the cells that are not finished, and show how far they are. Those that fail are left unfinished.
 
     Args:
         cells: of the table.
         engine: runs them, and yields each when its run has ended.
+        name: of the command, for the log.
     """
     for cell in cells:
         cell.state = _result(cell) if cell.finished else "waits"
     todo = [cell for cell in cells if not cell.finished]
     if len(todo) < len(cells):
-        log.info("ablate: %d of %d runs are there already", len(cells) - len(todo), len(cells))
+        log.info("%s: %d of %d runs are there already", name, len(cells) - len(todo), len(cells))
     if not todo:
         return
     todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def run_all(cells: Sequence[Cell], engine: Engine) -> None:
             live.stop()
         for number, cell in enumerate(ended, start=1):
             cell.state = _result(cell) if cell.finished else "failed"
-            log.info("ablate: %d/%d %s, seed %d: %s", number, len(todo), cell.name, cell.seed, cell.state)
+            log.info("%s: %d/%d %s, seed %d: %s", name, number, len(todo), cell.name, cell.seed, cell.state)
 
 
 def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -> Generator[Cell, None, None]:

@@ -1,0 +1,198 @@
+"""The report of a race, from its ``race.json``: what was tried, what was kept, and what fresh seeds say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from lit_tricks.run.report.ablation_table import paired_change
+from lit_tricks.run.report.content import Picture, Section, Table
+from lit_tricks.run.report.page import write
+from lit_tricks.run.report.style import DARK, LIGHT, Theme, draw, duration, new_figure, tidy
+
+__all__ = ["race_sections", "report_race"]
+
+
+def report_race(folder: Path) -> Path:
+    """Write ``race.md``, ``race.csv``, ``race.png`` and ``report.html`` of a race, and print the verdict.
+
+    Args:
+        folder: with ``race.json``.
+
+    Returns:
+        The page.
+    """
+    race = json.loads((folder / "race.json").read_text(encoding="utf-8"))
+    sections = race_sections(race)
+    write(folder, "Race", sections)
+    (folder / "report.md").replace(folder / "race.md")
+    with (folder / "race.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["round", "stage", "candidate", "seeds", "mean", "reach", "cost", "state", "reason"])
+        for number, stage, each in _comparisons(race):
+            name, seeds = race["names"][each["candidate"]], len(each["differences"])
+            costs = (_mean(each), each["reach"], each["cost"])
+            writer.writerow([number, stage, name, seeds, *costs, each["state"], each["reason"]])
+    console = Console()
+    for section in sections[:1]:
+        for line in section.text:
+            console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"recipe, tables and plot  {folder}", highlight=False, soft_wrap=True)
+    return folder / "report.html"
+
+
+def race_sections(race: Mapping[str, Any]) -> list[Section]:
+    """Return verdict, confirmation and rounds of a race."""
+    sections = [_verdict(race)]
+    if race["confirmed"]:
+        sections.append(_confirmation(race))
+    sections += [_round(race, number, each) for number, each in enumerate(race["rounds"], start=1)]
+    return sections
+
+
+def _verdict(race: Mapping[str, Any]) -> Section:
+    names = race["names"]
+    kept = [names[name] for name in race["kept"]]
+    stack = f"with {', '.join(kept)}." if kept else "as it is: no candidate showed a gain."
+    text = [f"The recipe is the base {stack}"]
+    text.append(
+        f"The race took {race['runs']} runs and {duration(race['seconds'])} of a budget of {race['budget']}."
+        + (" The budget ended it." if race["out_of_budget"] else "")
+    )
+    text += _undecided(race)
+    stacks = race["confirmed"].get("stacks", {})
+    for split, what in (("val", "validation"), ("test", "test")):
+        if pairs := _pairs(stacks, "base", split):
+            base, recipe = (statistics.fmean(side) for side in zip(*pairs, strict=True))
+            change = _change([b - a for a, b in pairs])
+            text.append(f"Fresh seeds, {what}: base {base:.2f} %, recipe {recipe:.2f} %, {change} points.")
+    alpha = race["settings"]["alpha"]
+    text.append(f"In each round, the probability to keep a trick without gain is at most {alpha:.0%}.")
+    picture = Picture(
+        "race",
+        "Differences to the leader, one point per seed, and their means",
+        draw(_draw, race, theme=LIGHT),
+        draw(_draw, race, theme=DARK),
+    )
+    return Section("Verdict", text, pictures=[picture])
+
+
+def _undecided(race: Mapping[str, Any]) -> list[str]:
+    """State how many more seeds would settle the gains that were not shown."""
+    lines = []
+    kept = set(race["kept"])
+    last = {each["candidate"]: each for _, stage, each in _comparisons(race) if stage == "test"}
+    for name, each in last.items():
+        mean = _mean(each)
+        if name in kept or each["state"] == "failed" or len(each["differences"]) < 3 or mean is None or mean <= 0:
+            continue
+        deviation = statistics.stdev(each["differences"])
+        for seeds in range(len(each["differences"]) + 1, 201):
+            if paired_change_reach(deviation, seeds) <= mean:
+                more = seeds - len(each["differences"])
+                lines.append(f"Undecided: {race['names'][name]}. {more} more seeds would settle {mean:.1f} points.")
+                break
+    return lines
+
+
+def paired_change_reach(deviation: float, seeds: int) -> float:
+    """Return how far the 95 % interval of a mean reaches, for a deviation of the differences and a number of seeds."""
+    spread = [deviation * math.sqrt((seeds - 1) / 2), -deviation * math.sqrt((seeds - 1) / 2), *[0.0] * (seeds - 2)]
+    return paired_change(spread)[1]
+
+
+def _confirmation(race: Mapping[str, Any]) -> Section:
+    stacks, seeds = race["confirmed"]["stacks"], race["confirmed"]["seeds"]
+    if not seeds:
+        return Section(
+            "Confirmation", ["The budget held no confirmation: the gain of the recipe may be overestimated."]
+        )
+    rows = []
+    for name, found in stacks.items():
+        cells = [name]
+        for split in ("val", "test"):
+            values = [value for value in found[split] if value is not None]
+            cells.append(f"{statistics.fmean(values):.2f}" if values else "-")
+            pairs = _pairs(stacks, name, split)
+            cells.append(_change([b - a for a, b in pairs]) if pairs and name != "recipe" else "")
+        rows.append(cells)
+    text = [
+        f"Runs with seeds {seeds[0]} to {seeds[-1]}, which no choice has used.",
+        "Gain: recipe minus the row, in points, paired by seed, with its 95 % interval by Student's t.",
+    ]
+    header = ["stack", "val in %", "gain of the recipe", "test in %", "gain of the recipe"]
+    return Section("Confirmation", text, [Table("Base, recipe, and recipe without each trick", header, rows)])
+
+
+def _pairs(stacks: Mapping[str, Any], name: str, split: str) -> list[tuple[float, float]]:
+    """Return the scores of a stack and of the recipe, by seed, where both are known."""
+    if not stacks:
+        return []
+    pairs = zip(stacks[name][split], stacks["recipe"][split], strict=True)
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def _round(race: Mapping[str, Any], number: int, found: Mapping[str, Any]) -> Section:
+    leader = " + ".join(["base", *(race["names"][name] for name in found["leader"])])
+    rows = []
+    for stage in ("screened", "tested"):
+        for each in found[stage]:
+            mean, cost, reach = _mean(each), each["cost"], each["reach"]
+            rows.append(
+                [
+                    race["names"][each["candidate"]],
+                    each["stage"],
+                    str(len(each["differences"])),
+                    "failed" if mean is None else f"{mean:+.2f}" + (f" ± {reach:.2f}" if reach is not None else ""),
+                    "-" if cost is None else f"{cost:.2f}",
+                    each["state"],
+                    each["reason"],
+                ]
+            )
+    header = ["candidate", "stage", "seeds", "points against the leader", "time", "state", "reason"]
+    outcome = f"{race['names'][found['kept']]} was kept." if found["kept"] else "No candidate was kept."
+    return Section(f"Round {number}", [f"The leader is {leader}. {outcome}"], [Table(f"Round {number}", header, rows)])
+
+
+def _comparisons(race: Mapping[str, Any]) -> list[tuple[int, str, Mapping[str, Any]]]:
+    return [
+        (number, each["stage"], each)
+        for number, found in enumerate(race["rounds"], start=1)
+        for each in (*found["screened"], *found["tested"])
+    ]
+
+
+def _mean(each: Mapping[str, Any]) -> float | None:
+    differences = each["differences"]
+    return None if not differences or any(value is None for value in differences) else statistics.fmean(differences)
+
+
+def _change(differences: Sequence[float]) -> str:
+    mean, reach = paired_change(differences)
+    return f"{mean:+.2f}" + (f" ± {reach:.2f}" if math.isfinite(reach) else "")
+
+
+def _draw(race: Mapping[str, Any], theme: Theme) -> Figure:
+    rows = [(n, s, each) for n, s, each in _comparisons(race) if _mean(each) is not None]
+    figure = new_figure(7.2, 1.2 + 0.3 * max(1, len(rows)))
+    axes = figure.subplots()
+    for y, (_, stage, each) in enumerate(rows):
+        color = theme.cycle[2] if each["state"] == "kept" else theme.cycle[0] if stage == "test" else theme.faint
+        axes.plot(each["differences"], [y] * len(each["differences"]), ".", color=color, alpha=0.6)
+        mean = statistics.fmean(each["differences"])
+        if each["reach"] is not None:
+            axes.plot([mean - each["reach"], mean + each["reach"]], [y, y], color=color, linewidth=2)
+        axes.plot([mean], [y], "|", color=color, markersize=14, markeredgewidth=2)
+    axes.axvline(0, color=theme.faint, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{n}: {race['names'][each['candidate']]}, {s}" for n, s, each in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    tidy(axes, "", "points against the leader", "")
+    return figure
