@@ -30,30 +30,27 @@ from lit_tricks.cli.errors import explain
 from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.folder import RunFolder
-from lit_tricks.run.mask_writer import MaskWriter
 from lit_tricks.run.memory import PeakMemory
 from lit_tricks.run.pictures import send_pictures
-from lit_tricks.run.prediction_writer import PredictionWriter
 from lit_tricks.run.preview import PreviewLogger
 from lit_tricks.run.profiler import TimeSplit
 from lit_tricks.run.report.fit import report_fit
-from lit_tricks.run.resuming import BestSoFar
 from lit_tricks.run.saving import LastCheckpoint, SaveConfig
 from lit_tricks.run.tricks_in_force import TricksInForce
 from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.tasks import TASKS
 from lit_tricks.tasks.base import Task
-from lit_tricks.tasks.segmentation import Segmenter
 from lit_tricks.utils.config_files import given, model_in, resolve_configs
 
 __all__ = ["TricksCLI", "run"]
 
-# Lightning's own use of torch, a loader of images in memory, callbacks that only training needs (`BestSoFar` names
-# those that a resumed run lacks): nothing to do about any of these warnings.
+# Lightning's own use of torch, a loader of images in memory, callbacks that only training needs, a resumed run in a
+# folder of its own: nothing to do about any of these warnings.
 NO_ADVICE = (
     ".*LeafSpec.*is deprecated",
     ".*does not have many workers",
     ".*callbacks used to create the checkpoint",
+    "The dirpath has changed from",
 )
 LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
 
@@ -72,7 +69,7 @@ class TricksCLI(LightningCLI):
             seed_everything_default=0,
             # errors are raised: `run` prints them as one line
             parser_kwargs={
-                name: {"exit_on_error": False, "description": TRAINER_COMMANDS[name]} for name in self.subcommands()
+                name: {"exit_on_error": False, "description": TRAINER_COMMANDS.get(name)} for name in self.subcommands()
             }
             | {"exit_on_error": False, "prog": "lit-tricks", "version": __version__},
             trainer_defaults={"default_root_dir": "runs"},
@@ -99,12 +96,7 @@ class TricksCLI(LightningCLI):
                 type=Literal["gradients", "parameters", "all", None],
                 help="Send histograms of these to Weights & Biases, as often as metrics are logged.",
             )
-        if subcommand == "predict":
-            parser.add_argument("--images", type=str, help="Folder of the images to predict.", required=True)
-            parser.add_argument(
-                "--output", type=str, default="predictions.csv", help="CSV file to write; masks go beside it."
-            )
-        else:  # a checkpoint brings the names of its classes; the data that it was trained on need not be there
+        if subcommand != "predict":  # a checkpoint brings its class names; the data it was trained on need not be there
             for source, target in LINKS.items():
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
         return parser
@@ -147,14 +139,8 @@ class TricksCLI(LightningCLI):
             self.memory = PeakMemory()
             return
         self.save_config_callback = None
-        warnings.filterwarnings("ignore", message="The dirpath has changed from")  # of what is not trained here
         if config.trainer.logger in (None, True):
             config.trainer.logger = False
-        if self.subcommand == "predict":
-            if not config.ckpt_path:
-                raise ValueError("predict needs --ckpt_path, the checkpoint of a trained model.")
-            config.data.init_args.predict_dir = config.images
-            config.return_predictions = False  # they are written as they come, and may be more than memory holds
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has: CSV metrics, the best and the last checkpoint, the file of predictions.
@@ -167,7 +153,7 @@ class TricksCLI(LightningCLI):
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.run.path:
             self.timer, self.evidence = Timer(), Evidence()
-            callbacks += [self.timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
+            callbacks += [self.timer, self.evidence, TricksInForce(self.run.path)]
             if config.profiler is None:
                 kwargs["profiler"] = TimeSplit()
             # saved as it was asked for: who repeats the configuration wants another W&B run
@@ -183,9 +169,6 @@ class TricksCLI(LightningCLI):
                 monitor = f"val/{self.model.score}" if scored else None
                 callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
                 callbacks.append(LastCheckpoint(filename="last"))  # save_last would save along with the best alone
-        if self.subcommand == "predict":
-            writer = MaskWriter if isinstance(self.model, Segmenter) else PredictionWriter
-            callbacks.append(writer(self.config_init.predict.output))
         return super().instantiate_trainer(**kwargs)
 
     def _check_links(self) -> None:
@@ -221,24 +204,29 @@ class TricksCLI(LightningCLI):
 
 
 class _Unrun(TricksCLI):
-    """A fit that is built and not run: on one device, without loggers, in no folder."""
+    """The objects of a command, built and not run: on one device, without loggers, in no folder."""
 
     def before_instantiate_classes(self) -> None:
         """Leave out what writes."""
-        trainer = self.config.fit.trainer
+        config = self.config[self.subcommand]
+        trainer = config.trainer
         self.save_config_callback = None
         trainer.logger = trainer.enable_progress_bar = trainer.enable_model_summary = False
         trainer.num_sanity_val_steps = 0
-        trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
+        trainer.num_nodes, trainer.strategy = 1, "auto"
+        if self.subcommand == "fit":
+            trainer.devices = 1
+        else:
+            config.data.init_args.predict_dir = tempfile.gettempdir()  # so that the training images need not be there
 
     @overrides(LightningCLI)
     def _run_subcommand(self, subcommand: str) -> None:
         """Do nothing."""
 
 
-def _parts_of_fit(words: list[str]) -> dict[str, Any]:
-    """Data, model and Trainer of a fit, for a command that makes something else of them."""
-    built = _Unrun(["fit", *words], RunFolder())
+def _parts_of(subcommand: str, words: list[str]) -> dict[str, Any]:
+    """Return data, model and Trainer of a subcommand, for a command that makes something else of them."""
+    built = _Unrun([subcommand, *words], RunFolder())
     trainer = built.trainer
     trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Checkpoint)]  # type: ignore[attr-defined]
     return {"data": built.datamodule, "model": built.model, "trainer": trainer}
@@ -264,7 +252,7 @@ def run(words: list[str], debug: bool) -> None:
             for message in NO_ADVICE:
                 warnings.filterwarnings("ignore", message=message)
             if command:
-                run_command(command, words[len(name.split()) :], name, _parts_of_fit)
+                run_command(command, words[len(name.split()) :], name, _parts_of)
             else:
                 TricksCLI(words, folder)
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ TRAINER_COMMANDS = {
     "fit": "Train a model, and leave its checkpoints and a report in a folder of its own.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
-    "predict": "Predict images with a checkpoint.",
 }
 LIGHT_COMMANDS = {
     "completion": "Print a script that completes commands and options in the shell.",

@@ -17,12 +17,13 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lit_tricks.commands.checkpoints import checkpoint_at, data_settings
+from lit_tricks.commands.predicting.loading import accelerator_of
 from lit_tricks.utils.config_files import given as given_value
 
 __all__ = ["find_command", "own_arguments", "run_command", "summary"]
 
-Build = Callable[[list[str]], dict[str, Any]]
-PARTS = ("data", "model", "trainer")  # of a fit
+Build = Callable[[str, list[str]], dict[str, Any]]
+PARTS = ("data", "model", "trainer")  # of a fit or a prediction
 
 
 def find_command(commands: ModuleType, words: list[str], name: str = "") -> tuple[Callable[..., Any] | None, str]:
@@ -69,13 +70,14 @@ def run_command(function: Callable[..., Any], words: list[str], name: str, build
     the rest is ignored; but a function with an argument ``config`` gets the paths. What follows ``--`` is for the
     argument ``fit_args``. A function with ``ckpt`` and ``data`` gets the data of the checkpoint, where nothing else is
     given. A function with an argument ``trainer`` gets the parts of a fit: ``data``, ``model`` and ``trainer``, which
-    all words make that are not for its other arguments.
+    all words make that are not for its other arguments. If it has an argument ``ckpt`` too, they are the parts of a
+    prediction with this checkpoint, and are made only if there are such words.
 
     Args:
         function: typed and documented. Its arguments become flags.
         words: of the command line, configurations as paths.
         name: of the command, as it is called.
-        build: makes the parts of a fit from the words after ``lit-tricks fit``.
+        build: makes the parts of a subcommand, such as fit, from the words after its name.
 
     Raises:
         argparse.ArgumentError: for words that can not be understood.
@@ -87,18 +89,23 @@ def run_command(function: Callable[..., Any], words: list[str], name: str, build
         end = words.index("--")
         words, given = words[:end], {"fit_args": words[end + 1 :]}
     words = [_underscored(word) for word in words]
+    if {"ckpt", "images"} <= parameters.keys():
+        words = _renamed(words)
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.default is False}
     parts: list[str] = []
     if "trainer" in parameters:
-        words, parts = _split(words, [f"--{name}" for name in own_arguments(function)], flags)
+        words, parts = _split(words, own_arguments(function), flags, "images" if "images" in parameters else "")
     with tempfile.TemporaryDirectory() as folder:
         if not {"config", "trainer"} & set(parameters):
             words = _reduced(words, set(parameters), folder)
-        if {"ckpt", "data"} <= parameters.keys():
+        if {"ckpt", "data"} <= parameters.keys() and "trainer" not in parameters:
             words = [*_settings_of(given_value(words, "--ckpt"), folder), *words]
         config = parser.parse_args([f"{word}=true" if word in flags else word for word in words])
-    if "trainer" in parameters:
-        given |= build(parts)
+    if {"ckpt", "trainer"} <= parameters.keys():
+        on = [f"--trainer.{name}={value}" for name, value in accelerator_of(config.device).items()]
+        given |= build("predict", [*on, *parts, f"--ckpt_path={config.ckpt}"]) if parts else {}
+    elif "trainer" in parameters:
+        given |= build("fit", parts)
     values = parser.instantiate_classes(config).as_dict() | given
     function(**{name: values[name] for name in parameters if name in values})
 
@@ -114,19 +121,46 @@ def summary(command: Callable[..., Any] | ModuleType) -> str:
     return (inspect.getdoc(command) or "").partition("\n")[0]
 
 
-def _split(words: list[str], own: list[str], flags: set[str]) -> tuple[list[str], list[str]]:
-    """The words for a command's own arguments, and the others."""
+def _split(words: list[str], own: list[str], flags: set[str], positional: str) -> tuple[list[str], list[str]]:
+    """Return the words for a command's own arguments, and the others.
+
+    Args:
+        words: of the command line.
+        own: names of the command's arguments.
+        flags: those of its options that take no value.
+        positional: name of the argument that words without a flag are for; empty if there is none.
+    """
     ours: list[str] = []
     theirs: list[str] = []
+    free: list[str] = []
     words = list(words)
     while words:
         word = words.pop(0)
-        flag, equals, _ = word.partition("=")
-        mine = flag in own or word in ("-h", "--help")
-        (ours if mine else theirs).append(word)
-        if flag in own and not equals and flag not in flags and words:
-            ours.append(words.pop(0))
-    return ours, theirs
+        flag, equals, value = word.partition("=")
+        if positional and flag == f"--{positional}":  # as an option it takes several values too
+            free += [value] if equals else []
+            while not equals and words and _is_value(words[0]):
+                free.append(words.pop(0))
+        elif positional and _is_value(word):
+            free.append(word)
+        else:
+            mine = flag.lstrip("-") in own or word in ("-h", "--help") or (positional and flag == "-o")
+            (ours if mine else theirs).append(word)
+            if not equals and flag not in flags and words and (mine or (positional and _is_value(words[0]))):
+                (ours if mine else theirs).append(words.pop(0))
+    return [*ours, *(["--", *free] if free else [])], theirs
+
+
+def _is_value(word: str) -> bool:
+    return word == "-" or not word.startswith("-")
+
+
+def _renamed(words: list[str]) -> list[str]:
+    """Return the words of a prediction with today's names of its options."""
+    return [
+        f"--ckpt{word.removeprefix('--ckpt_path')}" if word.partition("=")[0] == "--ckpt_path" else word
+        for word in words
+    ]
 
 
 def _underscored(word: str) -> str:
@@ -174,7 +208,8 @@ def _parser(function: Callable[..., Any], name: str) -> ArgumentParser:
     types = typing.get_type_hints(function)
     parameters = {name: inspect.signature(function).parameters[name] for name in own_arguments(function)}
     if "trainer" in types:
-        parser.usage = "%(prog)s [options] [--config NAME] [--data NAME] [what else `lit-tricks fit` takes]"
+        images = "IMAGES ... " if "images" in types else ""
+        parser.usage = f"%(prog)s {images}[options] [--config NAME] [--data NAME] [what else `lit-tricks fit` takes]"
     elif "config" not in parameters:
         parser.add_argument(
             "-c", "--config", action="config", help="Configuration, by name or file; what else it holds is ignored."

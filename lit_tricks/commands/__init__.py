@@ -10,9 +10,10 @@ from lit_tricks.commands.ablation.ablate import ablate
 from lit_tricks.commands.checkpoint_average import average
 from lit_tricks.commands.exporting.export import export
 from lit_tricks.commands.model_card import card
+from lit_tricks.commands.predicting.predict import predict
 from lit_tricks.commands.racing.race import race
 from lit_tricks.commands.run_report import report
 from lit_tricks.commands.sizes.fixres_pass import fixres
 from lit_tricks.commands.sizes.resolution_sweep import resolution
 
-__all__ = ["ablate", "average", "card", "data", "export", "fixres", "race", "report", "resolution"]
+__all__ = ["ablate", "average", "card", "data", "export", "fixres", "predict", "race", "report", "resolution"]

@@ -5,28 +5,30 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info
-from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data.io.bad_images import BadImages, OnBadImage, Report
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.io.worker_errors import EvalLoader, explain_death
 from lit_tricks.data.loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
-from lit_tricks.data.samples import Files, Samples, Source, collate, find_images
-from lit_tricks.data.transforms import Transform
+from lit_tricks.data.samples import Files, PredictSamples, Reader, Samples, Source, collate, find_images
+from lit_tricks.data.transforms import InputTransform, Transform
 
 __all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]
 
 Split = Literal["train", "val", "test"]
 
 MAX_AUTO_WORKERS = 16
+FILES_PER_WORKER = 32  # fewer are loaded before a process has started
 STAGES: dict[str | None, tuple[Split, ...]] = {
     None: ("train", "val", "test"),
     "fit": ("train", "val"),
@@ -80,6 +82,7 @@ class ImageDataModule(LightningDataModule, ABC):
     repeats = 1  # of an image in an epoch
     thread_workers = False  # threads of one process, or processes
     on_bad_image: OnBadImage = "raise"
+    exif = False  # whether images are turned as their EXIF orientation says
     crop_ratio = 1.0
     crop_mode: Literal["center", "squash"] = "center"
 
@@ -100,6 +103,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.predict_dir = predict_dir
+        self._predict_files: Paths | None = None
+        self._left_out: BadImages | None = None
         self._sources: dict[Split, Source] = {}
         self._bad: dict[str, BadImages] = {}
         self._report = Report(None)
@@ -155,9 +160,26 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Give (images, paths) of the files below ``predict_dir``, sorted by path."""
-        files = Files(self._predict_paths(), self._read_image)
+        files = Files(self._predict_paths(), self._file_reader())
         samples = self._samples("predict", files, self.eval_transform)
+        if self._predict_files is not None:
+            samples.bad = self._left_out = BadImages(files, "predict", replace=False)
         return EvalLoader(samples, **self._loader_args(samples))  # Lightning shares it among processes, each image once
+
+    def predict_on(self, paths: Iterable[str]) -> None:
+        """Predict these files instead of those in ``predict_dir``; files that cannot be read are left out.
+
+        Args:
+            paths: image files, each once. For a few of them no loading process is started.
+        """
+        self._predict_files = Paths("", map(os.fsencode, paths))
+        self.num_workers = min(self._workers(), len(self._predict_files) // FILES_PER_WORKER)
+
+    def unread(self) -> dict[str, str]:
+        """Return the files that prediction left out, with the reasons."""
+        bad = self._left_out
+        rows = [bad.row(index) for index in bad.new()] if bad else []
+        return {path: reason for _, path, reason in rows}
 
     def teardown(self, stage: str | None = None) -> None:
         """Tell of bad images that were skipped."""
@@ -189,6 +211,10 @@ class ImageDataModule(LightningDataModule, ABC):
             crop_ratio: ``image_size`` over the short side before the centre crop, above 0 and at most 1; None keeps
                 that of ``eval_transform``.
         """
+
+    def input_transform(self) -> InputTransform:
+        """Return what makes an image, or its file, the input of a model, as in validation."""
+        return InputTransform(self.eval_transform, self._file_reader(), self.exif)
 
     @abstractmethod
     def _load(self, split: Split) -> dict[Split, Source]:
@@ -222,7 +248,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if self.on_bad_image == "skip" and name not in self._bad:
             # In evaluation another image would count twice.
             self._bad[name] = BadImages(source, name, replace=name == "train")
-        kind = Samples if name == "predict" else self.sample_type
+        kind = PredictSamples if name == "predict" else self.sample_type
         return kind(source, transform, self._seed, max(workers, 1), self._bad.get(name))
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
@@ -233,8 +259,9 @@ class ImageDataModule(LightningDataModule, ABC):
             args["sampler"] = EvalSampler(samples, replicas, rank)
         return EvalLoader(samples, **args)
 
-    def _read_image(self, path: str) -> Image.Image:
-        return read_image(path)
+    def _file_reader(self) -> Reader:
+        """Return what reads an image file: a function of its own, as loading processes get a copy of it."""
+        return partial(read_image, exif=self.exif)
 
     def _workers(self) -> int:
         return self.auto_workers() if self.num_workers == "auto" else self.num_workers
@@ -266,11 +293,13 @@ class ImageDataModule(LightningDataModule, ABC):
             )
 
     def _predict_paths(self) -> Paths:
+        if self._predict_files is not None:
+            return self._predict_files
         if self.predict_dir is None:
             raise ValueError("predict_dir is not set: give the folder of the images to predict")
         paths = find_images(self.predict_dir)
         if not paths:
-            endings = " ".join(IMG_EXTENSIONS)
+            endings = " ".join(ENDINGS)
             raise FileNotFoundError(f"no image below predict_dir={self.predict_dir!r}: files must end in {endings}")
         return paths
 

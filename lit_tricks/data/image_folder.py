@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.crops import CentreCrop
 from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
 from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.io.file_index import list_images
+from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
-from lit_tricks.data.samples import Files, Source
+from lit_tricks.data.samples import Files, Reader, Source
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["ImageFolder", "check_same_classes"]
@@ -40,10 +40,11 @@ class ImageFolder(PhotoDataModule):
     (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the
     Trainer: its loaders alone give uint8.
 
-    The classes are the folders of ``root/train``, sorted. Without ``root/test`` there is no test. Files are
-    found by their ending (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp) at any depth. Grey, CMYK, palette
-    and transparent images become RGB (alpha is dropped); EXIF orientation is not applied, as in torchvision. In
-    validation, several processes share the images, and each is counted once.
+    The classes are the folders of ``root/train``, sorted. Without ``root/test`` there is no test. Files are found by
+    their ending, at any depth: .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp, .gif (the first frame), .avif
+    (Pillow 11.3 or newer) and .heic, .heif (with ``pip install "lit-tricks[heic]"``). Grey, CMYK, palette and
+    transparent images become RGB (alpha is dropped). In validation, several processes share the images, and each is
+    counted once.
 
     The list of 5000 files and more is remembered in the cache folder of the user, and only folders that have changed
     are read again. ``LIT_TRICKS_CACHE`` names another folder; where it is empty, nothing is remembered.
@@ -76,6 +77,9 @@ class ImageFolder(PhotoDataModule):
             seed decides, takes the place of such a one; otherwise the batch is smaller (one with no other image gets
             another). Files skipped are counted (``data/bad_images``, by the first process) and listed in
             ``bad_images.csv`` in the folder of the run.
+        exif: turn images as their EXIF orientation says, in every split, in prediction and in ``input_transform``. Give
+            true for photos of phones and cameras. The default is false, as in torchvision and timm: published figures
+            and weights are for images that are not turned.
 
     Raises:
         ValueError: if an argument is out of range, or the class folders of train, val and test differ.
@@ -104,6 +108,7 @@ class ImageFolder(PhotoDataModule):
         workers: Literal["process", "thread"] = "process",
         eval_size: int | None = None,
         on_bad_image: OnBadImage = "raise",
+        exif: bool = False,
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -129,7 +134,7 @@ class ImageFolder(PhotoDataModule):
         self.crop_ratio = image_size / resize_size
         self.mean, self.std = mean, std
         self.repeats, self.decode, self.thread_workers = repeats, decode, workers == "thread"
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.exif = on_bad_image, exif
         self.eval_transform = CentreCrop(image_size, resize_size)
         self.train_transform = self.eval_transform
         if eval_size is not None:
@@ -146,8 +151,8 @@ class ImageFolder(PhotoDataModule):
         """Make the transform of evaluation for another size (see the base class)."""
         return CentreCrop(image_size, resize_size_for(image_size, crop_ratio, default=self.crop_ratio))
 
-    def _read_image(self, path: str) -> Image.Image:
-        return read_image(path, exact=self.decode == "exact")
+    def _file_reader(self) -> Reader:
+        return partial(read_image, exact=self.decode == "exact", exif=self.exif)
 
     def _read_classes(self) -> list[str]:
         # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
@@ -164,9 +169,9 @@ class ImageFolder(PhotoDataModule):
         if empty:
             raise FileNotFoundError(
                 f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
-                f"files must end in {' '.join(IMG_EXTENSIONS)}"
+                f"files must end in {' '.join(ENDINGS)}"
             )
-        return {split: Files(paths, self._read_image, labels)}
+        return {split: Files(paths, self._file_reader(), labels)}
 
 
 def _find_classes(root: str) -> list[str]:

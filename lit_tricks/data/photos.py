@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lit_tricks.data.color import Jitter, Triple, apply_matrices, normalisation
 from lit_tricks.data.crops import RandomCrop
 from lit_tricks.data.datamodule import ImageDataModule
+from lit_tricks.data.samples import Reader
+from lit_tricks.data.transforms import InputTransform, Transform
 from lit_tricks.utils.dtensor import to_local
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoDataModule", "random_crop"]
@@ -45,6 +49,26 @@ def random_crop(size: int, augmentation: str, mean: Triple, std: Triple, random_
     return RandomCrop(size, Jitter(mean, std) if augmentation == "paper" else None, augment)
 
 
+class PhotoInput(InputTransform):
+    """From an image to the input of a model (see the base class), normalised after a transform that gives uint8.
+
+    Args:
+        transform: of evaluation, from a PIL image to uint8 pixels (3, H, W).
+        read: reads an image file.
+        exif: whether an image is turned as its EXIF orientation says.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale.
+    """
+
+    def __init__(self, transform: Transform, read: Reader, exif: bool, mean: Triple, std: Triple) -> None:
+        super().__init__(transform, read, exif)
+        self.matrix = normalisation(mean, std)
+
+    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
+        """Transform a PIL image, or the image in a file."""
+        return apply_matrices(super().__call__(image)[None], self.matrix, torch.float32, channels_last=False)[0]
+
+
 class PhotoDataModule(ImageDataModule, ABC):
     """Base: loaders give [uint8 images, labels], in training with the matrices of the colours as a third.
 
@@ -58,6 +82,10 @@ class PhotoDataModule(ImageDataModule, ABC):
 
     mean: Triple
     std: Triple
+
+    def input_transform(self) -> InputTransform:
+        """Return what makes an image, or its file, the input of a model, as in validation."""
+        return PhotoInput(self.eval_transform, self._file_reader(), self.exif, self.mean, self.std)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Do the colours of a batch; images that are no uint8 any more are left as they are."""

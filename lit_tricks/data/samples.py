@@ -13,16 +13,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from lit_tricks._compat import new_shared_storage
 from lit_tricks.data.crops import Crop, generator_at, seeded
 from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.formats import is_image
 from lit_tricks.data.io.jpeg import BadImageError, read_image
 from lit_tricks.data.transforms import Transform
 
-__all__ = ["Files", "JointSamples", "Samples", "Source", "collate", "derive_seed", "find_images"]
+__all__ = [
+    "Files",
+    "JointSamples",
+    "PredictSamples",
+    "Reader",
+    "Samples",
+    "Source",
+    "collate",
+    "derive_seed",
+    "find_images",
+]
+
+Reader = Callable[[str], Image.Image]
 
 TRIES = 20  # images in a row that may be bad where bad ones are replaced
 
@@ -43,7 +55,7 @@ def derive_seed(seed: int, *key: int) -> int:
 def find_images(folder: str) -> Paths:
     """List all image files below a folder, sorted by path."""
     paths = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = sorted(path for path in paths if has_file_allowed_extension(path, IMG_EXTENSIONS))
+    images = sorted(path for path in paths if is_image(path))
     return Paths("", map(os.fsencode, images))
 
 
@@ -146,9 +158,20 @@ class Samples(Dataset[tuple[Any, ...]]):
         else:
             self._pool = self._pool or ThreadPoolExecutor(self.threads)
             loaded = list(self._pool.map(load, *args))
-        if all(each is None for each in loaded):  # of nothing there is no mean: rather an image that counts twice
-            loaded[0] = self._load(function, True, *(arg[0] for arg in args))
+        if all(each is None for each in loaded):
+            loaded[0] = self._stand_in(function, *(arg[0] for arg in args))
         return loaded
+
+    def _stand_in(self, function: Callable[..., Any], index: int, *args: Any) -> Any:
+        """Load another image for a batch of bad ones: a mean over no image is not defined."""
+        return self._load(function, True, index, *args)
+
+
+class PredictSamples(Samples):
+    """Samples to predict. A batch in which no image can be read holds a black one, with an empty path."""
+
+    def _stand_in(self, function: Callable[..., Any], index: int, *args: Any) -> Any:
+        return function(index, (Image.new("RGB", (8, 8)), ""), 0, *args)
 
 
 class JointSamples(Samples):
@@ -187,9 +210,7 @@ class Files:
         labels: of the images, int64; None gives the paths in their place, for prediction.
     """
 
-    def __init__(
-        self, paths: Paths, read: Callable[[str], Image.Image] = read_image, labels: Tensor | None = None
-    ) -> None:
+    def __init__(self, paths: Paths, read: Reader = read_image, labels: Tensor | None = None) -> None:
         self.paths = paths
         self.read = read
         self.labels = labels

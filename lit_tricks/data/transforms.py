@@ -7,16 +7,26 @@ generator of the CPU, so that whoever calls them decides the seed. Mean, standar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-__all__ = ["PCANoise", "Transform", "eval_transform", "pca_noise", "to_pixels", "to_rgb", "train_transform"]
+__all__ = [
+    "InputTransform",
+    "PCANoise",
+    "Transform",
+    "eval_transform",
+    "pca_noise",
+    "to_pixels",
+    "to_rgb",
+    "train_transform",
+]
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -61,6 +71,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:  # a palette or a colour key: PIL warns when it goes to RGB in one step
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+class InputTransform:
+    """From an image to the input of a model, as in validation: float32 (C, H, W), normalised.
+
+    Args:
+        transform: of evaluation, from a PIL image to a tensor.
+        read: reads an image file.
+        exif: whether an image is turned as its EXIF orientation says. ``read`` does so itself.
+    """
+
+    def __init__(self, transform: Transform, read: Callable[[str], Image.Image], exif: bool) -> None:
+        self.transform, self.read, self.exif = transform, read, exif
+
+    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
+        """Transform a PIL image, or the image in a file."""
+        if not isinstance(image, Image.Image):
+            image = self.read(os.fspath(image))
+        elif self.exif:
+            image = ImageOps.exif_transpose(image)
+        return self.transform(image)
+
+    def __repr__(self) -> str:
+        return f"InputTransform({self.transform}, exif={self.exif})"
 
 
 def to_pixels(image: Image.Image) -> Tensor:

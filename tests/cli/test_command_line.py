@@ -1,8 +1,7 @@
-"""The commands: what fit leaves, how a run goes on, what validate, test and predict make of a checkpoint, the help."""
+"""The commands: what fit leaves, how a run goes on, what validate and test make of a checkpoint, the help."""
 
 from __future__ import annotations
 
-import csv
 import inspect
 import math
 import os
@@ -46,7 +45,7 @@ from lit_tricks import Classifier, WarmupCosine, WarmupStep
 from lit_tricks.data import CIFAR10, Digits, ImageFolder
 from lit_tricks.run.reading.predictions import Predictions
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate", "test")
 
 
 @pytest.fixture(autouse=True)
@@ -400,6 +399,11 @@ def test_another_architecture_on_resume_is_refused(best: str, change: str) -> No
     assert not Path("runs").exists()
 
 
+def test_a_finished_run_can_be_resumed_for_nothing(trained: Path) -> None:
+    done(*FIT, *COSINE, "--trainer.max_epochs=3", f"--ckpt_path={trained}/checkpoints/last.ckpt")
+    assert results("runs/tiny/v0")["raw"] == {}
+
+
 def test_interrupted_by_ctrl_c_it_can_be_resumed() -> None:
     words = (*FIT, *COSINE, "--trainer.max_epochs=100000")
     process = warm.start(["-m", "lit_tricks", *words], Path("out"), Path("err"))
@@ -463,104 +467,6 @@ def test_other_data_than_the_checkpoint_was_made_with(folder: Path) -> None:
     assert found.keys() == {"val/loss", "val/top1", "val/ece"}  # no top-5 of three classes
 
 
-# predict
-
-
-def predictions(path: str | Path) -> list[list[str]]:
-    with Path(path).open(newline="") as stream:
-        return list(csv.reader(stream))
-
-
-@pytest.fixture
-def images(folder: Path) -> Path:
-    """Images of all kinds, some of them deep in the folder, and a text."""
-    root = folder / "my images"
-    (root / "deep" / "er").mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Any:
-        return (torch.rand(shape, generator=generator) * 255).byte().numpy()
-
-    Image.fromarray(noise(9, 8, 3)).save(root / "b.png")
-    Image.fromarray(noise(30, 20, 3)).save(root / "deep" / "a, b.jpg")
-    Image.fromarray(noise(8, 8)).save(root / "deep" / "er" / "grey.png")
-    Image.fromarray(noise(11, 11, 4)).save(root / "deep" / "er" / "alpha.PNG")
-    (root / "notes.txt").write_text("not an image")
-    return root
-
-
-FILES = ("b.png", "deep/a, b.jpg", "deep/er/alpha.PNG", "deep/er/grey.png")
-
-
-def test_predictions_are_the_five_most_probable_classes(best: str, images: Path) -> None:
-    outcome = done("predict", "--ckpt_path", best, "--images", str(images), *QUIET, "--data.batch_size=3")
-    assert "4 predictions written to predictions.csv" in outcome.log
-    header, *rows = predictions("predictions.csv")
-    assert header == ["file", *(f"{kind}{i}" for i in range(1, 6) for kind in ("label", "probability"))]
-    assert [row[0] for row in rows] == [str(images / name) for name in FILES]
-    transform = Digits().eval_transform
-    for row in rows:
-        with Image.open(row[0]) as image:
-            probabilities = logits_of(best, transform(image)[None])[0].softmax(0).tolist()
-        ranking = sorted(range(10), key=lambda label: -probabilities[label])[:5]
-        assert row[1::2] == [str(label) for label in ranking]
-        assert [float(cell) for cell in row[2::2]] == pytest.approx([probabilities[i] for i in ranking], abs=2e-6)
-    assert not Path("runs").exists()
-
-
-def test_predicting_needs_no_training_data(folder: Path, images: Path) -> None:
-    root = write_image_folder(folder / "data", classes=("zebra", "ant", "Mule, old"))
-    words = ("--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0", "--name=animals")
-    done(*FIT, "--data=ImageFolder", f"--data.root={root}", *words)
-    root.rename(folder / "gone")
-    path = "runs/animals/v0/checkpoints/best.ckpt"
-    done("predict", f"--ckpt_path={path}", f"--images={images}", "--output=out.csv", *QUIET)
-    header, *rows = predictions("out.csv")
-    assert header == ["file", "label1", "probability1", "label2", "probability2", "label3", "probability3"]
-    names = ["Mule, old", "ant", "zebra"]
-    data = ImageFolder(str(folder / "gone"), image_size=16)
-    for row in rows:
-        with Image.open(row[0]) as image:
-            pixels, _ = data.on_after_batch_transfer([data.eval_transform(image)[None], None], 0)
-        probabilities = logits_of(path, pixels)[0].softmax(0).tolist()
-        assert {name: float(cell) for name, cell in zip(row[1::2], row[2::2], strict=True)} == pytest.approx(
-            dict(zip(names, probabilities, strict=True)), abs=2e-6
-        )
-        assert row[2::2] == sorted(row[2::2], reverse=True)
-    assert len(rows) == 4
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--images=empty",), "no image below predict_dir='empty'"),
-        (("--images=nowhere",), "predict_dir='nowhere' is not a folder"),
-        (("--images=my images", "--output=nowhere/out.csv"), "output='nowhere/out.csv' lies in a folder that does not"),
-        (("--images=broken",), "cannot read the image 'broken/x.png'"),
-        ((), "predict needs --images"),
-    ],
-)
-def test_nothing_is_written_where_predicting_fails(
-    best: str, images: Path, words: tuple[str, ...], message: str
-) -> None:
-    Path("empty").mkdir()
-    Path("broken").mkdir()
-    Path("broken/x.png").write_bytes((images / "b.png").read_bytes()[:60])
-    before = sorted(Path().rglob("*"))
-    outcome = cli("predict", "--ckpt_path", best, *words, *QUIET)
-    assert outcome.code in (1, 2)
-    assert message in outcome.err
-    assert sorted(Path().rglob("*")) == before
-
-
-def test_predicting_needs_a_checkpoint(images: Path) -> None:
-    outcome = cli("predict", "--config=tiny.yaml", f"--images={images}")
-    assert (outcome.code, outcome.err) == (
-        1,
-        "lit-tricks: error: predict needs --ckpt_path, the checkpoint of a trained model.\n",
-    )
-
-
 # Help, short names, stacking
 
 
@@ -595,7 +501,6 @@ def test_help_explains_every_argument(command: str) -> None:
     names = {block.split()[0] for block in blocks}
     assert {"--trainer.max_epochs", "--model", "--data", "--ckpt_path", "--seed_everything"} <= names
     assert ("--name" in names) == (command == "fit")
-    assert ({"--images", "--output"} <= names) == (command == "predict")
     usage = re.compile(r"^((-\S+|\.?[A-Z_]+,?(?= |$)|[\[{]\S+|\|) ?)*")
     assert [block for block in blocks if re.match(r"\(|$", usage.sub("", block))] == []
 

@@ -102,7 +102,7 @@ class CocoDetection(DetectionDataModule):
             return self.classes
         file, folder = self._path(self.annotations, split), self._path(self.images, split)
         classes, pictures = read_coco(file, folder, self.on_bad_box)
-        self._sources[split] = BoxFiles(pictures, self._read_image, split == "train", self.on_bad_box)
+        self._sources[split] = BoxFiles(pictures, self._file_reader(), split == "train", self.on_bad_box)
         return classes
 
     def _path(self, pattern: str, split: Split) -> str:

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
@@ -22,6 +20,7 @@ from lit_tricks.data.detection.boxes import (
     some_of,
     warn_of_skipped,
 )
+from lit_tricks.data.io.formats import is_image
 from lit_tricks.data.samples import Source
 
 __all__ = ["VOC_CLASSES", "VOCDetection", "read_voc"]
@@ -111,7 +110,7 @@ class VOCDetection(DetectionDataModule):
         for each in self.lists[split]:
             folder, name = os.path.split(each)
             pictures += read_voc(os.path.join(self.root, folder), name, self.classes, self.on_bad_box)
-        return {split: BoxFiles(pictures, self._read_image, split == "train", self.on_bad_box)}
+        return {split: BoxFiles(pictures, self._file_reader(), split == "train", self.on_bad_box)}
 
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -149,7 +148,7 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
     images = os.path.join(folder, "JPEGImages")
     if not os.path.isdir(images):
         raise FileNotFoundError(f"there is no folder {images!r} for the images that {listing!r} names")
-    known = {os.path.splitext(file)[0]: file for file in os.listdir(images) if file.lower().endswith(IMG_EXTENSIONS)}
+    known = {os.path.splitext(file)[0]: file for file in os.listdir(images) if is_image(file)}
     pictures = []
     skipped: Counter[str] = Counter()
     for stem in stems:

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lit_tricks.data.io.formats import ENDINGS as TEXT_ENDINGS
 
 __all__ = ["Paths", "list_images"]
 
-VERSION = 1  # of the files in the cache
+VERSION = 2  # of the files in the cache
 REMEMBER_FROM = 5000  # images; fewer are found as fast
 SETTLED = 2.0  # seconds after which a change moves a folder's time stamp on any file system
 THREADS = 8  # a network file system answers many questions at a time
-ENDINGS = tuple(ending.encode() for ending in IMG_EXTENSIONS)
+ENDINGS = tuple(map(str.encode, TEXT_ENDINGS))
 
 
 class Paths(Sequence[str]):

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
+from lit_tricks.data.io.formats import prepare_reader
 from lit_tricks.data.io.turbojpeg import decode_region
 from lit_tricks.data.transforms import to_rgb
 
@@ -23,18 +24,28 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 HARMLESS = "extraneous bytes before marker"
 SOF0, SOF1, SOF2, SOS = 0xC0, 0xC1, 0xC2, 0xDA
 END = b"\xff\xd9"
+TURNS = {  # of the EXIF orientations; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImageError(RuntimeError):
     """A file can not be read as an image; the message names it. Its cause says why."""
 
 
-def read_image(path: str, exact: bool = False) -> Image.Image:
+def read_image(path: str, exact: bool = False, exif: bool = False) -> Image.Image:
     """Read an image file: a JPEG that is decoded later, or an 8-bit RGB image.
 
     Args:
         path: the file.
         exact: see ``JPEG``.
+        exif: turn the image as the EXIF orientation says. A JPEG that must be turned is decoded at once, all of it.
 
     Raises:
         BadImageError: if it cannot be read, now or when it is decoded; the message names the file.
@@ -44,21 +55,32 @@ def read_image(path: str, exact: bool = False) -> Image.Image:
             data = file.read()
     except OSError as error:
         raise _unreadable(path, error) from error
-    return decode_image(data, path, exact)
+    return decode_image(data, path, exact, exif)
 
 
-def decode_image(data: bytes, name: str, exact: bool = False) -> Image.Image:
+def decode_image(data: bytes, name: str, exact: bool = False, exif: bool = False) -> Image.Image:
     """Make an image of the bytes of a file (see ``read_image``); ``name`` is for messages."""
     header = _header(data)
     if header is None:
-        return _decode_any(data, name)
+        return _decode_any(data, name, exif)
     limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # as PIL has it
     if header.width * header.height > limit:
         bomb = Image.DecompressionBombError(
             f"{header.width} x {header.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS allows: {limit}"
         )
         raise _unreadable(name, bomb) from bomb
-    return JPEG(data, name, exact, header)
+    image = JPEG(data, name, exact, header)
+    method = TURNS.get(_orientation(data)) if exif else None
+    return image if method is None else Image.fromarray(image.pixels()).transpose(method)
+
+
+def _orientation(data: bytes) -> int:
+    """Return the EXIF orientation of a JPEG; 1, upright, where there is none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # EXIF of cameras is broken in many ways, and the image may be whole
+        return 1
 
 
 def pixels_of(image: Image.Image, box: Box | None = None) -> Pixels:
@@ -203,11 +225,12 @@ def _decode(data: bytes, name: str, pixels: Pixels, region: Box | None) -> Pixel
     return pixels
 
 
-def _decode_any(data: bytes, name: str) -> Image.Image:
+def _decode_any(data: bytes, name: str, exif: bool = False) -> Image.Image:
     try:
+        prepare_reader(data)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except Exception as error:  # PIL's decoders fail in many ways: OSError, SyntaxError, ValueError, struct.error, ...
         raise _unreadable(name, error) from error
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_tricks.data.datamodule import ImageDataModule, check_at_least_one, resize_size_for
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.worker_errors import EvalLoader
 from lit_tricks.data.samples import JointSamples
 from lit_tricks.data.segmentation.pairs import EvalPair, Pairs, RandomPair
@@ -103,11 +103,11 @@ def image_files(folder: Path, layout: str) -> dict[str, str]:
     for root, _, names in os.walk(folder, followlinks=True):
         for name in names:
             stem, ending = os.path.splitext(os.path.relpath(os.path.join(root, name), folder))
-            if ending.lower() not in IMG_EXTENSIONS:
+            if ending.lower() not in ENDINGS:
                 continue
             if stem in found:
                 raise ValueError(f"{str(folder)!r} has both {found[stem]!r} and {stem + ending!r}: remove one of them")
             found[stem] = stem + ending
     if not found:
-        raise FileNotFoundError(f"no image in {str(folder)!r}: files must end in {' '.join(IMG_EXTENSIONS)}; {layout}")
+        raise FileNotFoundError(f"no image in {str(folder)!r}: files must end in {' '.join(ENDINGS)}; {layout}")
     return found

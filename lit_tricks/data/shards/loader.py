@@ -15,7 +15,6 @@ from litdata.streaming.shuffle import NoShuffle
 from PIL import Image
 
 from lit_tricks._compat import allow_http_endpoints, overrides, share_among_workers, streaming_environment
-from lit_tricks.data.io.jpeg import decode_image
 from lit_tricks.data.io.worker_errors import guarded
 from lit_tricks.data.loader import check_same_batches
 from lit_tricks.data.samples import Samples, derive_seed
@@ -25,6 +24,7 @@ from lit_tricks.data.shards.index import Shards, alone
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
 
 allow_http_endpoints()
+Decode = Callable[[bytes, str], Image.Image]
 
 
 class ShardSamples(StreamingDataset):  # type: ignore[misc]
@@ -37,14 +37,14 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
             samples in their order, each in one process.
         num_replicas: number of processes.
         rank: of this process.
-        exact: see ``decode_image``.
+        decode: makes an image of the bytes of a file, and its name for messages.
     """
 
     posix_fast: Any  # of litdata
     current_epoch: int
 
     def __init__(
-        self, shards: Shards, samples: Samples, shuffle: bool, num_replicas: int, rank: int, exact: bool
+        self, shards: Shards, samples: Samples, shuffle: bool, num_replicas: int, rank: int, decode: Decode
     ) -> None:
         # Shuffled in the whole shard, not in blocks of it. Of the seed NumPy takes 32 bits.
         order = derive_seed(samples.seed) % 2**32
@@ -55,7 +55,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
         self.distributed_env = streaming_environment(num_replicas, rank)
         if self.posix_fast is not None:  # one order on every file system
             self.posix_fast = dataclasses.replace(self.posix_fast, kind="posix")
-        self.shards, self.samples, self.exact = shards, samples, exact
+        self.shards, self.samples, self.decode = shards, samples, decode
         self.transform = samples.transform  # may be replaced at any time before the workers start
 
     def __getitem__(self, index: ChunkedIndex) -> Any:
@@ -75,7 +75,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
 
     def batch(self, items: list[_Sample]) -> Any:
         """Transform samples and make a batch of them."""
-        self.samples.source, self.samples.transform = _Batch(items, self.shards, self.exact), self.transform
+        self.samples.source, self.samples.transform = _Batch(items, self.shards, self.decode), self.transform
         first = (self.current_epoch - 1) * len(self.shards)
         return collate_samples(self.samples.__getitems__([first + item.number for item in items]))
 
@@ -96,9 +96,9 @@ class _Sample(NamedTuple):
 class _Batch:
     """The samples of a batch by their numbers in the whole, and any other."""
 
-    def __init__(self, items: list[_Sample], shards: Shards, exact: bool) -> None:
+    def __init__(self, items: list[_Sample], shards: Shards, decode: Decode) -> None:
         self.items = {item.number: item for item in items}
-        self.shards, self.exact = shards, exact
+        self.shards, self.decode = shards, decode
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -108,7 +108,7 @@ class _Batch:
         if item is None:  # in the place of a bad image
             item = _Sample(None, number, *self.shards.item(number))
         name = f"{item.name}: {self.shards.place(number)}"
-        return decode_image(item.data, name, self.exact), item.label
+        return self.decode(item.data, name), item.label
 
 
 def collate(items: list[_Sample]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from functools import partial
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
@@ -12,6 +14,7 @@ from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.image_folder import ImageFolder, check_same_classes
 from lit_tricks.data.io.bad_images import OnBadImage
+from lit_tricks.data.io.jpeg import decode_image
 from lit_tricks.data.loader import eval_batch_size
 from lit_tricks.data.photos import Augmentation
 from lit_tricks.data.samples import Source
@@ -62,6 +65,8 @@ class Streaming(ImageFolder):
             in ``bad_images.csv`` in the folder of the run.
         cache_dir: folder that shards of a bucket are kept in; None is litdata's own.
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
+        exif: turn images as their EXIF orientation says; see ``ImageFolder``. Images that ``data shard --short-side``
+            has shrunk have no EXIF.
 
     Raises:
         ModuleNotFoundError: without litdata.
@@ -93,6 +98,7 @@ class Streaming(ImageFolder):
         on_bad_image: OnBadImage = "raise",
         cache_dir: str | None = None,
         eval_size: int | None = None,
+        exif: bool = False,
     ) -> None:
         if predict_dir is None:  # to predict, no shard is read
             import_litdata()
@@ -113,8 +119,11 @@ class Streaming(ImageFolder):
             workers=workers,
             on_bad_image=on_bad_image,
             eval_size=eval_size,
+            exif=exif,
         )
-        self.hparams.pop("repeats", None)  # an argument of ImageFolder that this one does not have
+        own = inspect.signature(type(self)).parameters
+        for name in [name for name in self.hparams if not name.startswith("_") and name not in own]:
+            del self.hparams[name]  # an argument of ImageFolder that this one does not have
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Give shuffled and augmented training batches."""
@@ -131,7 +140,8 @@ class Streaming(ImageFolder):
         shards: Any = self.source(split)
         training, trainer, (replicas, rank) = split == "train", self.trainer, self._replicas()
         samples = self._samples(split, shards, transform)
-        dataset = ShardSamples(shards, samples, training, replicas, rank, self.decode == "exact")
+        decode = partial(decode_image, exact=self.decode == "exact", exif=self.exif)
+        dataset = ShardSamples(shards, samples, training, replicas, rank, decode)
         # New workers for each epoch: those that live on would not learn which one it is.
         loading = self._loader_args(samples) | {"persistent_workers": False, "collate_fn": collate}
         if replicas > 1 and not training:
