@@ -1,30 +1,82 @@
-"""CIFAR-10 and CIFAR-100, on torchvision's reader."""
+"""CIFAR-10 and CIFAR-100, on torchvision's reader, in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-from torch.utils.data import Subset
+import torch
+from PIL import Image
+from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lit_tricks.data.datamodule import ImageDataModule, Split, resize_size_for, stratified_split
+from lit_tricks.data.datamodule import Split, resize_size_for, stratified_split
+from lit_tricks.data.memory.base import ImagesOn, MemoryDataModule
+from lit_tricks.data.memory.batch_transforms import EvalBatch, Flip, Padding, TrainBatch
+from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Source
-from lit_tricks.data.transforms import Transform, eval_transform, to_pixels, to_rgb
+from lit_tricks.data.transforms import Transform, to_rgb
+from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, numbers
 
 __all__ = ["CIFAR10", "CIFAR100"]
 
 SIZE = 32
-Statistics = tuple[float, float, float]  # of the channels R, G, B
+ROOM = "An eighth of the side is usual."
 
 
-class CIFAR10(ImageDataModule):
-    """CIFAR-10: 60,000 colour photographs of 32 x 32 pixels in 10 classes ([Krizhevsky, 2009][1]).
+@dataclass(frozen=True)
+class CIFARFiles:
+    """The training or the test images of a data set of torchvision's.
 
-    Training images are padded by 4 pixels, cropped to 32 x 32 at random and flipped for every second image. All are
-    normalised by mean (0.4914, 0.4822, 0.4465) and standard deviation (0.2470, 0.2435, 0.2616) on the scale 0-1.
-    ``eval_transform`` takes any image: short side to 32 pixels (antialiased), centre crop.
+    Attributes:
+        reader: class of torchvision.
+        root: folder of the files.
+        train: whether they are the training images.
+        stamps: times of the last changes of the files, so that changed files are loaded anew.
+    """
+
+    reader: Any
+    root: str
+    train: bool
+    stamps: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reader: Any, root: str, train: bool) -> CIFARFiles:
+        """Note the files that are there now."""
+        names = reader.train_list if train else reader.test_list
+        paths = (os.path.join(root, reader.base_folder, name) for name, _ in names)
+        return cls(
+            reader, root, train, tuple(os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in paths)
+        )
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Load images (N, 3, 32, 32) and labels."""
+        found = self.reader(self.root, train=self.train)
+        images = torch.from_numpy(found.data.transpose(0, 3, 1, 2))  # which is the order that they have in the files
+        return images.contiguous(), torch.tensor(found.targets)
+
+    def to_image(self, pixels: Tensor) -> Image.Image:
+        """Turn the pixels of one image into an RGB image."""
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def rgb_pixels(image: Image.Image) -> Tensor:
+    """Turn any image into a uint8 tensor (3, H, W)."""
+    pixels: Tensor = v2.functional.pil_to_tensor(to_rgb(image))
+    return pixels
+
+
+class CIFAR10(MemoryDataModule):
+    """CIFAR-10: 60,000 color photographs of 32 x 32 pixels in 10 classes ([Krizhevsky, 2009][1]).
+
+    The images are kept in memory, and whole batches are made at once, on the device that trains: training images are
+    shifted by up to 4 pixels in each direction, black coming in, and half of them are flipped. All are normalized by
+    mean (0.4914, 0.4822, 0.4465) and standard deviation (0.2470, 0.2435, 0.2616) on the scale 0-1.
+    ``eval_transform`` takes any image: short side to ``eval_size`` (antialiased), center crop.
 
     [1]: https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf
 
@@ -35,11 +87,25 @@ class CIFAR10(ImageDataModule):
         val_size: how many of the 50,000 training images are held out for validation, the classes in proportion.
             0 trains on all of them and validates on the test images: for a last run, when nothing is chosen any more.
             ``fit`` then reports their figures once, as validation.
-        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
-            the machine, 16 at most; 0 loads in the main process.
+        num_workers: processes that load, for each loader. "auto" is 0, which loads in the process that trains and is
+            the fastest; for prediction from files, or if ``train_transform`` is replaced by a transform of single
+            images, it shares the available cores among the processes of the machine, 16 at most.
         split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
-        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is 32.
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
+        image_size: side of the training images in pixels, at least 1.
+        translate: most pixels by which a training image is shifted, up or down and left or right, from 0 to
+            ``image_size - 1``. None is an eighth of ``image_size``, or 0 with ``crop_scale``.
+        padding: what comes in at the sides of a shifted image: "zero" is black, "reflect" mirrors the image.
+        flip: "random" flips half of the training images; "alternating" flips each image in every second epoch, half of
+            them in the first ([Jordan, 2024](https://arxiv.org/abs/2404.00498)); "none" flips none.
+        cutout: side of the square in a training image that is set to the mean, in pixels, from 0 to ``image_size``
+            ([DeVries and Taylor, 2017](https://arxiv.org/abs/1708.04552)); it lies in the image.
+        crop_scale: least and largest share of the area of a random crop, each in (0, 1], which is resized to
+            ``image_size`` before all else. None crops nothing, and resizes the whole image.
+        images_on: "device" keeps the images on the device that trains (154 MB), "host" in the host's memory, from where
+            each batch is copied. "auto" is "device" if they take at most half of its free memory, and ``num_workers``
+            is "auto" or 0. Where there is no room on the device, they stay in the host's memory.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -65,9 +131,29 @@ class CIFAR10(ImageDataModule):
         split_seed: int = 0,
         predict_dir: str | None = None,
         eval_size: int | None = None,
+        image_size: int = SIZE,
+        translate: int | None = None,
+        padding: Padding = "zero",
+        flip: Flip = "random",
+        cutout: int = 0,
+        crop_scale: tuple[float, float] | None = None,
+        images_on: ImagesOn = "auto",
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
-        super().__init__(batch_size, num_workers, predict_dir)
+        super().__init__(batch_size, num_workers, predict_dir, images_on)
+        image_size = integer(self, "image_size", image_size, 1, "32 keeps the images as they are.", MAX_SIDE)
+        if crop_scale is not None:
+            crop_scale = (least, most) = tuple(
+                numbers(self, "crop_scale", crop_scale, "(0, 1]", "[0.25, 1.0] suits small images.", 2)
+            )
+            if least > most:
+                raise invalid(self, "the least share of the area comes first. Swap them.", crop_scale=crop_scale)
+        translate = integer(
+            self, "translate", translate, 0, ROOM, image_size - 1, "an eighth of the side, or 0 with crop_scale"
+        )
+        cutout = integer(self, "cutout", cutout, 0, "Half the side or less is usual.", image_size)
+        choice(self, "padding", padding, get_args(Padding))
+        choice(self, "flip", flip, get_args(Flip))
         self.save_hyperparameters()
         if not isinstance(val_size, int) or val_size < 0:
             raise ValueError(f"val_size must be an integer of at least 0, got {val_size!r}")
@@ -76,21 +162,25 @@ class CIFAR10(ImageDataModule):
         self.val_size = val_size
         self.split_seed = split_seed
         self.classes = self._class_names.split()
-        self.input_size = (3, SIZE, SIZE)
-        self.mean, self.std = self._pixel_statistics()
-        augment = [v2.RandomCrop(SIZE, padding=4), v2.RandomHorizontalFlip()]
-        self.train_transform = v2.Compose([to_rgb, *augment, to_pixels, v2.Normalize(*self._pixel_statistics())])
-        self.eval_transform = self.eval_transform_at(SIZE if eval_size is None else eval_size)  # 32 leaves it as it is
+        self.input_size = (3, image_size, image_size)
+        self.mean, self.std = (tuple(255 * share for share in shares) for shares in (self._mean, self._std))
+        if translate is None:
+            translate = 0 if crop_scale else round(image_size / 8)
+        self.train_transform = TrainBatch(
+            image_size, rgb_pixels, self.mean, self.std, translate, padding, flip, cutout, crop_scale
+        )
+        self.eval_transform = self.eval_transform_at(image_size if eval_size is None else eval_size)
 
     def prepare_data(self) -> None:
-        """Download the files, or complain, if they are not there; to predict, they need not be."""
+        """Download the files if they are not there, or raise an error; to predict, they are not needed."""
         if self.trainer is not None and self.trainer.predicting:
             return
-        self._read(train=False, download=self.download)
+        with self._explained(self.download):
+            self._reader(self.root, train=False, download=self.download)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""
-        return eval_transform(image_size, resize_size_for(image_size, crop_ratio), *self._pixel_statistics())
+        return EvalBatch(image_size, resize_size_for(image_size, crop_ratio), rgb_pixels, self.mean, self.std)
 
     @property
     def has_test(self) -> bool:
@@ -109,19 +199,20 @@ class CIFAR10(ImageDataModule):
                 f"val_size={self.val_size} leaves a class without an image in validation or training: "
                 f"use 0, or {self.num_classes} to {most}"
             )
-        train, val = stratified_split(images.targets, self.val_size, self.split_seed)
-        return {"train": Subset(images, train), "val": Subset(images, val)}
+        train, val = stratified_split(images.stored.labels.tolist(), self.val_size, self.split_seed)
+        return {"train": MemorySource(images.recipe, train), "val": MemorySource(images.recipe, val)}
 
-    def _pixel_statistics(self) -> tuple[Statistics, Statistics]:
-        """Mean and standard deviation on the 0-255 scale."""
-        mean, std = ((255 * r, 255 * g, 255 * b) for r, g, b in (self._mean, self._std))
-        return mean, std
+    def _read(self, train: bool) -> MemorySource:
+        with self._explained():
+            return MemorySource(CIFARFiles.of(self._reader, self.root, train))
 
-    def _read(self, train: bool, download: bool = False) -> Any:
+    @contextlib.contextmanager
+    def _explained(self, download: bool = False) -> Iterator[None]:
+        """Explain the errors of torchvision's reader."""
         name, folder = type(self).__name__, os.path.join(self.root, self._reader.base_folder)
         by_hand = f"or unpack {self._reader.url} in root={self.root!r} yourself"
         try:
-            return self._reader(self.root, train=train, download=download)
+            yield
         except RuntimeError as error:  # what torchvision raises for missing and for damaged files
             remedy = "try again" if download else "call prepare_data()" if self.download else "set download=True"
             raise FileNotFoundError(
@@ -132,11 +223,12 @@ class CIFAR10(ImageDataModule):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100: 60,000 colour photographs of 32 x 32 pixels in 100 classes ([Krizhevsky, 2009][1]).
+    """CIFAR-100: 60,000 color photographs of 32 x 32 pixels in 100 classes ([Krizhevsky, 2009][1]).
 
-    Training images are padded by 4 pixels, cropped to 32 x 32 at random and flipped for every second image. All are
-    normalised by mean (0.5071, 0.4865, 0.4409) and standard deviation (0.2673, 0.2564, 0.2762) on the scale 0-1.
-    ``eval_transform`` takes any image: short side to 32 pixels (antialiased), centre crop.
+    The images are kept in memory, and whole batches are made at once, on the device that trains: training images are
+    shifted by up to 4 pixels in each direction, black coming in, and half of them are flipped. All are normalized by
+    mean (0.5071, 0.4865, 0.4409) and standard deviation (0.2673, 0.2564, 0.2762) on the scale 0-1.
+    ``eval_transform`` takes any image: short side to ``eval_size`` (antialiased), center crop.
 
     [1]: https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf
 
@@ -147,11 +239,25 @@ class CIFAR100(CIFAR10):
         val_size: how many of the 50,000 training images are held out for validation, the classes in proportion.
             0 trains on all of them and validates on the test images: for a last run, when nothing is chosen any more.
             ``fit`` then reports their figures once, as validation.
-        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
-            the machine, 16 at most; 0 loads in the main process.
+        num_workers: processes that load, for each loader. "auto" is 0, which loads in the process that trains and is
+            the fastest; for prediction from files, or if ``train_transform`` is replaced by a transform of single
+            images, it shares the available cores among the processes of the machine, 16 at most.
         split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
-        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is 32.
+        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
+        image_size: side of the training images in pixels, at least 1.
+        translate: most pixels by which a training image is shifted, up or down and left or right, from 0 to
+            ``image_size - 1``. None is an eighth of ``image_size``, or 0 with ``crop_scale``.
+        padding: what comes in at the sides of a shifted image: "zero" is black, "reflect" mirrors the image.
+        flip: "random" flips half of the training images; "alternating" flips each image in every second epoch, half of
+            them in the first ([Jordan, 2024](https://arxiv.org/abs/2404.00498)); "none" flips none.
+        cutout: side of the square in a training image that is set to the mean, in pixels, from 0 to ``image_size``
+            ([DeVries and Taylor, 2017](https://arxiv.org/abs/1708.04552)); it lies in the image.
+        crop_scale: least and largest share of the area of a random crop, each in (0, 1], which is resized to
+            ``image_size`` before all else. None crops nothing, and resizes the whole image.
+        images_on: "device" keeps the images on the device that trains (154 MB), "host" in the host's memory, from where
+            each batch is copied. "auto" is "device" if they take at most half of its free memory, and ``num_workers``
+            is "auto" or 0. Where there is no room on the device, they stay in the host's memory.
 
     Raises:
         ValueError: if an argument is out of range.

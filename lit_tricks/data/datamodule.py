@@ -78,6 +78,8 @@ class ImageDataModule(LightningDataModule, ABC):
     """
 
     sample_type: type[Samples] = Samples
+    train_loader_type: type[TrainLoader] = TrainLoader
+    eval_loader_type: type[EvalLoader] = EvalLoader
     collate = staticmethod(collate)
     repeats = 1  # of an image in an epoch
     thread_workers = False  # threads of one process, or processes
@@ -144,7 +146,7 @@ class ImageDataModule(LightningDataModule, ABC):
         sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed, repeats=self.repeats)
         with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 has deprecated
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-            return TrainLoader(samples, sampler=sampler, drop_last=True, **self._loader_args(samples))
+            return self.train_loader_type(samples, sampler=sampler, drop_last=True, **self._loader_args(samples))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Give all validation images in fixed order."""
@@ -257,7 +259,7 @@ class ImageDataModule(LightningDataModule, ABC):
         if replicas > 1:
             args["batch_size"] = eval_batch_size(self.batch_size, len(samples), replicas)
             args["sampler"] = EvalSampler(samples, replicas, rank)
-        return EvalLoader(samples, **args)
+        return self.eval_loader_type(samples, **args)
 
     def _file_reader(self) -> Reader:
         """Return what reads an image file: a function of its own, as loading processes get a copy of it."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_tricks.data.datamodule import ImageDataModule, Split, check_at_least_one, resize_size_for, stratified_split
+from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for, stratified_split
+from lit_tricks.data.memory.base import ImagesOn, MemoryDataModule
+from lit_tricks.data.memory.batch_transforms import EvalBatch, TrainBatch
+from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Source
 from lit_tricks.data.transforms import Transform, to_rgb
 
@@ -23,23 +27,42 @@ NUM_TEST, NUM_VAL = 360, 180
 MEAN, STD = 4.88, 6.02  # of the ink in the training images of split_seed=0
 
 
-class Digits(ImageDataModule):
+@dataclass(frozen=True)
+class DigitImages:
+    """The images of scikit-learn, in units of ink."""
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Load images (1797, 1, 8, 8), whose ink is whole numbers, and labels."""
+        from sklearn.datasets import load_digits  # here, because its import takes more than half a second
+
+        digits = load_digits()
+        return torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target)
+
+    def to_image(self, pixels: Tensor) -> Image.Image:
+        """Turn the ink of one digit into an image in floating point, as 8 bits would round it."""
+        return Image.fromarray(pixels[0].numpy() * np.float32(INK))
+
+
+class Digits(MemoryDataModule):
     """Handwritten digits: 1797 grey images of 8 x 8 pixels in 10 classes, bright ink on dark ground.
 
     They come with scikit-learn ([Alpaydin and Kaynak, 1998](https://doi.org/10.24432/C50P49)). 1257 are for training,
     180 for validation, 360 for the test, the classes in proportion. Training images are shifted by up to one pixel in
-    each direction; they are not flipped. Normalised by mean 4.88 and standard deviation 6.02 on the ink scale 0-16.
+    each direction; they are not flipped. Normalized by mean 4.88 and standard deviation 6.02 on the ink scale 0-16.
 
     ``eval_transform`` takes any image: made grey, squeezed to 8 x 8 (antialiased), 255 counting as 16.
 
     Args:
         batch_size: images in a batch of one process, 1 to 1257.
-        num_workers: loading processes; "auto" is 0 here, as the images are in memory and tiny.
+        num_workers: loading processes; "auto" is 0, which is the fastest, as the images are in memory and tiny.
         split_seed: decides which images are for training, validation and test; any integer from 0 to 2**32 - 1.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
         image_size: side of the training images in pixels, at least 1; the digits are scaled to it (bilinear), and the
             shift grows with it.
+        images_on: "device" keeps the images on the device that trains, "host" in the host's memory, from where each
+            batch is copied. "auto" is "device" if they take at most half of its free memory, and ``num_workers`` is
+            "auto" or 0.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -59,66 +82,50 @@ class Digits(ImageDataModule):
         predict_dir: str | None = None,
         eval_size: int | None = None,
         image_size: int = SIZE,
+        images_on: ImagesOn = "auto",
     ) -> None:
-        super().__init__(batch_size, num_workers, predict_dir)
+        super().__init__(batch_size, num_workers, predict_dir, images_on)
         check_at_least_one("image_size", image_size)
         self.save_hyperparameters()
         self.split_seed = split_seed
         self.classes = [str(digit) for digit in range(10)]
         self.input_size = (1, image_size, image_size)
         self.mean, self.std = (MEAN * INK,), (STD * INK,)
-        normalize = v2.Normalize([MEAN], [STD])
-        # Padded with 0, which is the ground the digits are written on: hence before the normalisation.
-        shift = v2.RandomCrop(image_size, padding=round(image_size / SIZE))
-        self.train_transform = v2.Compose([partial(to_ink, size=image_size), shift, normalize])
+        # 0, which comes in at the sides, is the ground that the digits are written on.
+        shift = round(image_size / SIZE)
+        self.train_transform = TrainBatch(image_size, to_ink, [MEAN], [STD], translate=shift, flip="none")
         self.eval_transform = self.eval_transform_at(image_size if eval_size is None else eval_size)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""
-        to_size = partial(to_ink, size=resize_size_for(image_size, crop_ratio))
-        return v2.Compose([to_size, v2.CenterCrop(image_size), v2.Normalize([MEAN], [STD])])  # type: ignore[no-any-return]
+        return EvalBatch(image_size, resize_size_for(image_size, crop_ratio), to_ink, [MEAN], [STD], squash=True)
 
     def auto_workers(self) -> int:
         """Return 0: the images are in memory."""
         return 0
 
     def _load(self, split: Split) -> dict[Split, Source]:
-        return {name: _Ink(*part) for name, part in split_digits(self.split_seed).items()}
+        digits = MemorySource(DigitImages())
+        rows = split_rows(digits.stored.labels.numpy(), self.split_seed)
+        return {name: MemorySource(digits.recipe, part.tolist()) for name, part in rows.items()}
 
 
-def split_digits(seed: int) -> dict[Split, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
+def split_digits(seed: int) -> dict[Split, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
     """Ink (N, 8, 8) from 0 to 16 and labels (N,) of each split."""
-    from sklearn.datasets import load_digits  # here, because its import takes more than half a second
-
-    digits = load_digits()
-    rest, test = stratified_split(digits.target, NUM_TEST, seed)
-    train, val = stratified_split(digits.target[rest], NUM_VAL, seed)
-    parts: dict[Split, npt.NDArray[np.intp]] = {
-        "train": np.asarray(rest)[train],
-        "val": np.asarray(rest)[val],
-        "test": np.asarray(test),
-    }
-    return {name: (digits.images[part], digits.target[part]) for name, part in parts.items()}
+    images, labels = (part.numpy() for part in DigitImages().load())
+    return {name: (images[rows, 0], labels[rows]) for name, rows in split_rows(labels, seed).items()}
 
 
-def to_ink(image: Image.Image, size: int = SIZE) -> Tensor:
-    """Turn any image into a float32 tensor of ink from 0 to 16, shape (1, size, size)."""
+def split_rows(labels: npt.NDArray[np.int64], seed: int) -> dict[Split, npt.NDArray[np.intp]]:
+    """Split the digits, the classes in proportion: which of them are for training, validation and test."""
+    rest, test = stratified_split(labels.tolist(), NUM_TEST, seed)
+    train, val = stratified_split(labels[rest].tolist(), NUM_VAL, seed)
+    return {"train": np.asarray(rest)[train], "val": np.asarray(rest)[val], "test": np.asarray(test)}
+
+
+def to_ink(image: Image.Image) -> Tensor:
+    """Turn any image into a float32 tensor of ink from 0 to 16, shape (1, H, W)."""
     if image.mode != "F":
         image = to_rgb(image).convert("L").convert("F")
-    image = image.resize((size, size), Image.Resampling.BILINEAR)  # antialiased where it shrinks
     pixels: Tensor = v2.functional.pil_to_tensor(image)
     return pixels / INK
-
-
-class _Ink:
-    """Digits as images with 255 as full ink, in floating point because 8 bits would round the ink."""
-
-    def __init__(self, images: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> None:
-        self.images = (images * INK).astype(np.float32)
-        self.labels = labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.labels[index]

@@ -29,6 +29,7 @@ __all__ = [
     "Reader",
     "Samples",
     "Source",
+    "WholeBatch",
     "collate",
     "derive_seed",
     "find_images",
@@ -111,7 +112,7 @@ class Samples(Dataset[tuple[Any, ...]]):
         if transform.jitter:
             # As bits: Lightning rounds all floats of a batch where the precision of the run is half.
             whole.append(transform.jitter.matrices(np.stack(draws)).view(torch.int32))
-        samples = _Samples(zip(images, labels, *whole[2:], strict=True))
+        samples = WholeBatch(zip(images, labels, *whole[2:], strict=True))
         samples.whole = whole
         return samples
 
@@ -186,10 +187,16 @@ class JointSamples(Samples):
 
 def collate(samples: list[Any]) -> Any:
     """Make a batch of samples, or give the one that they are part of."""
-    return samples.whole if isinstance(samples, _Samples) else default_collate(samples)
+    return samples.whole if isinstance(samples, WholeBatch) else default_collate(samples)
 
 
-class _Samples(list[Any]):
+class WholeBatch(list[Any]):
+    """Samples that are views of a batch.
+
+    Attributes:
+        whole: the batch.
+    """
+
     whole: list[Any]
 
 

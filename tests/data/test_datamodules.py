@@ -18,12 +18,13 @@ from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from lit_tricks.data import CIFAR10, CIFAR100, Digits, ImageFolder
 from lit_tricks.data.datamodule import ImageDataModule, Split
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.loader import ShuffleSampler
+from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Samples
 
 CLASSES = ("ant", "bee", "cow")
@@ -422,8 +423,8 @@ def test_cifar(cifar: Path, kind: type[CIFAR10], train: int, test: int) -> None:
 def test_cifar_split_is_decided_by_its_seed_alone(cifar: Path) -> None:
     def indices(split: Any, **kwargs: Any) -> list[int]:
         source = CIFAR10(str(cifar), val_size=20, download=False, **kwargs).source(split)
-        assert isinstance(source, Subset)
-        return list(source.indices)
+        assert isinstance(source, MemorySource)
+        return source.rows.tolist()
 
     torch.manual_seed(1)
     first = indices("val")
@@ -516,6 +517,7 @@ def test_hyper_parameters_are_plain(folder: Path) -> None:
         "predict_dir": None,
         "eval_size": None,
         "image_size": 8,
+        "images_on": "auto",
     }
     for module in (data, Digits()):
         assert pickle.loads(pickle.dumps(module)).classes == module.classes

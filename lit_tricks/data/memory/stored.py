@@ -1,0 +1,129 @@
+"""Images as one tensor: at most one copy in the memory of a process, and one on its device, whoever uses them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["MemorySource", "Recipe", "Stored", "stored"]
+
+
+class Recipe(Hashable, Protocol):
+    """Names images, and loads them: small, to be pickled in their place. Equal recipes load the same images."""
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Load the images, uint8, shape (N, C, H, W), and the labels, int64, shape (N,)."""
+
+    def to_image(self, pixels: Tensor) -> Image.Image:
+        """Turn the pixels of one image, shape (C, H, W), into a PIL image."""
+
+
+class Stored:
+    """Images and labels in memory, and on a device where there is room.
+
+    Args:
+        images: uint8, shape (N, C, H, W).
+        labels: int64, shape (N,).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+        self._on: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
+
+    def on(self, device: torch.device, share: float) -> tuple[Tensor, Tensor] | None:
+        """Return images and labels on a device; None if there is no room for them, which is logged once.
+
+        Args:
+            device: the device.
+            share: of its free memory that they may take, in (0, 1].
+        """
+        if device not in self._on:
+            self._on[device] = self._moved(device, share)
+        return self._on[device]
+
+    def release(self) -> None:
+        """Free the memory of devices."""
+        self._on.clear()
+
+    def _moved(self, device: torch.device, share: float) -> tuple[Tensor, Tensor] | None:
+        free = _free_bytes(device)
+        if free is None or self.images.nbytes <= share * free:
+            try:
+                return self.images.to(device), self.labels.to(device)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one; so is what some backends raise
+                if "memory" not in str(error):
+                    raise
+        room = "too little" if free is None else f"{free / 1e6:.0f} MB"
+        rank_zero_warn(
+            f"images stay in the host's memory: they take {self.images.nbytes / 1e6:.0f} MB, and {device} has {room} "
+            f"free, of which they may take {share:.0%}. Training is as before, a little slower; images_on='host' "
+            "silences this."
+        )
+        return None
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device; None if it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+_loaded: weakref.WeakValueDictionary[Recipe, Stored] = weakref.WeakValueDictionary()
+
+
+def stored(recipe: Recipe) -> Stored:
+    """Return the images of a recipe, which are loaded unless this process has them."""
+    found = _loaded.get(recipe)
+    if found is None:
+        found = _loaded[recipe] = Stored(*recipe.load())
+    return found
+
+
+class MemorySource:
+    """Pairs of an image and its label, out of images that are in memory.
+
+    Copies share the images. A pickle holds the recipe, and another process loads them anew.
+
+    Args:
+        recipe: of the images.
+        rows: which of them, sorted; None takes all.
+    """
+
+    def __init__(self, recipe: Recipe, rows: list[int] | None = None) -> None:
+        self.recipe = recipe
+        self._stored: Stored | None = stored(recipe)
+        self.rows = torch.arange(len(self.stored.labels)) if rows is None else torch.tensor(rows)
+
+    @property
+    def stored(self) -> Stored:
+        """The images of which these are some."""
+        if self._stored is None:
+            self._stored = stored(self.recipe)
+        return self._stored
+
+    def release(self) -> None:
+        """Free the memory of devices."""
+        if self._stored is not None:
+            self._stored.release()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        row = int(self.rows[index])
+        return self.recipe.to_image(self.stored.images[row]), int(self.stored.labels[row])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemorySource:
+        return self  # nothing of it changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_stored": None}
