@@ -130,7 +130,8 @@ def test_equal_cost_lets_the_cheaper_side_train_for_longer(cost: float, own: flo
             asked = race.send({t: Outcome(90 + len(t.tricks), seconds[t.tricks] * t.length) for t in asked})
         except StopIteration:
             break
-    tested = [trial for trial in made if trial.seed >= 4]
+    assert {trial.length for trial in made if trial.seed < 2} == {1.0}  # costs are not known yet
+    tested = [trial for trial in made if trial.seed >= 2]
     assert {(len(trial.tricks), trial.length) for trial in tested if len(trial.tricks) < 2} == {(1, own), (0, base)}
     assert verdict.kept == ("a",)
 
@@ -235,11 +236,23 @@ def test_unknown_length_is_named(folder: Path) -> None:
 # A race on the digits
 
 
+def decisions(race: dict[str, Any]) -> list[Any]:
+    """What a race has decided, without the times that it measured."""
+    rounds = [
+        [
+            {k: v for k, v in each.items() if k not in ("seconds", "cost")}
+            for each in (*found["screened"], *found["tested"])
+        ]
+        for found in race["rounds"]
+    ]
+    return [race["kept"], race["runs"], rounds]
+
+
 def test_a_race_leaves_a_recipe_and_a_report_and_continues(folder: Path) -> None:
     words = (*RACE, "tricks/xavier_init", "--score", "per-epoch", "--max-seeds", "3")
-    done(*words, "--budget", "12")
+    done(*words, "--budget", "30")
     first = json.loads(Path("race/race.json").read_text())
-    assert first["runs"] <= 12
+    assert 12 < first["runs"] <= 30
     cells = sorted(path.name for path in Path("race/runs").iterdir() if path.is_dir())
     for name in ("recipe.yaml", "race.md", "race.csv", "race.png", "report.html"):
         assert (Path("race") / name).stat().st_size > 100
@@ -253,8 +266,8 @@ def test_a_race_leaves_a_recipe_and_a_report_and_continues(folder: Path) -> None
     lost = cells[-1]
     shutil.rmtree(Path("race/runs") / lost)
     Path("race/clock.json").write_text(json.dumps({key: value for key, value in clock.items() if key != lost}))
-    done(*words, "--budget", "12")
+    done(*words, "--budget", "30")
     again = json.loads(Path("race/race.json").read_text())
-    assert (again["kept"], again["rounds"], again["runs"]) == (first["kept"], first["rounds"], first["runs"])
+    assert decisions(again) == decisions(first)
 
     assert "holds another race" in cli(*RACE, "--budget", "12").err

@@ -65,7 +65,7 @@ class Cell:
     @property
     def log(self) -> Path:
         """What the run prints."""
-        return self.folder.with_suffix(".log")
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     def last_words(self) -> str:
         """The last line that the run printed."""

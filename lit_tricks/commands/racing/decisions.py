@@ -31,6 +31,7 @@ import numpy as np
 __all__ = ["Comparison", "OutOfBudget", "Outcome", "Round", "Settings", "Trial", "Verdict", "critical_values", "decide"]
 
 SCREENING = (1, 1, 2)  # seeds that are added before the worse half goes
+COSTS_KNOWN = 1  # the step of the screening after which costs are known; it and the steps before compare equal epochs
 LOOKS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 SHARES = (0.8, 0.2)  # of alpha, for the first and the second candidate that is tested in a round
 PATHS = 400_000  # simulated to find critical values: their Monte Carlo error is below 1 %
@@ -96,6 +97,7 @@ class Comparison:
     candidate: str
     stage: str
     differences: list[float] = field(default_factory=list)
+    seconds: list[tuple[float, float]] = field(default_factory=list)
     cost: float = math.nan
     reach: float = math.inf
     state: str = "open"  # "kept", "out", "failed", or "open"
@@ -204,6 +206,8 @@ def _screen(this: Round, rest: list[str], settings: Settings, verdict: Verdict) 
         first += count
         for each in live:
             _exclude_failed(each, verdict)
+            if step == COSTS_KNOWN:
+                each.cost = _cost(each)
         live = sorted((each for each in live if each.state == "open"), key=lambda each: -each.mean)
         if step < len(SCREENING) - 1:
             half = max(len(SHARES), (len(live) + 1) // 2)
@@ -268,26 +272,14 @@ def _compare(
         return
     pairs = {each.candidate: _pair(leader, each, settings, length) for each in arms}
     outcomes = yield _trials(pairs.values(), seeds)
-    unmatched = [each for each in arms if settings.equal_cost and math.isnan(each.cost)]
-    if unmatched:  # the first trials are of equal length, and show the costs
-        for each in unmatched:
-            own, reference = (outcomes[Trial(tricks, seeds[0], scale)] for tricks, scale in pairs[each.candidate])
-            ratio = own.seconds / reference.seconds if reference.seconds else math.nan
-            each.cost = ratio if math.isfinite(ratio) else 1.0
-        again = [each for each in unmatched if abs(each.cost - 1) > COST_TOLERANCE]
-        for each in again:
-            pairs[each.candidate] = _pair(leader, each, settings, length)
-        if again:
-            more = yield _trials([pairs[each.candidate] for each in again], seeds)
-            outcomes = {**outcomes, **more}
     for each in arms:
         (tricks, length), (base_tricks, base_length) = pairs[each.candidate]
         for seed in seeds:
-            base = outcomes[Trial(base_tricks, seed, base_length)].score
-            score = outcomes[Trial(tricks, seed, length)].score
-            if math.isnan(base):
+            base, own = outcomes[Trial(base_tricks, seed, base_length)], outcomes[Trial(tricks, seed, length)]
+            if math.isnan(base.score):
                 continue  # a seed without a reference is no pair
-            each.differences.append(score - base if not math.isnan(score) else -math.inf)
+            each.differences.append(own.score - base.score if not math.isnan(own.score) else -math.inf)
+            each.seconds.append((own.seconds, base.seconds))
 
 
 def _trials(pairs: Iterable[Pair], seeds: Sequence[int]) -> list[Trial]:
@@ -304,6 +296,15 @@ def _pair(leader: tuple[str, ...], arm: Comparison, settings: Settings, length: 
     if arm.cost > 1:
         return (own, length), (leader, round(length * arm.cost, 2))
     return (own, round(length / arm.cost, 2)), (leader, length)
+
+
+def _cost(each: Comparison) -> float:
+    """Return the time of a run with the candidate, as a multiple of a run without it.
+
+    Other work on the machine can only make a run slower, so the fastest run of each side counts.
+    """
+    own, base = (min(side) for side in zip(*each.seconds, strict=True)) if each.seconds else (math.nan, math.nan)
+    return own / base if base and math.isfinite(own / base) else 1.0
 
 
 def _exclude_failed(each: Comparison, verdict: Verdict) -> None:
