@@ -39,7 +39,6 @@ __all__ = [
     "NormWithStatistics",
     "allow_http_endpoints",
     "apply_before_transfer_hook",
-    "batch_hook_owner",
     "call_of",
     "callbacks_of",
     "calls_step_hooks",
@@ -161,16 +160,6 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/callback_connector.py#L68
     """
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def batch_hook_owner(trainer: Trainer, hook: str) -> Any:
-    """Return the module or data module whose ``on_after_batch_transfer`` (or similar hook) Lightning calls.
-
-    Callbacks have no hook that may change a batch; and only Lightning decides which of the two owners it calls.
-    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/data_connector.py#L359
-    """
-    connector: Any = trainer._data_connector
-    return connector._datahook_selector.get_instance(hook)
 
 
 def should_update_logs(trainer: Trainer) -> bool:

@@ -179,13 +179,6 @@ def test_callbacks_of_a_trainer(namespace):
 
 
 @pytest.mark.parametrize("namespace", PACKAGES)
-def test_batch_hook_owner_is_the_module_without_a_data_module(namespace):
-    module = module_class(namespace)()
-    hook = "on_after_batch_transfer"
-    assert set(in_fit(lambda trainer, _: _compat.batch_hook_owner(trainer, hook), namespace, module)) == {module}
-
-
-@pytest.mark.parametrize("namespace", PACKAGES)
 def test_should_update_logs_in_every_second_batch(namespace):
     found = in_fit(lambda trainer, _: _compat.should_update_logs(trainer), namespace, log_every_n_steps=2)
     assert found == [False, True, False, True]

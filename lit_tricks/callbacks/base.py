@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lit_tricks._compat import lightning_classes, should_update_logs
+from lit_tricks._compat import callbacks_of, lightning_classes, should_update_logs
 
-__all__ = ["Trick"]
+__all__ = ["Trick", "paused"]
 
 log = logging.getLogger("lit_tricks")
 
@@ -56,17 +58,21 @@ class Trick(_Callback):
       only where no hook does. Methods are restored in ``teardown`` and ``on_exception`` (Lightning calls one of them),
       in any order of tricks that wrap the same method.
     - ``unwrap`` restores them. Override it to undo other changes of the trick, too.
+    - ``change_training_batches`` passes each training batch through a function of yours.
     - ``should_log`` and ``log_step`` log quantities without work in batches that no logger sees.
 
     ``CONTRIBUTING.md`` has the contract of a trick, and an example.
 
     Attributes:
         effect: the line that was announced. Empty before.
-        changes_batches: whether training batches are being changed, for a trick that does that.
+        is_paused: whether training batches are left unchanged, while PreciseBN passes over the training data.
+        transient: attributes that copies and pickles of the trick lack, such as the Trainer of a fit. Each needs a
+            default in the class.
     """
 
     effect = ""
-    changes_batches = False
+    is_paused = False
+    transient: ClassVar[tuple[str, ...]] = ()
 
     _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
 
@@ -107,6 +113,33 @@ class Trick(_Callback):
         }
         pl_module.log_dict(on_cpu, on_step=True, on_epoch=False)
 
+    def change_training_batches(
+        self, trainer: Trainer, change: Callable[[Any], Any], *, when_paused: bool = False
+    ) -> None:
+        """Replace each training batch by ``change(batch)``, once it is on the device, until the trick is torn down.
+
+        Batches of validation, test and prediction are left alone. Call this method in ``on_fit_start``.
+
+        Args:
+            trainer: the Trainer.
+            change: takes a batch and returns one. Return a new batch: data sets in memory share their tensors with it.
+            when_paused: change also the batches from which PreciseBN estimates statistics.
+        """
+        # Lightning has no hook that lets a callback change a batch.
+        self.wrap(trainer.strategy, "batch_to_device", partial(self._changed, trainer, change, when_paused))
+
+    def _changed(
+        self,
+        trainer: Trainer,
+        change: Callable[[Any], Any],
+        when_paused: bool,
+        batch_to_device: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        batch = batch_to_device(*args, **kwargs)
+        return change(batch) if trainer.training and (when_paused or not self.is_paused) else batch
+
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Replace a method until the trick is torn down.
 
@@ -140,4 +173,18 @@ class Trick(_Callback):
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer sets the module's `log` and `log_dict` on each callback. They, and the wrapped methods, would drag
         # the whole module into every copy and pickle of the trick.
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict", "_wrappers")}
+        left_out = {"log", "log_dict", "_wrappers", "is_paused", *self.transient}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+@contextlib.contextmanager
+def paused(trainer: Trainer) -> Iterator[None]:
+    """Leave training batches unchanged for a while, except for changes that ask to be made anyway."""
+    tricks = [callback for callback in callbacks_of(trainer) if isinstance(callback, Trick) and not callback.is_paused]
+    for trick in tricks:
+        trick.is_paused = True
+    try:
+        yield
+    finally:
+        for trick in tricks:
+            trick.is_paused = False

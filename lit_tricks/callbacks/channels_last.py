@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_tricks._compat import batch_hook_owner, is_overridden
+from lit_tricks._compat import is_overridden
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import flag
 from lit_tricks.utils.batch import replace, tensors_in
@@ -47,11 +47,11 @@ class ChannelsLast(Trick):
         ``- {class_path: ChannelsLast}``
     """
 
-    _laid_out: list[Any]  # weights
+    transient = ("_laid_out",)
+    _laid_out: tuple[Any, ...] = ()  # weights
 
     def __init__(self, weights: bool = True) -> None:
         self.weights = flag(self, "weights", weights)
-        self._laid_out = []
         self._count = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -59,6 +59,7 @@ class ChannelsLast(Trick):
         if stage != "fit" or not self.weights:
             return
         if is_overridden("configure_model", pl_module):  # which may build layers, or shard them
+            # No hook comes between configure_model, which builds layers, and the strategy, which wraps them.
             self.wrap(pl_module, "configure_model", partial(self._configured, pl_module))
         else:
             self._lay_out(pl_module)
@@ -78,22 +79,13 @@ class ChannelsLast(Trick):
         self.announce(f"images of training batches, and {self._count} of {len(filters)} filters")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act on training batches, after all that others do to them."""
-        hook = "on_after_batch_transfer"
-        self.wrap(batch_hook_owner(trainer, hook), hook, partial(self._transferred, trainer))
+        """Lay out training batches, after all that other tricks, which begin in ``on_fit_start``, do to them."""
+        self.change_training_batches(trainer, _lay_out_images, when_paused=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log the number of filters that are in this order."""
         if self.should_log(trainer):
             pl_module.log("channels_last/filters", float(self._count))
-
-    def _transferred(self, trainer: Trainer, hook: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = hook(batch, *args, **kwargs)
-        if trainer.training:  # the same hook serves all other loops
-            for path, tensor in list(tensors_in(batch)):
-                if tensor.dim() == 4 and (tensor.is_floating_point() or tensor.dtype == torch.uint8):
-                    batch = replace(batch, path, tensor.contiguous(memory_format=torch.channels_last))
-        return batch
 
     def _configured(self, pl_module: LightningModule, configure_model: Callable[..., Any], *args: Any) -> Any:
         configured = configure_model(*args)
@@ -104,20 +96,24 @@ class ChannelsLast(Trick):
         for weight in _filters(module):
             if not is_sharded(weight) and not weight.is_contiguous(memory_format=torch.channels_last):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-                self._laid_out.append(weight)
+                self._laid_out += (weight,)
 
     def _lay_back(self) -> None:
         for weight in self._laid_out:
             weight.data = weight.data.contiguous()
-        self._laid_out = []
+        self._laid_out = ()
 
     def unwrap(self) -> None:
         """Also lay the weights out as before."""
         super().unwrap()
         self._lay_back()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_laid_out": []}
+
+def _lay_out_images(batch: Any) -> Any:
+    for path, tensor in list(tensors_in(batch)):
+        if tensor.dim() == 4 and (tensor.is_floating_point() or tensor.dtype == torch.uint8):
+            batch = replace(batch, path, tensor.contiguous(memory_format=torch.channels_last))
+    return batch
 
 
 def _filters(module: nn.Module) -> list[Any]:

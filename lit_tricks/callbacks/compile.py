@@ -92,6 +92,7 @@ class Compile(Trick):
             compiled = torch.compile(
                 _call_of(layer), mode=self.mode, backend=self.backend, dynamic=self.dynamic, fullgraph=self.fullgraph
             )
+            # nn.Module.compile sets the same attribute, and would not restore it.
             self.wrap(layer, COMPILED_CALL, partial(self._run, compiled))
         self._count, self._ran = len(found), False
         self.announce(f"{', '.join(found)} by {self.backend}, mode {self.mode}")

@@ -146,6 +146,7 @@ class DropPath(Trick):
         self._rates = drop_rates(self.rate, len(found), self.mode)
         for i, (name, layer) in enumerate(found.items()):
             block = pl_module.get_submodule(name.rpartition(".")[0])
+            # A forward hook comes too late to skip what a drop-path layer itself does.
             self.wrap(layer, "forward", partial(self._run, i, block, is_drop_path(name, layer)))
         self.announce(
             f"{len(found)} residual branches, skipped at rates of {self._rates[0]:.3g} to {self._rates[-1]:.3g}"

@@ -67,6 +67,7 @@ class FixRes(Trick):
     """
 
     fine_tunes = True  # tricks for a run from scratch leave it alone
+    transient = ("_run",)
     _run: _Run | None = None
 
     def __init__(
@@ -118,11 +119,15 @@ class FixRes(Trick):
         self._run = _Run()
         if self.test_size is not None:
             self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
+            # No hook comes between a loader's creation and the start of its workers.
             self.wrap(trainer.strategy, "process_dataloader", self._run.data.around)
         if stage == "fit":
             refuse_rivals(trainer, self)
+            # No hook comes between configure_model and the strategy, which wraps the module.
             self.wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
+            # LinearScaling scales the groups as they are added, in any order of the list.
             self.wrap(pl_module, "configure_optimizers", self._with_rate)
+            # Checkpoints of the weights alone skip the hooks of callbacks.
             self.wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -289,9 +294,6 @@ class FixRes(Trick):
         for changed in (run.data, run.frozen) if run else ():
             if changed:
                 changed.put_back()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_run"}
 
 
 _HEAD, _NORM = "classifier", "BatchNorm"

@@ -81,6 +81,7 @@ class KnowledgeDistillation(LossTrick):
     """
 
     stage = 2
+    transient = (*LossTrick.transient, "_teacher")
 
     _teacher: nn.Module | None = None  # at work in a fit
     _name = ""
@@ -188,6 +189,3 @@ class KnowledgeDistillation(LossTrick):
             both: dict[str, object] = {mean: subtracted, std: divided}
             raise invalid(self, f"{mean} and {std} go together. Give both, with one number per channel.", **both)
         return subtracted, divided
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_teacher"}

@@ -86,6 +86,7 @@ class LinearScaling(Trick):
         """Be there when the module builds its optimizers."""
         if stage == "fit":
             self._forget()
+            # No hook comes between the optimizers' creation and that of the schedulers, which start from their rates.
             self.wrap(pl_module, "configure_optimizers", partial(self._scale, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

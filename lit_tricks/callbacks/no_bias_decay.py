@@ -63,6 +63,7 @@ class NoBiasDecay(Trick):
         """Be there when the module builds its optimizers."""
         if stage == "fit":
             self._forget()
+            # No hook comes between the optimizers' creation and that of the schedulers, which count their groups.
             self.wrap(pl_module, "configure_optimizers", partial(self._split, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -85,6 +85,7 @@ class PreciseBN(Estimating):
             return
         check(self, trainer, pl_module, self.transform)
         self._begin(trainer, pl_module)
+        # It precedes on_validation_start of all callbacks, in any order of the list.
         self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
         epochs = "" if self.when == "validation" else f" of every {self.when} epochs"
         moments = "" if self.when == "end" else f"before the validations{epochs} and "

@@ -6,13 +6,12 @@ One caveat: each size is another kernel and another graph: with ``torch.compile`
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from lit_tricks._compat import batch_hook_owner
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, number
 from lit_tricks.utils.batch import describe, find, refuse_boxes, replace, tensors_in
@@ -72,8 +71,6 @@ class ProgressiveResizing(Trick):
         ``- {class_path: ProgressiveResizing, init_args: {start_scale: 0.5, end: 0.8}}``
     """
 
-    _trainer: Trainer | None = None
-
     def __init__(
         self,
         start_scale: float = 0.5,
@@ -105,9 +102,8 @@ class ProgressiveResizing(Trick):
         """Take the batches first, before tricks that change their targets."""
         if stage != "fit":
             return
-        self._trainer, self.changes_batches, self._checked = trainer, False, False
-        hook = "on_after_batch_transfer"
-        self.wrap(batch_hook_owner(trainer, hook), hook, self._transferred)
+        self._checked = False
+        self.change_training_batches(trainer, partial(self._resized, trainer))
         if trainer.global_step == 0:
             seed: int = trainer.strategy.broadcast(torch.initial_seed())
             self._seeds.manual_seed(seed ^ zlib.crc32(b"ProgressiveResizing"))
@@ -120,7 +116,6 @@ class ProgressiveResizing(Trick):
         """
         self._clock.measure(trainer, pl_module)
         first, full = round(self.start * self._clock.run), round(self.end * self._clock.run)
-        self.changes_batches = True
         self.announce(
             f"{self.mode} to {self.start_scale:g} of the side, rising from step {first}, full from step {full} of "
             f"{self._clock.run}; for the last epochs, or after it, FixRes or PreciseBN fit the statistics to full size"
@@ -145,11 +140,7 @@ class ProgressiveResizing(Trick):
         """Take up the generator of the seeds."""
         self._seeds.set_state(state_dict["seeds"].cpu())
 
-    def _transferred(self, hook: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = hook(batch, *args, **kwargs)
-        trainer = self._trainer
-        if trainer is None or not trainer.training or not self.changes_batches:  # the same hook serves all other loops
-            return batch
+    def _resized(self, trainer: Trainer, batch: Any) -> Any:
         images = _images_in(batch)
         height, width = images[next(iter(images))].shape[-2:]
         if not self._checked:
@@ -193,12 +184,9 @@ class ProgressiveResizing(Trick):
         require_fit(trainer.lightning_module, smallest, known, f"ProgressiveResizing(start_scale={self.start_scale:g})")
 
     def unwrap(self) -> None:
-        """Also forget the Trainer and the size."""
+        """Also forget the size."""
         super().unwrap()
-        self._trainer, self.changes_batches, self._side = None, False, 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_trainer"}
+        self._side = 0
 
 
 def _images_in(batch: Any) -> dict[Any, Tensor]:

@@ -144,6 +144,7 @@ class SWA(Averaging):
         self._handles += self._rates.hook()
         names = [(callback, cls.__name__) for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
         for monitor in [callback for callback, name in names if name == "LearningRateMonitor"]:
+            # Other callbacks' hooks read the scheduled learning rate, and the order of the list decides what they log.
             self.wrap(monitor, "on_train_epoch_start", self._rates.around)
             self.wrap(monitor, "on_train_batch_start", self._rates.around)
         re_estimated = any(name == "PreciseBN" for _, name in names)

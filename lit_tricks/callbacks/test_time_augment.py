@@ -183,6 +183,7 @@ class TestTimeAugment(Trick):
 
     def _begin(self, pl_module: LightningModule) -> None:
         self._calls = 0
+        # A forward hook cannot call forward again, once for each view.
         self.wrap(pl_module.get_submodule(self.layer or ""), "forward", self._forward)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ import itertools
 import pickle
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from helpers.modules import NAMESPACES, eval_loader, lightning, module_class, tr
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
 
-from lit_tricks.callbacks.base import Trick
+import lit_tricks
+from lit_tricks.callbacks.base import Trick, paused
 
 
 class Owner(nn.Module):
@@ -226,3 +228,71 @@ def test_knows_the_batches_whose_quantities_are_logged(namespace, how):
     logged = {step: metrics for step, metrics in trainer.logger.metrics.items() if "train_loss" in metrics}
     assert len(logged) > 1
     assert all(metrics["number"] == step for step, metrics in logged.items())
+
+
+class Negates(Trick):
+    """Changes the sign of the images of training batches."""
+
+    transient = ("trainer",)
+    trainer: Any = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.trainer, self.seen = trainer, 0
+        self.change_training_batches(trainer, self.change)
+
+    def change(self, batch: Any) -> Any:
+        self.seen += 1
+        image, label = batch
+        return [-image.abs() - 1, label]
+
+
+class SignOfImages(nn.Module):
+    """Counts batches by stage and by the sign of their images."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self.trainer, self.found = trainer, set[tuple[str, bool]]()
+
+    def forward(self, x: Any) -> Any:
+        self.found.add((self.trainer.state.stage.value, bool((x < 0).all())))
+        return x
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_change_training_batches_changes_no_others(namespace):
+    trick = Negates()
+    trainer = make_trainer(trick, namespace=namespace, max_epochs=1, num_sanity_val_steps=1)
+    module = module_class(namespace)()
+    module.net.insert(0, SignOfImages(trainer))
+    trainer.fit(module, train_loader(), eval_loader())
+    stages = {"train": True, "validate": False, "sanity_check": False}
+    assert module.net[0].found == set(stages.items())
+    assert trick.seen == 4
+    assert "batch_to_device" not in vars(trainer.strategy)
+
+
+def test_paused_tricks_leave_training_batches_unchanged():
+    trick = Negates()
+    trainer = make_trainer(trick)
+    with paused(trainer):
+        assert trick.is_paused
+    assert not trick.is_paused
+    assert "is_paused" not in trick.__getstate__()
+
+
+def test_copies_lack_transient_attributes():
+    trick = Negates()
+    trick.trainer, trick.seen = object(), 3
+    for copy in (deepcopy(trick), pickle.loads(pickle.dumps(trick))):
+        assert copy.trainer is None
+        assert copy.seen == 3
+
+
+FILES = sorted(Path(lit_tricks.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_each_wrapped_method_has_its_reason_above(file):
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    for above, line in itertools.pairwise(lines):
+        assert not line.startswith("self.wrap(") or above.startswith(("# ", "self.wrap(")), line

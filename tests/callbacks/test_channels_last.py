@@ -186,4 +186,4 @@ def test_a_parametrized_convolution_keeps_its_weight():
 def test_a_copy_of_a_used_one_holds_no_weights():
     trick = ChannelsLast()
     run(trick, max_epochs=1)
-    assert trick._laid_out == []
+    assert trick._laid_out == ()

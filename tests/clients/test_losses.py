@@ -109,8 +109,7 @@ class Recorder(Trick):
         self.net = net
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        owner = trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
-        self.wrap(owner, "on_after_batch_transfer", self.transferred)
+        self.change_training_batches(trainer, self.keep)
         self.trainer = trainer
         self.net.register_forward_hook(self.computed)
 
@@ -118,11 +117,9 @@ class Recorder(Trick):
         if self.trainer.training:
             self.logits.append(output.detach())
 
-    def transferred(self, hook: Any, batch: Any, *args: Any) -> Any:
-        batch = hook(batch, *args)
-        if self.trainer.training:
-            [image], _, label = self.of(batch)
-            self.before.append((image, label))
+    def keep(self, batch: Any) -> Any:
+        [image], _, label = self.of(batch)
+        self.before.append((image, label))
         return batch
 
     def of(self, batch: Any) -> Any:

@@ -187,9 +187,6 @@ class Sink(WandbLogger):
         self.logged.append((key, images, step))
 
 
-Sink.__name__ = "WandbLogger"
-
-
 def at(step: int, loggers: list[Any], data: Any = None) -> Any:
     return SimpleNamespace(global_step=step, is_global_zero=True, loggers=loggers, datamodule=data)
 

@@ -81,15 +81,22 @@ class Averaging(KeptAverage):
         if self._restored is not None:
             self._restore(self._restored)
         self._handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
+        # Other callbacks' on_exception may still save a checkpoint; the strategy's comes last.
         self.wrap(trainer.strategy, "on_exception", self._around_exception)
         if self._in_shards:
+            # on_save_checkpoint does not get the path, to which every process writes its shards.
             self.wrap(trainer.strategy, "save_checkpoint", self._around_writing)
         if self.validate:
+            # It precedes on_validation_start of all callbacks, in any order of the list.
             self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
+            # The module's hook follows those of all callbacks, such as ModelCheckpoint.
             self.wrap(pl_module, "on_validation_end", self._around_validation_end)
+            # Checkpoints of the weights alone skip the hooks of callbacks.
             self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
+            # It precedes on_train_end of all callbacks, in any order of the list.
             self.wrap(trainer.fit_loop, "on_run_end", self._around_run_end)
         if self.validate == "both":
+            # No hook can run another validation before the validation.
             self.wrap(trainer.fit_loop.epoch_loop.val_loop, "run", partial(self._around_validation, trainer))
 
     def on_train_batch_end(

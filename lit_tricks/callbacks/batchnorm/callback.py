@@ -26,6 +26,8 @@ class Estimating(Trick):
         restore: False: training goes on from the estimate.
     """
 
+    transient = ("_fit",)
+
     restore: bool
     _fit: _Fit | None = None
 
@@ -36,14 +38,19 @@ class Estimating(Trick):
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
         if last and last.trainer() is trainer and last.module() is pl_module and last.overlay.is_as_left():
             last.overlay.put_back()
+        # The module's hook precedes those of all callbacks.
         self.wrap(pl_module, "on_load_checkpoint", self._around_loading)
+        # The module's hook follows those of all callbacks, and checkpoints of the weights alone skip theirs.
         self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
+        # The module's hook follows those of all callbacks.
         self.wrap(pl_module, "teardown", self._around_teardown)
+        # Other callbacks' on_exception may still save a checkpoint; the strategy's comes last.
         self.wrap(trainer.strategy, "on_exception", self._around_exception)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With the training, begin to follow steps and validations."""
         self._now.handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
+        # The module's hook follows those of all callbacks, such as ModelCheckpoint.
         self.wrap(pl_module, "on_validation_end", self._around_validation_end)
 
     def _show(self, pl_module: LightningModule) -> None:
@@ -107,9 +114,6 @@ class Estimating(Trick):
         for handle in self._fit.handles if self._fit else ():
             handle.remove()
         self.unwrap()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_fit"}
 
 
 @dataclass

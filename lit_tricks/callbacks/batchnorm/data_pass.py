@@ -18,9 +18,8 @@ from lit_tricks._compat import (
     is_overridden,
     lightning_classes,
 )
-from lit_tricks.callbacks.base import Trick
+from lit_tricks.callbacks.base import Trick, paused
 from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
-from lit_tricks.callbacks.soft_targets.callback import without_loss_tricks
 from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.utils.dtensor import is_sharded, to_local
 from lit_tricks.utils.loaders import fresh_loader, isolated_random_state
@@ -149,7 +148,7 @@ def go_through(
     stage = trainer.state.stage
     loader = fresh_loader(trainer, "PreciseBN", transform == "eval")
     device = trainer.strategy.root_device
-    with isolated_random_state(device, loader.flattened), without_loss_tricks(trainer):
+    with isolated_random_state(device, loader.flattened), paused(trainer):
         try:
             if transform == "train":  # hooks that augment on the device go by this
                 trainer.training = True

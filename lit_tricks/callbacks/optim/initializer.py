@@ -55,6 +55,7 @@ class Initializer(Trick):
         """Be there when the module builds its optimizers."""
         if stage == "fit":
             self._begun = None
+            # No hook comes between the optimizers' creation and what copies the weights, such as averages.
             self.wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lit_tricks._compat import batch_hook_owner, callbacks_of
+from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
@@ -18,7 +17,7 @@ from lit_tricks.utils.batch import Path, find, replace
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["LossTrick", "without_loss_tricks"]
+__all__ = ["LossTrick"]
 
 
 class LossTrick(Trick):
@@ -31,6 +30,8 @@ class LossTrick(Trick):
     stage = 1  # 0: changes inputs and labels; 1: changes the loss of the labels; 2: looks at what became of the inputs
 
     _trainer: Trainer | None = None
+    transient: ClassVar[tuple[str, ...]] = ("_trainer", "spec")
+
     spec: LossSpec | None = None  # of the batch in work
     _seen = False  # a loss has seen the target, in this fit
 
@@ -56,21 +57,11 @@ class LossTrick(Trick):
                 f"{name} can not reach the batches that {type(pl_module).__name__}.training_step takes from "
                 "`dataloader_iter`: let it take `batch`."
             )
-        self._trainer, self._seen, self.changes_batches = trainer, False, False
+        self._trainer, self._seen = trainer, False
         if team[0] is self:
-            hook = "on_after_batch_transfer"
-            self.wrap(batch_hook_owner(trainer, hook), hook, self._transferred)
+            self.change_training_batches(trainer, partial(self._with_soft_target, team))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Expect training batches from now on."""
-        self.changes_batches = True
-
-    def _transferred(self, hook: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = hook(batch, *args, **kwargs)
-        # the same hook serves all other loops, and the example input of the summary
-        if self._trainer is None or not self._trainer.training or not self.changes_batches:
-            return batch
-        team = _team(self._trainer)
+    def _with_soft_target(self, team: list[LossTrick], batch: Any) -> Any:
         names = tuple(sorted(type(trick).__name__ for trick in team))
         inputs, where, labels = find(batch, names[0])
         target = carrying(labels, LossSpec(names))
@@ -116,26 +107,6 @@ class LossTrick(Trick):
         super().on_exception(trainer, pl_module, exception)
         self._trainer = self.spec = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("_trainer", "spec")}
-
 
 def _team(trainer: Trainer) -> list[LossTrick]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, LossTrick)]
-
-
-@contextlib.contextmanager
-def without_loss_tricks(trainer: Trainer) -> Iterator[None]:
-    """Let training batches pass as they are, for a while; those that ProgressiveResizing makes small, too."""
-    begun = {
-        trick: trick.changes_batches
-        for trick in callbacks_of(trainer)
-        if isinstance(trick, Trick) and trick.changes_batches
-    }
-    try:
-        for trick in begun:
-            trick.changes_batches = False
-        yield
-    finally:
-        for trick, before in begun.items():
-            trick.changes_batches = before
