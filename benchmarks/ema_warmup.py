@@ -15,11 +15,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lit_tricks.callbacks.averaging.store import AveragedWeights
-from lit_tricks.callbacks.ema import warmed_up
+from lit_tricks.callbacks.ema import ema_decay
 
 SEEDS = range(5)
 STARTS = {
-    "timm": lambda decay, t: warmed_up(decay, t),
+    "timm": lambda decay, t: ema_decay(decay, t),
     "debiased": lambda decay, t: decay * (1 - decay**t) / (1 - decay ** (t + 1)),
     "none": lambda decay, t: decay if t else 0.0,
 }

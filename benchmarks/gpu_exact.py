@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lit_tricks import callbacks as tricks
 from lit_tricks.callbacks.averaging.callback import Averaging
 from lit_tricks.callbacks.averaging.store import AveragedWeights
-from lit_tricks.callbacks.ema import warmed_up
+from lit_tricks.callbacks.ema import ema_decay
 
 
 def updates_of(s: Scale) -> dict[str, Callable[[], object]]:
@@ -161,7 +161,7 @@ class Reference(Callback):
         if all(torch.equal(a, b) for a, b in zip(now, self.before, strict=True)):
             self.skipped += 1
             return
-        keep = warmed_up(self.decay, self.updates) if self.updates else 0.0
+        keep = ema_decay(self.decay, self.updates) if self.updates else 0.0
         self.average = [keep * a + (1 - keep) * p.double() for a, p in zip(self.average or now, now, strict=True)]
         self.updates += 1
 

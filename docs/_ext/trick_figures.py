@@ -15,16 +15,16 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
-from lit_tricks.callbacks.drop_path import drop, drop_rates
-from lit_tricks.callbacks.ema import warmed_up
+from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
+from lit_tricks.callbacks.ema import ema_decay
 from lit_tricks.callbacks.focal_loss import focal_factor
-from lit_tricks.callbacks.l1_penalty import penalize
-from lit_tricks.callbacks.label_smoothing import torch_smoothing
-from lit_tricks.callbacks.linear_scaling import scaling_factor
+from lit_tricks.callbacks.l1_penalty import add_l1_gradient
+from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
+from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
 from lit_tricks.callbacks.mixup import mixup
-from lit_tricks.callbacks.progressive_resizing import side_at
-from lit_tricks.callbacks.swa import ends_cycle, glide
-from lit_tricks.callbacks.test_time_augment import mean_logits, views
+from lit_tricks.callbacks.progressive_resizing import progressive_side
+from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
+from lit_tricks.callbacks.test_time_augment import mean_logits, tta_views
 from lit_tricks.callbacks.warmup_cosine import warmup_cosine
 from lit_tricks.callbacks.warmup_exponential import warmup_exponential
 from lit_tricks.callbacks.warmup_step import warmup_step
@@ -111,7 +111,7 @@ def draw_label_smoothing(theme: Theme) -> Figure:
     axes = figure.subplots()
     classes, true = 10, 3
     for number, value in enumerate((0.0, 0.1, 0.3)):
-        rest = torch_smoothing(classes, value) / classes
+        rest = label_smoothing_for_torch(classes, value) / classes
         target = [rest + (1 - rest * classes) * (label == true) for label in range(classes)]
         axes.bar(np.arange(classes) + (number - 1) * 0.27, target, 0.25, color=theme.cycle[number], label=f"{value}")
     axes.set_xticks(range(classes))
@@ -157,7 +157,7 @@ def draw_ema(theme: Theme) -> Figure:
     axes.plot(steps, weight, color=theme.faint, linewidth=0.6, label="trained weight")
     for number, (name, decay) in enumerate(
         {
-            "decay 0.99, warm-up": lambda update: warmed_up(0.99, update),
+            "decay 0.99, warm-up": lambda update: ema_decay(0.99, update),
             "decay 0.99, no warm-up": lambda update: 0.99,
         }.items()
     ):
@@ -179,12 +179,12 @@ def draw_swa(theme: Theme) -> Figure:
         own = warmup_cosine(step, 0.1, STEPS, 5 * EPOCH)
         if step >= start:
             return lr
-        share = glide(step, start, length)
+        share = swa_lr_share(step, start, length)
         return own + share * (lr - own)
 
     figure = schedule(theme, "", ("scheduled rate, then a constant one", rate))
     axes = figure.axes[0]
-    ends = [step for step in range(start, STEPS) if ends_cycle(step + 1, start, STEPS, EPOCH)]
+    ends = [step for step in range(start, STEPS) if swa_ends_cycle(step + 1, start, STEPS, EPOCH)]
     axes.plot([s / EPOCH for s in ends], [lr] * len(ends), ".", color=theme.cycle[1], label="weights are averaged")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
@@ -217,7 +217,7 @@ def draw_scaling(theme: Theme) -> Figure:
     axes = figure.subplots()
     sizes = [2**power for power in range(5, 13)]
     for number, rule in enumerate(("linear", "sqrt")):
-        factors = [scaling_factor(size, 256, rule) for size in sizes]
+        factors = [lr_scaling_factor(size, 256, rule) for size in sizes]
         axes.plot(sizes, factors, "o-", color=theme.cycle[number], label=f'rule="{rule}"')
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -233,12 +233,12 @@ def draw_scaling(theme: Theme) -> Figure:
 def draw_drop_path(theme: Theme) -> Figure:
     figure, (left, right) = row(2, 2.6)
     for number, mode in enumerate(("linear", "constant")):
-        left.plot(range(1, 17), drop_rates(0.2, 16, mode), ".-", color=theme.cycle[number], label=f'mode="{mode}"')
+        left.plot(range(1, 17), drop_path_rates(0.2, 16, mode), ".-", color=theme.cycle[number], label=f'mode="{mode}"')
     tidy(left, "", "block", "probability to skip")
     left.legend(frameon=False, labelcolor=theme.ink)
     branch = torch.linspace(0.5, 1.5, 24).repeat(8, 1)
     kept = torch.tensor([True, True, False, True, True, True, False, True])
-    right.imshow(drop(branch, kept, 0.25).numpy(), aspect="auto", cmap="viridis")
+    right.imshow(drop_path(branch, kept, 0.25).numpy(), aspect="auto", cmap="viridis")
     tidy(right, "", "feature of the branch", "image")
     right.grid(False)
     return figure
@@ -251,7 +251,7 @@ def draw_drop_path(theme: Theme) -> Figure:
 def draw_progressive(theme: Theme) -> Figure:
     figure, (left, small, full) = row(3, 2.6, width_ratios=(2, 1, 1))
     parts = [step / 400 for step in range(401)]
-    left.plot(parts, [side_at(part, 224, 0.5, 0.2, 0.8, 32) for part in parts], color=theme.cycle[0])
+    left.plot(parts, [progressive_side(part, 224, 0.5, 0.2, 0.8, 32) for part in parts], color=theme.cycle[0])
     tidy(left, "", "part of the run", "side in pixels")
     show(small, resize(photos()[:1], (80, 80))[0], "start_scale 0.5")
     show(full, photos()[0], "full size")
@@ -272,7 +272,7 @@ def draw_fixres(theme: Theme) -> Figure:
 @figure_of("TestTimeAugment", "The views of one photo, and the mean of their probabilities for three classes.")
 def draw_tta(theme: Theme) -> Figure:
     figure, panels = row(4)
-    chosen = [next(views(photos()[:1], True, 1, [1.0])), *list(views(photos()[:1], True, 5, [1.0]))[1:5:3]]
+    chosen = [next(tta_views(photos()[:1], True, 1, [1.0])), *list(tta_views(photos()[:1], True, 5, [1.0]))[1:5:3]]
     for axes, view, title in zip(panels[:3], chosen, ("image", "crop, flipped", "another crop"), strict=True):
         show(axes, view[0], title)
     said = [torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.0]])]
@@ -315,7 +315,7 @@ def draw_l1(theme: Theme) -> Figure:
     before = weights.clone()
     for _ in range(300):
         gradient = torch.zeros_like(weights)
-        penalize([weights], [gradient], 0.002)
+        add_l1_gradient([weights], [gradient], 0.002)
         weights -= 0.1 * gradient
     figure = new_figure(WIDE, 2.6)
     axes = figure.subplots()

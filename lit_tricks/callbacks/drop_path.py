@@ -23,10 +23,10 @@ from lit_tricks.utils.residual import is_drop_path, residual_branches
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["DropPath", "drop", "drop_rates"]
+__all__ = ["DropPath", "drop_path", "drop_path_rates"]
 
 
-def drop_rates(rate: float, branches: int, mode: Literal["linear", "constant"] = "linear") -> list[float]:
+def drop_path_rates(rate: float, branches: int, mode: Literal["linear", "constant"] = "linear") -> list[float]:
     """The rate of each residual branch: ``rate * l / L`` for the l-th of L, or ``rate`` for all.
 
     Args:
@@ -37,7 +37,7 @@ def drop_rates(rate: float, branches: int, mode: Literal["linear", "constant"] =
     return [rate * (i + 1) / branches if mode == "linear" else rate for i in range(branches)]
 
 
-def drop(x: Tensor, kept: Tensor, rate: float) -> Tensor:
+def drop_path(x: Tensor, kept: Tensor, rate: float) -> Tensor:
     """``x / (1 - rate)`` for the items that are kept, 0 for the others: the mean over the draws is ``x``.
 
     Args:
@@ -143,7 +143,7 @@ class DropPath(Trick):
                 f"DropPath found no {what}, in {type(pl_module).__name__}. Name the modules whose output is added to a "
                 "shortcut, as DropPath(layers=['*.bn2']), or remove DropPath."
             )
-        self._rates = drop_rates(self.rate, len(found), self.mode)
+        self._rates = drop_path_rates(self.rate, len(found), self.mode)
         for i, (name, layer) in enumerate(found.items()):
             block = pl_module.get_submodule(name.rpartition(".")[0])
             # A forward hook comes too late to skip what a drop-path layer itself does.
@@ -209,7 +209,7 @@ class DropPath(Trick):
             )
         if x.size(0) not in self._kept:  # several crops of an image, or parts of the batch
             self._kept[x.size(0)] = self._draw(x.size(0)).to(x.device, non_blocking=True)
-        return drop(x, self._kept[x.size(0)][i], self._rates[i])
+        return drop_path(x, self._kept[x.size(0)][i], self._rates[i])
 
     def _forget(self) -> None:
         self._found = {}

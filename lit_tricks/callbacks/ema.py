@@ -16,10 +16,10 @@ from lit_tricks.utils.training_length import TrainingLength
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["EMA", "decay_of_half_life", "warmed_up"]
+__all__ = ["EMA", "ema_decay", "ema_decay_of_half_life"]
 
 
-def warmed_up(decay: float, updates: int) -> float:
+def ema_decay(decay: float, updates: int) -> float:
     """Decay of an update while the average is young: ``1 - (1 + t) ** (-2/3)``, until ``decay`` is less.
 
     The average then reaches back over a growing part of the run, ``t ** (2/3)`` updates, and forgets the first weights.
@@ -33,7 +33,7 @@ def warmed_up(decay: float, updates: int) -> float:
     return min(decay, 1 - math.pow(1 + updates, -2 / 3))
 
 
-def decay_of_half_life(half_life: float, steps_per_epoch: float, every_n_steps: int = 1) -> float:
+def ema_decay_of_half_life(half_life: float, steps_per_epoch: float, every_n_steps: int = 1) -> float:
     """Decay with which weights count half as much after ``half_life`` epochs."""
     return math.pow(0.5, every_n_steps / (half_life * steps_per_epoch))
 
@@ -125,7 +125,7 @@ class EMA(Averaging):
         if self.half_life is not None:
             clock = TrainingLength("EMA(half_life=...)", "EMA(decay=...), or Trainer(limit_train_batches=...)")
             clock.measure(trainer, pl_module)
-            self._decay = decay_of_half_life(self.half_life, clock.epoch, self.every_n_steps)
+            self._decay = ema_decay_of_half_life(self.half_life, clock.epoch, self.every_n_steps)
         what = f"decay {self._decay:.6g}" + (f" (half_life={self.half_life:g} epochs)" if self.half_life else "")
         when = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"
         start = f" after step {self.start_step}" if self.start_step else ""
@@ -143,7 +143,7 @@ class EMA(Averaging):
 
     def _decay_at(self, updates: int) -> float:
         assert self._decay is not None
-        return warmed_up(self._decay, updates) if self.warmup else self._decay
+        return ema_decay(self._decay, updates) if self.warmup else self._decay
 
     def _why_nothing(self) -> str:
         return f"Lower start_step={self.start_step} or every_n_steps={self.every_n_steps}."

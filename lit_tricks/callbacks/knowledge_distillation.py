@@ -23,10 +23,12 @@ from lit_tricks.utils.batch import Path
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["KnowledgeDistillation", "divergence"]
+__all__ = ["KnowledgeDistillation", "distillation_divergence"]
 
 
-def divergence(logits: Tensor, teacher: Tensor, temperature: float, loss: Literal["kl", "ce"] = "kl") -> Tensor:
+def distillation_divergence(
+    logits: Tensor, teacher: Tensor, temperature: float, loss: Literal["kl", "ce"] = "kl"
+) -> Tensor:
     """``T^2 L(softmax(teacher / T), softmax(logits / T))``, in float32 at least.
 
     Args:
@@ -164,7 +166,7 @@ class KnowledgeDistillation(LossTrick):
         labels, spec = target.parts["value"], target.spec
         with torch.no_grad(), self._trainer.precision_plugin.forward_context():
             spec.teacher = logits_of(self._teacher, images, labels, self._name)
-        spec.divergence = partial(divergence, temperature=self.temperature, loss=self.loss)
+        spec.divergence = partial(distillation_divergence, temperature=self.temperature, loss=self.loss)
         spec.weights = self._weights()
         target.parts["row"] = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
         return inputs, target

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["L1Penalty", "penalize", "sparsity"]
+__all__ = ["L1Penalty", "add_l1_gradient", "sparsity"]
 
 
-def penalize(weights: list[Tensor], gradients: list[Tensor], strength: float | Tensor) -> None:
+def add_l1_gradient(weights: list[Tensor], gradients: list[Tensor], strength: float | Tensor) -> None:
     """Add ``strength * sign(weight)``, the gradient of ``strength * |weight|``, to gradients in place.
 
     Args:
@@ -109,7 +109,7 @@ class L1Penalty(Trick):
         if scaler is not None and unscales_in_step(optimizer):
             strength = scaler.scale(torch.tensor(strength, device=chosen[0].device))
         with torch.no_grad():
-            penalize([to_local(p) for p in chosen], [to_local(p.grad) for p in chosen], strength)
+            add_l1_gradient([to_local(p) for p in chosen], [to_local(p.grad) for p in chosen], strength)
         self._acted = True
 
     def on_train_batch_end(

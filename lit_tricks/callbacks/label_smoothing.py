@@ -20,10 +20,12 @@ from lit_tricks.utils.batch import Path
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["LabelSmoothing", "torch_smoothing"]
+__all__ = ["LabelSmoothing", "label_smoothing_for_torch"]
 
 
-def torch_smoothing(num_classes: int, smoothing: float, convention: Literal["torch", "paper"] = "torch") -> float:
+def label_smoothing_for_torch(
+    num_classes: int, smoothing: float, convention: Literal["torch", "paper"] = "torch"
+) -> float:
     """The ``label_smoothing`` of torch's cross entropy that gives the targets of a convention.
 
     torch mixes the one-hot target with the uniform distribution: ``1 - s + s / K`` for the true class, ``s / K`` for
@@ -82,7 +84,9 @@ class LabelSmoothing(LossTrick):
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Smooth the target's distribution."""
         if self.smoothing:
-            target.spec.smoothing = partial(torch_smoothing, smoothing=self.smoothing, convention=self.convention)
+            target.spec.smoothing = partial(
+                label_smoothing_for_torch, smoothing=self.smoothing, convention=self.convention
+            )
         return inputs, target
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["EffectiveBatchSize", "LinearScaling", "effective_batch_size", "scaling_factor"]
+__all__ = ["EffectiveBatchSize", "LinearScaling", "effective_batch_size", "lr_scaling_factor"]
 
 # where a new parameter group has its rate: timm's optimizers also note the highest one, for their weight decay
 _RATES = {"lr", "initial_lr", "max_lr_snapshot"}
 _MARK = "lit_tricks: rate before scaling"  # in a parameter group, until configure_optimizers is done
 
 
-def scaling_factor(batch_size: int, base_batch_size: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
+def lr_scaling_factor(batch_size: int, base_batch_size: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
     """What to multiply learning rates by.
 
     Args:
@@ -159,7 +159,7 @@ class LinearScaling(Trick):
     ) -> Any:
         self._base = []
         self._batch = effective_batch_size(pl_module.trainer, pl_module, self.batch_size, "LinearScaling")
-        self._factor = scaling_factor(self._batch.total, self.base_batch_size, self.rule)
+        self._factor = lr_scaling_factor(self._batch.total, self.base_batch_size, self.rule)
         with on_each_group(self._scale_group):
             configured = configure_optimizers(*args, **kwargs)
         for optimizer in optimizers_in(configured):

@@ -21,10 +21,10 @@ from lit_tricks.utils.training_length import TrainingLength, steps_done
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["ProgressiveResizing", "side_at"]
+__all__ = ["ProgressiveResizing", "progressive_side"]
 
 
-def side_at(progress: float, side: int, start_scale: float, start: float, end: float, multiple_of: int) -> int:
+def progressive_side(progress: float, side: int, start_scale: float, start: float, end: float, multiple_of: int) -> int:
     """Side of the images in pixels: ``start_scale`` of the full one until ``start``, then rising, full from ``end`` on.
 
     Args:
@@ -167,7 +167,7 @@ class ProgressiveResizing(Trick):
         return batch
 
     def _side_at(self, progress: float, side: int) -> int:
-        return side_at(progress, side, self.start_scale, self.start, self.end, self.multiple_of)
+        return progressive_side(progress, side, self.start_scale, self.start, self.end, self.multiple_of)
 
     def _check(self, trainer: Trainer, images: Tensor) -> None:
         """See, once, that there is something to do, and that the network can take it."""

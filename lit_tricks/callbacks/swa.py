@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["SWA", "ends_cycle", "glide"]
+__all__ = ["SWA", "swa_ends_cycle", "swa_lr_share"]
 
 
-def glide(step: int, start: int, length: int, shape: Literal["cos", "linear"] = "cos") -> float:
+def swa_lr_share(step: int, start: int, length: int, shape: Literal["cos", "linear"] = "cos") -> float:
     """Part of the way from the scheduled learning rate to the constant one, at a step: 0 before, 1 from ``start`` on.
 
     Args:
@@ -42,7 +42,7 @@ def glide(step: int, start: int, length: int, shape: Literal["cos", "linear"] = 
     return progress if shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
 
 
-def ends_cycle(step: int, start: int, end: int, every: int, epoch: float = 1) -> bool:
+def swa_ends_cycle(step: int, start: int, end: int, every: int, epoch: float = 1) -> bool:
     """Whether the weights after a step are averaged: it ends a cycle, or the run.
 
     Args:
@@ -130,7 +130,7 @@ class SWA(Averaging):
             return None
         start, end, _ = self._plan
         every = (self.every_n_epochs, self._clock.epoch) if self.every_n_steps is None else (self.every_n_steps, 1)
-        return 1 / (updates + 1) if ends_cycle(step, start, end, *every) else None
+        return 1 / (updates + 1) if swa_ends_cycle(step, start, end, *every) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be there when an optimizer steps, and when its learning rate is monitored.
@@ -210,7 +210,7 @@ class SWA(Averaging):
         if self._plan is None or self not in callbacks_of(trainer):  # a tuner fits without the callbacks
             return 0.0
         start, _, length = self._plan
-        return glide(steps_done(trainer, trainer.lightning_module), start, length, self.anneal)
+        return swa_lr_share(steps_done(trainer, trainer.lightning_module), start, length, self.anneal)
 
     def _forget(self) -> None:
         super()._forget()

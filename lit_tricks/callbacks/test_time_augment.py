@@ -24,12 +24,12 @@ from lit_tricks.utils.image_size import resize
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["TestTimeAugment", "mean_logits", "views"]
+__all__ = ["TestTimeAugment", "mean_logits", "tta_views"]
 
 _CROP = 7 / 8  # part of the side: 224 of 256 pixels, as in the paper
 
 
-def views(images: Tensor, flip: bool, crops: Literal[1, 5, 10], scales: Sequence[float]) -> Iterator[Tensor]:
+def tta_views(images: Tensor, flip: bool, crops: Literal[1, 5, 10], scales: Sequence[float]) -> Iterator[Tensor]:
     """The views of images, one after another.
 
     Args:
@@ -202,7 +202,7 @@ class TestTimeAugment(Trick):
                 '"model"), or remove TestTimeAugment.'
             )
         images, outputs = named[where], []
-        for number, view in enumerate(views(images, self.flip, self.crops, self.scales)):
+        for number, view in enumerate(tta_views(images, self.flip, self.crops, self.scales)):
             named[where] = view
             try:
                 output = forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})

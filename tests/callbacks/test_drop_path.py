@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_tricks.callbacks import DropPath
-from lit_tricks.callbacks.drop_path import _Scaled, drop, drop_rates
+from lit_tricks.callbacks.drop_path import _Scaled, drop_path, drop_path_rates
 from lit_tricks.utils.residual import residual_branches
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,10 +26,10 @@ from lit_tricks.utils.residual import residual_branches
 
 def test_rates_of_the_paper():
     """p_l = 1 - l / L (1 - p_L), of survival; p_L = 0.5 for ResNet-110, which has 54 blocks."""
-    rates = drop_rates(0.5, 54)
+    rates = drop_path_rates(0.5, 54)
     assert rates == pytest.approx([1 - (1 - n / 54 * (1 - 0.5)) for n in range(1, 55)])
     assert sum(1 - rate for rate in rates) == pytest.approx(40, abs=0.5)  # blocks that are left, section 3
-    assert drop_rates(0.5, 3, "constant") == [0.5] * 3
+    assert drop_path_rates(0.5, 3, "constant") == [0.5] * 3
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -39,7 +39,7 @@ def test_mean_over_all_draws_is_the_branch(rate):
     for draw in itertools.product([True, False], repeat=3):
         kept = torch.tensor(draw)
         chance = (1 - rate) ** int(kept.sum()) * rate ** int((~kept).sum())
-        out = drop(x, kept, rate)
+        out = drop_path(x, kept, rate)
         assert not out[~kept].any()
         torch.testing.assert_close(out[kept], x[kept] / (1 - rate), rtol=1e-15, atol=0)
         mean += chance * out
@@ -56,7 +56,7 @@ def test_unbiased_in_low_precision(rate, dtype):
     for row in kept:
         assert (1 - row.double().mean()).item() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / n) ** 0.5)
     x = torch.linspace(-4, 4, n).to(dtype)
-    out = drop(x, kept[0], rate)
+    out = drop_path(x, kept[0], rate)
     assert out.dtype == dtype
     exact = x.double() / (1 - rate)  # to half a unit in the last place: no factor was rounded before
     assert torch.equal(out[kept[0]], exact.to(dtype)[kept[0]]) or dtype == torch.float32
@@ -64,7 +64,7 @@ def test_unbiased_in_low_precision(rate, dtype):
     one_pass = torch.addcmul(x.new_zeros(()), x, kept[0].to(dtype), value=1 / (1 - rate))  # that of a GPU
     assert torch.equal(one_pass, out) or dtype == torch.float32
     largest = torch.full((2,), torch.finfo(dtype).max, dtype=dtype)  # no overflow in what is dropped
-    assert not drop(largest, torch.tensor([False, False]), rate).any()
+    assert not drop_path(largest, torch.tensor([False, False]), rate).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -72,7 +72,7 @@ def test_unbiased_in_low_precision(rate, dtype):
 def test_gradient_in_low_precision(dtype, compiled):
     x = torch.randn(6, 3, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     kept, weight = torch.tensor([1, 0, 1, 1, 0, 1]).bool(), torch.randn_like(x)
-    out = (torch.compile(drop, fullgraph=True, backend="aot_eager") if compiled else drop)(x, kept, 0.3)
+    out = (torch.compile(drop_path, fullgraph=True, backend="aot_eager") if compiled else drop_path)(x, kept, 0.3)
     [grad] = torch.autograd.grad((out * weight).sum(), x)
     mask = kept.double().view(-1, 1, 1, 1)
     for found, of in ((out, x), (grad, weight)):

@@ -39,7 +39,7 @@ from torch import nn
 from lit_tricks.callbacks import EMA, SWA
 from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
 from lit_tricks.callbacks.averaging.store import AveragedWeights
-from lit_tricks.callbacks.ema import decay_of_half_life, warmed_up
+from lit_tricks.callbacks.ema import ema_decay, ema_decay_of_half_life
 
 pl = lightning()
 STEPS = 3 * BATCHES  # of a run of ``_fits.run``
@@ -98,15 +98,15 @@ def test_default_decay():
 def test_warmup_is_that_of_timm():
     timm = pytest.importorskip("timm")
     theirs = timm.utils.ModelEmaV3(nn.Linear(1, 1), decay=0.99, use_warmup=True)
-    assert warmed_up(0.99, 0) == 0
+    assert ema_decay(0.99, 0) == 0
     for updates in (1, 2, 10, 100, 999, 1000, 5000):
-        assert warmed_up(0.99, updates) == theirs.get_decay(updates + 1)
+        assert ema_decay(0.99, updates) == theirs.get_decay(updates + 1)
 
 
 def test_half_life_halves_whatever_the_steps():
     for steps_per_epoch in (1, 10, 1000):
         for every in (1, 4):
-            decay = decay_of_half_life(2.0, steps_per_epoch, every)
+            decay = ema_decay_of_half_life(2.0, steps_per_epoch, every)
             assert decay ** (2 * steps_per_epoch / every) == pytest.approx(0.5)
 
 
@@ -1058,4 +1058,4 @@ def test_says_what_it_does():
 def test_logs_the_decay():
     logged = run(EMA(0.9, every_n_steps=3)).logged
     assert [logged[step].get("ema/decay") for step in range(2)] == [None, None]
-    assert [logged[step]["ema/decay"] for step in (2, 5, 8)] == pytest.approx([warmed_up(0.9, n) for n in range(3)])
+    assert [logged[step]["ema/decay"] for step in (2, 5, 8)] == pytest.approx([ema_decay(0.9, n) for n in range(3)])

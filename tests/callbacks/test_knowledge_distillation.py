@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
-from lit_tricks.callbacks.knowledge_distillation import divergence
+from lit_tricks.callbacks.knowledge_distillation import distillation_divergence
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized
@@ -78,7 +78,9 @@ def by_hand(loss: str = "kl", t: float = T, logits: Tensor = LOGITS, teacher: Te
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 @pytest.mark.parametrize("t", [0.5, 1.0, 4.0, 20.0])
 def test_loss_of_the_paper(t, loss):
-    torch.testing.assert_close(divergence(LOGITS, TAUGHT, t, loss), by_hand(loss, t), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        distillation_divergence(LOGITS, TAUGHT, t, loss), by_hand(loss, t), rtol=1e-12, atol=1e-12
+    )
     total = CE(LOGITS, taught(kd(temperature=t, loss=loss)))
     expected = -softmax(LOGITS)[range(N), LABELS].log().mean() + by_hand(loss, t).mean()
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
@@ -105,15 +107,15 @@ def test_gluoncv_is_alpha_one_half():
 
 
 def test_student_that_agrees_has_no_divergence():
-    assert divergence(TAUGHT + 5, TAUGHT, T).abs().max() < 1e-12
+    assert distillation_divergence(TAUGHT + 5, TAUGHT, T).abs().max() < 1e-12
     sure = torch.tensor([[0.0, -1e4]])
-    assert divergence(sure, sure, 1.0).item() == 0
+    assert distillation_divergence(sure, sure, 1.0).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_summed_in_float32(dtype):
     low, low_teacher = LOGITS.to(dtype), TAUGHT.to(dtype)
-    found = divergence(low, low_teacher, 20.0)
+    found = distillation_divergence(low, low_teacher, 20.0)
     assert found.dtype == torch.float32
     expected = by_hand("kl", 20.0, low.double(), low_teacher.double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)

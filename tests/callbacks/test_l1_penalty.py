@@ -11,7 +11,7 @@ from helpers.modules import eval_loader, lightning, module_class, train_loader
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import L1Penalty
-from lit_tricks.callbacks.l1_penalty import penalize, sparsity
+from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
 
 STRENGTH = 0.01
 
@@ -23,7 +23,7 @@ def test_gradient_is_that_of_the_sum_of_absolute_values():
     loss = sum((weight**3).sum() for weight in weights) + STRENGTH * sum(weight.abs().sum() for weight in weights)
     expected = torch.autograd.grad(loss, weights)
     gradients = [3 * weight.detach() ** 2 for weight in weights]
-    penalize([weight.detach() for weight in weights], gradients, STRENGTH)
+    add_l1_gradient([weight.detach() for weight in weights], gradients, STRENGTH)
     torch.testing.assert_close(gradients, list(expected))
 
 
@@ -32,7 +32,7 @@ def test_a_weight_oscillates_around_0():
     w = torch.tensor([0.5, 0.4999], dtype=torch.float64)
     for _ in range(1000):
         gradient = [torch.zeros_like(w)]
-        penalize([w], gradient, 0.03)
+        add_l1_gradient([w], gradient, 0.03)
         w -= 0.1 * gradient[0]
     assert (w.abs() <= 0.003 + 1e-9).all()
     assert w.any()

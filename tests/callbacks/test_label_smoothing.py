@@ -13,7 +13,7 @@ from helpers.modules import LAYOUTS, NAMESPACES, eval_loader, module_class, trai
 from torch import nn
 
 from lit_tricks.callbacks import LabelSmoothing
-from lit_tricks.callbacks.label_smoothing import torch_smoothing
+from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import carrying
 
@@ -32,7 +32,7 @@ def smoothed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
 def test_targets_are_those_of_the_conventions(smoothing, classes):
     for convention, others in (("torch", smoothing / classes), ("paper", smoothing / (classes - 1))):
-        s = torch_smoothing(classes, smoothing, convention)
+        s = label_smoothing_for_torch(classes, smoothing, convention)
         soft = F.one_hot(torch.tensor(1), classes).double() * (1 - s) + s / classes
         expected = torch.full((classes,), others, dtype=torch.float64)
         expected[1] = 1 - others * (classes - 1)
@@ -65,7 +65,7 @@ def test_gap_between_logits_that_the_targets_ask_for(classes, smoothing):
 
 def test_paper_convention_has_a_limit():
     with pytest.raises(RuntimeError, match=r"smoothing=0.6.* 2 classes less .* below 0.5"):
-        torch_smoothing(2, 0.6, "paper")
+        label_smoothing_for_torch(2, 0.6, "paper")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import (
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from lit_tricks.callbacks import LinearScaling, WarmupCosine, WarmupStep
-from lit_tricks.callbacks.linear_scaling import scaling_factor
+from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
 from lit_tricks.callbacks.optim.param_groups import on_each_group
 
 
@@ -58,7 +58,7 @@ def lrs(trainer: Any) -> list[float]:
     ],
 )
 def test_factor(batch_size, base_batch_size, rule, factor):
-    assert scaling_factor(batch_size, base_batch_size, rule) == pytest.approx(factor, rel=1e-15)
+    assert lr_scaling_factor(batch_size, base_batch_size, rule) == pytest.approx(factor, rel=1e-15)
 
 
 def groups(module: Any, make: Any, lrs: tuple[float, ...], **kwargs: Any) -> Any:
@@ -327,7 +327,7 @@ def test_says_what_it_does(trick, base, line):
         end = scaled(trick, optimizers=lambda m: groups(m, SGD, base))
     assert [record.getMessage() for record in records] == [f"LinearScaling: {line}"]
     assert {metrics["linear_scaling/factor"] for metrics in end.logged.values() if "train_loss" in metrics} == {
-        scaling_factor(4, trick.base_batch_size, trick.rule)
+        lr_scaling_factor(4, trick.base_batch_size, trick.rule)
     }
 
 

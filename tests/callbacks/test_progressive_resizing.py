@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as v2
 
 from lit_tricks import CutMix, MixUp, PreciseBN, ProgressiveResizing
-from lit_tricks.callbacks.progressive_resizing import side_at
+from lit_tricks.callbacks.progressive_resizing import progressive_side
 from lit_tricks.utils.image_size import resize, resize_nearest
 
 SIDE, STEPS = 16, 12  # 3 epochs of 4 batches
@@ -27,7 +27,7 @@ SIDE, STEPS = 16, 12  # 3 epochs of 4 batches
 )
 def test_side_is_a_closed_form_of_the_progress(progress, expected):
     scale = 0.5 + 0.5 * min(1.0, max(0.0, (progress - 0.2) / 0.6))
-    side = side_at(progress, 224, 0.5, 0.2, 0.8, 16)
+    side = progressive_side(progress, 224, 0.5, 0.2, 0.8, 16)
     assert side == expected
     assert abs(side - 224 * scale) <= 8
 
@@ -35,10 +35,10 @@ def test_side_is_a_closed_form_of_the_progress(progress, expected):
 def test_side_is_never_above_the_full_one_nor_below_a_multiple():
     for full in (33, 224, 299):
         for step in range(101):
-            side = side_at(step / 100, full, 0.1, 0.0, 1.0, 32)
+            side = progressive_side(step / 100, full, 0.1, 0.0, 1.0, 32)
             assert 32 <= side <= full
             assert side % 32 == 0 or side == full
-    assert side_at(1.0, 299, 0.5, 0.0, 1.0, 32) == 299
+    assert progressive_side(1.0, 299, 0.5, 0.0, 1.0, 32) == 299
 
 
 class Net(lightning().LightningModule):
@@ -94,7 +94,7 @@ def sides(module: Net) -> list[int]:
     return [batch[0].shape[-1] for batch in module.seen]
 
 
-EXPECTED = [side_at(step / STEPS, SIDE, 0.5, 0.25, 0.75, 4) for step in range(STEPS)]
+EXPECTED = [progressive_side(step / STEPS, SIDE, 0.5, 0.25, 0.75, 4) for step in range(STEPS)]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"manual": True}, {"max_epochs": -1, "max_steps": STEPS}])
@@ -105,7 +105,7 @@ def test_batches_have_the_sizes_of_their_steps(kwargs):
 
 def test_accumulated_batches_have_the_size_of_their_step():
     module = fit(ProgressiveResizing(0.5, 0.0, 1.0, multiple_of=4), accumulate_grad_batches=2)
-    assert sides(module) == [side_at(i // 2 / 6, SIDE, 0.5, 0.0, 1.0, 4) for i in range(STEPS)]
+    assert sides(module) == [progressive_side(i // 2 / 6, SIDE, 0.5, 0.0, 1.0, 4) for i in range(STEPS)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

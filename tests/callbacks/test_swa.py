@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR,
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 from lit_tricks.callbacks import EMA, SWA, PreciseBN, WarmupCosine
-from lit_tricks.callbacks.swa import ends_cycle, glide
+from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
 from lit_tricks.callbacks.warmup_cosine import warmup_cosine
 from lit_tricks.models import resnet
 
@@ -126,7 +126,7 @@ def test_glide_is_that_of_torch(shape):
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.5)
     theirs = SWALR(optimizer, swa_lr=0.05, anneal_epochs=10, anneal_strategy=shape)
     for step in range(20, 35):
-        way = glide(step, start=30, length=10, shape=shape)
+        way = swa_lr_share(step, start=30, length=10, shape=shape)
         assert (1 - way) * 0.5 + way * 0.05 == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
@@ -134,8 +134,8 @@ def test_glide_is_that_of_torch(shape):
 
 def test_glide_begins_and_ends():
     for shape in ("cos", "linear"):
-        assert [glide(step, 30, 10, shape) for step in (0, 20, 25, 30, 99)] == pytest.approx([0, 0, 0.5, 1, 1])
-        assert [glide(step, 30, 0, shape) for step in (0, 29, 30)] == [0, 0, 1]
+        assert [swa_lr_share(step, 30, 10, shape) for step in (0, 20, 25, 30, 99)] == pytest.approx([0, 0, 0.5, 1, 1])
+        assert [swa_lr_share(step, 30, 0, shape) for step in (0, 29, 30)] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_glide_begins_and_ends():
     ],
 )
 def test_ends_of_cycles(start, every, epoch, ends):
-    assert [step for step in range(13) if ends_cycle(step, start, 12, every, epoch)] == ends
+    assert [step for step in range(13) if swa_ends_cycle(step, start, 12, every, epoch)] == ends
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def test_average_and_rates_are_those_of_torch_on_a_resnet_and_digits():
 
 
 def used_from(scheduled: list[float], lr: float, start: int, length: int = 0, shape: str = "cos") -> list[float]:
-    ways = [glide(step, start, length, shape) for step in range(len(scheduled))]
+    ways = [swa_lr_share(step, start, length, shape) for step in range(len(scheduled))]
     return [(1 - way) * rate + way * lr for way, rate in zip(ways, scheduled, strict=True)]
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from lit_tricks import EMA, PreciseBN, TestTimeAugment
-from lit_tricks.callbacks.test_time_augment import mean_logits, views
+from lit_tricks.callbacks.test_time_augment import mean_logits, tta_views
 
 
 def images(number: int = 2, side: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,7 +32,7 @@ def images(number: int = 2, side: int = 16, dtype: torch.dtype = torch.float32) 
     ],
 )
 def test_views_are_those_of_torchvision(kwargs, count):
-    found = list(views(images(), **kwargs))
+    found = list(tta_views(images(), **kwargs))
     expected = []
     for scale in kwargs["scales"]:
         side = round(16 * scale)
@@ -111,7 +111,7 @@ def expected(module: Net, **kwargs: Any) -> list[Tensor]:
     module.eval()
     with torch.no_grad():
         return [
-            torch.stack([module.net(view).softmax(-1) for view in views(batch, **kwargs)]).mean(0)
+            torch.stack([module.net(view).softmax(-1) for view in tta_views(batch, **kwargs)]).mean(0)
             for batch, _ in loader()
         ]
 
