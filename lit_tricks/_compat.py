@@ -63,6 +63,7 @@ __all__ = [
     "logging_step",
     "merge_shards",
     "new_shared_storage",
+    "option_action",
     "overrides",
     "plain_torch_functions",
     "reset_iterator",
@@ -534,3 +535,15 @@ def merge_shards(writer: Any) -> None:
     https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/streaming/writer.py#L814
     """
     writer._merge_no_wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# argparse, of which jsonargparse is an extension
+
+
+def option_action(parser: Any, flag: str) -> Any:
+    """Return what a parser does for a flag. ``add_argument`` returns it to LightningCLI, which does not pass it on.
+
+    https://github.com/python/cpython/blob/v3.13.0/Lib/argparse.py#L1403
+    """
+    return parser._option_string_actions[flag]

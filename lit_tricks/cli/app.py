@@ -27,6 +27,7 @@ from lit_tricks._compat import overrides
 from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
+from lit_tricks.cli.trick_actions import add_trick_flags
 from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.folder import RunFolder
@@ -41,6 +42,7 @@ from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.tasks import TASKS
 from lit_tricks.tasks.base import Task
 from lit_tricks.utils.config_files import given, model_in, resolve_configs
+from lit_tricks.utils.trick_flags import behind_configs
 
 __all__ = ["TricksCLI", "run"]
 
@@ -119,6 +121,9 @@ class TricksCLI(LightningCLI):
                 at = args.index(str(subcommand)) + 1
                 args = [*args[:at], f"--config={file}", *args[at:]]
             named = model_in(args)  # of arguments in common it would take the values of the default class
+            if subcommand:
+                args = behind_configs(args)
+                add_trick_flags(self.parsers[subcommand], args)
             if subcommand and named in TASKS:
                 default = {"class_path": f"{TASKS[named]}.{named}"}
                 self.parsers[subcommand].set_defaults({"model": default})

@@ -164,9 +164,11 @@ def _renamed(words: list[str]) -> list[str]:
 
 
 def _underscored(word: str) -> str:
-    """``--as-sweep=x`` as ``--as_sweep=x``."""
+    """Return ``--as-sweep=x`` as ``--as_sweep=x``. Dotted flags are of a fit, and have no hyphens to replace."""
     flag, equals, value = word.partition("=")
-    return (flag[:2] + flag[2:].replace("-", "_") if flag.startswith("--") else flag) + equals + value
+    if not flag.startswith("--") or "." in flag:
+        return word
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def _settings_of(checkpoint: str | None, folder: str) -> list[str]:

@@ -103,7 +103,7 @@ def test_a_sweep_of_ours_sets_what_it_says_and_trains(cifar: Path, sweep: Path) 
         found = {
             "model.optimizer.lr": optimizer["lr"],
             "model.optimizer.weight_decay": optimizer["weight_decay"],
-            "trainer.callbacks.alpha": mixup["init_args"]["alpha"],
+            "trainer.callbacks.MixUp.alpha": mixup["init_args"]["alpha"],
         }
         assert found == parameters
         assert found.keys() == values.keys()

@@ -21,6 +21,7 @@ from lit_tricks.run.report.ablation_table import report_ablation
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.utils.config_files import config_name, find_config
+from lit_tricks.utils.trick_flags import apply_to_rows
 
 __all__ = ["ablate", "rows_of", "settings_of"]
 
@@ -93,16 +94,18 @@ def ablate(
     rows = rows_of(stack, mode)
     settings = {name: settings_of(tricks) for name, tricks in rows.items()}
     folder = Path(out)
+    plan = {"config": config, "rows": rows, "fit_args": fit_args or []}
+    fit_args = apply_to_rows(fit_args or [], settings.values())
     if as_sweep:
-        return _write_sweep(Path(as_sweep), folder.name, settings, seeds, paths, fit_args or [])
-    _write_plan(folder, {"config": config, "rows": rows, "fit_args": fit_args or []}, settings)
+        return _write_sweep(Path(as_sweep), folder.name, settings, seeds, paths, fit_args)
+    _write_plan(folder, plan, settings)
     runs = folder.resolve() / "runs"  # processes elsewhere have other working folders
     cells = [  # the first seed of all rows comes first: so the table says something early
         Cell(
             name,
             seed,
             runs / f"{_slug(name)}-seed{seed}",
-            [*(f"--config={path}" for path in [*paths, _row_file(folder, name).resolve()]), *(fit_args or [])],
+            [*(f"--config={path}" for path in [*paths, _row_file(folder, name).resolve()]), *fit_args],
         )
         for seed in seeds
         for name in rows

@@ -28,6 +28,7 @@ from lit_tricks.commands.racing.decisions import Outcome, OutOfBudget, Settings,
 from lit_tricks.run.reading.scores import scores_in
 from lit_tricks.run.report.race_page import report_race
 from lit_tricks.utils.config_files import find_config, given
+from lit_tricks.utils.trick_flags import apply_to_rows
 
 __all__ = ["EXCLUSIVE", "race"]
 
@@ -330,13 +331,14 @@ class _Runs:
         row = self.folder / "rows" / f"{stack}.yaml"
         if not row.is_file():
             settings = settings_of(trial.tricks)
+            apply_to_rows(self.fit_args, [settings])
             if trial.length != 1:
                 settings.setdefault("trainer", {})["max_epochs"] = max(1, round(trial.length * self.epochs))
             row.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(row) as part:
                 part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         configs = [f"--config={path}" for path in (*self.configs, row.resolve())]
-        words = list(self.fit_args)
+        words = apply_to_rows(self.fit_args, map(settings_of, ([name] for name in self.names)))
         if trial.length != 1:  # a flag among them would win over the row
             words.append(f"--trainer.max_epochs={max(1, round(trial.length * self.epochs))}")
         return Cell(stack, trial.seed, self.folder.resolve() / "runs" / key, [*configs, *words])
