@@ -198,7 +198,7 @@ def test_crop_ratio_and_size_are_settings_of_an_image_folder(tmp_path):
     settings = checkpoint("x.ckpt")["datamodule_hyper_parameters"]
     assert (settings["image_size"], settings["eval_size"], settings["resize_size"]) == (32, 48, round(32 / 0.9))
     assert settings["mean"] == pytest.approx([127.5] * 3)
-    assert "test/top1" in done("test", "--ckpt_path=x.ckpt", *QUIET, "--trainer.logger=false").out
+    assert "val/top1" in done("validate", "--ckpt_path=x.ckpt", *QUIET, "--trainer.logger=false").out
 
 
 class Vision(LightningModule):
