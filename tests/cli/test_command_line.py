@@ -471,6 +471,7 @@ def test_other_data_than_the_checkpoint_was_made_with(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_the_installed_command() -> None:
     script = Path(sys.executable).with_name("lit-tricks")
     environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}

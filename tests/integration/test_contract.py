@@ -457,6 +457,7 @@ def test_says_once_a_fit_what_it_does(name):
 
 
 @each_trick
+@pytest.mark.smoke
 def test_logs_its_quantities(name):
     new = {key for metrics in with_trick(name).logged.values() for key in metrics}
     new -= {key for metrics in without_trick().logged.values() for key in metrics}

@@ -1,0 +1,105 @@
+"""What a release is made from: one version everywhere, its section of the changelog, and the steps of CI."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import lit_tricks
+
+ROOT = Path(__file__).parents[2]
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]  # type: ignore[index]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == VERSION == lit_tricks.__version__
+
+
+def test_changelog_has_notes_for_the_version() -> None:
+    notes = script("release_notes").release_notes(VERSION, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert notes.startswith(("### ", "- ", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    assert "\n## " not in notes
+
+
+CHANGELOG = """# Changelog
+
+## [Unreleased]
+
+## [1.2.0] - 2026-01-02
+
+### Added
+
+- One thing.
+
+## [1.1.0] - 2026-01-01
+
+- Another thing.
+
+[Unreleased]: https://example.org
+[1.1.0]: https://example.org
+"""
+
+
+def test_release_notes_are_one_section_of_the_changelog() -> None:
+    release_notes = script("release_notes").release_notes
+    assert release_notes("1.2.0", CHANGELOG) == "### Added\n\n- One thing.\n"
+    assert release_notes("1.1.0", CHANGELOG) == "- Another thing.\n"
+
+
+@pytest.mark.parametrize("version", ["1.2", "2.0.0", "Unreleased"])
+def test_version_without_notes_is_an_error(version: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"[{version}]")):
+        script("release_notes").release_notes(version, CHANGELOG)
+
+
+def report(covered: int, branches: int) -> dict[str, Any]:
+    return {"summary": {"covered_branches": covered, "num_branches": branches}}
+
+
+@pytest.mark.parametrize(("covered", "code"), [(46, 0), (45, 1)])
+def test_branch_coverage_below_the_least_fails(covered: int, code: int, tmp_path: Path, capsys: Any) -> None:
+    files = {"lit_tricks/data/a.py": report(covered, 50), "lit_tricks/run/b.py": report(46, 50)}
+    (tmp_path / "coverage.json").write_text(json.dumps({"files": files}))
+    assert script("branches").main(tmp_path / "coverage.json") == code
+    printed = capsys.readouterr()
+    assert re.search(r"92\.00 % of +50 branches: run", printed.out)
+    assert ("below 92 %" in printed.err) == bool(code)
+
+
+def test_workflows_name_steps_that_exist() -> None:
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    functions = set(re.findall(r"^(\w+)\(\) \{", text, re.MULTILINE))
+    [steps] = re.findall(r"^STEPS=\((.+)\)$", text, re.MULTILINE)
+    assert set(steps.split()) == functions
+    used = set()
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
+            for step in job["steps"]:
+                for words in re.findall(r"\.ci/run (.+)", step.get("run", "")):
+                    used |= set(words.split())
+    assert used <= functions
+    assert {"lint", "types", "tests", "quickstart"} <= used
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_ci_script_is_valid_bash() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True, timeout=60)
