@@ -1,4 +1,4 @@
-"""Print the branch coverage of each part of the package, and fail below 92 %: ``python .ci/branches.py coverage.json``."""
+"""Print the branch coverage of the package's parts. Fail below 92 %. ``python .ci/branches.py coverage.json``."""
 
 from __future__ import annotations
 

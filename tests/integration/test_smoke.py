@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from helpers.cli import FIT, QUIET, cli, done, metrics, results, workplace, write_image_folder
+from helpers.cli import COSINE, FIT, QUIET, cli, done, metrics, results, workplace, write_image_folder
 
 pytestmark = pytest.mark.smoke
 
@@ -17,7 +17,7 @@ def test_commands_train_resume_test_and_predict(tmp_path: Path) -> None:
     with workplace(place):
         images = write_image_folder(place / "images")
         data = ("--data=ImageFolder", f"--data.root={images}", "--data.image_size=16", "--data.batch_size=4")
-        done(*FIT, *data, "--data.num_workers=1", "--config=tricks/ema", "--config=tricks/warmup_cosine")
+        done(*FIT, *data, "--data.num_workers=1", "--config=tricks/ema", *COSINE)
         first = Path("runs/tiny/v0")
         assert results(first)["averaged"]["val"]["top1"] >= 0
         last = first / "checkpoints" / "last.ckpt"
@@ -25,7 +25,7 @@ def test_commands_train_resume_test_and_predict(tmp_path: Path) -> None:
             *FIT,
             *data,
             "--config=tricks/ema",
-            "--config=tricks/warmup_cosine",
+            *COSINE,
             "--trainer.max_epochs=2",
             f"--ckpt_path={last}",
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,15 +43,16 @@ def test_spawned_workers_load_the_same_batches(tmp_path: Path, spawn: None) -> N
     assert not differences(batches_of(folder, 1), here)
 
 
-def fit_all(tricks: dict[str, Any], path: Path) -> None:
+def fit_all(pickled: bytes, path: Path) -> None:
     torch.set_num_threads(1)
-    torch.save({name: run(trick).weights for name, trick in tricks.items()}, path)
+    warnings.simplefilter("ignore")
+    torch.save({name: run(trick).weights for name, trick in pickle.loads(pickled).items()}, path)
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics", "ignore:FixRes fine-tunes a trained network")
 @pytest.mark.filterwarnings("ignore:TestTimeAugment has no effect")
 def test_tricks_in_a_spawned_process_train_the_same_weights(tmp_path: Path) -> None:
-    tricks = {name: row.make() for name, row in TRICKS.items()}
+    tricks = pickle.dumps({name: row.make() for name, row in TRICKS.items()})
     path = tmp_path / "weights.pt"
     child = multiprocessing.get_context("spawn").Process(target=fit_all, args=(tricks, path))
     child.start()
