@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -45,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests that share a launch first, so that one worker runs most of them and the launch ends early."""
     items.sort(key=lambda item: "launched" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collection, which Lightning and torch start now and then."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
