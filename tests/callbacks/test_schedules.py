@@ -544,6 +544,7 @@ def test_max_steps_on_resume(manual, tmp_path):
         assert fit(ckpt_path=path) == [lrs[batches:] for lrs in full], path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 def test_rates_of_two_processes_are_those_of_one(strategy, ranks):
     for name in ("WarmupCosine", "WarmupStep", "WarmupExponential"):

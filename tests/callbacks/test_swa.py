@@ -878,6 +878,7 @@ def test_logs_how_many_are_averaged():
     assert [logged[step].get("swa/x/averaged") for step in range(STEPS)] == [None] * 3 + [1] * 4 + [2] * 4 + [3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 def test_two_processes_use_the_rates_of_one(strategy, ranks):
     expected = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,13 +44,20 @@ STACKS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files of all data sets that configurations name."""
+    root = tmp_path_factory.mktemp("datasets")
+    shard(str(write_image_folder(root / "imagenet")), str(root / "shards"))
+    write_coco(root / "coco")
+    write_voc(root / "VOCdevkit", ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"), VOC_CLASSES)
+    return root
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path, datasets: Path) -> Iterator[Path]:
+    shutil.copytree(datasets, tmp_path, dirs_exist_ok=True)
     with workplace(tmp_path):
-        shard(str(write_image_folder(tmp_path / "imagenet")), str(tmp_path / "shards"))
-        write_coco(tmp_path / "coco")
-        lists = ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test")
-        write_voc(tmp_path / "VOCdevkit", lists, VOC_CLASSES)
         yield tmp_path
 
 

@@ -78,6 +78,7 @@ def test_an_ablation_as_a_sweep_is_the_same_grid(folder: Path) -> None:
     assert found == [(row, seed, 7) for row in rows for seed in (3, 4)]
 
 
+@pytest.mark.slow
 def test_an_agent_trains_an_ablation(folder: Path) -> None:
     done(*GRID[:-1], "--as-sweep", "sweep.yaml")
     command, environment, parameters = agent_commands(folder / "sweep.yaml")[-1]

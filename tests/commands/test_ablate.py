@@ -214,6 +214,7 @@ def probe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "base.yaml").write_text(yaml.safe_dump(tiny))
 
 
+@pytest.mark.slow
 def test_a_seed_has_the_same_weights_split_and_order_in_every_row(here: None, probe: None, folder: Path) -> None:
     """Also where tricks draw random numbers and change weights."""
     stack = ("tricks/xavier_init", "tricks/drop_path", "tricks/mixup")

@@ -98,7 +98,7 @@ def test_the_loader_alone() -> None:
     assert result.keys() == {"batch_size", "num_workers", "cores", "loader", "loader_per_core"}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_from_the_command_line(workers: int) -> None:
     words = ("--config=tricks/ema", "--config=tricks/mixup", f"--data.num_workers={workers}", "--seconds=0.3")
     outcome = done("data", "bench", *FIT[1:], *words, "--out=digits.json")

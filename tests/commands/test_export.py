@@ -36,6 +36,7 @@ from lit_tricks.models.resnet import resnet
 NET = ("--model.model_args={depth: 18, width: 0.125}", "--trainer.max_epochs=6", "--trainer.limit_train_batches=1.0")
 EMA = ("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")
 FORMATS = ("timm", "onnx", "torch-export", "safetensors")
+ONNX_SLOW = ("timm", pytest.param("onnx", marks=pytest.mark.slow), "torch-export", "safetensors")
 
 # What runs on another machine: a process in which lit_tricks and Lightning can not be imported.
 ELSEWHERE = """
@@ -157,6 +158,7 @@ NOISE = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(9))
 # timm
 
 
+@pytest.mark.slow
 def test_timm_and_torch_give_the_same_without_us(files: dict[str, Path]) -> None:
     assert torch.equal(elsewhere(TORCH, files["timm"], NOISE), logits_of(BEST, NOISE))
 
@@ -426,6 +428,7 @@ def test_safetensors_load_anywhere() -> None:
         assert torch.equal(network.eval()(NOISE), logits_of(BEST, NOISE))
 
 
+@pytest.mark.slow
 def test_small_inputs_go_into_all_but_timm() -> None:
     done(*FIT)  # its model_args have small_input
     path = "runs/tiny/v0/checkpoints/best.ckpt"
@@ -545,9 +548,10 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("kind", "decoder"),
     [
-        ("onnx", "ppm"),  # which pools to bins
-        ("onnx", "pan"),  # which needs a padded image
-        *(("torch-export", decoder) for decoder in ("fcn", "aspp", "ppm", "fpn", "pan")),
+        pytest.param("onnx", "ppm", marks=pytest.mark.slow),  # which pools to bins
+        pytest.param("onnx", "pan", marks=pytest.mark.slow),  # which needs a padded image
+        ("torch-export", "fcn"),
+        *(pytest.param("torch-export", name, marks=pytest.mark.slow) for name in ("aspp", "ppm", "fpn", "pan")),
         ("safetensors", "fpn"),
     ],
 )
@@ -660,7 +664,7 @@ def test_a_size_that_the_network_does_not_take() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ONNX_SLOW)
 def test_what_exists_is_replaced_only_when_asked(kind: str) -> None:
     path = Path(BEST).with_name(
         {"timm": "best_timm", "onnx": "best.onnx", "torch-export": "best.pt2"}.get(kind, f"best.{kind}")
@@ -689,7 +693,7 @@ def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ONNX_SLOW)
 def test_a_failed_check_leaves_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Classifier.load_from_checkpoint
 

@@ -263,6 +263,7 @@ def test_an_interrupted_pass_goes_on_and_ends_the_same(trained, monkeypatch):
     assert not list(Path().glob("*.features"))
 
 
+@pytest.mark.slow
 def test_another_size_model_or_data_starts_anew(trained, monkeypatch):
     content = torch.load(trained, weights_only=True)
     content["state_dict"]["model.bn1.weight"] *= 1.01

@@ -310,7 +310,7 @@ def test_each_fit_takes_the_seed_of_its_time() -> None:
     ("when", "workers"),
     [
         ({"every_n_train_steps": 1}, 0),
-        ({"every_n_train_steps": 1}, 1),
+        pytest.param({"every_n_train_steps": 1}, 1, marks=pytest.mark.slow),
         ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, 0),
         ({"every_n_epochs": 1, "save_on_train_epoch_end": False}, 0),
     ],

@@ -296,7 +296,7 @@ def test_another_pass_disturbs_nothing(runs: dict[int, tuple[Recorder, Path]], s
 # From a bucket
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_bucket(runs: dict[int, tuple[Recorder, Path]], s3: str, tmp_path: Path, workers: int) -> None:
     full, folder = runs[workers]
     cache = tmp_path / "cache"

@@ -347,10 +347,11 @@ RUNS = {
     "accumulation": {"accumulate_grad_batches": 2},
     "manual optimization": {"manual": True},
 }
+RUNS_BUT_ONE_SLOW = ["one optimizer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[1:])]
 
 
 @each_trick
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", RUNS_BUT_ONE_SLOW)
 def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
     """After each step (the last of an epoch too), each validation and each epoch."""
     how = RUNS[kind]
@@ -374,6 +375,7 @@ def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
 # Strategies
 
 
+@pytest.mark.slow
 @each_trick
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 def test_two_processes(name, strategy, ranks):
@@ -392,6 +394,7 @@ def test_two_processes(name, strategy, ranks):
     assert [len(rank[name]["said"]) for rank in runs] == [1, 0]
 
 
+@pytest.mark.slow
 @each_trick
 def test_fsdp2_trains_as_ddp(name, ranks):
     if not {"DDP", "FSDP2"} & TRICKS[name].refused.keys():

@@ -13,18 +13,25 @@ from lit_tricks.run import memory
 from lit_tricks.run.memory import PeakMemory
 
 MIB = 1 << 20
+# Imports the file alone, without torch, which is large itself.
+ALONE = (
+    "import importlib.util, sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
+    "sys.modules['torch'].cuda = types.SimpleNamespace(is_initialized=lambda: False, max_memory_allocated=None); "
+    f"spec = importlib.util.spec_from_file_location('memory', {memory.__file__!r}); "
+    "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)"
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak can not be forgotten")
 def test_what_was_there_before_does_not_count() -> None:
     """In a process of its own, whose memory no other test has left room in."""
-    script = """
+    script = f"""
 import numpy as np
-from lit_tricks.run.memory import PeakMemory
+{ALONE}
 kept = np.ones(64 << 20, np.uint8)
 freed = np.ones(128 << 20, np.uint8)
 del freed
-memory = PeakMemory()
+memory = module.PeakMemory()
 print(memory.read())
 held = np.ones(96 << 20, np.uint8)
 del held  # a peak that is over
@@ -38,12 +45,7 @@ print(memory.read())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the peak of a parent down")
 def test_nor_does_the_process_that_started_this_one() -> None:
-    """By the file alone, since the package brings torch, which is large itself."""
-    script = (
-        "import importlib.util, sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
-        f"spec = importlib.util.spec_from_file_location('memory', {memory.__file__!r}); "
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); print(module._resident())"
-    )
+    script = f"{ALONE}; print(module._resident())"
     large = np.ones(256 * MIB, np.uint8)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert int(found) < 64 * MIB < large.nbytes

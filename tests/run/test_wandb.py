@@ -131,6 +131,7 @@ def test_metrics_of_an_epoch_are_drawn_against_it(first: Path) -> None:
     assert {row["epoch"] for row in run.history if "val/top1" in row} == {0, 1}
 
 
+@pytest.mark.slow
 def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
     """With tricks that swap weights and run batches of their own, which no histogram disturbs."""
     tricks = ("--config=tricks/ema", "--config=tricks/precise_bn", "--config=tricks/mixup")
@@ -168,6 +169,7 @@ def test_watch_says_what_it_needs(words: tuple[str, ...], message: str) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*CELLS)
     wandb.teardown()  # it reads the environment once, and the group is there
@@ -212,6 +214,7 @@ def test_a_resumed_run_goes_on_in_the_same_one(first: Path) -> None:
     assert Tracked(Path("runs/tiny/v1")).run.run_id != before.run.run_id
 
 
+@pytest.mark.slow
 def test_a_repeated_configuration_is_another_run(first: Path) -> None:
     track(f"--ckpt_path={first}/checkpoints/last.ckpt", "--trainer.max_epochs=3")
     config = "runs/tiny/v0/config.yaml"

@@ -499,6 +499,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_fit_is_resumed_tested_and_predicts(folder: Path) -> None:
     done(*FIT)
     scores = results("runs/small/v0")["raw"]

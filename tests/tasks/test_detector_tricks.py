@@ -96,7 +96,7 @@ def test_what_can_not_take_boxes_says_so_before_a_step(name: str, batch_size: in
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics")
-@pytest.mark.parametrize("name", ACT)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "Compile")) for name in ACT])
 def test_what_works_on_weights_rates_and_layers_acts(name: str, plain: tuple[Tensor, list[float]]) -> None:
     make, logged, differs = ACT[name]
     rates = Rates()

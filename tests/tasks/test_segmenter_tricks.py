@@ -337,7 +337,7 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
     assert module.step_loss == pytest.approx(plain.step_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("aux_weight", [0.0, 0.5])
+@pytest.mark.parametrize("aux_weight", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_compile(aux_weight: float) -> None:
     tricks = [callbacks.LabelSmoothing(0.1), callbacks.EMA(decay=0.9)]
     compiled = fit(callbacks.Compile(backend="eager"), *tricks, steps=2, module=Plain(aux_weight=aux_weight))
