@@ -105,7 +105,9 @@ class Facts:
         data = content.get("datamodule_hyper_parameters", {})
         model = run.config.get("model", {}).get("init_args", {}) | hparams
         self.settings: dict[str, Any] = model
-        self.model = str(model.get("model", hparams.get(CLASS_PATH_KEY, "")).rpartition(".")[2] or "model")
+        network = model.get("model", hparams.get(CLASS_PATH_KEY, ""))
+        network = network.get("class_path", "") if isinstance(network, dict) else network  # a model by its import path
+        self.model = str(network).rpartition(".")[2] or "model"
         self.module = str(hparams.get(CLASS_PATH_KEY) or run.config.get("model", {}).get("class_path", ""))
         self.classes: list[str] = model.get("class_names") or []
         settings = run.config.get("data") or {}

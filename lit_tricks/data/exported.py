@@ -13,11 +13,12 @@ from torchvision.transforms import v2
 
 from lit_tricks.data.crops import CentreCrop
 from lit_tricks.data.datamodule import Split
+from lit_tricks.data.detection.base import BoxTransform, DetectionDataModule
 from lit_tricks.data.photos import PhotoDataModule
 from lit_tricks.data.samples import Source
 from lit_tricks.data.transforms import to_rgb
 
-__all__ = ["ExportedData"]
+__all__ = ["ExportedData", "ExportedDetectionData"]
 
 
 class ExportedData(PhotoDataModule):
@@ -62,6 +63,27 @@ class ExportedData(PhotoDataModule):
         raise ValueError(
             f"image_size={image_size}: an exported network takes images of one size, {self.input_size[-1]}."
         )
+
+    def _load(self, split: Split) -> dict[Split, Source]:
+        raise FileNotFoundError(f"an exported network has no {split} images: give images to predict.")
+
+
+class ExportedDetectionData(DetectionDataModule):
+    """Images of any size to predict with an exported detector.
+
+    Args:
+        mean: of the channels, on the scale from 0 to 255.
+        std: standard deviation of the channels, on the scale from 0 to 255.
+        classes: their names.
+        exif: turn images as their EXIF orientation says.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], classes: list[str], exif: bool) -> None:
+        super().__init__(batch_size=8, num_workers="auto", predict_dir=tempfile.gettempdir())
+        self.classes, self.exif = classes, exif
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.input_size = (len(mean), 224, 224)
+        self.eval_transform = BoxTransform(mean, std)
 
     def _load(self, split: Split) -> dict[Split, Source]:
         raise FileNotFoundError(f"an exported network has no {split} images: give images to predict.")

@@ -120,7 +120,7 @@ class Detector(Task):
             )
         two_stages = model == "faster_rcnn"
         # a label of RetinaNet's is the number of an output, and none of these is the background's
-        self._offset = 0 if two_stages else 1
+        self.label_offset = 0 if two_stages else 1  # from torchvision's labels to those of the data
         args: dict[str, Any] = {"channels": channels, "aspect_ratios": aspect_ratios, "beta": beta}
         args |= {"in_chans": input_size[0], "min_size": tuple(sizes), "max_size": max_size, **(model_args or {})}
         if anchor_scale is not None:
@@ -183,11 +183,11 @@ class Detector(Task):
         if self.model.training:
             raise RuntimeError("Detector finds objects in evaluation mode: call eval() before.")
         found: list[dict[str, Tensor]] = self.model(list(images))
-        return [each | {"labels": each["labels"] + self._offset} for each in found]
+        return [each | {"labels": each["labels"] + self.label_offset} for each in found]
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The parts of the loss of a batch, by torchvision's names; in training mode."""
-        wanted = [{"boxes": each["boxes"], "labels": each["labels"] - self._offset} for each in targets]
+        wanted = [{"boxes": each["boxes"], "labels": each["labels"] - self.label_offset} for each in targets]
         found: dict[str, Tensor] = self.model(list(images), wanted)
         return found
 

@@ -17,19 +17,23 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.cli import FIT, QUIET, cli, done, logits_of, results, workplace, write_image_folder, write_images
+import yaml
+from helpers.cli import FIT, QUIET, TINY, cli, done, logits_of, results, workplace, write_image_folder, write_images
+from helpers.detectors import detector
 from huggingface_hub import HfApi, ModelCard
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
 from lit_tricks import Classifier, Segmenter
 from lit_tricks.commands import export
+from lit_tricks.commands.exporting.detector import agreement
 from lit_tricks.commands.exporting.network import crop_pct
 from lit_tricks.commands.exporting.timm_folder import timm_arguments
-from lit_tricks.data import CIFAR10, Digits, ImageFolder
+from lit_tricks.data import CIFAR10, DigitDetection, Digits, ImageFolder
 from lit_tricks.models import create_model, load_weights
 from lit_tricks.models.resnet import resnet
 
@@ -531,7 +535,11 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"]["_class_path"] = f"{__name__}.Other"
     torch.save(content, path)
-    refused(rf"made\.ckpt is of {__name__}\.Other: export takes a Classifier or a Segmenter\.", path, "--format=onnx")
+    refused(
+        rf"made\.ckpt is of {__name__}\.Other: export takes a Classifier, Segmenter or Detector\.",
+        path,
+        "--format=onnx",
+    )
     content["hyper_parameters"]["_class_path"] = "nowhere.Net"
     torch.save(content, path)
     refused(
@@ -541,7 +549,7 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     torch.save(content, path)
     refused(r"made\.ckpt is not of a Classifier: it does not say what module .*", path, "--format=onnx")
     module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
-    with pytest.raises(ValueError, match="Doubled is no Classifier or Segmenter, or has a forward of its own"):
+    with pytest.raises(ValueError, match=r"Doubled is no Classifier, .* has a forward of its own"):
         export(BEST, format="onnx", module=module)
 
 
@@ -579,6 +587,95 @@ def test_a_segmenter(kind: str, decoder: Any) -> None:
 def test_timm_has_no_form_for_a_segmenter() -> None:
     model = Segmenter("resnet", 11, {"depth": 18, "width": 1 / 16}, input_size=(1, 64, 64))
     refused(r".* is of a Segmenter, and timm has classifiers: choose .*", saved(model), "--format=timm")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export", "safetensors"])
+@pytest.mark.parametrize("model", ["faster_rcnn", "retinanet"])
+def test_a_detector(kind: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = detector(model).eval()
+    if model == "retinanet":  # an untrained one finds nothing
+        module.model.score_thresh = 0.0
+        nn.init.normal_(module.model.head.classification_head.cls_logits.weight)
+        monkeypatch.setattr("lit_tricks.commands.exporting.network.module_of", lambda path: module)
+    path = made(kind, "--mean=0.1", "--std=0.2", checkpoint=saved(module))
+    images = [torch.randn(1, *size) for size in ((64, 64), (50, 90))]
+    expected = [tuple(found[key] for key in ("boxes", "scores", "labels")) for found in module(images)]
+    assert min(len(each[1]) for each in expected) > 5
+    if kind == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(path)
+        known = session.get_modelmeta().custom_metadata_map
+        assert (known["task"], known["first_label"], known["input_size"]) == ("object-detection", "1", "[1, 64, 64]")
+        for image, objects in zip(images, expected, strict=True):
+            found = tuple(map(torch.from_numpy, session.run(["boxes", "scores", "labels"], {"image": image.numpy()})))
+            assert agreement(objects, found) > 0.99  # type: ignore[arg-type]
+        assert "lit_tricks/" not in Path(path).read_bytes().decode(errors="ignore")
+    elif kind == "torch-export":
+        found = torch.export.load(path).module()(images[0])
+        assert agreement(expected[0], found) > 0.99  # type: ignore[arg-type]
+    else:
+        assert load_file(path)["model.backbone.body.net.conv1.0.weight"].shape[1] == 1
+
+
+def test_objects_that_differ() -> None:
+    boxes = torch.tensor([[0.0, 0, 5, 5], [1, 1, 9, 9], [1, 1, 9, 9]])
+    objects = boxes, torch.tensor([0.9, 0.5, 0.5]), torch.tensor([1, 2, 2])
+    order = torch.tensor([0, 2, 1])
+    assert agreement(objects, tuple(each[order] for each in objects)) == 1  # type: ignore[arg-type]
+    assert agreement(objects, (boxes + 0.1, *objects[1:])) == 0
+    assert agreement(objects, (boxes, objects[1], objects[2] + 1)) == 0
+    assert agreement(objects, tuple(each[:2] for each in objects)) == pytest.approx(2 / 3)  # type: ignore[arg-type]
+    assert agreement(tuple(each[:0] for each in objects), tuple(each[:0] for each in objects)) == 1  # type: ignore[arg-type]
+
+
+def test_an_exported_detector_predicts_the_same(folder: Path) -> None:
+    module = detector(class_names=list("abcdefghij")).eval()
+    data = DigitDetection()
+    data.hparams["_class_path"] = "lit_tricks.data.DigitDetection"
+    path = saved(module, data=data)
+    write_images(folder / "objects", 2)
+    Image.new("L", (40, 64), 99).save(folder / "objects" / "grey.png")
+    made("onnx", checkpoint=path)
+    tables = []
+    for ckpt in (path, "made.onnx"):
+        done("predict", "objects", "--ckpt", str(ckpt), "-o=objects.json")
+        tables.append(json.loads(Path("objects.json").read_text()))
+    ours, theirs = ([(row["file"], row["label"]) for row in each] for each in tables)
+    assert ours == theirs
+    assert len(ours) > 5
+    for name in ("score", "x0", "y1"):
+        assert [row[name] for row in tables[0]] == pytest.approx([row[name] for row in tables[1]], abs=0.02)
+
+
+def test_a_network_by_import_path(folder: Path) -> None:
+    words = ("--config=net.yaml", "--name=net", "--data.num_workers=0")
+    settings = {"class_path": f"{__name__}.Net", "init_args": {"features": 12}}
+    model = {"class_path": "Classifier", "init_args": {"model": settings}}
+    Path("net.yaml").write_text(yaml.safe_dump(yaml.safe_load(TINY) | {"model": model}))
+    done("fit", *words)
+    card = Path(done("card", "runs/net/v0").log.split("card: ")[1].strip()).read_text()
+    assert "# Net-digits" in card
+    images = torch.rand(2, 1, 8, 8)
+    for kind in ("onnx", "torch-export", "safetensors"):
+        assert Path(made(kind, checkpoint="runs/net/v0")).exists()
+    refused(
+        r".*timm builds models by name, and the network of this checkpoint is .*Net: .*", "runs/net/v0", "--format=timm"
+    )
+    session = pytest.importorskip("onnxruntime").InferenceSession("runs/net/v0/checkpoints/best.onnx")
+    [logits] = session.run(["logits"], {"images": images.numpy()})
+    expected = logits_of("runs/net/v0/checkpoints/best.ckpt", images)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+
+
+class Net(nn.Module):
+    """A network of one's own."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, features), nn.ReLU(), nn.Linear(features, 10))
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.layers(images)
 
 
 def test_a_network_that_was_given_as_an_object() -> None:

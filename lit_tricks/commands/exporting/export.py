@@ -8,17 +8,21 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
 
 from lit_tricks.commands.checkpoints import checkpoint_at, written_whole
+from lit_tricks.commands.exporting.detector import DETECTOR_WRITERS, DetectorNetwork, ExportedDetector
 from lit_tricks.commands.exporting.file_formats import import_onnx, write_onnx, write_safetensors, write_torch_export
 from lit_tricks.commands.exporting.network import Exported, module_to_export, network_of, preprocessing_of
 from lit_tricks.commands.exporting.timm_folder import FILES, write_timm
 from lit_tricks.commands.model_card import Facts, text_of
 from lit_tricks.commands.progress import progress
+from lit_tricks.tasks.classification import Classifier
+from lit_tricks.tasks.detection import Detector
 from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["export"]
@@ -27,7 +31,11 @@ log = logging.getLogger("lit_tricks")
 
 Format = Literal["timm", "onnx", "torch-export", "safetensors"]
 ENDINGS = {"timm": "_timm", "onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
-WRITERS = {"onnx": write_onnx, "torch-export": write_torch_export, "safetensors": write_safetensors}
+WRITERS: dict[str, Callable[[Any, Path], None]] = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+    "safetensors": write_safetensors,
+}
 
 
 def export(
@@ -49,15 +57,17 @@ def export(
     the size of the images, their normalisation and crop, the names of the classes and the metrics, in timm's words.
     "timm" is a folder for timm.create_model("local-dir:FOLDER", pretrained=True) and for the Hugging Face Hub, with a
     model card; "onnx" a file for ONNX Runtime and others; "torch-export" a file for torch.export.load; "safetensors"
-    the weights alone. The first three take any number of images, all of one size.
+    the weights alone. The first three take any number of images, all of one size. A Detector takes one image, with
+    "onnx" of any size, and gives boxes in pixels, scores, and labels from 1; they are compared with the checkpoint's to
+    0.01 pixels and a score of 1e-4.
 
     Args:
-        checkpoint: of a Classifier, such as runs/NAME/vN/checkpoints/best.ckpt, or of a Segmenter, which timm can not
-            hold.
+        checkpoint: of a Classifier, a Segmenter or a Detector, or the folder of its run, runs/NAME/vN, of which the
+            best one is taken. timm can hold classifiers only.
         format: what to write.
         output: file, or for timm the folder, to write; by default it is named after the checkpoint, and lies beside it.
         license: identifier of the licence that the model is given away under, such as apache-2.0.
-        input_size: side of the images in pixels, at least 1; by default that of the test.
+        input_size: side of the images in pixels, at least 1; by default that of the test, of a Detector its min_size.
         mean: of each channel, on the scale from 0 to 1; by default that of the data.
         std: standard deviation of each channel, on the scale from 0 to 1, above 0; by default that of the data.
         crop_ratio: size over the short side before the centre crop, in (0, 1]; by default that of the data.
@@ -79,29 +89,34 @@ def export(
     target = _check(path, format, output, overwrite)
     with progress(f"export to {format}", 3) as advance:
         trained = module_to_export(path, module)
-        is_segmenter = isinstance(trained, Segmenter)
-        if is_segmenter and format == "timm":
+        if format == "timm" and not isinstance(trained, Classifier):
             raise ValueError(
-                f"{path} is of a Segmenter, and timm has classifiers: choose --format onnx or torch-export."
+                f"{path} is of a {type(trained).__name__}, and timm has classifiers: choose --format onnx or "
+                "torch-export."
             )
         facts = Facts.of(path)
-        exported = Exported(
-            task="image-segmentation" if is_segmenter else "image-classification",
-            network=network_of(trained),
-            model=trained.hparams.get("model"),
-            model_args=trained.hparams.get("model_args") or {},
-            preprocessing=preprocessing_of(path, trained, input_size, mean, std, crop_ratio),
-            label_names=trained.class_names,
-            metrics=facts.metrics,
-            license=license,
-        )
+        known: dict[str, Any] = {
+            "model": trained.hparams.get("model") or facts.settings.get("model"),
+            "model_args": trained.hparams.get("model_args") or {},
+            "preprocessing": preprocessing_of(path, trained, input_size, mean, std, crop_ratio),
+            "label_names": trained.class_names,
+            "metrics": facts.metrics,
+            "license": license,
+        }
+        exported: Exported
+        if isinstance(trained, Detector):
+            exported = ExportedDetector("object-detection", DetectorNetwork(trained).eval(), **known)
+        else:
+            task = "image-segmentation" if isinstance(trained, Segmenter) else "image-classification"
+            exported = Exported(task, network_of(trained), **known)
         exported.check_size()
         advance(1)
         if format == "timm":
             _write_folder(exported, facts, target)
         else:
             with written_whole(target) as part:
-                WRITERS[format](exported, part)
+                writers = DETECTOR_WRITERS if isinstance(trained, Detector) else WRITERS
+                writers[format](exported, part)
         advance(2)
     log.info("export: %s", target)
     return target

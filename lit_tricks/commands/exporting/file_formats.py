@@ -14,7 +14,15 @@ from torch.export import Dim
 
 from lit_tricks.commands.exporting.network import Exported
 
-__all__ = ["import_onnx", "write_onnx", "write_safetensors", "write_torch_export"]
+__all__ = [
+    "OPSET",
+    "import_onnx",
+    "refused",
+    "require_onnx_size",
+    "write_onnx",
+    "write_safetensors",
+    "write_torch_export",
+]
 
 OPSET = 18  # the one that torch writes without converting
 MOST_ONNX = 2**31 - 2**20  # bytes of weights in one file of protobuf
@@ -42,18 +50,14 @@ def write_onnx(exported: Exported, path: Path) -> None:
     """
     import onnxruntime
 
-    size = sum(tensor.numel() * tensor.element_size() for tensor in exported.network.state_dict().values())
-    if size > MOST_ONNX:
-        raise ValueError(
-            f"the weights have {size / 2**30:.1f} GiB, and one ONNX file holds 2: choose --format torch-export."
-        )
+    require_onnx_size(exported)
     try:
         program: Any = torch.onnx.export(
             exported.network, (exported.images(2),), input_names=["images"], output_names=["logits"],
             dynamic_shapes=({0: Dim("batch")},), opset_version=OPSET, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     except Exception as error:  # the steps of the exporter fail in many ways, with pages of text
-        raise _refused(exported, "ONNX", error) from error
+        raise refused(exported, "ONNX", error) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names the folders of this machine
     program.model.metadata_props.update(exported.metadata())
@@ -62,6 +66,15 @@ def write_onnx(exported: Exported, path: Path) -> None:
     exported.check(
         lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]), "onnxruntime"
     )
+
+
+def require_onnx_size(exported: Exported) -> None:
+    """Raise ValueError if the weights are too large for one ONNX file."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in exported.network.state_dict().values())
+    if size > MOST_ONNX:
+        raise ValueError(
+            f"the weights have {size / 2**30:.1f} GiB, and one ONNX file holds 2: choose --format torch-export."
+        )
 
 
 def write_torch_export(exported: Exported, path: Path) -> None:
@@ -73,7 +86,7 @@ def write_torch_export(exported: Exported, path: Path) -> None:
     try:
         program = torch.export.export(exported.network, (exported.images(2),), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
-        raise _refused(exported, "torch.export", error) from error
+        raise refused(exported, "torch.export", error) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names the folders of this machine
     with path.open("w+b") as stream:  # by name it would have to end in .pt2
@@ -91,7 +104,8 @@ def write_safetensors(exported: Exported, path: Path) -> None:
         raise ValueError(f"{path} does not hold the weights that were written: is the disk in order?")
 
 
-def _refused(exported: Exported, what: str, error: Exception) -> ValueError:
+def refused(exported: Exported, what: str, error: Exception) -> ValueError:
+    """Make the error of a network that a format cannot hold."""
     name = type(exported.network).__name__
     reason = textwrap.shorten(str(error.__cause__ or error), 160, placeholder=" ...")
     return ValueError(

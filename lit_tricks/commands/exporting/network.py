@@ -23,10 +23,13 @@ from lit_tricks._compat import CLASS_PATH_KEY
 from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.tasks.classification import Classifier
+from lit_tricks.tasks.detection import Detector
 from lit_tricks.tasks.segmentation import Segmenter
 
 __all__ = ["Exported", "Preprocessing", "crop_pct", "module_to_export", "network_of", "preprocessing_of"]
 
+KINDS = (Classifier, Segmenter, Detector)
+NAMES = "Classifier, Segmenter or Detector"
 TOLERANCE = 1e-4  # between logits of the checkpoint and of what was made of it, relative where they are above 1
 BATCH_SIZES = (1, 2, 5)
 
@@ -57,8 +60,9 @@ class Exported:
     """A network in evaluation mode on the CPU, and what belongs to it.
 
     Args:
-        task: "image-classification" or "image-segmentation".
-        network: logits (N, classes), or (N, classes, H, W), of images (N, C, H, W).
+        task: "image-classification", "image-segmentation" or "object-detection".
+        network: gives logits (N, classes), or (N, classes, H, W), of images (N, C, H, W); or objects, see
+            ``ExportedDetector``.
         model: what it was made by: a name, or the settings of a class; None where the checkpoint does not say.
         model_args: arguments of a model given by name.
         preprocessing: of its images.
@@ -137,7 +141,7 @@ def network_of(module: Classifier | Segmenter) -> nn.Module:
     return module.model if isinstance(module, Classifier) else _Logits(module.model).eval()
 
 
-def module_to_export(path: Path, module: LightningModule | None) -> Classifier | Segmenter:
+def module_to_export(path: Path, module: LightningModule | None) -> Classifier | Segmenter | Detector:
     """What a checkpoint is of, in evaluation mode on the CPU, with the weights that it was saved with.
 
     Raises:
@@ -153,11 +157,11 @@ def module_to_export(path: Path, module: LightningModule | None) -> Classifier |
             kind = class_of(name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{path} is of {name}, which can not be imported ({error}): install it.") from error
-        if not issubclass(kind, Classifier | Segmenter):
-            raise ValueError(f"{path} is of {name}: export takes a Classifier or a Segmenter.")
+        if not issubclass(kind, KINDS):
+            raise ValueError(f"{path} is of {name}: export takes a {NAMES}.")
         module = module_of(path)
     else:  # saved without the command line, which would have named the class
-        kind = Segmenter if "decoder" in settings else Classifier
+        kind = Segmenter if "decoder" in settings else Detector if "backbone" in settings else Classifier
         foreign = sorted(settings.keys() - inspect.signature(kind).parameters.keys())
         if foreign or "num_classes" not in settings:
             what = f"it has the setting {foreign[0]!r}" if foreign else "it does not say what module it is of"
@@ -167,19 +171,14 @@ def module_to_export(path: Path, module: LightningModule | None) -> Classifier |
                 f"{path} does not say what network its weights are of: give --module, a Classifier with it."
             )
         module = module_of(path)
-    if not isinstance(module, Classifier | Segmenter) or type(module).forward not in (
-        Classifier.forward,
-        Segmenter.forward,
-    ):
-        raise ValueError(
-            f"{type(module).__name__} is no Classifier or Segmenter, or has a forward of its own: export takes neither."
-        )
+    if not isinstance(module, KINDS) or type(module).forward not in [kind.forward for kind in KINDS]:
+        raise ValueError(f"{type(module).__name__} is no {NAMES}, or has a forward of its own: export takes neither.")
     return module.cpu().eval()
 
 
 def preprocessing_of(
     path: Path,
-    module: Classifier | Segmenter,
+    module: Classifier | Segmenter | Detector,
     input_size: int | None,
     mean: list[float] | None,
     std: list[float] | None,
@@ -192,6 +191,7 @@ def preprocessing_of(
     """
     data = _data_of(path)
     channels, *_, trained = module.hparams.get("input_size") or (3, 224, 224)
+    shortest = module.hparams["min_size"] if isinstance(module, Detector) else None
     mode, ratio = "center", 0.875  # timm's
     if data is not None:
         channels, *_, trained = data.input_size
@@ -204,6 +204,8 @@ def preprocessing_of(
             f"{path} does not say how its images were normalised: give --mean and --std, on the scale from 0 to 1, and "
             f"--input_size, if that is not {trained}."
         )
+    if shortest:  # it resizes images of any size to this one, or of several to the last
+        trained = shortest[-1] if isinstance(shortest, list | tuple) else shortest
     size = trained if input_size is None else input_size
     if size < 1:
         raise ValueError(f"--input_size={size} is below 1: it is the side of the images in pixels.")

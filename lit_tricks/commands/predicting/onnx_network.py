@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_tricks.data.exported import ExportedData
+from lit_tricks.data.datamodule import ImageDataModule
+from lit_tricks.data.exported import ExportedData, ExportedDetectionData
 
 __all__ = ["ONNXNetwork", "load_onnx"]
 
@@ -48,30 +49,40 @@ class ONNXNetwork(LightningModule):
                 f"{path} has no {', '.join(missing)} in its metadata. Write it with `lit-tricks export --format onnx`."
             )
         self.class_names: list[str] = json.loads(self.metadata["label_names"])
-        self.is_dense = self.metadata.get("task") == "image-segmentation"
+        task = self.metadata.get("task")
+        self.is_dense, self.finds_objects = task == "image-segmentation", task == "object-detection"
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of normalised images (N, C, H, W)."""
         [logits] = self.session.run(["logits"], {"images": images.float().cpu().numpy()})
         return torch.from_numpy(logits)
 
-    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Return probabilities (N, classes), or for segmentation labels (N, H, W)."""
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor | list[dict[str, Tensor]]:
+        """Return probabilities (N, classes), for segmentation labels (N, H, W), or for detection objects."""
+        if self.finds_objects:
+            return [self._objects(image) for image in batch[0]]
         logits: Tensor = self(batch if isinstance(batch, Tensor) else batch[0])
         if self.is_dense:
             return logits.argmax(1).to(torch.uint8 if len(self.class_names) <= 256 else torch.int32)
         return logits.softmax(dim=-1)
 
+    def _objects(self, image: Tensor) -> dict[str, Tensor]:
+        names = ["boxes", "scores", "labels"]
+        found = self.session.run(names, {"image": image.float().cpu().numpy()})
+        return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
-def load_onnx(path: Path) -> tuple[ONNXNetwork, ExportedData]:
+
+def load_onnx(path: Path) -> tuple[ONNXNetwork, ImageDataModule]:
     """Load an exported file, and make the data module that prepares images for it."""
     network = ONNXNetwork(path)
     known = network.metadata
     channels, height, width = json.loads(known["input_size"])
     mean, std = ([255 * value for value in json.loads(known[name])] for name in ("mean", "std"))
+    exif = json.loads(known.get("exif", "false"))
+    if network.finds_objects:
+        return network, ExportedDetectionData(mean, std, network.class_names, exif)
     # a mask is for all of an image, which has one size in the file
     ratio = 1.0 if network.is_dense else float(json.loads(known.get("crop_pct", "1")))
     mode: Any = "squash" if network.is_dense else known.get("crop_mode", "center")
-    exif = json.loads(known.get("exif", "false"))
     data = ExportedData((channels, height, width), int(width / ratio), mode, mean, std, network.class_names, exif)
     return network, data
