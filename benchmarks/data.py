@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/data.py cpu FOLDER --out benchmarks/results/data.md
     python benchmarks/data.py loader FOLDER --workers 2
     python benchmarks/data.py gpu FOLDER --workers 16 --seconds 8
+    python benchmarks/data.py small --out benchmarks/results/data_small.md
 
 FOLDER holds CLASS/*.jpg. "cpu" is CPU time in one thread; all candidates take turns on the same images, batch by batch.
 "loader" is images per second of whole loaders, alone and beside a training step. "gpu" times the colours on a GPU and
 trains a ResNet-50 in bf16 from the files, which takes two minutes; without a GPU it runs, for a test, on the CPU.
+"small" is for images of 32 x 32 pixels in memory, on the CPU and, where there is one, on a GPU; it needs no FOLDER.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import datetime
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import data_dali
+import data_small
 import numpy as np
 import simplejpeg
 import timm
@@ -37,9 +41,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from lit_tricks.data import ImageFolder, _jpeg, _turbojpeg
+from lit_tricks.data import ImageFolder
 from lit_tricks.data.color import Jitter, apply_matrices
 from lit_tricks.data.crops import RandomCrop, generator_at
+from lit_tricks.data.io import jpeg, turbojpeg
 from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.samples import Samples
 from lit_tricks.data.shards.writer import image_bytes
@@ -117,7 +122,7 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
 
     def without_regions(step: Step) -> Step:
         def by_simplejpeg(indices: list[int]) -> object:
-            with mock.patch.object(_jpeg, "decode_region", return_value=False):
+            with mock.patch.object(jpeg, "decode_region", return_value=False):
                 return step(indices)
 
         return by_simplejpeg
@@ -325,15 +330,15 @@ def machine() -> str:
     return (
         f"{card}{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores shared with other "
         f"work (load average {os.getloadavg()[0]:.1f} at the end); Python {platform.python_version()}, {versions}, "
-        f"simplejpeg {simplejpeg.__version__}, {'a' if _turbojpeg._library() else 'no'} TurboJPEG 3; "
+        f"simplejpeg {simplejpeg.__version__}, {'a' if turbojpeg._library() else 'no'} TurboJPEG 3; "
         f"{datetime.date.today()}."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["cpu", "loader", "gpu"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("mode", choices=["cpu", "loader", "gpu", "small"])
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -343,6 +348,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if given.mode == "small":
+        finish(data_small.report(given.rounds, given.seconds), given.out)
+        return
+    if given.folder is None:
+        parser.error(f"{given.mode} needs a FOLDER of CLASS/*.jpg")
     with tempfile.TemporaryDirectory() as folder:
         root = folders(given.folder, Path(folder), 1 if given.mode == "cpu" else given.copies)
         if given.mode == "cpu":
@@ -351,10 +361,15 @@ def main() -> None:
             text = loader_speed(root, given.workers, given.batch_size, given.seconds, given.rounds)
         else:
             text = gpu(root, given.workers, given.batch_size, given.seconds, given.model)
-    text = f"{text}\n\n{machine()}\n"
+    finish(text, given.out)
+
+
+def finish(text: str, out: Path | None) -> None:
+    command = f"`OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python {' '.join(sys.argv)}`"
+    text = f"{text}\n\n{machine()}\n{command}\n"
     print(text)
-    if given.out:
-        given.out.write_text(text)
+    if out:
+        out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def bench(
         raise ValueError(f"--seconds={seconds} is not above 0; 10 to 60 do.")
     stages = 1 if model is None or trainer is None else 3
     with progress("data bench", stages * seconds) as advance:
-        result = _loader_alone(data, seconds, advance)
+        result = _loader_alone(data, trainer, seconds, advance)
         if model is not None and trainer is not None:
             result |= _trained(data, model, trainer, seconds, advance)
             result["limit"] = "data" if result["loader"] < result["model"] else "model"
@@ -74,12 +74,17 @@ def bench(
     return path
 
 
-def _loader_alone(data: LightningDataModule, seconds: float, advance: Advance) -> dict[str, Any]:
+def _loader_alone(
+    data: LightningDataModule, trainer: Trainer | None, seconds: float, advance: Advance
+) -> dict[str, Any]:
+    data.trainer = trainer  # some loaders make their batches on its device
+    device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
     batches = _endless(loader)
     batch_size = _size(next(batches))  # until here workers start
+    _wait(device)
     start, cpu, images = time.perf_counter(), _cpu_seconds(), 0
     last = start
     while last - start < seconds:
@@ -87,7 +92,8 @@ def _loader_alone(data: LightningDataModule, seconds: float, advance: Advance) -
         now = time.perf_counter()
         advance(now - last)
         last = now
-    used = _cpu_seconds() - cpu
+    _wait(device)
+    last, used = time.perf_counter(), _cpu_seconds() - cpu
     return {
         "batch_size": batch_size,
         "num_workers": getattr(loader, "num_workers", 0),

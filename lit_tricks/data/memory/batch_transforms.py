@@ -188,6 +188,7 @@ class TrainBatch(BatchTransform):
         if self.flip == "alternating":
             phases = draw(Key(key.seed, torch.full_like(key.epochs, -1), key.indices))[FLIP]
             numbers[FLIP] = phases + key.epochs
+        numbers[FLIP] %= 2
         return numbers
 
     def _size(self, images: Tensor) -> tuple[int, int]:
@@ -198,27 +199,29 @@ class TrainBatch(BatchTransform):
             images = self._crop(images, numbers, self.crop_scale)
         elif images.shape[-2:] != (self.size, self.size):
             images = resize(images.float(), (self.size, self.size))
-        if self.translate or self.flip != "none":
+        if self.translate:
             images = self._shift(images, numbers)
+        if self.flip != "none":
+            flipped = torch.cat((images, images.flip(3)))
+            images = flipped.index_select(
+                0, torch.arange(len(images), device=images.device) + numbers[FLIP] * len(images)
+            )
         result = self._normalized(images, out)
         return result.mul_(self._around_cutout(numbers)) if self.cutout else result
 
     def _shift(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Shift and flip images, each pixel taken from its place."""
-        size, border = self.size, self.translate
-        side = torch.arange(size, device=images.device)
-        flipped = None if self.flip == "none" else numbers[FLIP, :, None] % 2 == 1
-        columns = side if flipped is None else torch.where(flipped, size - 1 - side, side)
+        """Shift images: take each row of pixels from its place in the image with a border around it."""
+        count, channels, side, _ = images.shape
+        border = self.translate
+        wide = side + 2 * border
         top, left = below(numbers[TOP : LEFT + 1], 2 * border + 1)
-        y, x = top[:, None] + side, left[:, None] + columns
-        width = size
-        if self.padding == "reflect":
-            y, x = (size - 1 - (size - 1 - (place - border).abs()).abs() for place in (y, x))
-        elif border:
-            images = F.pad(images, [border] * 4)
-            width += 2 * border
-        places = (y[:, :, None] * width + x[:, None]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
-        return images.flatten(2).gather(2, places).view(*images.shape[:2], size, size)
+        framed = F.pad(images, [border] * 4) if self.padding == "zero" else _mirrored(images, border)
+        area = wide * wide
+        device = images.device
+        firsts = torch.arange(0, count * channels * area, channels * area, device=device) + top * wide + left
+        rows = torch.arange(0, channels * area, area, device=device)[:, None] + torch.arange(side, device=device) * wide
+        windows = framed.view(-1).as_strided((framed.numel() - side + 1, side), (1, 1))
+        return windows.index_select(0, (firsts[:, None] + rows.view(-1)).view(-1)).view_as(images)
 
     def _crop(self, images: Tensor, numbers: Tensor, scale: tuple[float, float]) -> Tensor:
         """Crop boxes and resize them, antialiased and bilinear, as a product with a matrix for each direction."""
@@ -248,6 +251,15 @@ class TrainBatch(BatchTransform):
         distance = torch.arange(self.size, device=numbers.device) - corners[:, :, None]
         y, x = ((distance < 0) | (distance >= self.cutout)).unbind()
         return torch.logical_or(y[:, None, :, None], x[:, None, None, :]).float()
+
+
+def _mirrored(images: Tensor, border: int) -> Tensor:
+    """Pad images by their reflection, without the pixels at the sides; F.pad does that for floats alone."""
+    for dim in (2, 3):
+        size = images.shape[dim]
+        before, after = images.narrow(dim, 1, border), images.narrow(dim, size - border - 1, border)
+        images = torch.cat((before.flip(dim), images, after.flip(dim)), dim)
+    return images
 
 
 @lru_cache
