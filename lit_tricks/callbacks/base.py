@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,10 +12,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_tricks._compat import callbacks_of, lightning_classes, should_update_logs
+from lit_tricks.utils.log import log, show_lines
 
 __all__ = ["Trick", "paused"]
-
-log = logging.getLogger("lit_tricks")
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -90,6 +88,7 @@ class Trick(_Callback):
         Args:
             effect: what it does, with the numbers that follow from arguments and run: "0.1 x 1024/256 = 0.4".
         """
+        show_lines()
         self.effect = effect
         rank_zero_only(log.info)(f"{type(self).__name__}: {effect}")
 

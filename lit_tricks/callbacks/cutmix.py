@@ -18,13 +18,21 @@ Box = tuple[int, int, int, int]
 
 
 def cutmix_box(height: int, width: int, lam: float, center: tuple[int, int]) -> Box:
-    """The rectangle of area ``1 - lam`` with the image's proportions, clipped to it: top, bottom, left and right.
+    """Return top, bottom, left and right of a rectangle with area ``1 - lam``, clipped to the image.
+
+    The rectangle has the proportions of the image.
 
     Args:
-        height: of the image.
-        width: of the image.
-        lam: share of the image to keep. What the clipped rectangle keeps is more, see ``kept_area``.
-        center: row and column.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        lam: share of the image to keep, in [0, 1]. The clipped rectangle keeps more, see ``kept_area``.
+        center: row and column of the rectangle's center.
+
+    Example:
+        >>> cutmix_box(8, 8, lam=0.75, center=(4, 4))
+        (2, 6, 2, 6)
+        >>> cutmix_box(8, 8, lam=0.75, center=(0, 4))
+        (0, 2, 2, 6)
     """
     side = (1 - lam) ** 0.5
     down, across = int(height * side) // 2, int(width * side) // 2  # half of it
@@ -33,18 +41,34 @@ def cutmix_box(height: int, width: int, lam: float, center: tuple[int, int]) -> 
 
 
 def kept_area(height: int, width: int, box: Box) -> float:
-    """Share of the image outside of the box: the true lambda."""
+    """Return the share of the image outside the box: the weight of an image's own label.
+
+    Args:
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        box: top, bottom, left and right, as ``cutmix_box`` returns them.
+
+    Example:
+        >>> kept_area(8, 8, (0, 2, 2, 6))
+        0.875
+    """
     top, bottom, left, right = box
     return 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def cutmix(x: Tensor, permutation: Tensor, box: Box) -> Tensor:
-    """``x`` with the pixels of ``x[permutation]`` in the box.
+    """Return ``x`` with the pixels of ``x[permutation]`` in the box.
 
     Args:
         x: images or masks (N, ..., H, W).
-        permutation: of the items, (N,).
-        box: top, bottom, left and right.
+        permutation: partners of the items, (N,).
+        box: top, bottom, left and right, as ``cutmix_box`` returns them.
+
+    Example:
+        >>> x = torch.stack([torch.zeros(2, 3), torch.ones(2, 3)])
+        >>> cutmix(x, torch.tensor([1, 0]), (0, 1, 1, 3))[0]
+        tensor([[0., 1., 1.],
+                [0., 0., 0.]])
     """
     top, bottom, left, right = box
     mixed = x.clone()

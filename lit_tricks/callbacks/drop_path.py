@@ -27,23 +27,32 @@ __all__ = ["DropPath", "drop_path", "drop_path_rates"]
 
 
 def drop_path_rates(rate: float, branches: int, mode: Literal["linear", "constant"] = "linear") -> list[float]:
-    """The rate of each residual branch: ``rate * l / L`` for the l-th of L, or ``rate`` for all.
+    """Return the rate of each residual branch: ``rate * l / L`` for branch l of L, or ``rate`` for all.
 
     Args:
-        rate: that of the last one.
-        branches: how many there are, ``L``.
+        rate: rate of the last branch, in [0, 1).
+        branches: number of branches, ``L``.
         mode: "linear" or "constant".
+
+    Example:
+        >>> drop_path_rates(0.4, 4)
+        [0.1, 0.2, 0.30000000000000004, 0.4]
     """
     return [rate * (i + 1) / branches if mode == "linear" else rate for i in range(branches)]
 
 
 def drop_path(x: Tensor, kept: Tensor, rate: float) -> Tensor:
-    """``x / (1 - rate)`` for the items that are kept, 0 for the others: the mean over the draws is ``x``.
+    """Return ``x / (1 - rate)`` for the items that are kept, and 0 for the others. The expected value is ``x``.
 
     Args:
-        x: (N, ...).
+        x: output of a residual branch (N, ...).
         kept: booleans (N,), each true with probability ``1 - rate``.
-        rate: in [0, 1).
+        rate: probability that an item is dropped, in [0, 1).
+
+    Example:
+        >>> drop_path(torch.ones(2, 3), torch.tensor([True, False]), rate=0.5)
+        tensor([[2., 2., 2.],
+                [0., 0., 0.]])
     """
     kept = kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
     if torch.finfo(x.dtype).bits >= 32:

@@ -20,21 +20,35 @@ __all__ = ["EMA", "ema_decay", "ema_decay_of_half_life"]
 
 
 def ema_decay(decay: float, updates: int) -> float:
-    """Decay of an update while the average is young: ``1 - (1 + t) ** (-2/3)``, until ``decay`` is less.
+    """Return the decay of an update while the average is young: ``1 - (1 + t) ** (-2/3)``, at most ``decay``.
 
-    The average then reaches back over a growing part of the run, ``t ** (2/3)`` updates, and forgets the first weights.
+    The average then covers a growing part of the run, ``t ** (2/3)`` updates, and forgets the first weights.
     On the digits (``benchmarks/ema_warmup.py``, decay 0.9999) it errs less than the exactly debiased average, which
     keeps all of a young run: 5.6 % to 7.0 % after 100 steps, 3.3 % to 3.9 % after 300, 1.9 % to 2.1 % after 3000.
 
     Args:
-        decay: the full one.
-        updates: those done before this one, ``t``. At 0 the average becomes a copy of the weights.
+        decay: the full decay, in [0, 1).
+        updates: number of earlier updates, ``t``. At 0 the average becomes a copy of the weights.
+
+    Example:
+        >>> [round(ema_decay(0.99, updates), 4) for updates in (0, 1, 100, 10_000)]
+        [0.0, 0.37, 0.9539, 0.99]
     """
     return min(decay, 1 - math.pow(1 + updates, -2 / 3))
 
 
 def ema_decay_of_half_life(half_life: float, steps_per_epoch: float, every_n_steps: int = 1) -> float:
-    """Decay with which weights count half as much after ``half_life`` epochs."""
+    """Return the decay with which weights count half as much after ``half_life`` epochs.
+
+    Args:
+        half_life: number of epochs, above 0. The larger, the longer the average.
+        steps_per_epoch: optimizer steps per epoch.
+        every_n_steps: steps between two updates of the average.
+
+    Example:
+        >>> round(ema_decay_of_half_life(1.0, steps_per_epoch=100), 6)
+        0.993092
+    """
     return math.pow(0.5, every_n_steps / (half_life * steps_per_epoch))
 
 

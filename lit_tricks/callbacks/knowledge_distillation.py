@@ -29,13 +29,18 @@ __all__ = ["KnowledgeDistillation", "distillation_divergence"]
 def distillation_divergence(
     logits: Tensor, teacher: Tensor, temperature: float, loss: Literal["kl", "ce"] = "kl"
 ) -> Tensor:
-    """``T^2 L(softmax(teacher / T), softmax(logits / T))``, in float32 at least.
+    """Return ``T^2 L(softmax(teacher / T), softmax(logits / T))``, per row, in float32 at least.
 
     Args:
-        logits: of the student, (..., K), or their log-softmax.
-        teacher: logits of the teacher, (..., K).
-        temperature: ``T``; times its square, gradients keep their size as it grows.
-        loss: ``L``: Kullback-Leibler divergence, or cross entropy, which is more by the entropy of the teacher.
+        logits: logits of the student (..., K), or their log-softmax.
+        teacher: logits of the teacher (..., K).
+        temperature: ``T``, above 0. Its square keeps the size of the gradients as the temperature grows.
+        loss: ``L``: Kullback-Leibler divergence, or cross entropy, which is larger by the teacher's entropy.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+        >>> distillation_divergence(torch.zeros(2, 2), teacher, temperature=1.0)
+        tensor([0.3278, 0.0000])
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     p = (teacher.to(dtype) / temperature).softmax(-1)

@@ -28,9 +28,15 @@ def add_l1_gradient(weights: list[Tensor], gradients: list[Tensor], strength: fl
     """Add ``strength * sign(weight)``, the gradient of ``strength * |weight|``, to gradients in place.
 
     Args:
-        weights: at 0, where the gradient is anything from -1 to 1, it is taken as 0.
-        gradients: theirs.
-        strength: 0 or more.
+        weights: the weights. At 0, where any value from -1 to 1 is a subgradient, 0 is taken.
+        gradients: their gradients.
+        strength: factor of the penalty, 0 or more.
+
+    Example:
+        >>> gradient = torch.zeros(3)
+        >>> add_l1_gradient([torch.tensor([-2.0, 0.0, 5.0])], [gradient], strength=0.5)
+        >>> gradient
+        tensor([-0.5000,  0.0000,  0.5000])
     """
     signs = foreach_sign(weights)
     if isinstance(strength, Tensor):
@@ -41,7 +47,16 @@ def add_l1_gradient(weights: list[Tensor], gradients: list[Tensor], strength: fl
 
 
 def sparsity(weights: list[Tensor], threshold: float) -> Tensor:
-    """Share of the weights whose absolute value is below a threshold."""
+    """Return the share of the weights whose absolute value is below a threshold.
+
+    Args:
+        weights: the weights.
+        threshold: largest value that counts as 0, itself excluded.
+
+    Example:
+        >>> sparsity([torch.tensor([0.0, 1e-4, 0.5, -2.0])], threshold=1e-3)
+        tensor(0.5000)
+    """
     small = torch.stack([(weight.abs() < threshold).sum() for weight in weights]).sum()
     return small / max(1, sum(weight.numel() for weight in weights))
 

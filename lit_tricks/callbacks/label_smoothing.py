@@ -26,18 +26,24 @@ __all__ = ["LabelSmoothing", "label_smoothing_for_torch"]
 def label_smoothing_for_torch(
     num_classes: int, smoothing: float, convention: Literal["torch", "paper"] = "torch"
 ) -> float:
-    """The ``label_smoothing`` of torch's cross entropy that gives the targets of a convention.
+    """Return the ``label_smoothing`` of torch's cross entropy that gives the targets of a convention.
 
     torch mixes the one-hot target with the uniform distribution: ``1 - s + s / K`` for the true class, ``s / K`` for
     each other one. The paper's ``1 - smoothing`` and ``smoothing / (K - 1)`` have ``s = smoothing * K / (K - 1)``.
 
     Args:
-        num_classes: classes of the loss, ``K``.
-        smoothing: probability to share.
+        num_classes: number of classes, ``K``.
+        smoothing: probability taken from the true class, in [0, 1). 0 changes nothing.
         convention: who shares it: all classes ("torch"), or the wrong ones ("paper").
 
     Raises:
-        RuntimeError: where the convention has no such target.
+        RuntimeError: if the convention has no such target.
+
+    Example:
+        >>> label_smoothing_for_torch(10, 0.1)
+        0.1
+        >>> round(label_smoothing_for_torch(10, 0.1, "paper"), 4)
+        0.1111
     """
     if convention == "torch":
         return smoothing

@@ -30,12 +30,18 @@ _MARK = "lit_tricks: rate before scaling"  # in a parameter group, until configu
 
 
 def lr_scaling_factor(batch_size: int, base_batch_size: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
-    """What to multiply learning rates by.
+    """Return the factor of the learning rate for another batch size.
 
     Args:
-        batch_size: samples that make a step of the optimizer.
-        base_batch_size: samples that made a step where the rates come from.
-        rule: "linear" or "sqrt".
+        batch_size: samples per optimizer step.
+        base_batch_size: samples per step for which the learning rate was chosen.
+        rule: "linear" for the ratio, "sqrt" for its square root.
+
+    Example:
+        >>> lr_scaling_factor(1024, 256)
+        4.0
+        >>> lr_scaling_factor(1024, 256, "sqrt")
+        2.0
     """
     ratio = batch_size / base_batch_size
     return ratio if rule == "linear" else math.sqrt(ratio)

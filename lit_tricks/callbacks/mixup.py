@@ -18,12 +18,18 @@ __all__ = ["MixUp", "mixup"]
 
 
 def mixup(x: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
-    """``lam * x + (1 - lam) * x[permutation]``, in the dtype of ``x``; integers are rounded.
+    """Return ``lam * x + (1 - lam) * x[permutation]``, in the dtype of ``x``. Integers are rounded.
 
     Args:
         x: inputs (N, ...), floats or uint8.
-        lam: share that each item keeps of itself, (N,) or a single one.
-        permutation: of the items, (N,).
+        lam: share in [0, 1] that each item keeps of itself, (N,) or a single one. At 1 nothing changes.
+        permutation: partners of the items, (N,).
+
+    Example:
+        >>> x = torch.tensor([[0.0], [10.0]])
+        >>> mixup(x, torch.tensor([0.75]), torch.tensor([1, 0]))
+        tensor([[2.5000],
+                [7.5000]])
     """
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
     mixed = exact[permutation].lerp_(exact, lam.to(exact).view(-1, *[1] * (x.dim() - 1)))

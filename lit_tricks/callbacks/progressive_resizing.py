@@ -25,15 +25,19 @@ __all__ = ["ProgressiveResizing", "progressive_side"]
 
 
 def progressive_side(progress: float, side: int, start_scale: float, start: float, end: float, multiple_of: int) -> int:
-    """Side of the images in pixels: ``start_scale`` of the full one until ``start``, then rising, full from ``end`` on.
+    """Return the side of the images: ``start_scale`` of the full side until ``start``, then rising to it until ``end``.
 
     Args:
         progress: part of the run that is over, in [0, 1].
-        side: the full one.
-        start_scale: part of it at first.
-        start: progress from which it rises.
+        side: the full side in pixels.
+        start_scale: scale at first, in (0, 1).
+        start: progress from which the side rises.
         end: progress from which it is full.
-        multiple_of: smaller sides are rounded to the nearest multiple of it, and are one at least.
+        multiple_of: smaller sides are rounded to the nearest multiple of this number, at least to the number itself.
+
+    Example:
+        >>> [progressive_side(part, 224, 0.5, 0.2, 0.8, 32) for part in (0.0, 0.5, 0.8)]
+        [128, 160, 224]
     """
     if progress >= end:
         return side

@@ -28,13 +28,17 @@ __all__ = ["SWA", "swa_ends_cycle", "swa_lr_share"]
 
 
 def swa_lr_share(step: int, start: int, length: int, shape: Literal["cos", "linear"] = "cos") -> float:
-    """Part of the way from the scheduled learning rate to the constant one, at a step: 0 before, 1 from ``start`` on.
+    """Return how far the learning rate has moved from the scheduled to the constant one: 1 from ``start`` on.
 
     Args:
-        step: steps done before it.
-        start: steps before the rate is constant.
-        length: steps on the way, the last ones before ``start``.
-        shape: along half a cosine, or a line.
+        step: number of earlier steps.
+        start: step from which the rate is constant.
+        length: steps of the transition, the last ones before ``start``. 0 jumps.
+        shape: along half a cosine ("cos"), or a line ("linear").
+
+    Example:
+        >>> [swa_lr_share(step, start=30, length=10, shape="linear") for step in (20, 25, 30)]
+        [0.0, 0.5, 1.0]
     """
     if step >= start:
         return 1.0
@@ -43,14 +47,18 @@ def swa_lr_share(step: int, start: int, length: int, shape: Literal["cos", "line
 
 
 def swa_ends_cycle(step: int, start: int, end: int, every: int, epoch: float = 1) -> bool:
-    """Whether the weights after a step are averaged: it ends a cycle, or the run.
+    """Return whether the weights after a step are averaged, as the step ends a cycle or the run.
 
     Args:
-        step: steps done, this one included.
-        start: steps before the first cycle.
+        step: number of steps, this one included.
+        start: step after which the first cycle begins.
         end: steps of the run.
-        every: epochs of a cycle, which ends with the last one of them.
-        epoch: steps of an epoch; 1 for cycles of so many steps, from ``start`` on.
+        every: length of a cycle in epochs.
+        epoch: steps of an epoch. 1 counts cycles in steps, from ``start`` on.
+
+    Example:
+        >>> [step for step in range(21) if swa_ends_cycle(step, start=10, end=20, every=4)]
+        [14, 18, 20]
     """
     if step <= start:
         return False

@@ -30,14 +30,18 @@ _CROP = 7 / 8  # part of the side: 224 of 256 pixels, as in the paper
 
 
 def tta_views(images: Tensor, flip: bool, crops: Literal[1, 5, 10], scales: Sequence[float]) -> Iterator[Tensor]:
-    """The views of images, one after another.
+    """Yield the views of images, one after another.
 
     Args:
-        images: (N, C, H, W), floats or uint8.
-        flip: each one also flipped horizontally.
-        crops: 1 is the whole image; 5 are the four corners and the centre, each 7/8 of the side; 10 are these flipped
-            too, whatever ``flip`` says.
-        scales: factors on the sides, before the crops.
+        images: images (N, C, H, W), floats or uint8.
+        flip: whether each view also comes flipped horizontally.
+        crops: 1 for the whole image; 5 for the four corners and the center, each 7/8 of the side; 10 for these and
+            their flipped versions, whatever ``flip`` is.
+        scales: factors of the sides, applied before the crops.
+
+    Example:
+        >>> [tuple(view.shape) for view in tta_views(torch.zeros(1, 3, 32, 32), flip=True, crops=1, scales=[1.0, 1.5])]
+        [(1, 3, 32, 32), (1, 3, 32, 32), (1, 3, 48, 48), (1, 3, 48, 48)]
     """
     for scale in scales:
         height, width = (round(side * scale) for side in images.shape[-2:])
@@ -53,11 +57,16 @@ def tta_views(images: Tensor, flip: bool, crops: Literal[1, 5, 10], scales: Sequ
 
 
 def mean_logits(logits: Sequence[Tensor], activation: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
-    """The logits of the mean of probabilities: with "softmax" its logarithm, with "sigmoid" its log odds.
+    """Return logits of the mean probabilities of several views.
 
     Args:
-        logits: of the views, each (N, K), or (N, K, H, W).
-        activation: what makes probabilities of them.
+        logits: logits of the views, each (N, K), or (N, K, H, W).
+        activation: "softmax" gives the logarithm of the mean, "sigmoid" its log odds.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])
+        >>> mean_logits(logits).softmax(-1)
+        tensor([[0.5000, 0.5000]])
     """
     stacked = torch.stack(list(logits))
     if stacked.dtype in (torch.float16, torch.bfloat16):

@@ -15,14 +15,18 @@ __all__ = ["WarmupCosine", "warmup_cosine"]
 
 
 def warmup_cosine(step: int, lr: float, total_steps: int, warmup_steps: int = 0, min_lr: float = 0.0) -> float:
-    """Learning rate of a step: linear from 0 to ``lr``, then half a cosine from ``lr`` to ``min_lr``.
+    """Return the learning rate of a step: linear from 0 to ``lr``, then half a cosine from ``lr`` to ``min_lr``.
 
     Args:
-        step: steps done before this one.
+        step: number of earlier steps.
         lr: the full learning rate.
         total_steps: steps of the run, the warm-up included. From here on the rate is ``min_lr``.
-        warmup_steps: steps of the warm-up; its last one has the full rate, and so has the first one of the cosine.
+        warmup_steps: steps of the warm-up. The last of them has the full rate, and so has the first of the cosine.
         min_lr: rate at the end of the cosine.
+
+    Example:
+        >>> [round(warmup_cosine(step, 0.1, total_steps=12, warmup_steps=4), 3) for step in (0, 3, 4, 8, 12)]
+        [0.025, 0.1, 0.1, 0.05, 0.0]
     """
     if step < warmup_steps:
         return warmup(step, lr, warmup_steps)

@@ -12,14 +12,18 @@ __all__ = ["WarmupExponential", "warmup_exponential"]
 
 
 def warmup_exponential(step: int, lr: float, every_n_steps: float, gamma: float = 0.94, warmup_steps: int = 0) -> float:
-    """Learning rate of a step: linear from 0 to ``lr``, then times ``gamma`` after every ``every_n_steps``.
+    """Return the learning rate of a step: linear from 0 to ``lr``, then times ``gamma`` after every ``every_n_steps``.
 
     Args:
-        step: steps done before this one.
+        step: number of earlier steps.
         lr: the full learning rate.
         every_n_steps: steps between two falls, counted from the end of the warm-up.
-        gamma: factor of each fall.
-        warmup_steps: steps of the warm-up; its last one has the full rate.
+        gamma: factor of each fall, in (0, 1].
+        warmup_steps: steps of the warm-up. The last of them has the full rate.
+
+    Example:
+        >>> [round(warmup_exponential(step, 0.1, every_n_steps=4, gamma=0.5), 3) for step in (0, 3, 4, 8)]
+        [0.1, 0.1, 0.05, 0.025]
     """
     if step < warmup_steps:
         return warmup(step, lr, warmup_steps)

@@ -14,14 +14,18 @@ __all__ = ["WarmupStep", "warmup_step"]
 
 
 def warmup_step(step: int, lr: float, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0) -> float:
-    """Learning rate of a step: linear from 0 to ``lr``, then times ``gamma`` at each milestone.
+    """Return the learning rate of a step: linear from 0 to ``lr``, then times ``gamma`` at each milestone.
 
     Args:
-        step: steps done before this one.
+        step: number of earlier steps.
         lr: the full learning rate.
         milestones: steps at which the rate falls, counted from the start of the run.
-        gamma: factor of each fall.
-        warmup_steps: steps of the warm-up; its last one has the full rate.
+        gamma: factor of each fall, in (0, 1].
+        warmup_steps: steps of the warm-up. The last of them has the full rate.
+
+    Example:
+        >>> [round(warmup_step(step, 0.1, milestones=[4, 8]), 4) for step in (3, 4, 8)]
+        [0.1, 0.01, 0.001]
     """
     if step < warmup_steps:
         return warmup(step, lr, warmup_steps)

@@ -23,11 +23,16 @@ __all__ = ["XavierInit", "xavier_uniform"]
 
 
 def xavier_uniform(shape: Iterable[int], generator: torch.Generator | None = None) -> Tensor:
-    """A weight drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, on the CPU and in fp32.
+    """Return a weight drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, on the CPU and in fp32.
 
     Args:
-        shape: of the weight, outputs and inputs first; ``d_in`` and ``d_out`` count the kernel's area too.
-        generator: source of the random numbers, torch's global one by default.
+        shape: shape of the weight, outputs and inputs first. ``d_in`` and ``d_out`` include the kernel's area.
+        generator: source of the random numbers, by default torch's global one.
+
+    Example:
+        >>> weight = xavier_uniform((64, 32, 3, 3), torch.Generator().manual_seed(0))
+        >>> bool(weight.abs().max() <= (6 / (64 * 9 + 32 * 9)) ** 0.5)
+        True
     """
     weight = torch.empty(*shape, dtype=torch.float32, device="cpu")
     return nn.init.xavier_uniform_(weight, generator=generator)

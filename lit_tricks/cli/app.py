@@ -42,6 +42,7 @@ from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.tasks import TASKS
 from lit_tricks.tasks.base import Task
 from lit_tricks.utils.config_files import given, model_in, resolve_configs
+from lit_tricks.utils.log import show_lines
 from lit_tricks.utils.trick_flags import behind_configs
 
 __all__ = ["TricksCLI", "run"]
@@ -247,6 +248,7 @@ def run(words: list[str], debug: bool) -> None:
     Raises:
         SystemExit: see ``lit_tricks.cli.main``.
     """
+    show_lines()
     folder = RunFolder()
     command = None
     try:

@@ -6,7 +6,6 @@ the same weights. The average of runs from different random weights is worthless
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +21,11 @@ from lit_tricks.commands.checkpoints import RUN, checkpoint_at, module_of, read_
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.loaders import isolated_random_state
+from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import batchnorms_of
 
 __all__ = ["average", "mean_of"]
 
-log = logging.getLogger("lit_tricks")
 
 State = dict[str, Tensor]
 

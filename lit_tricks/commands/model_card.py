@@ -5,7 +5,6 @@ One caveat: it can not know what a model is fit for, nor under which licence it 
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from pathlib import Path
@@ -23,10 +22,10 @@ from lit_tricks.run.report.content import Table, results_table, tricks_table
 from lit_tricks.run.report.fit import metrics_at
 from lit_tricks.run.report.page import markdown_table
 from lit_tricks.run.report.style import duration
+from lit_tricks.utils.log import log
 
 __all__ = ["Facts", "card", "text_of"]
 
-log = logging.getLogger("lit_tricks")
 
 NAMES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "ece": "expected calibration error"}
 TYPES = {"top1": "accuracy", "top5": "accuracy", "ece": "expected_calibration_error"}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-__all__ = ["report"]
+from lit_tricks.utils.log import log
 
-log = logging.getLogger("lit_tricks")
+__all__ = ["report"]
 
 
 def report(runs: list[str], *, out: str | None = None) -> Path:

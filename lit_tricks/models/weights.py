@@ -6,7 +6,6 @@ here can tell them apart.
 
 import argparse
 import difflib
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +15,10 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
+from lit_tricks.utils.log import log
+
 __all__ = ["load_weights"]
 
-_log = logging.getLogger("lit_tricks")
 
 # The averaged weights come first: whoever saved them did so because they are the better ones.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -125,7 +125,7 @@ def _bridge_in_chans(model: nn.Module, state: dict[str, torch.Tensor], weights: 
     found = _shape(state.get(key))
     if found != want and found == (want[0], 3, *want[2:]):
         state[key] = adapt_input_conv(want[1], state[key])
-        _log.info("weights=%r: %s adapted from 3 to %d input channels", weights, key, want[1])
+        log.info("weights=%r: %s adapted from 3 to %d input channels", weights, key, want[1])
 
 
 def _bridge_num_classes(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:
@@ -135,7 +135,7 @@ def _bridge_num_classes(own: dict[str, torch.Tensor], state: dict[str, torch.Ten
     if len(want) >= 2 and len(found) >= 2 and want[0] != found[0] and want[1:] == found[1:]:
         state.update({key: own[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in own and key in state})
         text = "weights=%r: classifier %r keeps its initialisation, for %d classes there and %d here"
-        _log.info(text, weights, layer, found[0], want[0])
+        log.info(text, weights, layer, found[0], want[0])
 
 
 def _require_same(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from lit_tricks._compat import lightning_classes
 from lit_tricks.utils.batch import find, images_in_list, inputs_of
+from lit_tricks.utils.log import log
 
 __all__ = ["Preview", "PreviewLogger", "preview_of"]
 
-log = logging.getLogger("lit_tricks")
 
 LEAST_SHARE = 0.05  # of a class in a label, to be told
 INCHES = 1.4  # of a cell

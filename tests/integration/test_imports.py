@@ -23,10 +23,14 @@ LIGHTNING = ("lightning", "pytorch_lightning")
 # In a new process
 
 IMPORTED = """
-import json, sys
+import json, logging, sys
 import lightning.pytorch, pytorch_lightning
-before = set(sys.modules)
+root, before = logging.getLogger(), set(sys.modules)
+loggers = len(root.handlers), root.level
 import lit_tricks.callbacks
+ours = logging.getLogger("lit_tricks")
+assert loggers == (len(root.handlers), root.level)
+assert (ours.handlers, ours.level, ours.propagate) == ([], logging.NOTSET, True), "the import sets up logging"
 print(json.dumps([sorted(before), sorted(set(sys.modules) - before)]))
 """
 
@@ -59,6 +63,16 @@ def test_callbacks_bring_no_other_part_of_ours(imported):
         "lit_tricks._compat",
         "lit_tricks.tasks",
     }  # the names of the tasks, not their modules
+
+
+def test_package_lists_every_public_name():
+    listed = dir(lit_tricks)
+    assert {"Trick", "callbacks", "data", "functional", "models", *lit_tricks.callbacks.__all__} <= set(listed)
+    assert set(lit_tricks.__all__) <= set(listed)
+    for name in lit_tricks.__all__:
+        assert getattr(lit_tricks, name) is not None
+    with pytest.raises(AttributeError, match="Triks"):
+        _ = lit_tricks.Triks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,8 +129,9 @@ ALLOWED: dict[str, set[str]] = {
     "classifier": {"tasks"},
     "detector": {"tasks"},
     "segmenter": {"tasks"},
+    "functional": {"callbacks"},
     "run": {"_compat", "callbacks", "run", "tasks", "utils"},
-    "__init__": {"callbacks", "tasks"},
+    "__init__": {"callbacks", "data", "functional", "models", "tasks"},
 }
 # What a teacher is built with where it is given by name or file; the tests above see that it is not imported before.
 LAZY = {"teacher.py": {"timm", "lit_tricks.tasks.classification", "lit_tricks.tasks.segmentation"}}

@@ -21,12 +21,16 @@ __all__ = ["Schedule", "warmup"]
 
 
 def warmup(step: int, lr: float, warmup_steps: int) -> float:
-    """Learning rate of a step of the linear warm-up from 0: ``i * lr / m`` for the ``i``-th of ``m`` steps.
+    """Return the learning rate of a step of the linear warm-up from 0: ``i * lr / m`` for step i of m.
 
     Args:
-        step: steps done before this one, so that ``i = step + 1``.
+        step: number of earlier steps, so that ``i = step + 1``.
         lr: rate at the end of the warm-up.
         warmup_steps: steps of the warm-up, ``m``.
+
+    Example:
+        >>> [warmup(step, 0.4, 4) for step in range(4)]
+        [0.1, 0.2, 0.30000000000000004, 0.4]
     """
     return (step + 1) * lr / warmup_steps
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import signal
@@ -21,10 +20,9 @@ from rich.live import Live
 from rich.table import Table
 
 from lit_tricks.run.report.ablation_table import read_run
+from lit_tricks.utils.log import log
 
 __all__ = ["Cell", "run_all", "run_here"]
-
-log = logging.getLogger("lit_tricks")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.run.preview import Preview, preview_of
+from lit_tricks.utils.log import log
 
 __all__ = ["preview"]
-
-log = logging.getLogger("lit_tricks")
 
 
 def preview(

@@ -6,7 +6,6 @@ One caveat: on a CPU that trains, loader and model share the cores: each alone i
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import time
@@ -21,10 +20,10 @@ from torch.utils.data import DataLoader
 from lit_tricks._compat import callbacks_of
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import tensors_in
+from lit_tricks.utils.log import log
 
 __all__ = ["bench"]
 
-log = logging.getLogger("lit_tricks")
 
 WARM_UP = 3  # steps of the model
 Advance = Callable[[float], None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from pathlib import Path
@@ -13,10 +12,9 @@ from lit_tricks.data import ImageFolder
 from lit_tricks.data.io.file_index import list_images
 from lit_tricks.data.shards.index import SPLITS, import_litdata
 from lit_tricks.data.shards.writer import replaced_whole, write_shards
+from lit_tricks.utils.log import log
 
 __all__ = ["shard"]
-
-log = logging.getLogger("lit_tricks")
 
 
 def shard(

@@ -5,7 +5,6 @@ One caveat: what is exported maps normalised images to logits. The normalisation
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from lit_tricks.commands.progress import progress
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.tasks.detection import Detector
 from lit_tricks.tasks.segmentation import Segmenter
+from lit_tricks.utils.log import log
 
 __all__ = ["export"]
 
-log = logging.getLogger("lit_tricks")
 
 Format = Literal["timm", "onnx", "torch-export", "safetensors"]
 ENDINGS = {"timm": "_timm", "onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from lit_tricks.data.io.formats import ENDINGS, is_image
 from lit_tricks.data.samples import find_images
+from lit_tricks.utils.log import log
 
 __all__ = ["image_files"]
 
-log = logging.getLogger("lit_tricks")
 
 SHOWN = 5  # names in a message
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from lit_tricks.run.mask_writer import MaskWriter
 from lit_tricks.run.prediction_writer import PredictionRows
 from lit_tricks.run.tables import STDOUT, check_table, write_table
 from lit_tricks.tasks.segmentation import Segmenter
+from lit_tricks.utils.log import log
 
 __all__ = ["predict"]
-
-log = logging.getLogger("lit_tricks")
 
 
 def predict(

@@ -7,7 +7,6 @@ decisions from the results in its folder, and continues.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -28,11 +27,11 @@ from lit_tricks.commands.racing.decisions import Outcome, OutOfBudget, Settings,
 from lit_tricks.run.reading.scores import scores_in
 from lit_tricks.run.report.race_page import report_race
 from lit_tricks.utils.config_files import find_config, given
+from lit_tricks.utils.log import log
 from lit_tricks.utils.trick_flags import apply_to_rows
 
 __all__ = ["EXCLUSIVE", "race"]
 
-log = logging.getLogger("lit_tricks")
 
 # Tricks that raise an error beside each other, by the names of their configurations.
 EXCLUSIVE = (

@@ -5,7 +5,6 @@ One caveat: the affine parameters of the last BatchNorm stay as they are; the ca
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +22,11 @@ from lit_tricks.commands.sizes.logistic import Classified, Linear, choose_weight
 from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.commands.sizes.subject import Subject, subject_of
 from lit_tricks.utils.loaders import isolated_random_state
+from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import find_classifier, find_norms
 
 __all__ = ["fixres"]
 
-log = logging.getLogger("lit_tricks")
 
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HELD_OUT = 0.1

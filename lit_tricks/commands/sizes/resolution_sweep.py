@@ -5,7 +5,6 @@ One caveat: the best of many sizes is chosen on the images that it is told for; 
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ from lit_tricks.utils.loaders import isolated_random_state
 
 __all__ = ["resolution"]
 
-log = logging.getLogger("lit_tricks")
 
 BYTES = 2**28  # of the images of a batch, in all sizes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +18,10 @@ from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.utils.dataset_transforms import at_size, changed
+from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import find_classifier
 
 __all__ = ["Subject", "Views", "subject_of"]
-
-log = logging.getLogger("lit_tricks")
 
 
 class Views:

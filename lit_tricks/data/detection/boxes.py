@@ -6,7 +6,6 @@ Labels start at 1, as 0 is the background in torchvision's detectors.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data.io.file_index import Paths
+from lit_tricks.utils.log import log
 
 __all__ = [
     "BoxFiles",
@@ -33,7 +33,6 @@ __all__ = [
     "warn_of_skipped",
 ]
 
-log = logging.getLogger("lit_tricks")
 
 OnBadBox = Literal["raise", "skip"]
 Box = tuple[float, float, float, float]

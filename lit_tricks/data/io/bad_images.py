@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from lit_tricks._compat import logging_step
 from lit_tricks.data.io.jpeg import BadImageError
+from lit_tricks.utils.log import log
 
 __all__ = ["BadImages", "OnBadImage", "Report"]
 
-log = logging.getLogger("lit_tricks")
 
 OnBadImage = Literal["raise", "skip"]
 

@@ -1,0 +1,66 @@
+"""The mathematics of the tricks: pure functions, for training loops without callbacks.
+
+Random draws are arguments, so that every function returns the same for the same arguments.
+
+| Trick | Functions |
+|---|---|
+| CutMix | ``cutmix_box``, ``cutmix``, ``kept_area`` |
+| DropPath | ``drop_path_rates``, ``drop_path`` |
+| EMA | ``ema_decay``, ``ema_decay_of_half_life`` |
+| FocalLoss | ``focal_factor`` |
+| KnowledgeDistillation | ``distillation_divergence`` |
+| L1Penalty | ``add_l1_gradient``, ``sparsity`` |
+| LabelSmoothing | ``label_smoothing_for_torch`` |
+| LinearScaling | ``lr_scaling_factor`` |
+| MixUp | ``mixup`` |
+| ProgressiveResizing | ``progressive_side`` |
+| SWA | ``swa_lr_share``, ``swa_ends_cycle`` |
+| TestTimeAugment | ``tta_views``, ``mean_logits`` |
+| WarmupCosine, WarmupExponential, WarmupStep | ``warmup``, ``warmup_cosine``, ``warmup_exponential``, ``warmup_step`` |
+| XavierInit | ``xavier_uniform`` |
+"""
+
+from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
+from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
+from lit_tricks.callbacks.ema import ema_decay, ema_decay_of_half_life
+from lit_tricks.callbacks.focal_loss import focal_factor
+from lit_tricks.callbacks.knowledge_distillation import distillation_divergence
+from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
+from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
+from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
+from lit_tricks.callbacks.mixup import mixup
+from lit_tricks.callbacks.optim.schedule import warmup
+from lit_tricks.callbacks.progressive_resizing import progressive_side
+from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
+from lit_tricks.callbacks.test_time_augment import mean_logits, tta_views
+from lit_tricks.callbacks.warmup_cosine import warmup_cosine
+from lit_tricks.callbacks.warmup_exponential import warmup_exponential
+from lit_tricks.callbacks.warmup_step import warmup_step
+from lit_tricks.callbacks.xavier_init import xavier_uniform
+
+__all__ = [
+    "add_l1_gradient",
+    "cutmix",
+    "cutmix_box",
+    "distillation_divergence",
+    "drop_path",
+    "drop_path_rates",
+    "ema_decay",
+    "ema_decay_of_half_life",
+    "focal_factor",
+    "kept_area",
+    "label_smoothing_for_torch",
+    "lr_scaling_factor",
+    "mean_logits",
+    "mixup",
+    "progressive_side",
+    "sparsity",
+    "swa_ends_cycle",
+    "swa_lr_share",
+    "tta_views",
+    "warmup",
+    "warmup_cosine",
+    "warmup_exponential",
+    "warmup_step",
+    "xavier_uniform",
+]
