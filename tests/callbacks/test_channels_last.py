@@ -166,7 +166,7 @@ def test_no_convolution_is_an_error():
             super().__init__()
             self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
-    with pytest.raises(RuntimeError, match=r"ChannelsLast has no effect: .* no two-dimensional convolution in Flat"):
+    with pytest.raises(RuntimeError, match=r"ChannelsLast has no effect: .*Flat"):
         make_trainer(ChannelsLast()).fit(Flat(), eval_loader(), eval_loader())
 
 

@@ -152,15 +152,13 @@ def test_refuses_what_is_compiled_already():
             module.net[0].compile(backend="eager")
         else:
             module.net[0] = torch.compile(module.net[0], backend="eager")
-        with pytest.raises(
-            RuntimeError, match=r"Compile: Classifier, or a part of it, is compiled already. Remove one"
-        ):
+        with pytest.raises(RuntimeError, match=r"Compile: Classifier.*compiled already"):
             make_trainer(compile_()).fit(module, train_loader(), eval_loader())
         assert module.net._compiled_call_impl is None
 
 
 def test_refuses_layers_that_are_not_there_or_not_called():
-    with pytest.raises(RuntimeError, match=r"Compile found no layers like \['model'\] in Classifier"):
+    with pytest.raises(RuntimeError, match=r"Compile .*\['model'\]"):
         run(compile_(layers=["model"]))
 
     class Unused(module_class("lightning")):
@@ -168,5 +166,5 @@ def test_refuses_layers_that_are_not_there_or_not_called():
             super().__init__()
             self.other = nn.Linear(2, 2)
 
-    with pytest.raises(RuntimeError, match="Compile has no effect: in the first training step of Unused, none of the"):
+    with pytest.raises(RuntimeError, match=r"Compile has no effect: .*Unused"):
         make_trainer(compile_(layers=["other"])).fit(Unused(), train_loader(), eval_loader())

@@ -304,12 +304,12 @@ def test_refuses_networks_without_branches(trick, message):
 def test_refuses_layers_that_do_not_run_or_give_no_tensor():
     module = Module()
     module.unused = Block()
-    with pytest.raises(RuntimeError, match="DropPath has no effect: in the first training step of Module, none of its"):
+    with pytest.raises(RuntimeError, match=r"DropPath has no effect: .*Module"):
         fit(module, DropPath(layers=["unused.norm"]))
 
     trick = DropPath()
     trick._kept = {2: torch.ones(1, 2)}
-    with pytest.raises(RuntimeError, match="DropPath can drop a tensor, not the tuple of a layer"):
+    with pytest.raises(RuntimeError, match=r"DropPath .*tuple"):
         trick._run(0, nn.Identity(), False, lambda x: (x, x), torch.ones(2))
 
 

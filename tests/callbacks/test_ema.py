@@ -445,7 +445,7 @@ def test_validates_and_saves_the_weights_as_they_are_before_the_first_update(tmp
 
 @pytest.mark.parametrize("arguments", [{"start_step": 1000}, {"every_n_steps": 1000}])
 def test_never_hands_back_an_untrained_model(arguments, tmp_path):
-    with pytest.warns(UserWarning, match=r"EMA averaged nothing in 12 steps.* Lower start_step"):
+    with pytest.warns(UserWarning, match=r"EMA averaged nothing.*start_step"):
         result = run(EMA(**arguments))
     plain = run()
     assert not differences(result.weights, plain.weights)
@@ -542,7 +542,7 @@ def test_resumes_from_a_checkpoint_without_an_average(tmp_path):
 def test_resume_without_the_callback_warns(tmp_path):
     saver = Saver(tmp_path, steps=(4,))
     run(EMA(0.8), saver)
-    with pytest.warns(UserWarning, match="Please add the following callbacks: .*EMA"):
+    with pytest.warns(UserWarning, match=r"following callbacks: .*EMA"):
         run(ckpt_path=saver.paths[-1])
 
 
@@ -552,7 +552,7 @@ def test_refuses_the_average_of_another_module(tmp_path):
     checkpoint = loaded(saver.paths[-1])
     checkpoint["callbacks"]["EMA"]["raw"]["head.weight"] = torch.zeros(1)
     torch.save(checkpoint, tmp_path / "y.ckpt")
-    with pytest.raises(RuntimeError, match=r"'head.weight', and the module has no such weights"):
+    with pytest.raises(RuntimeError, match=r"'head.weight'"):
         run(EMA(0.8), ckpt_path=tmp_path / "y.ckpt")
 
 
@@ -892,7 +892,7 @@ def test_average_kept_aside_can_be_taken_up_for_validation(tmp_path):
 
 
 def test_two_validated_averages_are_refused():
-    with pytest.raises(RuntimeError, match=r"EMA\(a\) and EMA\(b\) both decide .* give one of them validate=False"):
+    with pytest.raises(RuntimeError, match=r"EMA\(a\) and EMA\(b\).*validate=False"):
         run(EMA(0.8, name="a"), EMA(0.9, name="b"))
 
 
@@ -903,7 +903,7 @@ def test_strategies_that_hide_the_weights_are_refused(strategy):
         module.other = wrapped_by_fsdp1(nn.Linear(1, 1))
     else:
         module.net[1].weight.ds_id = 0
-    with pytest.raises(RuntimeError, match="EMA cannot see the weights under SingleDeviceStrategy: use FSDP2"):
+    with pytest.raises(RuntimeError, match=r"EMA .*SingleDeviceStrategy.*FSDP2"):
         make_trainer(EMA(0.8)).fit(module, train_loader(), eval_loader())
 
 
@@ -917,14 +917,14 @@ def test_optimizers_that_hide_their_steps_are_refused(trick):
     def lookahead(module: Any) -> Any:
         return Lookahead(torch.optim.SGD(module.parameters(), lr=0.1))
 
-    with pytest.raises(RuntimeError, match=r"cannot see the steps of Lookahead, .* or train without Lookahead"):
+    with pytest.raises(RuntimeError, match="without Lookahead"):
         run(trick(), optimizers=lookahead)
 
 
 def test_checkpoint_in_shards_without_the_weights_is_refused(tmp_path):
     ema = EMA(0.8)
     run(ema)
-    with pytest.raises(RuntimeError, match="is missing: the checkpoint was saved after the fit"):
+    with pytest.raises(RuntimeError, match="saved after the fit"):
         ema._restore({"steps": 1, "updates": 1, "shards": str(tmp_path)})
 
 
@@ -948,7 +948,7 @@ def test_a_copy_of_the_module_made_in_the_fit_works_alone():
 def test_other_averages_are_refused(name):
     other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
     for callbacks in ([EMA(0.8), other], [other, EMA(0.8)]):
-        with pytest.raises(RuntimeError, match=f"EMA and {name} both decide .* remove {name}"):
+        with pytest.raises(RuntimeError, match=rf"EMA and {name}.*remove {name}"):
             run(*callbacks)
 
 

@@ -158,7 +158,7 @@ def test_the_rest_stays_in_evaluation_mode_whoever_calls_train():
             self.body.train()
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(RuntimeError, match="training_step of TrainsInTheStep puts it into training mode"):
+    with pytest.raises(RuntimeError, match="TrainsInTheStep"):
         make_trainer(FixRes(24)).fit(TrainsInTheStep(), *loaders())
 
 
@@ -297,7 +297,7 @@ def test_finds_where_a_network_ends(name):
     if norm:
         assert list(find_norms(holder, "last")) == [f"model.{norm}"]
     else:
-        with pytest.raises(RuntimeError, match=r"found no BatchNorm .+ give FixRes\(train_bn=\"none\"\)"):
+        with pytest.raises(RuntimeError, match=r"FixRes\(train_bn=\"none\"\)"):
             find_norms(holder, "last")
 
 
@@ -421,7 +421,7 @@ def test_refuses_other_callbacks_that_freeze_drop_or_resize():
 def test_refuses_to_go_on_with_the_run_that_trained_the_weights(tmp_path):
     saver = Saver(tmp_path, steps=[2])
     make_trainer(saver, max_epochs=1).fit(Net(), *loaders())
-    with pytest.raises(RuntimeError, match="start from its weights, as with"):
+    with pytest.raises(RuntimeError, match="start from its weights"):
         make_trainer(FixRes(24)).fit(Net(), *loaders(), ckpt_path=saver.paths[0], weights_only=True)
 
 
@@ -444,7 +444,7 @@ def test_refuses_sizes_that_the_network_can_not_take():
 
 
 def test_warns_of_random_weights_and_not_of_trained_ones():
-    with pytest.warns(UserWarning, match="Net looks as if it had random weights"):
+    with pytest.warns(UserWarning, match=r"Net .*random weights"):
         make_trainer(FixRes(24), max_epochs=1).fit(Net(), *loaders())
     module = Net()
     module.body[1].running_mean += 1

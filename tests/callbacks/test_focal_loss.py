@@ -178,7 +178,7 @@ def test_refuses_arguments(arguments, message):
 )
 @pytest.mark.filterwarnings("ignore:reduction")
 def test_refuses_losses(alpha, loss, message):
-    with pytest.raises(RuntimeError, match=f"^FocalLoss.*{message}"):
+    with pytest.raises(RuntimeError, match=rf"^FocalLoss.*{message}"):
         fit_with(loss, FocalLoss(2.0, alpha))
 
 

@@ -238,9 +238,7 @@ def test_teacher_sees_them_so():
     image, label = torch.full((4, 1, 8, 8), 0.3), torch.zeros(4, dtype=torch.long)
     fit_with(CE, KnowledgeDistillation(Watching(), **how), loader=loader_of([image, label]))
     torch.testing.assert_close(seen[0], torch.full((4, 1, 8, 8), (0.3 * 2 + 0.1 - 0.5) / 0.25))
-    with pytest.raises(
-        RuntimeError, match=r"Watching, fails on the images .*: mean has 3 numbers, one for each channel"
-    ):
+    with pytest.raises(RuntimeError, match=r"Watching, .*mean has 3 numbers"):
         fit_with(CE, KnowledgeDistillation(Watching(), mean=[0.5] * 3, std=[0.5] * 3))
 
 
@@ -474,7 +472,7 @@ def fit(*tricks: Any, module: Any = None) -> None:
     ids=["classes", "channels", "dense", "dict", "vector"],
 )
 def test_refuses_teachers_that_do_not_fit(teacher, message):
-    with pytest.raises(RuntimeError, match=f"^KnowledgeDistillation: the teacher.* {message}"):
+    with pytest.raises(RuntimeError, match=rf"^KnowledgeDistillation: the teacher.* {message}"):
         fit(KnowledgeDistillation(teacher()))
 
 
@@ -495,9 +493,7 @@ def test_takes_the_logits_of_an_output_that_has_some():
 def test_refuses_a_teacher_that_is_trained():
     module = module_class("lightning")()
     for teacher in (module, module.net, module.net[0], nn.Sequential(module.net, nn.Linear(3, 3))):
-        with pytest.raises(
-            RuntimeError, match=r"teacher shares 'net.0.0.weight' with the student, Classifier.*deepcopy"
-        ):
+        with pytest.raises(RuntimeError, match=r"teacher .*'net.0.0.weight'.*deepcopy"):
             fit(KnowledgeDistillation(teacher), module=module)
 
 
@@ -517,7 +513,7 @@ def test_refuses_files_and_names_that_are_none(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ConnectionError, match=r"teacher='resnet18'.* the download failed: no route to host"):
+    with pytest.raises(ConnectionError, match=r"teacher='resnet18'.*no route to host"):
         fit(KnowledgeDistillation("resnet18"))
 
 
@@ -533,12 +529,12 @@ def test_refuses_files_and_names_that_are_none(tmp_path, monkeypatch):
     ids=["BCE with logits", "BCE", "by hand", "clamp", "gather"],
 )
 def test_refuses_losses(loss, message):
-    with pytest.raises(RuntimeError, match=f"^KnowledgeDistillation.*{message}"):
+    with pytest.raises(RuntimeError, match=rf"^KnowledgeDistillation.*{message}"):
         fit_with(loss, KnowledgeDistillation(small_teacher()))
 
 
 def test_refuses_batches_of_several_images():
     image, label = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
     loader = loader_of({"image": image, "label": label, "depth": image})
-    with pytest.raises(RuntimeError, match=r"which input .* and found image and depth: let the collate_fn"):
+    with pytest.raises(RuntimeError, match=r"image and depth.*collate_fn"):
         fit_with(CE, KnowledgeDistillation(small_teacher()), loader=loader)

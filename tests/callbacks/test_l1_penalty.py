@@ -173,7 +173,7 @@ def test_no_effect_is_an_error():
     def biases(module: Any) -> Any:
         return torch.optim.SGD([module.net[1].bias], lr=0.1)
 
-    with pytest.raises(RuntimeError, match="L1Penalty has no effect: no optimizer step of Classifier came with"):
+    with pytest.raises(RuntimeError, match=r"L1Penalty has no effect: .*Classifier"):
         run(L1Penalty(), optimizers=biases)
 
     class Raw(module_class("lightning")):
@@ -183,7 +183,7 @@ def test_no_effect_is_an_error():
                 optimizer.optimizer.step()
                 optimizer._on_after_step()
 
-    with pytest.raises(RuntimeError, match=r"has no effect.*Step the optimizers of self.optimizers\(\)"):
+    with pytest.raises(RuntimeError, match=r"has no effect.*self.optimizers\(\)"):
         fit(Raw(manual=True), L1Penalty())
 
 
@@ -199,5 +199,5 @@ def test_refuses_sparse_gradients():
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.table.parameters(), lr=0.1)
 
-    with pytest.raises(RuntimeError, match="L1Penalty can not add to sparse gradients: build the embedding with"):
+    with pytest.raises(RuntimeError, match=r"L1Penalty .*sparse gradients"):
         fit(Sparse(), L1Penalty())

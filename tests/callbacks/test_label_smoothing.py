@@ -141,7 +141,7 @@ def test_validation_loss_is_plain():
 
 
 def test_refuses_to_smooth_twice():
-    with pytest.raises(RuntimeError, match=r"LabelSmoothing: .* has label_smoothing=0.3.* twice. Set it to 0"):
+    with pytest.raises(RuntimeError, match=r"label_smoothing=0.3.*Set it to 0"):
         fit_with(smoothed, LabelSmoothing(0.1))
 
 
@@ -161,9 +161,7 @@ def test_refuses_a_second_one():
     ids=["gather", "margin", "none", "table"],
 )
 def test_no_loss_that_it_knows_is_an_error_in_the_first_step(loss):
-    with pytest.raises(
-        RuntimeError, match=r"^LabelSmoothing has no effect: .*first training step of Classifier.*F.cross"
-    ):
+    with pytest.raises(RuntimeError, match=r"^LabelSmoothing has no effect: .*F.cross"):
         fit_with(loss, LabelSmoothing(0.1))
 
 
@@ -194,16 +192,14 @@ def test_a_first_batch_that_the_module_skips_is_no_error():
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 def test_refuses_a_batch_without_target_and_a_step_that_takes_an_iterator():
     module, images = module_class("lightning")(), torch.zeros(4, 1, 8, 8)
-    with pytest.raises(RuntimeError, match="LabelSmoothing found no target in the training batch: list"):
+    with pytest.raises(RuntimeError, match=r"LabelSmoothing found no target.*list"):
         make_trainer(LabelSmoothing(0.1)).fit(module, loader_of([images, images]), eval_loader())
 
     class Iterating(module_class("lightning")):
         def training_step(self, dataloader_iter: Any) -> torch.Tensor:
             raise AssertionError
 
-    with pytest.raises(
-        RuntimeError, match=r"LabelSmoothing can not reach .* Iterating.training_step .*dataloader_iter"
-    ):
+    with pytest.raises(RuntimeError, match=r"LabelSmoothing .*dataloader_iter"):
         make_trainer(LabelSmoothing(0.1)).fit(Iterating(), train_loader(), eval_loader())
 
 

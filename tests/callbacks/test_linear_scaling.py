@@ -166,7 +166,7 @@ def test_scheduler_with_rates_of_its_own_is_refused(scheduler):
         optimizer = SGD(module.parameters(), lr=0.1, momentum=0.9)
         return [optimizer], [scheduler(optimizer)]
 
-    with pytest.raises(RuntimeError, match=rf"made the learning rates 0.025, and the {scheduler.func.__name__} put"):
+    with pytest.raises(RuntimeError, match=rf"learning rates 0.025, .*{scheduler.func.__name__}"):
         scaled(LinearScaling(16), optimizers=optimizers)
 
 
@@ -176,7 +176,7 @@ def test_rate_that_is_set_later_is_refused():
         optimizer.param_groups[0]["lr"] = 0.5
         return optimizer
 
-    with pytest.raises(RuntimeError, match=r"something else put 0.5 in their place. Multiply these by 0.25"):
+    with pytest.raises(RuntimeError, match=r"0.5 in their place.*by 0.25"):
         scaled(LinearScaling(16), optimizers=optimizers)
 
 
@@ -247,7 +247,7 @@ def test_the_loader_is_not_built_for_it():
 
 
 def test_unknown_batch_size_is_asked_for():
-    with pytest.raises(RuntimeError, match=r"cannot tell the batch size.*Give LinearScaling\(batch_size="):
+    with pytest.raises(RuntimeError, match=r"cannot tell the batch size.*batch_size="):
         run(LinearScaling())  # its batch sampler does not say how many
 
 
@@ -274,7 +274,7 @@ def test_accumulation_that_changes_is_refused():
 
 @pytest.mark.parametrize("assumed", [2, 3, 8])
 def test_batch_of_another_size_is_an_error(assumed):
-    with pytest.raises(RuntimeError, match=rf"batches of {assumed} samples, and the first one is list\(float32 \(4, 1"):
+    with pytest.raises(RuntimeError, match=rf"batches of {assumed} samples.*\(4, 1"):
         scaled(LinearScaling(batch_size=assumed))
 
 
@@ -359,7 +359,7 @@ def test_optimizer_that_was_built_before_is_refused():
 
     module = module_class("lightning")(optimizers=optimizers)
     made = SGD(module.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="a SGD without a learning rate that it could scale: build it in configure"):
+    with pytest.raises(RuntimeError, match=r"SGD without a learning rate.*configure"):
         make_trainer(LinearScaling(16)).fit(module, loader(), eval_loader())
     assert made.param_groups[0]["lr"] == 0.1
 
@@ -374,7 +374,7 @@ def test_optimizer_without_a_rate_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.configure_optimizers. returned .None.")
 def test_no_optimizer_is_refused():
-    with pytest.raises(RuntimeError, match="found no optimizer to scale: Classifier has none"):
+    with pytest.raises(RuntimeError, match="no optimizer to scale: Classifier"):
         scaled(LinearScaling(16), optimizers=lambda module: None)
 
 
@@ -394,7 +394,7 @@ class TunedModule(module_class("lightning")):  # type: ignore[misc]
 def test_learning_rate_finder_is_refused(tmp_path):
     finder = lightning().callbacks.LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
     trainer = make_trainer(LinearScaling(16), finder, default_root_dir=tmp_path)
-    with pytest.raises(RuntimeError, match=r"made the learning rates 0.025, and something else put"):
+    with pytest.raises(RuntimeError, match=r"learning rates 0.025, and something else"):
         trainer.fit(TunedModule(), loader(samples=128), eval_loader())
 
 
@@ -451,7 +451,7 @@ def test_resume_with_another_batch_is_refused(tmp_path):
 
 def test_resume_of_a_run_without_it_is_refused(tmp_path):
     path = stopped(tmp_path)
-    with pytest.raises(RuntimeError, match=r"rates by 0.25, and the checkpoint brings rates multiplied by 1\."):
+    with pytest.raises(RuntimeError, match=r"rates by 0.25, .*multiplied by 1\."):
         run(LinearScaling(16, batch_size=4), ckpt_path=path)
 
 
@@ -475,5 +475,5 @@ def test_resume_where_the_checkpoint_comes_last(tmp_path):
 
 def test_resume_without_it_is_warned_of(tmp_path):
     path = stopped(tmp_path, LinearScaling(16, batch_size=4))
-    with pytest.warns(UserWarning, match="Please add the following callbacks: .'LinearScaling'"):
+    with pytest.warns(UserWarning, match="following callbacks: .'LinearScaling'"):
         run(ckpt_path=path)

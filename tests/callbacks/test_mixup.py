@@ -235,7 +235,7 @@ def test_where_cutmix_is_off_mixup_has_its_own_probability():
 
 
 def test_refuses_two():
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `MixUp`"):
+    with pytest.raises(RuntimeError, match=r"stateful callback .*`MixUp`"):
         fit_with(CE, MixUp(), MixUp(alpha=1.0))
 
 
@@ -297,7 +297,7 @@ def test_a_dict_of_inputs_and_odd_batches():
 
 def test_refuses_a_batch_without_inputs():
     batch = {"tokens": torch.ones(4, 7, dtype=torch.int64), "label": torch.arange(4) % 3}
-    with pytest.raises(RuntimeError, match=r"MixUp found the target .*int64 \(4,\), and no input to mix"):
+    with pytest.raises(RuntimeError, match=r"MixUp found the target .*no input"):
         make_trainer(MixUp(), limit_val_batches=0).fit(module_class("lightning")(), loader_of(batch), eval_loader())
 
 

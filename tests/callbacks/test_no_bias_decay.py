@@ -387,7 +387,7 @@ def test_says_what_decays():
 
 @pytest.mark.parametrize("skip", [[], ["beta"], ["bias", "norms"], "bias"])
 def test_arguments_out_of_range(skip):
-    with pytest.raises(ValueError, match=r"skip=.* one or more of 'bias', 'norm' and 'embedding'"):
+    with pytest.raises(ValueError, match=r"skip=.*'bias', 'norm' and 'embedding'"):
         NoBiasDecay(skip)
 
 
@@ -402,7 +402,7 @@ def test_arguments_out_of_range(skip):
     ids=["no weight decay", "weights alone", "done by hand", "no such option"],
 )
 def test_no_effect_is_an_error(optimizers):
-    with pytest.raises(RuntimeError, match=r"NoBiasDecay\(skip=\['bias', 'norm'\]\) took no weight decay away"):
+    with pytest.raises(RuntimeError, match=r"NoBiasDecay\(skip=\['bias', 'norm'\]\)"):
         run(NoBiasDecay(), optimizers=optimizers)
 
 
@@ -412,7 +412,7 @@ def test_optimizer_that_was_built_before_is_refused():
 
     module = module_class("lightning")(optimizers=optimizers)
     made = SGD(module.parameters(), lr=0.1, weight_decay=0.1)
-    with pytest.raises(RuntimeError, match="could not split a parameter group of SGD: it was added before or after"):
+    with pytest.raises(RuntimeError, match=r"split a parameter group of SGD.*before or after"):
         make_trainer(NoBiasDecay()).fit(module, train_loader(), eval_loader())
 
 
@@ -429,7 +429,7 @@ class AddsGroup(lightning().Callback):  # type: ignore[misc]
 
 def test_group_that_is_added_later():
     body = lambda m: SGD(m.net[0].parameters(), lr=0.1, weight_decay=0.1)  # noqa: E731
-    with pytest.raises(RuntimeError, match="could not split a parameter group of SGD"):
+    with pytest.raises(RuntimeError, match="split a parameter group of SGD"):
         run(NoBiasDecay(), AddsGroup(), optimizers=body)
     run(NoBiasDecay(), AddsGroup(weight_decay=0), optimizers=body)
 
@@ -444,12 +444,12 @@ def test_flattened_parameters_are_refused(how):
             else:
                 self.net[1].weight = nn.Parameter(self.net[1].weight.detach().flatten())
 
-    with pytest.raises(RuntimeError, match=r"NoBiasDecay goes by the shapes .* Use ModelParallelStrategy"):
+    with pytest.raises(RuntimeError, match=r"NoBiasDecay .*ModelParallelStrategy"):
         make_trainer(NoBiasDecay()).fit(Flattened(), train_loader(), eval_loader())
 
 
 def test_sets_are_left_to_torch():
-    with pytest.raises(TypeError, match="the ordering of tensors in sets"):
+    with pytest.raises(TypeError, match="tensors in sets"):
         run(NoBiasDecay(), optimizers=lambda m: SGD([{"params": set(m.parameters())}], lr=0.1, weight_decay=0.1))
 
 
@@ -515,14 +515,14 @@ def test_resume_with_parameters_in_another_order_is_refused(checkpoint):
 
 
 def test_resume_of_a_run_without_it_is_refused(stopped):
-    with pytest.raises(RuntimeError, match=r"the checkpoint was made without it. Remove it, or start from its weights"):
+    with pytest.raises(RuntimeError, match=r"checkpoint .*without it"):
         run(NoBiasDecay(), ckpt_path=stopped())
 
 
 def test_resume_without_it_is_an_error(checkpoint):
     with (
-        pytest.warns(UserWarning, match="Please add the following callbacks: .'NoBiasDecay'"),
-        pytest.raises(ValueError, match="different number of parameter groups"),
+        pytest.warns(UserWarning, match="following callbacks: .'NoBiasDecay'"),
+        pytest.raises(ValueError, match="parameter groups"),
     ):
         run(ckpt_path=checkpoint)
 

@@ -215,10 +215,10 @@ def test_refuses_arguments(kwargs, message):
 
 
 def test_refuses_batches_that_it_can_not_make_smaller():
-    with pytest.raises(RuntimeError, match=r"has no effect: of 16 x 16 pixels, 0.5 is not less .+\(multiple_of=2\)"):
+    with pytest.raises(RuntimeError, match=r"has no effect: of 16 x 16.*\(multiple_of=2\)"):
         fit(ProgressiveResizing())
     vectors = DataLoader([(torch.zeros(3), 0)] * 4, batch_size=2)
-    with pytest.raises(RuntimeError, match="found no images in the training batch"):
+    with pytest.raises(RuntimeError, match="found no images"):
         make_trainer(ProgressiveResizing()).fit(Net(), vectors, samples())
 
 

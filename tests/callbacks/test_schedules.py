@@ -272,7 +272,7 @@ def stream() -> Any:
     ],
 )
 def test_loader_without_length_asks_for_total_steps(trick):
-    with pytest.raises(RuntimeError, match=rf"Give {type(trick).__name__}\(total_steps=\.\.\.\)"):
+    with pytest.raises(RuntimeError, match=rf"{type(trick).__name__}\(total_steps="):
         run(trick, loader=stream())
 
 
@@ -304,7 +304,7 @@ def test_step_without_milestones_needs_no_length():
 
 
 def test_end_must_be_known():
-    with pytest.raises(RuntimeError, match="must know where the run ends"):
+    with pytest.raises(RuntimeError, match="where the run ends"):
         run(WarmupCosine(warmup_epochs=1), max_epochs=-1)
 
 
@@ -318,19 +318,19 @@ def test_refuses_a_scheduler_of_the_module(manual):
         found = sgds(0.5, 0.125)(module) if manual else sgds(0.5)(module)
         return found, [StepLR(optimizer, 1) for optimizer in found]
 
-    with pytest.raises(RuntimeError, match=r"WarmupCosine sets .* the StepLR that configure_optimizers of Classifier"):
+    with pytest.raises(RuntimeError, match=r"WarmupCosine .*StepLR.*Classifier"):
         run(WarmupCosine(), optimizers=optimizers, manual=manual)
 
 
 def test_refuses_a_second_schedule():
-    with pytest.raises(RuntimeError, match="WarmupStep and WarmupCosine both set the learning rate"):
+    with pytest.raises(RuntimeError, match="WarmupStep and WarmupCosine"):
         run(WarmupStep(), WarmupCosine())
 
 
 def test_refuses_a_module_without_optimizer():
     with (
-        pytest.warns(UserWarning, match="will run with no optimizer"),
-        pytest.raises(RuntimeError, match="WarmupCosine found no learning rate to set"),
+        pytest.warns(UserWarning, match="with no optimizer"),
+        pytest.raises(RuntimeError, match="WarmupCosine found no learning rate"),
     ):
         run(WarmupCosine(), optimizers=lambda module: None)
 
@@ -358,7 +358,7 @@ class OneOfTwo(module_class("lightning")):  # type: ignore[misc]
 def test_max_steps_by_hand_with_other_steps_is_refused_in_the_first_batch():
     OneOfTwo.batches = 0
     trainer = make_trainer(WarmupCosine(warmup_epochs=1), max_steps=20, max_epochs=-1)
-    with pytest.raises(RuntimeError, match=r"a batch made 1 of them, not one for each of 2 .*total_steps=\.\.\.\)"):
+    with pytest.raises(RuntimeError, match=r"for each of 2 .*total_steps="):
         trainer.fit(OneOfTwo(manual=True), train_loader(), eval_loader())
     assert OneOfTwo.batches == 1
 
@@ -415,7 +415,7 @@ def test_min_lr_above_the_learning_rate():
 
 
 def test_warns_where_the_run_ends_within_the_warm_up():
-    with pytest.warns(UserWarning, match="WarmupCosine: the run ends after 12 of 20 warm-up steps.*warmup_epochs=5"):
+    with pytest.warns(UserWarning, match=r"12 of 20 warm-up steps.*warmup_epochs=5"):
         lrs = rates(WarmupCosine(warmup_epochs=5))
     assert lrs == [i * 0.25 / 20 for i in range(1, STEPS + 1)]
 

@@ -244,7 +244,7 @@ def test_early_stopping_in_the_phase():
 def test_early_stopping_before_the_phase_keeps_the_trained_weights():
     history = History()
     stop = pl.callbacks.EarlyStopping("val_loss", patience=0, stopping_threshold=100.0)
-    with pytest.warns(UserWarning, match=r"SWA averaged nothing in 4 steps.* first cycle after start=0.5"):
+    with pytest.warns(UserWarning, match=r"SWA averaged nothing.*start=0.5"):
         result = run(SWA(0.2, start=0.5), stop, history)
     assert not differences(result.weights, {k: history.weights[-1][k] for k in result.weights})
 
@@ -510,9 +510,9 @@ def stream() -> Any:
 
 
 def test_loader_without_length():
-    with pytest.raises(RuntimeError, match=r"SWA must know where the run ends.*Give Trainer\(max_steps=\.\.\.\)"):
+    with pytest.raises(RuntimeError, match=r"SWA .*Trainer\(max_steps="):
         run(SWA(0.1), loader=stream())
-    with pytest.raises(RuntimeError, match=r"SWA counts in epochs.* Give SWA\(every_n_steps=\.\.\.\)"):
+    with pytest.raises(RuntimeError, match=r"SWA .*SWA\(every_n_steps="):
         run(SWA(0.1), loader=stream(), max_steps=10)
     history = History()
     result = run(SWA(0.1, start=0.5, every_n_steps=2), history, loader=stream(), max_steps=10, max_epochs=-1)
@@ -523,7 +523,7 @@ def test_accumulation_that_changes_from_epoch_to_epoch():
     def accumulation() -> Any:
         return pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
 
-    with pytest.raises(RuntimeError, match="SWA must know where the run ends"):
+    with pytest.raises(RuntimeError, match=r"SWA .*where the run ends"):
         run(SWA(0.1), accumulation())
     history = History()
     result = run(SWA(0.1, start=0.5, every_n_steps=1), accumulation(), history, max_steps=7)
@@ -531,9 +531,7 @@ def test_accumulation_that_changes_from_epoch_to_epoch():
 
 
 def test_glide_must_fit_before_the_start():
-    with pytest.raises(
-        RuntimeError, match=r"SWA\(anneal_epochs=2\) glides for 8 steps, and there are 6 before start=0.5"
-    ):
+    with pytest.raises(RuntimeError, match=r"SWA\(anneal_epochs=2\).*start=0.5"):
         run(SWA(0.1, start=0.5, anneal_epochs=2))
 
 
@@ -544,8 +542,8 @@ def test_fast_dev_run_is_quiet(fast_dev_run):  # warnings are errors here
 
 def test_module_without_an_optimizer_is_refused():
     with (
-        pytest.warns(UserWarning, match="will run with no optimizer"),
-        pytest.raises(RuntimeError, match="SWA found no learning rate to set"),
+        pytest.warns(UserWarning, match="with no optimizer"),
+        pytest.raises(RuntimeError, match="SWA found no learning rate"),
     ):
         run(SWA(0.1), optimizers=lambda module: None)
 
@@ -558,7 +556,7 @@ def test_two_optimizers_that_do_not_step_in_every_batch_are_refused_under_max_st
             self.manual_backward(self.loss(batch))
             optimizer.step()
 
-    with pytest.raises(RuntimeError, match="a batch made 1 of them, not one for each of 2 optimizers"):
+    with pytest.raises(RuntimeError, match="for each of 2 optimizers"):
         make_trainer(SWA(0.1), max_steps=20).fit(OneOfTwo(manual=True), train_loader(), eval_loader())
 
 
@@ -724,7 +722,7 @@ def test_second_fit_trains_on_from_the_trained_weights():
 
 def test_warns_of_batch_norm_once_and_names_the_remedy():
     precise_bn = type("PreciseBN", (pl.Callback,), {})()
-    with pytest.warns(UserWarning, match="BatchNorm layers in Classifier; .* Add the callback PreciseBN") as caught:
+    with pytest.warns(UserWarning, match=r"BatchNorm layers in Classifier.*PreciseBN") as caught:
         run(SWA(0.2), max_epochs=1)
     assert len([w for w in caught if "BatchNorm" in str(w.message)]) == 1
     for callbacks in ([SWA(0.2), precise_bn], [precise_bn, SWA(0.2)], [SWA(0.2, validate=False)]):
@@ -747,7 +745,7 @@ def test_precise_bn_re_estimates_the_statistics_of_the_average(place):
 @pytest.mark.parametrize("place", [0, 1])
 def test_two_validated_averages_are_refused(place):
     tricks = [SWA(0.2), EMA(0.9)][:: 1 - 2 * place]
-    with pytest.raises(RuntimeError, match=r"both decide which weights .* give one of them validate=False"):
+    with pytest.raises(RuntimeError, match=r"both decide .*validate=False"):
         run(*tricks)
 
 
@@ -755,7 +753,7 @@ def test_two_validated_averages_are_refused(place):
 def test_other_averages_are_refused(name):
     other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
     for callbacks in ([SWA(0.2), other], [other, SWA(0.2)]):
-        with pytest.raises(RuntimeError, match=f"SWA and {name} both decide .* remove {name}"):
+        with pytest.raises(RuntimeError, match=rf"SWA and {name}.*remove {name}"):
             run(*callbacks)
 
 

@@ -264,7 +264,7 @@ def test_weights_of_a_classifier_of_the_library_are_refused(tmp_path):
 
 
 def test_nothing_to_draw_is_an_error():
-    with pytest.raises(RuntimeError, match="found no convolution and no linear layer that is trained in Module"):
+    with pytest.raises(RuntimeError, match=r"found no convolution.*Module"):
         start(nn.Sequential(nn.Flatten(), nn.LayerNorm(64)), XavierInit())
 
 
@@ -272,14 +272,14 @@ def test_nothing_to_draw_is_an_error():
 def test_parametrized_weights_are_refused(kind):
     net = tiny()
     getattr(nn.utils.parametrizations, kind)(net[0])
-    with pytest.raises(RuntimeError, match=r"XavierInit cannot set the weight of net.0: it is parametrized"):
+    with pytest.raises(RuntimeError, match=r"XavierInit .*net.0.*parametrized"):
         start(net, XavierInit())
 
 
 def test_flattened_parameters_are_refused():
     net = tiny()
     net[7].weight = nn.Parameter(net[7].weight.detach().flatten())
-    with pytest.raises(RuntimeError, match="XavierInit goes by the shapes of the parameters"):
+    with pytest.raises(RuntimeError, match=r"XavierInit .*shapes"):
         start(net, XavierInit())
 
 

@@ -305,7 +305,7 @@ def test_a_pattern_without_a_layer_is_an_error():
 
 
 def test_no_block_is_an_error():
-    with pytest.raises(RuntimeError, match=r"found no residual branches that end with a norm layer in Classifier"):
+    with pytest.raises(RuntimeError, match=r"no residual branches.*Classifier"):
         run(ZeroGamma())
 
 
@@ -375,7 +375,7 @@ def test_other_copies_of_the_weights_are_made_later():
 
 
 def test_twice_in_the_list_is_an_error():
-    with pytest.raises(RuntimeError, match="ZeroGamma is in the list of callbacks twice"):
+    with pytest.raises(RuntimeError, match=r"ZeroGamma .*twice"):
         start(Classifier(), ZeroGamma(), ZeroGamma(["*.n"]))
 
 
@@ -383,7 +383,7 @@ def test_networks_that_start_so_are_warned_of():
     trick = ZeroGamma()
     with (
         said() as records,
-        pytest.warns(UserWarning, match="ZeroGamma changes nothing: the residual branches of Module start"),
+        pytest.warns(UserWarning, match=r"ZeroGamma .*nothing: .*Module"),
     ):
         fit(Module(timm.create_model("resnet18", in_chans=1, num_classes=3)), trick)
     assert records[0].getMessage().startswith("ZeroGamma: residual branches that start at scale 0 already: 8 (net.la")
@@ -422,7 +422,7 @@ def test_weights_that_were_trained_are_refused():
 def test_signs_of_training(trick, change, sign):
     net = Classifier()
     change(net)
-    with pytest.raises(RuntimeError, match=f"{trick.__name__} is for a run from scratch, .*: {sign}"):
+    with pytest.raises(RuntimeError, match=rf"{trick.__name__} .*from scratch.*: {sign}"):
         start(net, trick())
 
 

@@ -326,7 +326,7 @@ def test_a_checkpoint_of_other_classes(good: str) -> None:
     outcome = cli(*FIT, *IMAGES, "--data.num_workers=0", f"--ckpt_path={good}", "--trainer.max_epochs=2")
     assert outcome.code == 1
     assert re.fullmatch("lit-tricks: error: .*another architecture.*\n", outcome.err)
-    with pytest.raises(ValueError, match="num_classes=7 of the model disagrees with the 10 classes of the data"):
+    with pytest.raises(ValueError, match=r"num_classes=7 .*10 classes"):
         Trainer(max_epochs=1, accelerator="cpu", logger=False).fit(Classifier(num_classes=7), Digits())
 
 
@@ -362,7 +362,7 @@ def test_a_failed_run_leaves_the_others_alone(good: str) -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(ValueError, match="larger than the 1257 training images"):
+    with pytest.raises(ValueError, match="1257 training images"):
         cli(*FIT, "--data.batch_size=5000", "--debug")
     assert not Path("runs").exists()
     assert cli("fit", "--debug", "--help").code == 0

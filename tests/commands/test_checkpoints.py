@@ -53,7 +53,7 @@ def test_an_interrupted_run_has_what_it_has(tmp_path: Path) -> None:
     ],
 )
 def test_other_folders(tmp_path: Path, names: tuple[str, ...], error: type[OSError], remedy: str) -> None:
-    with pytest.raises(error, match=f"--ckpt {tmp_path}/x.*{remedy}"):
+    with pytest.raises(error, match=rf"--ckpt {tmp_path}/x.*{remedy}"):
         checkpoint_at(files(tmp_path / "x", *names), "--ckpt")
 
 

@@ -284,9 +284,7 @@ def test_networks_that_timm_has_not(model_args: dict[str, Any], reason: str) -> 
 def test_networks_of_others_are_no_timm_folder(network: Any) -> None:
     if isinstance(network, str):
         network = None
-    with pytest.raises(
-        ValueError, match=r"timm builds models by name, and .* is (an object|torchvision.*resnet18): choose"
-    ):
+    with pytest.raises(ValueError, match=r"timm builds .*(an object|torchvision.*resnet18): choose"):
         timm_arguments(network, {})
 
 
@@ -549,7 +547,7 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     torch.save(content, path)
     refused(r"made\.ckpt is not of a Classifier: it does not say what module .*", path, "--format=onnx")
     module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
-    with pytest.raises(ValueError, match=r"Doubled is no Classifier, .* has a forward of its own"):
+    with pytest.raises(ValueError, match="Doubled is no Classifier"):
         export(BEST, format="onnx", module=module)
 
 

@@ -99,13 +99,13 @@ def test_a_killed_worker_is_a_failed_run(folder: Path) -> None:
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(2, 0), (1, 1)])
 def test_resources_that_no_node_has(folder: Path, cpus: float, gpus: float) -> None:
-    with pytest.raises(ValueError, match=f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs for a run"):
+    with pytest.raises(ValueError, match=f"{cpus} CPUs and {gpus} GPUs"):
         run_all(sleepers(folder, 0.1, (0,)), engine(cpus=cpus, gpus=gpus))
 
 
 def test_without_ray_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lit-tricks\[ray\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"lit-tricks\[ray\]"):
         run_all(sleepers(folder, 0.1, (0,)), engine())
 
 

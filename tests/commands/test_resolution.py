@@ -326,15 +326,15 @@ def test_a_transformer_of_one_size(tmp_path):
 def test_a_layer_of_one_size_and_a_map_that_vanishes(tmp_path):
     root = write_image_folder(tmp_path / "images")
     data = ImageFolder(str(root), 8, batch_size=2, num_workers=0)
-    with pytest.raises(ValueError, match="Flat takes images of 8 pixels alone"):
+    with pytest.raises(ValueError, match=r"Flat .*8 pixels"):
         resolution(module=Flat(8), data=data, sizes=["8:10:2"])
     module = Flat()
     module.net.insert(1, nn.MaxPool2d(4))
-    with pytest.raises(ValueError, match=r"nothing of an image is left at 3 pixels .*net.1.*: use 4 or more"):
+    with pytest.raises(ValueError, match=r"3 pixels .*net.1.*4 or more"):
         resolution(module=module, data=data, sizes=["3"])
-    with pytest.raises(ValueError, match="not known at what size"):
+    with pytest.raises(ValueError, match="at what size"):
         resolution(module=Flat(), data=Foreign(str(root)))
-    with pytest.raises(ValueError, match=r"Foreign does not say how to crop: give it a method `eval_transform_at"):
+    with pytest.raises(ValueError, match=r"Foreign .*`eval_transform_at"):
         resolution(module=Flat(), data=Foreign(str(root)), sizes=["8"], crop_ratio=[0.9])
     with pytest.raises(ValueError, match="LightningModule has no `forward`"):
         resolution(module=LightningModule(), data=data)

@@ -124,9 +124,7 @@ def test_an_error_leaves_no_half_result(images: Path, tmp_path: Path) -> None:
     before = files(out)
     (images / "val" / "cow" / "1.jpg").write_bytes(b"not an image")
     for target in (out, tmp_path / "new"):
-        with pytest.raises(
-            RuntimeError, match=r"cannot read the image .*val/cow/1\.jpg.*replace the file or remove it"
-        ):
+        with pytest.raises(RuntimeError, match=r"cannot read .*val/cow/1\.jpg.*remove it"):
             shard(str(images), str(target), overwrite=True)
     assert files(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "shards"]

@@ -176,7 +176,7 @@ def test_all_that_can_be_decoded_goes_into_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BAD)
 def test_what_can_not_be_decoded_is_named(tmp_path: Path, name: str, decode: Any) -> None:
     root = write_folder(tmp_path, {name: BAD[name]()})
-    with pytest.raises(RuntimeError, match=rf"cannot read the image '.*/val/a/{name}' \(.+\): replace the file or"):
+    with pytest.raises(RuntimeError, match=rf"cannot read .*/val/a/{name}' \(.+\)"):
         list(module(root, decode=decode).val_dataloader())
 
 
@@ -191,7 +191,7 @@ def test_a_file_cut_off_below_the_crop_is_found(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path, {})
     (root / "val" / "b" / "broken link.jpg").symlink_to("nowhere.jpg")
-    with pytest.raises(RuntimeError, match=r"b/broken link\.jpg' \(.*No such file"):
+    with pytest.raises(RuntimeError, match=r"broken link\.jpg' .*No such file"):
         list(module(root).val_dataloader())
     forbid(monkeypatch, "good 3")
     with pytest.raises(RuntimeError, match=r"a/good 3\.jpg' \(.*Permission denied"):
@@ -212,7 +212,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 @any_machine
 def test_a_bad_file_is_named_through_a_worker(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"text.jpg": b"text"})
-    with pytest.raises(RuntimeError, match=r"cannot read the image '.*/val/a/text\.jpg'"):
+    with pytest.raises(RuntimeError, match=r"cannot read .*/val/a/text\.jpg'"):
         list(module(root, num_workers=1).val_dataloader())
 
 
@@ -280,12 +280,12 @@ def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "train").rglob("*.jpg"):
         path.write_bytes(b"")
     data = module(root, on_bad_image="skip", batch_size=6)
-    with pytest.raises(RuntimeError, match="20 images in a row were bad, too many to go on without them: cannot read"):
+    with pytest.raises(RuntimeError, match=r"20 images in a row.*cannot read"):
         batches(data)
 
 
 def test_what_else_to_do_with_bad_images_is_not_known(root: Path) -> None:
-    with pytest.raises(ValueError, match="on_bad_image must be one of raise, skip, got 'ignore'"):
+    with pytest.raises(ValueError, match=r"on_bad_image .*raise, skip.*'ignore'"):
         module(root, on_bad_image="ignore")
 
 

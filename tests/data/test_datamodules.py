@@ -181,7 +181,7 @@ def test_digits_of_another_size_are_the_same_scaled() -> None:
     for _ in range(10):
         result = data.train_transform(image)
         assert any(torch.allclose(result, shift, atol=1e-4) for shift in shifts)
-    with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"image_size .*got 0"):
         Digits(image_size=0)
 
 
@@ -440,22 +440,22 @@ def test_cifar_without_validation_images_validates_on_the_test(cifar: Path) -> N
     assert not data.has_test, "a report would show the same images twice"
     assert CIFAR10(str(cifar), val_size=10, download=False).has_test
     for val_size in (9, 91):
-        with pytest.raises(ValueError, match=f"val_size={val_size} .*use 0, or 10 to 90"):
+        with pytest.raises(ValueError, match=rf"val_size={val_size} .*10 to 90"):
             CIFAR10(str(cifar), val_size=val_size, download=False).setup("fit")
 
 
 def test_cifar_tells_what_to_do_about_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py.*set download=True, or unpack https"):
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-batches-py.*download=True"):
         CIFAR10(root, download=False).prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"CIFAR100 .*cifar-100-python.*call prepare_data\(\)"):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR100 .*prepare_data\(\)"):
         CIFAR100(root).setup("fit")
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
-    with pytest.raises(OSError, match=r"CIFAR10 .*no route to host.*try again, or unpack https"):
+    with pytest.raises(OSError, match=r"CIFAR10 .*no route to host.*try again"):
         CIFAR10(root).prepare_data()
 
 
@@ -559,7 +559,7 @@ def test_arguments_out_of_range(folder: Path, arguments: dict[str, Any], message
         for kind in (Digits, CIFAR10, CIFAR100):
             with pytest.raises(ValueError, match=message):
                 kind(**arguments)
-    with pytest.raises(ValueError, match="val_size must be an integer of at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"val_size .*got -1"):
         CIFAR10(val_size=-1)
 
 
@@ -571,21 +571,21 @@ def test_batch_larger_than_the_training_set() -> None:
         Digits(batch_size=1258).train_dataloader()
     data = Digits(batch_size=630)
     data.trainer = trainer(devices=2, strategy="ddp_spawn")
-    with pytest.raises(ValueError, match="the 629 training images in each of 2 processes"):
+    with pytest.raises(ValueError, match=r"629 training images .*2 processes"):
         data.setup("fit")
     assert len(Digits(batch_size=1257).train_dataloader()) == 1
     Digits(batch_size=5000).setup("test")
 
 
 def test_folders_that_are_not_there(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere.* is not a folder; expected are ROOT/train/CLASS"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*not a folder.*ROOT/train/CLASS"):
         ImageFolder(str(tmp_path / "nowhere"))
     for split in ("val", "train"):
         (folder / split).rename(folder / "away")
-        with pytest.raises(FileNotFoundError, match=rf"no folder '{split}' in root=.*expected are ROOT/train/CLASS"):
+        with pytest.raises(FileNotFoundError, match=rf"no folder '{split}'.*ROOT/train/CLASS"):
             ImageFolder(str(folder))
         (folder / split).mkdir()
-        with pytest.raises(FileNotFoundError, match=rf"no class folder in .*{split}'; expected are ROOT/train/CLASS"):
+        with pytest.raises(FileNotFoundError, match=rf"no class folder .*{split}'.*ROOT/train/CLASS"):
             ImageFolder(str(folder))
         (folder / split).rmdir()
         (folder / "away").rename(folder / split)
@@ -596,20 +596,20 @@ def test_class_folders_without_images(folder: Path) -> None:
         (folder / split / "dog").mkdir()
         (folder / split / "dog" / "readme.txt").write_text("nothing")
     data = ImageFolder(str(folder), batch_size=4)
-    with pytest.raises(FileNotFoundError, match=r"no image in 1 of the 4 class folders of .*train': dog; .*\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 4 class folders .*train': dog; .*\.jpg"):
         data.setup("fit")
-    with pytest.raises(FileNotFoundError, match=r"no image in 1 of the 4 class folders of .*val': dog"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 4 class folders .*val': dog"):
         data.setup("validate")
 
 
 def test_class_folders_that_differ(folder: Path) -> None:
     (folder / "val" / "ant").rename(folder / "val" / "Ant")
-    with pytest.raises(ValueError, match=r"train and val in root=.* only in train: ant; only in val: Ant"):
+    with pytest.raises(ValueError, match="only in train: ant; only in val: Ant"):
         ImageFolder(str(folder))
     (folder / "val" / "Ant").rename(folder / "val" / "ant")
     for number in range(7):
         (folder / "test" / f"t{number}").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"train: ant, bee, cow; only in test: t0, t1, t2, t3, t4 and 2 more"):
+    with pytest.raises(ValueError, match="only in test: t0, t1, t2, t3, t4 and 2 more"):
         ImageFolder(str(folder))
 
 
@@ -621,19 +621,17 @@ def test_a_broken_file_is_named(folder: Path, workers: int) -> None:
     data = ImageFolder(str(folder), 16, 4, num_workers=workers)
     for broken in (content[: len(content) // 2], b"not an image", b""):
         path.write_bytes(broken)
-        with pytest.raises(
-            RuntimeError, match=r"cannot read the image .*val/bee/0\.jpg.*replace the file or remove it"
-        ):
+        with pytest.raises(RuntimeError, match=r"cannot read .*val/bee/0\.jpg.*remove it"):
             trainer().validate(Recorder(), data)
 
 
 def test_folders_to_predict(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="predict_dir is not set: give the folder"):
+    with pytest.raises(ValueError, match="predict_dir is not set"):
         Digits().predict_dataloader()
-    with pytest.raises(FileNotFoundError, match=r"predict_dir='.*nowhere' is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"predict_dir='.*nowhere'"):
         Digits(predict_dir=str(tmp_path / "nowhere"))
     (tmp_path / "text.txt").write_text("no image")
-    with pytest.raises(FileNotFoundError, match=r"no image below predict_dir=.*files must end in \.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"no image below predict_dir=.*\.jpg"):
         Digits(predict_dir=str(tmp_path)).setup("predict")
 
 
@@ -650,5 +648,5 @@ def test_evaluation_at_other_sizes_of_small_images(data: ImageDataModule) -> Non
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*data.input_size[1:], 3), dtype=np.uint8))
     for size in (6, 40):
         assert data.eval_transform_at(size)(image).shape == (data.input_size[0], size, size)
-    with pytest.raises(ValueError, match="crop_ratio must be above 0 and at most 1, got 0"):
+    with pytest.raises(ValueError, match=r"crop_ratio .*got 0"):
         data.eval_transform_at(8, 0)

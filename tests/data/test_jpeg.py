@@ -189,7 +189,7 @@ def broken() -> dict[str, bytes]:
 def test_broken_files_are_named(tmp_path: Path, kind: str, exact: bool, box: Box | None, decoder: str) -> None:
     path = tmp_path / "picture of a bee.jpg"
     path.write_bytes(broken()[kind])
-    with pytest.raises(RuntimeError, match=r"cannot read the image .*of a bee\.jpg.*: replace the file or remove it"):
+    with pytest.raises(RuntimeError, match=r"cannot read .*of a bee\.jpg.*remove it"):
         pixels_of(read_image(str(path), exact), box)
     if kind in ("half", "almost whole"):  # the rows that are asked for are there, the end of the file is not
         with pytest.raises(RuntimeError, match="cannot read the image"):
@@ -224,7 +224,7 @@ def test_files_that_cannot_be_opened_are_named(tmp_path: Path, what: str) -> Non
         path.mkdir()
     elif what == "closed":
         path.symlink_to(tmp_path / "gone")
-    with pytest.raises(RuntimeError, match=f"cannot read the image .*{what}.jpg"):
+    with pytest.raises(RuntimeError, match=rf"cannot read .*{what}.jpg"):
         read_image(str(path))
 
 
@@ -240,5 +240,5 @@ def test_what_libjpeg_only_warns_of_is_decoded(decoder: str) -> None:
 
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(RuntimeError, match=r"cannot read the image 'a\.jpg' .*bomb"):
+    with pytest.raises(RuntimeError, match=r"cannot read .*'a\.jpg' .*bomb"):
         decode_image(jpeg(photo(64, 64)), "a.jpg")

@@ -316,7 +316,7 @@ def test_every_process_has_as_many_batches_and_each_image_once() -> None:
         for replicas in (2, 3, 4):
             for batch_size in range(1, 9):
                 if size < replicas:
-                    with pytest.raises(ValueError, match=f"{size} images cannot be shared among {replicas} processes"):
+                    with pytest.raises(ValueError, match=rf"{size} images .*{replicas} processes"):
                         eval_batch_size(batch_size, size, replicas)
                     continue
                 chosen = eval_batch_size(batch_size, size, replicas)
@@ -408,7 +408,5 @@ def test_another_kind_of_loader_does_not_go_on_in_the_middle(folder: str) -> Non
     next(iter(loader))
     state = loader.state_dict()  # type: ignore[attr-defined]
     other = ImageFolder(folder, 16, 4, 1).train_dataloader()
-    with pytest.raises(
-        RuntimeError, match=r"num_workers=1 cannot go on .* num_workers of 0: resume with such a number"
-    ):
+    with pytest.raises(RuntimeError, match=r"num_workers=1 .*num_workers of 0"):
         other.load_state_dict(state)  # type: ignore[attr-defined]

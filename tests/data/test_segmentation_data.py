@@ -320,33 +320,29 @@ def test_bad_arguments(case: str, tmp_path: Path) -> None:
 def test_bad_lists_of_classes(tmp_path: Path) -> None:
     root = write_folder(tmp_path)
     (root / "classes.txt").write_text("one\none\n")
-    with pytest.raises(ValueError, match="must have two names or more, each once"):
+    with pytest.raises(ValueError, match="two names or more"):
         folder_data(root)
     (root / "classes.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no classes.txt in root=.*: write one, .* or give classes="):
+    with pytest.raises(FileNotFoundError, match=r"no classes.txt .*classes="):
         folder_data(root)
 
 
 def test_bad_voc_and_ade(tmp_path: Path) -> None:
     root = write_voc(tmp_path / "voc")
-    with pytest.raises(
-        FileNotFoundError, match=r"no '.*Segmentation/train_aug\.txt', the list of the images for train"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no '.*Segmentation/train_aug\.txt'"):
         VOCSegmentation(str(root), train_set="train_aug").setup()
     (root / "ImageSets/Segmentation/train.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match="the list of the images for train, is empty"):
+    with pytest.raises(FileNotFoundError, match="list of the images for train, is empty"):
         VOCSegmentation(str(root)).setup()
     (root / "ImageSets/Segmentation/train.txt").write_text("a\nnowhere\n")
-    with pytest.raises(FileNotFoundError, match=r"no image in '.*JPEGImages' for 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"no image in .*'nowhere'"):
         VOCSegmentation(str(root)).setup()
     root = write_ade(tmp_path / "ade")
     write_pair(root / "images/training/x.jpg", root / "annotations/training/x.png", labels=[0, 151])
-    with pytest.raises(
-        ValueError, match=r"x\.png' has labels out of range: 151\. The 150 classes are 1 to 150, and below 1"
-    ):
+    with pytest.raises(ValueError, match=r"x\.png' .*151.*1 to 150"):
         batches(ADE20KSegmentation(str(root), **(SMALL | {"batch_size": 1})))
     (root / "objectInfo150.txt").write_text("Idx\n1\tx\n")
-    with pytest.raises(ValueError, match="must have a head and 150 classes, and has 1"):
+    with pytest.raises(ValueError, match="150 classes, and has 1"):
         ADE20KSegmentation(str(root))
 
 

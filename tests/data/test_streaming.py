@@ -244,7 +244,7 @@ def test_resume_from_a_copy_elsewhere(runs: dict[int, tuple[Recorder, Path]], sh
     content = json.loads(index.read_text())
     content["chunks"].reverse()
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"shards in .*moved/train are not those that the checkpoint was trained on"):
+    with pytest.raises(ValueError, match=r"shards in .*moved/train"):
         fit(Streaming(str(tmp_path / "moved"), 16, BATCH_SIZE, 0), ckpt_path=folder / "8-batch.ckpt")
     next_epoch = fit(Streaming(str(tmp_path / "moved"), 16, BATCH_SIZE, 0), ckpt_path=folder / "12-epoch.ckpt")
     assert len(next_epoch.seen) == BATCHES
@@ -353,7 +353,7 @@ def test_a_bucket_that_refuses(s3: str, monkeypatch: pytest.MonkeyPatch) -> None
     thread.start()
     try:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(PermissionError, match=r"s3://shards/of/images/train may not be read .*403.*: check the"):
+        with pytest.raises(PermissionError, match=r"images/train .*403"):
             Streaming(s3)
     finally:
         server.shutdown()
@@ -379,16 +379,16 @@ def change_index(path: Path, **changes: Any) -> None:
 
 def test_litdata_is_missing(shards: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "litdata", None)
-    with pytest.raises(ModuleNotFoundError, match=r'not installed: pip install "lit-tricks\[streaming\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"lit-tricks\[streaming\]"):
         Streaming(str(shards))
-    with pytest.raises(ModuleNotFoundError, match=r'not installed: pip install "lit-tricks\[streaming\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"lit-tricks\[streaming\]"):
         shard(str(images), str(tmp_path / "out"))
 
 
 def test_folders_without_shards(images: Path, copied: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no index of shards .*/train'; these are folders of images: use Imag"):
+    with pytest.raises(FileNotFoundError, match=r"no index of shards .*/train'.*use Imag"):
         Streaming(str(images))
-    with pytest.raises(FileNotFoundError, match=r"no index of shards .*nowhere/train'; `lit-tricks data shard"):
+    with pytest.raises(FileNotFoundError, match=r"no index of shards .*nowhere/train'.*data shard"):
         Streaming("nowhere")
     shutil.rmtree(copied / "val")
     with pytest.raises(FileNotFoundError, match=r"no index of shards .*/val'"):
@@ -397,12 +397,10 @@ def test_folders_without_shards(images: Path, copied: Path) -> None:
 
 def test_classes_that_differ(copied: Path) -> None:
     change_index(copied / "val" / "index.json", classes=["ant", "bee", "cat"])
-    with pytest.raises(
-        ValueError, match=r"the classes of train and val in root=.* differ: only in train: cow; only in val: cat"
-    ):
+    with pytest.raises(ValueError, match="only in train: cow; only in val: cat"):
         Streaming(str(copied))
     change_index(copied / "val" / "index.json", classes=["bee", "ant", "cow"])
-    with pytest.raises(ValueError, match=r"of train and val in root=.* differ: they are in another order"):
+    with pytest.raises(ValueError, match="in another order"):
         Streaming(str(copied))
 
 
@@ -410,17 +408,17 @@ def test_an_index_that_is_not_ours(copied: Path) -> None:
     index = copied / "train" / "index.json"
     for content in ("{", "{}", "[]", json.dumps({"chunks": [{"chunk_size": 3}]})):
         index.write_text(content)
-        with pytest.raises(ValueError, match=r"train/index\.json is no index of shards .*; `lit-tricks data shard"):
+        with pytest.raises(ValueError, match=r"train/index\.json .*data shard"):
             Streaming(str(copied))
 
 
 def test_a_shard_that_is_cut_off_or_gone(copied: Path) -> None:
     path = copied / "val" / "chunk-0-0.bin"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(RuntimeError, match=r"val/chunk-0-0\.bin' has \d+ bytes in the place of \d+"):
+    with pytest.raises(RuntimeError, match=r"val/chunk-0-0\.bin' .*bytes"):
         Streaming(str(copied))
     path.unlink()
-    with pytest.raises(RuntimeError, match=r"val/chunk-0-0\.bin' is missing: copy it anew"):
+    with pytest.raises(RuntimeError, match=r"val/chunk-0-0\.bin' is missing"):
         Streaming(str(copied))
 
 
@@ -430,7 +428,7 @@ def test_a_damaged_sample_is_named(copied: Path, images: Path, workers: int) -> 
     image = (images / "val" / "bee" / "1.jpg").read_bytes()
     path.write_bytes(path.read_bytes().replace(image, image[:100] + bytes(len(image) - 100)))
     data = Streaming(str(copied), 16, BATCH_SIZE, workers)
-    with pytest.raises(RuntimeError, match=rf"'bee/1\.jpg: sample 4 in {path.name} of .*copy/val'"):
+    with pytest.raises(RuntimeError, match=rf"bee/1\.jpg: .*{path.name} .*copy/val'"):
         trainer().validate(Recorder(), data)
     path.write_bytes(b"\xff" * path.stat().st_size)
     with pytest.raises(RuntimeError, match=rf"copy/val/{path.name}"):
@@ -468,16 +466,16 @@ def test_a_killed_worker(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.3)
 
     monkeypatch.setattr(Recorder, "on_train_batch_end", kill)
-    with pytest.raises(RuntimeError, match=r"a process that loads images \(pid \d+\) was killed.*num_workers"):
+    with pytest.raises(RuntimeError, match=r"\(pid \d+\) was killed.*num_workers"):
         fit(Streaming(str(shards), 16, 2, 1), max_epochs=50)
     assert multiprocessing.active_children() == []
 
 
 def test_batches_that_are_too_large(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"batch_size=28 is larger than the 27 training images, .*of at most 27"):
+    with pytest.raises(ValueError, match=r"batch_size=28 .*at most 27"):
         Streaming(str(shards), batch_size=28).setup("fit")
     monkeypatch.setattr(Streaming, "_replicas", lambda self: (2, 0))
-    with pytest.raises(ValueError, match=r"the 13 training images in each of 2 processes, .*of at most 13"):
+    with pytest.raises(ValueError, match=r"13 training images .*2 processes.*at most 13"):
         Streaming(str(shards), batch_size=14).setup("fit")
     assert len(Streaming(str(shards), batch_size=13).train_dataloader()) == 1
 

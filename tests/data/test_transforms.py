@@ -151,5 +151,5 @@ def test_deep_grey_keeps_its_upper_bits_or_is_refused() -> None:
     deep = Image.fromarray(np.array([[0, 255, 256, 65535]], dtype=np.uint16))
     assert to_pixels(to_rgb(deep))[:, 0].tolist() == [[0, 0, 1, 255]] * 3
     for mode in ("I", "F"):
-        with pytest.raises(ValueError, match=f"mode {mode}.*8 or 16 bits"):
+        with pytest.raises(ValueError, match=rf"mode {mode}.*8 or 16 bits"):
             to_rgb(Image.new(mode, (2, 2)))

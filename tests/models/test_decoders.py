@@ -144,11 +144,11 @@ def test_an_auxiliary_head_is_for_training_and_sees_the_second_last_map() -> Non
 
 
 def test_unknown_names_and_maps_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"decoder='unet' is unknown: choose one of 'fcn', 'aspp'"):
+    with pytest.raises(ValueError, match=r"decoder='unet'.*'fcn', 'aspp'"):
         create_decoder("unet", [8], [8], CLASSES)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"decoder='fpn' takes 4 feature maps .* gives 2: choose another backbone"):
+    with pytest.raises(ValueError, match=r"decoder='fpn' .*gives 2"):
         create_decoder("fpn", [8, 8], [8, 16], CLASSES)
-    with pytest.raises(ValueError, match=r"strides of the backbone are \[4, 8, 16, 16\]: leave output_stride at 32"):
+    with pytest.raises(ValueError, match=r"\[4, 8, 16, 16\].*output_stride"):
         create_decoder("fpn", [8] * 4, [4, 8, 16, 16], CLASSES)
 
 
@@ -157,7 +157,7 @@ def test_a_batch_of_one_image(name: str) -> None:
     model, image = net(name), torch.randn(1, 3, 64, 64)
     assert model.eval()(image)[0].shape == (1, CLASSES, 64, 64)
     if name in ("aspp", "pan"):
-        with pytest.raises(ValueError, match="train with a batch_size of at least 2"):
+        with pytest.raises(ValueError, match="batch_size of at least 2"):
             model.train()(image)
     else:
         assert model.train()(image)[0].isfinite().all()
@@ -178,5 +178,5 @@ def test_without_smp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in ("fcn", "aspp"):
         assert net(name)
     else:
-        with pytest.raises(ImportError, match=r'pip install "lit-tricks\[segmentation\]"; or take fcn or aspp'):
+        with pytest.raises(ImportError, match=r"lit-tricks\[segmentation\].*fcn or aspp"):
             net(name)

@@ -299,9 +299,7 @@ def test_arguments_that_are_wrong(arguments: dict[str, Any], message: str) -> No
 def test_logits_of_another_shape(shape: tuple[int, ...]) -> None:
     module = Classifier(nn.Identity(), num_classes=10)
     for batch in ((torch.zeros(shape), torch.zeros(4, dtype=torch.int64)),):
-        with pytest.raises(
-            ValueError, match=r"Identity gives logits of shape \(4.*num_classes=10 they must be \(N, 10\)"
-        ):
+        with pytest.raises(ValueError, match=r"Identity .*\(4.*num_classes=10"):
             module.training_step(batch, 0)
 
 
@@ -310,9 +308,7 @@ def test_classes_other_than_those_of_the_data(tmp_path: Path) -> None:
 
     module, data = Classifier(Flat(classes=7), num_classes=7), Digits()
     for stage in ("fit", "validate", "test"):
-        with pytest.raises(
-            ValueError, match=r"num_classes=7 of the model .* the 10 classes of the data: set num_c.*=10"
-        ):
+        with pytest.raises(ValueError, match=r"num_classes=7 .*10 classes"):
             getattr(trainer(), stage)(module, data)
     assert not list(tmp_path.iterdir())
 
@@ -327,6 +323,6 @@ def test_a_resumed_optimizer_of_another_kind(tmp_path: Path) -> None:
     images, labels = noise(16, 1, 8, 8), labels_of(16, 10)
     path = saved(tmp_path, Classifier(Flat(), num_classes=10), images, labels)
     other = Classifier(Flat(), num_classes=10, optimizer=OPTIMIZERS["Adam"])
-    with pytest.raises(ValueError, match=r"state of SGD, which is no use to Adam: keep the optimizer, or start from"):
+    with pytest.raises(ValueError, match=r"state of SGD.*Adam"):
         fit(trainer(max_epochs=2), other, loader(images, labels, 8), ckpt_path=path, weights_only=True)
     fit(trainer(), other, loader(images, labels, 8))  # from the beginning it may be anything

@@ -254,7 +254,7 @@ def test_without_pycocotools_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         "lit_tricks.tasks.detection.find_spec", lambda name: None if name == "pycocotools" else find(name)
     )
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "lit-tricks\[detection\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"lit-tricks\[detection\]"):
         trainer().fit(detector(), DigitDetection())
     module = detector().eval()
     assert len(module.predict_step([torch.zeros(1, 64, 64)])) == 1  # to predict, it needs none
@@ -451,7 +451,7 @@ def test_a_single_class_is_something_to_find() -> None:
 
 
 def test_other_classes_than_the_data_has() -> None:
-    with pytest.raises(ValueError, match="num_classes=4 of the model disagrees with the 10 classes of the data"):
+    with pytest.raises(ValueError, match=r"num_classes=4 .*10 classes"):
         trainer().fit(detector(num_classes=4), DigitDetection())
 
 
@@ -460,12 +460,12 @@ def test_other_classes_than_the_data_has() -> None:
 def test_labels_of_no_class(model: str, label: int) -> None:
     images, targets = batch()
     targets[2]["labels"][0] = label
-    with pytest.raises(ValueError, match=r"labels of a batch are .* must be from 1 to 10, as 0 is the background"):
+    with pytest.raises(ValueError, match=r"labels .*from 1 to 10"):
         detector(model).training_step((images, targets), 0)
 
 
 def test_half_precision_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"bf16-true would round the corners of boxes .*: use bf16-mixed"):
+    with pytest.raises(RuntimeError, match=r"bf16-true .*bf16-mixed"):
         trainer(precision="bf16-true").fit(detector(), DigitDetection())
 
 

@@ -197,7 +197,7 @@ def test_all_of_it_starts_from_a_segmenter(tmp_path: Path) -> None:
         module = segmenter(weights=path, num_classes=classes)
         for (name, value), old in zip(module.state_dict().items(), first.state_dict().values(), strict=True):
             assert torch.equal(value, old) or (classes != K and name.startswith("model.decoder.body.layers.4."))
-    with pytest.raises(RuntimeError, match="is a checkpoint of another architecture"):
+    with pytest.raises(RuntimeError, match="another architecture"):
         segmenter(weights=path, decoder="aspp")
 
 
@@ -260,10 +260,10 @@ def test_data_of_another_kind() -> None:
         val_dataloader = train_dataloader
 
     data = Data()
-    with pytest.raises(ValueError, match="ignore_index=255 of the model disagrees with that of the data, 0"):
+    with pytest.raises(ValueError, match=r"ignore_index=255 .*, 0"):
         trainer().fit(segmenter(), data)
     data.num_classes, data.ignore_index = K + 1, IGNORED
-    with pytest.raises(ValueError, match="num_classes=5 of the model disagrees with the 6 classes of the data"):
+    with pytest.raises(ValueError, match=r"num_classes=5 .*6 classes"):
         trainer().fit(segmenter(), data)
 
 

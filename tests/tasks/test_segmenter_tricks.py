@@ -109,7 +109,7 @@ def test_label_smoothing_and_focal_loss() -> None:
     assert module.step_loss == pytest.approx(cross_entropy(module.logits, masks, gamma=2.0), rel=1e-5)
     own = fit(module=Plain(loss="focal", gamma=2.0))
     assert own.step_loss == pytest.approx(module.step_loss, rel=1e-6)
-    with pytest.raises(RuntimeError, match="the module's own loss is focal, too"):
+    with pytest.raises(RuntimeError, match="loss is focal"):
         fit(callbacks.FocalLoss(), module=Plain(loss="focal"))
 
 
@@ -188,7 +188,7 @@ def test_a_segmenter_teaches_one(tmp_path: Path) -> None:
     again = fit(callbacks.KnowledgeDistillation(str(tmp_path / "teacher.ckpt"), temperature=3.0))
     assert again.step_loss == pytest.approx(module.step_loss, rel=1e-6)
     other = Segmenter(num_classes=K + 1, model_args={"depth": 18, "width": 0.125}, input_size=(1, SIDE, SIDE))
-    with pytest.raises(RuntimeError, match="the teacher tells 5 classes apart, and the loss of the student 4"):
+    with pytest.raises(RuntimeError, match=r"teacher .*5 classes.*student 4"):
         fit(callbacks.KnowledgeDistillation(other))
 
 
@@ -391,7 +391,7 @@ def test_test_time_augment_flips_back() -> None:
     assert found["val/loss"] == pytest.approx(float(-p.gather(1, masks[known][:, None]).log().mean()), rel=1e-5)
     right = (p.argmax(1) == masks[known]).double().mean()
     assert found["val/pixel_accuracy"] == pytest.approx(float(right), abs=1e-6)
-    with pytest.raises(RuntimeError, match=r"TestTimeAugment\(crops=5\): crops do not cover the image"):
+    with pytest.raises(RuntimeError, match=r"TestTimeAugment\(crops=5\)"):
         make_trainer(callbacks.TestTimeAugment(crops=5)).validate(module, loader(), verbose=False)
 
 

@@ -156,7 +156,7 @@ LOST: dict[str, Callable[[Tensor], Tensor]] = {
 def test_mixed_labels_that_were_changed_are_an_error_in_the_loss(through):
     target = mixed()
     changed = LOST[through](target)
-    with pytest.raises(RuntimeError, match=r"^Mix can not follow the target of the batch through `.*F.cross_entropy"):
+    with pytest.raises(RuntimeError, match=r"^Mix .*F.cross_entropy"):
         F.cross_entropy(LOGITS[: len(changed)], changed)
     assert not target.spec.used
     assert type(changed == 0) is Tensor
@@ -332,7 +332,7 @@ def test_unknown_losses_are_not_counted_as_seen(loss):
 
 
 def test_smoothing_by_hand_on_one_hot_is_an_error():
-    with pytest.raises(RuntimeError, match=r"Smooth can not follow .* through `mul`"):
+    with pytest.raises(RuntimeError, match=r"^Smooth .*`mul`"):
         F.binary_cross_entropy_with_logits(LOGITS, (F.one_hot(smoothed(), K) * 0.9).double())
     with pytest.raises(RuntimeError, match="through `mul`"):
         ((F.one_hot(smoothed(), K) * 0.9) * LOGITS.clone().requires_grad_()).sum()
@@ -349,7 +349,7 @@ def test_labels_may_go_into_the_network(make):
 
 
 def test_deprecated_arguments_are_refused():
-    with pytest.raises(RuntimeError, match="Smooth: size_average and reduce are deprecated; use reduction="):
+    with pytest.raises(RuntimeError, match=r"^Smooth: size_average.*reduction="):
         F.cross_entropy(LOGITS, smoothed(), None, False)
 
 
