@@ -36,6 +36,7 @@ from lit_tricks.run.pictures import send_pictures
 from lit_tricks.run.preview import PreviewLogger
 from lit_tricks.run.profiler import TimeSplit
 from lit_tricks.run.report.fit import report_fit
+from lit_tricks.run.resuming import BestSoFar
 from lit_tricks.run.saving import LastCheckpoint, SaveConfig
 from lit_tricks.run.tricks_in_force import TricksInForce
 from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
@@ -47,13 +48,12 @@ from lit_tricks.utils.trick_flags import behind_configs
 
 __all__ = ["TricksCLI", "run"]
 
-# Lightning's own use of torch, a loader of images in memory, callbacks that only training needs, a resumed run in a
-# folder of its own: nothing to do about any of these warnings.
+# Lightning's own use of torch, a loader of images in memory, callbacks that only training needs (`BestSoFar` names
+# those that a resumed run lacks): nothing to do about any of these warnings.
 NO_ADVICE = (
     ".*LeafSpec.*is deprecated",
     ".*does not have many workers",
     ".*callbacks used to create the checkpoint",
-    "The dirpath has changed from",
 )
 LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
 
@@ -145,6 +145,7 @@ class TricksCLI(LightningCLI):
             self.memory = PeakMemory()
             return
         self.save_config_callback = None
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")  # of what is not trained here
         if config.trainer.logger in (None, True):
             config.trainer.logger = False
 
@@ -159,7 +160,7 @@ class TricksCLI(LightningCLI):
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.run.path:
             self.timer, self.evidence = Timer(), Evidence()
-            callbacks += [self.timer, self.evidence, TricksInForce(self.run.path)]
+            callbacks += [self.timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
             if config.profiler is None:
                 kwargs["profiler"] = TimeSplit()
             # saved as it was asked for: who repeats the configuration wants another W&B run

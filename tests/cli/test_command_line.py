@@ -399,11 +399,6 @@ def test_another_architecture_on_resume_is_refused(best: str, change: str) -> No
     assert not Path("runs").exists()
 
 
-def test_a_finished_run_can_be_resumed_for_nothing(trained: Path) -> None:
-    done(*FIT, *COSINE, "--trainer.max_epochs=3", f"--ckpt_path={trained}/checkpoints/last.ckpt")
-    assert results("runs/tiny/v0")["raw"] == {}
-
-
 def test_interrupted_by_ctrl_c_it_can_be_resumed() -> None:
     words = (*FIT, *COSINE, "--trainer.max_epochs=100000")
     process = warm.start(["-m", "lit_tricks", *words], Path("out"), Path("err"))

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lit_tricks.run.reading.run import read_run_folder
 from lit_tricks.run.report.curves import draw_curves
-from lit_tricks.run.report.fit import read_metrics, report_fit
+from lit_tricks.run.report.fit import report_fit
 
 METRICS = """epoch,lr-SGD,step,test/loss,test/top1,train/loss_epoch,train/loss_step,train/top1,val/ece,val/loss,val/top1
 0,0.05,0,,,,2.5,,,,
@@ -113,13 +114,13 @@ def test_a_run_that_logged_nothing(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_metrics_are_read_without_empty_cells(run: Path) -> None:
-    rows = read_metrics(run)
+    rows = read_run_folder(run).rows
     assert len(rows) == 10
     assert rows[0] == {"epoch": 0, "lr-SGD": 0.05, "step": 0, "train/loss_step": 2.5}
 
 
 def test_curves(run: Path, figures: list[Figure]) -> None:
-    path = draw_curves(read_metrics(run), run / "curves.png")
+    path = draw_curves(read_run_folder(run).rows, run / "curves.png")
     assert path == run / "curves.png"
     with Image.open(path) as picture:
         picture.load()

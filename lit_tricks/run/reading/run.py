@@ -16,7 +16,7 @@ import yaml
 from lit_tricks.run.reading.mask_predictions import MaskPredictions
 from lit_tricks.run.reading.predictions import Predictions
 
-__all__ = ["Row", "Run", "read_metrics", "read_run_folder", "read_runs"]
+__all__ = ["Row", "Run", "read_run_folder", "read_runs"]
 
 Row = dict[str, float]
 FILES = ("results.json", "metrics.csv", "config.yaml")  # a folder with one of these is a run's
@@ -29,13 +29,15 @@ class Run:
     Args:
         name: short, to tell it from the others of a report.
         path: the folder.
-        rows: of ``metrics.csv``.
+        rows: of ``metrics.csv``; of a resumed run also the earlier ones, from the run that it resumes.
         results: of ``results.json``.
         tricks: of ``tricks.json``: arguments and effect, by name.
         config: of ``config.yaml``.
         predictions: of ``predictions.npz``, of images.
         masks: of ``predictions.npz``, of the pixels of a segmentation.
         missing: why a part is missing, by the name of what it would show.
+        resumes: checkpoint that the run started from; "" for a run that was not resumed.
+        starts: steps at which this run, and runs that it resumes, took over from an earlier one.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Run:
     predictions: Predictions | None = None
     masks: MaskPredictions | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    resumes: str = ""
+    starts: list[float] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -82,21 +86,22 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     while len({folder.parts[-depth:] for folder in resolved}) < len(resolved):
         depth += 1
     names = ["/".join(folder.parts[-depth:]) for folder in resolved]
+    for folder in folders:
+        _require_run(folder)
     return [read_run_folder(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
-def read_run_folder(path: Path, name: str = "") -> Run:
-    """Read a run's folder. A part that is missing, or damaged, is noted.
-
-    Raises:
-        FileNotFoundError: if it does not exist, or is no run's.
-    """
+def _require_run(path: Path) -> None:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder. Give that of a run, such as runs/quickstart/v0.")
     if not any((path / file).is_file() for file in FILES):
         inside = sorted(str(found.parent) for found in path.glob("*/metrics.csv"))
         remedy = f"give one of those in it, {', '.join(inside[:3])}" if inside else f"it has none of {', '.join(FILES)}"
         raise FileNotFoundError(f"{path} is not the folder of a run: {remedy}.")
+
+
+def read_run_folder(path: Path, name: str = "") -> Run:
+    """Read a run's folder. A part that is missing, or damaged, is noted."""
     run = Run(name or "/".join(path.resolve().parts[-2:]), path)
 
     def read(file: str, shows: str, without: str, parse: Any) -> Any:
@@ -117,6 +122,7 @@ def read_run_folder(path: Path, name: str = "") -> Run:
         read("tricks.json", "tricks", "the training did not start, or an older version made it", _read_json) or {}
     )
     run.config = read("config.yaml", "settings", "the run was not made by lit-tricks", _read_yaml) or {}
+    _add_earlier_rows(run)
     said = read(
         "predictions.npz",
         "predictions",
@@ -130,9 +136,30 @@ def read_run_folder(path: Path, name: str = "") -> Run:
     return run
 
 
-def read_metrics(run: Path) -> list[Row]:
-    """Rows of ``metrics.csv``, each without its empty cells; none if nothing was trained, and so nothing logged."""
-    return _read_metrics(run / "metrics.csv") if (run / "metrics.csv").is_file() else []
+def _add_earlier_rows(run: Run) -> None:
+    """Put the rows of the run that is resumed before the run's own, up to the step where it took over."""
+    run.resumes = str(run.config.get("ckpt_path") or "")
+    if not run.resumes:
+        return
+    parent = _parent_folder(run)
+    if parent is None:
+        run.missing["curves before it was resumed"] = f"the folder of the run with {run.resumes} is not there"
+        return
+    earlier = read_run_folder(parent)
+    start = min((row["step"] for row in run.rows if "step" in row), default=math.inf)
+    before = [{k: v for k, v in row.items() if not k.startswith("test/")} for row in earlier.rows]
+    run.rows = [row for row in before if row.get("step", math.inf) < start] + run.rows
+    run.starts = [*earlier.starts, *([start] if math.isfinite(start) else [])]
+
+
+def _parent_folder(run: Run) -> Path | None:
+    """Find the folder of the run that is resumed, also where both were moved together."""
+    checkpoint, here = Path(run.resumes), run.path.resolve()
+    for base in (*here.parents, Path()):
+        folder = (base / checkpoint).parent.parent
+        if any((folder / file).is_file() for file in FILES) and folder.resolve() != here:
+            return folder
+    return None
 
 
 def _read_metrics(path: Path) -> list[Row]:

@@ -150,10 +150,18 @@ def _results(runs: list[Run]) -> Section:
             best = f"epoch {run.results.get('epoch', '?')}, {run.kind} weights"
             took = f", {duration(run.results['seconds'])} of training" if run.results.get("seconds") else ""
             peak = f", {run.results['peak_memory'] / 1e9:.2f} GB at most" if run.results.get("peak_memory") else ""
-            section.text.append(f"{run.name}: {best}{took}{peak}.")
+            section.text.append(f"{run.name}: {best}{took}{peak}.{_origin(run)}")
     table = results_table(runs)
     section.tables += [table] if table.rows else []
     return section
+
+
+def _origin(run: Run) -> str:
+    """Name the run that is resumed."""
+    if not run.resumes:
+        return ""
+    step = f" at step {run.starts[-1]:g}" if run.starts else ""
+    return f" It resumes {run.resumes}{step}."
 
 
 def _tricks(runs: list[Run]) -> Section:
@@ -195,9 +203,12 @@ def _curves(runs: list[Run]) -> Section:
         section.text.append(
             "Solid: validation. Dotted: training. Dashed: trained weights, validated beside an average."
         )
+    starts = sorted({start for run in runs for start in run.starts})
+    if starts:
+        section.text.append("Vertical lines: steps at which a run was resumed. Earlier points are from the run before.")
     for title in titles:
         alt = f"{title} against the training step, of {', '.join(shown)}."
-        section.pictures.append(_picture(title.lower().replace(" ", "_"), alt, draw_panel, title, shown))
+        section.pictures.append(_picture(title.lower().replace(" ", "_"), alt, draw_panel, title, shown, starts))
     section.text += [f"{title} was not logged." for title in lacking(titles) if shown]
     return section
 

@@ -42,12 +42,13 @@ def lacking(titles: Sequence[str]) -> list[str]:
     return [title for title in (LOSS, scored, RATE) if title not in titles]
 
 
-def draw_curves(rows: list[Row], path: Path) -> Path | None:
+def draw_curves(rows: list[Row], path: Path, starts: Sequence[float] = ()) -> Path | None:
     """Draw all there is of one run side by side.
 
     Args:
-        rows: rows of ``metrics.csv``, see ``read_metrics``.
+        rows: rows of ``metrics.csv``, see ``Run``.
         path: where the picture goes.
+        starts: steps at which the run was resumed.
 
     Returns:
         The path, or None if there is nothing to draw.
@@ -55,25 +56,25 @@ def draw_curves(rows: list[Row], path: Path) -> Path | None:
     titles = panels_of([rows])
     if not titles:
         return None
-    path.write_bytes(draw(_side_by_side, titles, rows))
+    path.write_bytes(draw(_side_by_side, titles, rows, starts))
     return path
 
 
-def draw_panel(title: str, runs: dict[str, list[Row]], theme: Theme = LIGHT) -> Figure:
-    """Draw one of ``PANELS``, with the lines of all runs.
+def draw_panel(title: str, runs: dict[str, list[Row]], starts: Sequence[float] = (), theme: Theme = LIGHT) -> Figure:
+    """Draw one of ``PANELS``, with the lines of all runs, and a vertical line at each step where a run was resumed.
 
     One run has a colour for each line. Of several runs each has a colour, and of each the line is solid for validation,
     dotted for training, dashed for the trained weights beside an average.
     """
     figure = new_figure(4.8, 3.2)
-    _fill(figure.subplots(), title, runs, theme)
+    _fill(figure.subplots(), title, runs, starts, theme)
     return figure
 
 
-def _side_by_side(titles: list[str], rows: list[Row], theme: Theme) -> Figure:
+def _side_by_side(titles: list[str], rows: list[Row], starts: Sequence[float], theme: Theme) -> Figure:
     figure = new_figure(4.6 * len(titles), 3.2)
     for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
-        _fill(axes, title, {"": rows}, theme)
+        _fill(axes, title, {"": rows}, starts, theme)
     return figure
 
 
@@ -88,12 +89,14 @@ def _keys(title: str, rows: list[Row]) -> dict[str, str]:
     return {rate.removeprefix("lr-"): rate for rate in different}
 
 
-def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], theme: Theme) -> None:
+def _fill(axes: Axes, title: str, runs: dict[str, list[Row]], starts: Sequence[float], theme: Theme) -> None:
     tidy(axes, title, "training step", UNITS.get(title, "%"))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}")
     )
+    for start in starts:
+        axes.axvline(start, color=theme.faint, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
     factor = 100 if title in SCORED else 1
     ends: list[tuple[float, str, str]] = []
     for number, (name, rows) in enumerate(runs.items()):

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lit_tricks.run.reading.run import Row, Run, read_metrics, read_run_folder
+from lit_tricks.run.reading.run import Row, Run, read_run_folder
 from lit_tricks.run.report.content import Section, results_table, time_table, tricks_table
 from lit_tricks.run.report.curves import draw_curves
 from lit_tricks.run.report.page import to_markdown
@@ -41,19 +41,20 @@ def report_fit(
         there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of the
         average that the checkpoint has), the seconds, the time, and the peak memory.
     """
-    rows = read_metrics(run)
+    read = read_run_folder(run)
+    rows = read.rows
     checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
     results |= {"seconds": seconds, "time": time, "peak_memory": memory}
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    curves = draw_curves(rows, run / "curves.png")
+    curves = draw_curves(rows, run / "curves.png", read.starts)
     read = read_run_folder(run)
     (run / "report.md").write_text(_short_report(read, curves), encoding="utf-8")
     console = Console()
     console.print(_table(read))
-    for what, path in {"best checkpoint": best, "curves": curves, "run": run}.items():
+    for what, path in {"resumes": read.resumes, "best checkpoint": best, "curves": curves, "run": run}.items():
         if path:
             console.print(f"{what:>15}  {path}", highlight=False, soft_wrap=True)
     return results
@@ -88,9 +89,10 @@ def _short_report(run: Run, curves: Path | None) -> str:
         what = "the confusion matrix, reliability, worst classes and most wrong images"
     elif run.masks:
         what = "the confusion matrix, the IoU of each class and the images with the lowest"
+    origin = f"It resumes `{run.resumes}`.\n\n" if run.resumes else ""
     more = f"`lit-tricks report {run.path}` draws {what}."
     pictures = "![Loss, accuracy and learning rate against the training step](curves.png)\n\n" if curves else ""
-    return f"{to_markdown(run.name, sections)}\n{pictures}{more}\n"
+    return f"{to_markdown(run.name, sections)}\n{origin}{pictures}{more}\n"
 
 
 def _table(run: Run) -> Table:
