@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import once as _once  # noqa: F401
@@ -66,26 +64,10 @@ def restored_interrupts() -> Iterator[None]:
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tiny files in the format of CIFAR, whose checksums are of course not the real ones."""
-    from lit_tricks.data import CIFAR10, CIFAR100
+    from helpers.datamodules import write_cifar
 
-    rng = np.random.RandomState(0)
-
-    def write(path: Path, count: int, key: str, labels: int) -> None:
-        path.parent.mkdir(exist_ok=True)
-        data = rng.randint(0, 256, (count, 3072), dtype=np.uint8)
-        path.write_bytes(pickle.dumps({"data": data, key: [index % labels for index in range(count)]}))
-
-    for number in range(1, 6):
-        write(tmp_path / "cifar-10-batches-py" / f"data_batch_{number}", 20, "labels", 10)
-    write(tmp_path / "cifar-10-batches-py" / "test_batch", 30, "labels", 10)
-    write(tmp_path / "cifar-100-python" / "train", 300, "fine_labels", 100)
-    write(tmp_path / "cifar-100-python" / "test", 100, "fine_labels", 100)
-    names = {"label_names": CIFAR10().classes}
-    (tmp_path / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(names))
-    names = {"fine_label_names": CIFAR100().classes}
-    (tmp_path / "cifar-100-python" / "meta").write_bytes(pickle.dumps(names))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
-    return tmp_path
+    return write_cifar(tmp_path)
 
 
 # Scripts that two processes run, by the fixture that gives what they ended with. One launch for all of them is fastest.

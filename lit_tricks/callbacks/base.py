@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lit_tricks._compat import callbacks_of, lightning_classes, should_update_logs
 from lit_tricks.utils.log import log, show_lines
@@ -44,6 +44,23 @@ class Wrapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(self.method, *args, **kwargs)
+
+
+class _Packed(NamedTuple):
+    """The state of a generator, as bytes.
+
+    torch pickles a generator with a tensor in shared memory, and processes that are spawned fail to open it
+    (https://github.com/pytorch/pytorch/issues/146828).
+    """
+
+    state: bytes
+
+    @classmethod
+    def of(cls, generator: Generator) -> _Packed:
+        return cls(generator.get_state().numpy().tobytes())
+
+    def generator(self) -> Generator:
+        return Generator().set_state(torch.frombuffer(bytearray(self.state), dtype=torch.uint8))
 
 
 class Trick(_Callback):
@@ -173,7 +190,11 @@ class Trick(_Callback):
         # The Trainer sets the module's `log` and `log_dict` on each callback. They, and the wrapped methods, would drag
         # the whole module into every copy and pickle of the trick.
         left_out = {"log", "log_dict", "_wrappers", "is_paused", *self.transient}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        state = {name: value for name, value in vars(self).items() if name not in left_out}
+        return {name: _Packed.of(value) if isinstance(value, Generator) else value for name, value in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({k: value.generator() if isinstance(value, _Packed) else value for k, value in state.items()})
 
 
 @contextlib.contextmanager

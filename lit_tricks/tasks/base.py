@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -27,6 +28,8 @@ class Task(LightningModule):
     Attributes:
         score: name of the metric that says which epoch is the best; more is better.
         least_classes: the fewest classes that there is something to learn of.
+        lr: learning rate instead of the optimizer's. Lightning's learning rate finders set it. None, by default, keeps
+            the optimizer's.
 
     Args:
         num_classes: number of classes, at least ``least_classes``.
@@ -39,10 +42,19 @@ class Task(LightningModule):
     """
 
     score: str
+    default_optimizer: Callable[[Iterable[Any]], Optimizer]
     least_classes = 2
     train_metrics: MetricCollection
     val_metrics: MetricCollection
     test_metrics: MetricCollection
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name the default of ``optimizer``, a lambda, so that it pickles. The command line reads its source."""
+        super().__init_subclass__(**kwargs)
+        parameter = signature(cls.__init__).parameters.get("optimizer")
+        if parameter is not None and parameter.default.__qualname__.endswith("<lambda>"):
+            cls.default_optimizer = staticmethod(parameter.default)
+            parameter.default.__qualname__ = f"{cls.__qualname__}.default_optimizer"
 
     def __init__(
         self,
@@ -66,6 +78,8 @@ class Task(LightningModule):
         self.class_names = class_names or [str(i) for i in range(num_classes)]
         self.optimizer = optimizer
         self.layer_decay = layer_decay
+        self.lr: float | None = None
+        self._settings: list[dict[str, Any]] | None = None
         self._frozen: list[str] = []
         self._resumed_optimizers: list[str] | None = None
 
@@ -79,6 +93,7 @@ class Task(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compare the number of classes with that of the data, before anything is trained."""
+        self._settings = None
         found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
         if stage != "predict" and found != self.num_classes:
             raise ValueError(
@@ -106,13 +121,19 @@ class Task(LightningModule):
                 f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
                 f"{', '.join(names)}: keep the optimizer, or start from the weights alone, with --model.weights."
             )
-        self._settings = [_settings(group) for opt in self.trainer.optimizers for group in opt.param_groups]
+        if self.lr is not None and self.layer_decay < 1:
+            scales = layer_scales(self._network(), self.layer_decay)
+            for group in self._groups():
+                if group["lr"] == self.lr:  # a learning rate finder has set all groups to the same
+                    group["lr"] *= scales.get(group["params"][0], 1.0)
+        self._settings = [_settings(group) for group in self._groups()]
 
     def on_train_start(self) -> None:
         """Let the settings of this run win over those of the checkpoint that it resumes; hold what is frozen."""
         self._set_frozen(training=False)  # now, as Lightning warns of layers that are in evaluation mode before
-        groups = [group for opt in self.trainer.optimizers for group in opt.param_groups]
-        for group, settings in zip(groups, self._settings, strict=True):
+        if self._settings is None:  # a tuner trains before the fit starts, at its own learning rate
+            return
+        for group, settings in zip(self._groups(), self._settings, strict=True):
             changed = {name: value for name, value in settings.items() if group.get(name) != value}
             if self.trainer.lr_scheduler_configs:
                 changed.pop("lr", None)  # it is where the scheduler had come to
@@ -150,16 +171,20 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """Give the optimizer the parameters that are trained, at the rates of their layers."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        own = {} if self.lr is None else {"lr": self.lr}
         if self.layer_decay == 1:
-            return self.optimizer(trained)
+            return self.optimizer([{"params": trained, **own}] if own else trained)
         scales = layer_scales(self._network(), self.layer_decay)
         layers: dict[float, list[nn.Parameter]] = {}
         for parameter in trained:
             layers.setdefault(scales.get(parameter, 1.0), []).append(parameter)
-        optimizer = self.optimizer([{"params": layer, "lr_scale": scale} for scale, layer in layers.items()])
+        optimizer = self.optimizer([{"params": layer, "lr_scale": scale, **own} for scale, layer in layers.items()])
         for group in optimizer.param_groups:
             group["lr"] *= group.pop("lr_scale")
         return optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
 
     def _objects(self, **networks: Any) -> list[str]:
         """Arguments that no checkpoint saves.

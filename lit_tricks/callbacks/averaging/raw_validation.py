@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_tricks._compat import MODULE_REGISTRIES, dummy_logger, leaves
+from lit_tricks.callbacks.base import paused
 from lit_tricks.utils.loaders import isolated_random_state
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def validate_aside(trainer: Trainer, pl_module: LightningModule, run: Callable[[
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     counts = loop.batch_progress.state_dict()
     results = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
-    with _kept(*map(vars, pl_module.modules()), vars(loop), *results), _random_states(trainer):
+    # PreciseBN passes training batches through, and finds the tricks that change them among the callbacks
+    untouched = paused(trainer)
+    with _kept(*map(vars, pl_module.modules()), vars(loop), *results), _random_states(trainer), untouched:
         trainer.callbacks = []  # type: ignore[attr-defined]
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         try:
