@@ -62,7 +62,7 @@ def test_the_last_one_is_outermost_and_arguments_go_through():
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")))
-def test_they_come_off_in_any_order(order):
+def test_wrappers_are_removed_in_any_order(order):
     owner = Owner()
     tricks = dict(zip("abc", tagged(owner, *"abc"), strict=True))
     left = list("abc")

@@ -139,7 +139,7 @@ def test_only_the_classifier_and_the_last_norm_move():
         ),
     ],
 )
-def test_what_is_trained_can_be_chosen(kwargs, moved):
+def test_trained_parts_follow_the_arguments(kwargs, moved):
     assert moved_by(FixRes(24, **kwargs)) == {"head.weight", "head.bias"} | moved
 
 

@@ -334,7 +334,7 @@ def test_teacher_at_work_is_frozen_and_in_evaluation_mode():
     assert {s[3] for s in seen} == {torch.float64}
 
 
-def test_what_is_drawn_for_a_teacher_by_name_is_not_missed_by_the_student(monkeypatch):
+def test_teacher_by_name_leaves_the_random_state(monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, num_classes=3, in_chans=1))
     torch.manual_seed(3)

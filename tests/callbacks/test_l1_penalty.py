@@ -169,7 +169,7 @@ def test_refuses_arguments(arguments, message):
         L1Penalty(**arguments)
 
 
-def test_no_effect_is_an_error():
+def test_missing_effect_is_an_error():
     def biases(module: Any) -> Any:
         return torch.optim.SGD([module.net[1].bias], lr=0.1)
 

@@ -228,7 +228,7 @@ def test_beside_cutmix_each_batch_gets_one_of_the_two(probs, share):
     assert pairs == first
 
 
-def test_where_cutmix_is_off_mixup_has_its_own_probability():
+def test_mixup_has_its_own_probability_where_cutmix_is_off():
     values = lambdas(MixUp(alpha=1.0), CutMix(off_epochs=2))
     assert all(value < 1 for value in values[8:])
     assert 0 < sum(value == 1 for value in values[:8]) < 8

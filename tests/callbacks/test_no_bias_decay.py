@@ -401,7 +401,7 @@ def test_arguments_out_of_range(skip):
     ],
     ids=["no weight decay", "weights alone", "done by hand", "no such option"],
 )
-def test_no_effect_is_an_error(optimizers):
+def test_missing_effect_is_an_error(optimizers):
     with pytest.raises(RuntimeError, match=r"NoBiasDecay\(skip=\['bias', 'norm'\]\)"):
         run(NoBiasDecay(), optimizers=optimizers)
 

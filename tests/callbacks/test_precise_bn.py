@@ -419,7 +419,7 @@ def of(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     return weights["net.0.1.running_mean"].double(), weights["net.0.1.running_var"].double()
 
 
-def test_what_is_validated_is_the_population_under_the_weights_of_the_moment():
+def test_validation_uses_population_statistics_of_current_weights():
     history, data = History(), images(16).tensors[0]
     result = run(PreciseBN(ALL), history, val_check_interval=2)
     assert len(history.validated) == 6
@@ -685,7 +685,7 @@ MIXES: dict[str, Callable[[], list[Any]]] = {
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("mix", MIXES)
-def test_what_was_validated_is_what_is_saved(mix, weights_only, tmp_path):
+def test_saved_weights_are_the_validated_ones(mix, weights_only, tmp_path):
     saver = pl.callbacks.ModelCheckpoint(
         tmp_path, monitor="val_loss", save_top_k=-1, filename="{step}", save_weights_only=weights_only
     )
@@ -825,7 +825,7 @@ def test_finders_do_not_disturb_it(finder, tmp_path):
         assert_precise(of(weights), first_layer(weights, images(16).tensors[0]))
 
 
-def test_what_a_validation_does_to_the_statistics_is_undone():
+def test_statistics_are_restored_after_a_validation():
     class Module(module_class("lightning")):
         def on_validation_epoch_end(self) -> None:
             if self.trainer.sanity_checking:

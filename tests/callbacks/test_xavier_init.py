@@ -221,7 +221,7 @@ def test_growth_is_logged():
 # What is left alone, and refused
 
 
-def test_what_is_not_trained_is_left_alone():
+def test_frozen_weights_stay_unchanged():
     """A frozen teacher, the network of a metric, frozen layers."""
 
     class Student(Module):

@@ -315,7 +315,7 @@ def test_arguments_out_of_range(layers):
         ZeroGamma(layers)
 
 
-def test_what_is_not_trained_is_left_alone():
+def test_frozen_weights_stay_unchanged():
     """A frozen teacher, and a network that no optimizer has."""
 
     class Student(Module):

@@ -30,7 +30,7 @@ sys.exit(f"imported: {{heavy}}" if heavy else 0)
 """
 
 
-def test_what_needs_no_torch_imports_none() -> None:
+def test_commands_without_torch_import_none() -> None:
     process = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert f"lit-tricks {lit_tricks.__version__}\n" in process.stdout

@@ -72,7 +72,7 @@ def test_subclass_without_scheduler(name):
     check(name, fit_without_scheduler)
 
 
-def test_it_trains_with_a_copy_of_the_trick():
+def test_copy_of_the_trick_trains():
     trick = TRICKS["WarmupCosine"].make()
     trainer = spy_on(fit_without_scheduler, trick).trainer
     [copy] = [callback for callback in trainer.callbacks if type(callback) is type(trick)]

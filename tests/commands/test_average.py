@@ -79,7 +79,7 @@ def test_uniform_average_of_the_command(trained):
     assert [path.name for path in Path().iterdir() if "ckpt" in path.name] == ["x.ckpt"]
 
 
-def test_it_loads_like_any_other(trained):
+def test_averaged_checkpoint_loads_like_any_other(trained):
     done("average", *trained, "--output=x.ckpt", *DATA)
     content = checkpoint("x.ckpt")
     assert content["averaged_from"] == trained
@@ -270,7 +270,7 @@ def test_refuses_arguments(trained):
     refused("--config nowhere: there is no such file.*", *trained, "-o", "x.ckpt", "--config=nowhere")
 
 
-def test_never_writes_over_a_file_unasked(trained):
+def test_existing_file_is_not_overwritten(trained):
     Path("x.ckpt").write_text("precious")
     refused("--output x.ckpt exists: choose another name, or give --overwrite to replace it.", *trained, "-o", "x.ckpt")
     assert Path("x.ckpt").read_text() == "precious"

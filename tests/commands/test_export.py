@@ -167,7 +167,7 @@ def test_timm_and_torch_give_the_same_without_us(files: dict[str, Path]) -> None
     assert torch.equal(elsewhere(TORCH, files["timm"], NOISE), logits_of(BEST, NOISE))
 
 
-def test_what_the_folder_says(folder: Path) -> None:
+def test_timm_folder_holds_all_settings(folder: Path) -> None:
     path = made("timm", "--license", "apache-2.0")
     assert path == "run/checkpoints/best_timm"
     assert {file.name for file in Path(path).iterdir()} == {"config.json", "model.safetensors", "README.md"}
@@ -310,7 +310,7 @@ def test_groups_that_timm_makes_otherwise() -> None:
     refused(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
 
 
-def test_what_timm_would_build_otherwise_is_found_by_building_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_that_timm_builds_differently_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def lying(given: dict[str, Any]) -> Any:
         return lambda model, model_args: ("resnet18d", given)
 
@@ -760,7 +760,7 @@ def test_a_size_that_the_network_does_not_take() -> None:
 
 
 @pytest.mark.parametrize("kind", ONNX_SLOW)
-def test_what_exists_is_replaced_only_when_asked(kind: str) -> None:
+def test_existing_file_is_replaced_only_on_request(kind: str) -> None:
     path = Path(BEST).with_name(
         {"timm": "best_timm", "onnx": "best.onnx", "torch-export": "best.pt2"}.get(kind, f"best.{kind}")
     )

@@ -97,7 +97,7 @@ def test_a_row_has_the_most_probable_classes(folder: Path) -> None:
         assert row["error"] == ""
 
 
-def test_it_needs_no_training_data(folder: Path) -> None:
+def test_predict_needs_no_training_data(folder: Path) -> None:
     predicted("-o", "out.csv", "--top-k=9", run="animals")
     names = ["Mule, old", "ant", "zebra"]
     data = ImageFolder(str(folder / "gone"), image_size=16)
@@ -133,7 +133,7 @@ def test_files_folders_and_globs(folder: Path, words: tuple[str, ...], files: li
     assert [row["file"] for row in rows if row["error"]] == [file for file in files if file.endswith("txt")]
 
 
-def test_what_is_left_out_is_counted(folder: Path) -> None:
+def test_omitted_images_are_counted(folder: Path) -> None:
     log = predicted("-o=out.csv", "--top-k=1").log
     assert "2 files were left out" in log
     assert "images/notes.txt" in log
@@ -239,7 +239,7 @@ def test_errors(folder: Path, words: tuple[str, ...], token: str) -> None:
     assert set(folder.rglob("*")) == before
 
 
-def test_it_needs_a_checkpoint(folder: Path) -> None:
+def test_predict_without_checkpoint_is_rejected(folder: Path) -> None:
     outcome = cli("predict", "images")
     assert (outcome.code, "ckpt" in outcome.err) == (2, True)
     outcome = cli("predict", "images", "--ckpt=images/notes.txt")

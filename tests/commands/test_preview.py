@@ -74,7 +74,7 @@ def test_from_the_command_line() -> None:
     assert not Path("runs").exists()
 
 
-def test_it_is_what_the_fit_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preview_shows_the_first_batch_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
         module = sys.modules["lit_tricks.commands.data.batch_preview"]  # the package has the function by that name

@@ -86,7 +86,7 @@ def test_a_test_uses_no_seed_of_the_screening() -> None:
     assert {trial.seed for trial in made if trial.tricks == ("a",)} == {*range(first), *range(first, first + 3)}
 
 
-def test_of_alternatives_at_most_one_is_kept() -> None:
+def test_at_most_one_alternative_is_kept() -> None:
     score = gains({"a": 1.0, "b": 0.9, "c": 0.8})
     assert play(score, [["a", "b"], ["c"]])[0].kept == ("a", "c")
     assert play(score, [["a"], ["b"], ["c"]], exclusive=[frozenset({"a", "c"})])[0].kept == ("a", "b")
@@ -181,7 +181,7 @@ def test_budget_that_is_none_is_named(text: str) -> None:
         _Budget.parse(text)
 
 
-def test_what_is_not_finite_becomes_null() -> None:
+def test_number_that_is_not_finite_becomes_null() -> None:
     assert _finite({"a": [math.nan, -math.inf, 1.5]}) == {"a": [None, None, 1.5]}
 
 

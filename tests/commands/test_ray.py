@@ -58,7 +58,7 @@ def no_accuracies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("lit_tricks.commands.ablation.cells.read_run", lambda run: {"top1": 0.5})
 
 
-def test_as_many_run_as_there_are_cpus(folder: Path) -> None:
+def test_ablation_runs_one_cell_per_cpu(folder: Path) -> None:
     cells = sleepers(folder, 1.5, (0, 1, 2, 4))
     run_all(cells, engine({"WANDB_RUN_GROUP": "ours"}))
     assert [cell.state for cell in cells] == ["50.00%", "failed", "50.00%", "50.00%"]

@@ -238,7 +238,7 @@ PARTS = {
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("how", ["missing", "empty", "damaged"])
 @pytest.mark.parametrize("file", PARTS)
-def test_what_is_missing_is_said(run: Path, file: str, how: str) -> None:
+def test_missing_data_is_listed(run: Path, file: str, how: str) -> None:
     part, section = PARTS[file]
     content = (run / file).read_bytes()
     (run / file).unlink()

@@ -98,7 +98,7 @@ def test_files_of_the_user_survive(images: Path, tmp_path: Path, monkeypatch: py
     assert not list(home.iterdir())
 
 
-def test_what_is_there_is_replaced_if_asked_to(images: Path, tmp_path: Path) -> None:
+def test_existing_output_is_replaced_on_request(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     done("data", "shard", str(images), str(out))
     outcome = cli("data", "shard", str(images), str(out))

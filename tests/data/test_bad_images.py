@@ -130,7 +130,7 @@ def reference(data: bytes, name: str) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_can_be_decoded_is_as_pil_has_it(tmp_path: Path, name: str) -> None:
+def test_decodable_file_is_as_in_pil(tmp_path: Path, name: str) -> None:
     data = GOOD[name]()
     (tmp_path / name).write_bytes(data)
     found = np.asarray(read_image(str(tmp_path / name)).convert("RGB"))
@@ -174,7 +174,7 @@ def test_all_that_can_be_decoded_goes_into_batches(tmp_path: Path) -> None:
 @any_machine
 @pytest.mark.parametrize("decode", ["auto", "exact"])
 @pytest.mark.parametrize("name", BAD)
-def test_what_can_not_be_decoded_is_named(tmp_path: Path, name: str, decode: Any) -> None:
+def test_undecodable_file_is_named(tmp_path: Path, name: str, decode: Any) -> None:
     root = write_folder(tmp_path, {name: BAD[name]()})
     with pytest.raises(RuntimeError, match=rf"cannot read .*/val/a/{name}' \(.+\)"):
         list(module(root, decode=decode).val_dataloader())
@@ -284,7 +284,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
         batches(data)
 
 
-def test_what_else_to_do_with_bad_images_is_not_known(root: Path) -> None:
+def test_unknown_value_of_on_bad_image_is_rejected(root: Path) -> None:
     with pytest.raises(ValueError, match=r"on_bad_image .*raise, skip.*'ignore'"):
         module(root, on_bad_image="ignore")
 

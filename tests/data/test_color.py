@@ -74,7 +74,7 @@ def test_hue_turns_as_in_mxnet() -> None:
     ],
     ids=["brightness", "noise", "saturation", "both"],
 )
-def test_it_agrees_with_torchvision_where_nothing_is_clipped(draws: list[float], plain: Any, exact: float) -> None:
+def test_jitter_agrees_with_torchvision_where_nothing_is_clipped(draws: list[float], plain: Any, exact: float) -> None:
     batch = images(low=90, high=160)
     found = apply_matrices(batch, Jitter(MEAN, STD).matrices(np.array([draws] * 6)), torch.float32, False)
     expected = v2.normalize(255 * plain(batch.double() / 255), list(MEAN), list(STD))
@@ -131,7 +131,7 @@ def test_memory_is_used_again_when_nobody_has_it() -> None:
     assert len(set(fresh)) == 1
 
 
-def test_what_is_compiled_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernel_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way that an accelerator takes, with and without a compiler."""
     batch, jitter = images(), Jitter(MEAN, STD)
     matrices = jitter.matrices(some_draws(jitter))

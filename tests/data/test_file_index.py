@@ -58,7 +58,7 @@ def ours(root: Path) -> list[tuple[str, int]]:
     return list(zip(paths, labels.tolist(), strict=True))
 
 
-def test_it_is_that_of_torchvision(root: Path) -> None:
+def test_listing_equals_torchvision(root: Path) -> None:
     paths, labels, classes = list_images(str(root))
     assert list(zip(paths, labels.tolist(), strict=True)) == torchvisions(root)
     assert classes == ["ant", "bee", "cow"]

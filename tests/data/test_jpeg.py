@@ -136,7 +136,7 @@ def test_the_library_that_decodes_regions(kind: str, monkeypatch: pytest.MonkeyP
         assert find() is None
 
 
-def test_it_is_a_pil_image() -> None:
+def test_image_is_a_pil_image() -> None:
     data = jpeg(photo(60, 40))
     whole = Image.fromarray(by_pil(data))
     for act in (
@@ -228,7 +228,7 @@ def test_files_that_cannot_be_opened_are_named(tmp_path: Path, what: str) -> Non
         read_image(str(path))
 
 
-def test_what_libjpeg_only_warns_of_is_decoded(decoder: str) -> None:
+def test_file_with_libjpeg_warning_is_decoded(decoder: str) -> None:
     data = jpeg(photo(64, 200))
     scan = data.index(b"\xff\xda")
     for odd in (data + b"more", data[:-2] + b"\x00\x00\x00\xff\xd9", data.replace(b"JFIF\x00\x01", b"JFIF\x00\x07")):

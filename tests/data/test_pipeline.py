@@ -200,7 +200,7 @@ def test_decoding_less_changes_nothing(folder: str) -> None:
     assert batches[0] == batches[1]
 
 
-def test_what_the_loader_gives_is_small(folder: str) -> None:
+def test_loader_gives_small_batches(folder: str) -> None:
     data = ImageFolder(folder, 16, 7, 0)
     images, labels, matrices = next(iter(data.train_dataloader()))
     assert (images.dtype, labels.dtype, matrices.dtype) == (torch.uint8, torch.int64, torch.int32)

@@ -168,7 +168,7 @@ def test_a_mask_that_is_resized_stays_on_the_grid_of_its_image(short: int) -> No
     assert (smooth.int() - pixels[0].int()).abs().max() <= 2
 
 
-def test_what_is_missing_has_the_mean_colour_and_is_ignored() -> None:
+def test_padding_has_the_mean_color_and_is_ignored() -> None:
     image, mask = ramp(12, 8)
     torch.manual_seed(0)
     pixels, labels = RandomPair(16, (8, 8), False, (1.0, 2.0, 3.0), (2.0, 2.0, 2.0), -7)(image, mask)

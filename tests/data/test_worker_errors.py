@@ -104,7 +104,7 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible", ".*/dev/shm, is full"),
     ],
 )
-def test_what_torch_says_of_it(said: str, told: str) -> None:
+def test_death_of_a_worker_is_explained(said: str, told: str) -> None:
     text = explain_death(RuntimeError(said))
     assert re.match(told, text or "")
     assert explain_death(RuntimeError("another")) is None

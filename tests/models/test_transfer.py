@@ -37,7 +37,7 @@ def fit(model: Classifier, *callbacks: Any, **settings: Any) -> Trainer:
 # --- frozen parts -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_frozen_does_not_change_in_a_fit_statistics_neither() -> None:
+def test_frozen_parts_keep_weights_and_statistics_in_a_fit() -> None:
     model = classifier(freeze=["conv1", "bn1", "layer1", "layer2.0"])
     before = {key: value.clone() for key, value in model.model.state_dict().items()}
     trainer = fit(model, num_sanity_val_steps=1)
@@ -64,7 +64,7 @@ def test_backbone_is_all_but_the_classifier() -> None:
     fit(model)  # and again, without a warning
 
 
-def test_of_a_transformer_too() -> None:
+def test_backbone_of_a_transformer_is_frozen() -> None:
     net = create_model("vit_tiny_patch16_224", 10, img_size=32)
     freeze(net, ["backbone"])
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]

@@ -23,7 +23,7 @@ ALONE = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak can not be forgotten")
-def test_what_was_there_before_does_not_count() -> None:
+def test_peak_leaves_out_memory_from_before() -> None:
     """In a process of its own, whose memory no other test has left room in."""
     script = f"""
 import numpy as np
@@ -44,7 +44,7 @@ print(memory.read())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the peak of a parent down")
-def test_nor_does_the_process_that_started_this_one() -> None:
+def test_peak_leaves_out_the_parent_process() -> None:
     script = f"{ALONE}; print(module._resident())"
     large = np.ones(256 * MIB, np.uint8)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

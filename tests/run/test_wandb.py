@@ -242,7 +242,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
+def test_logger_settings_are_kept(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
     words = ("--trainer.logger.name=mine", "--trainer.logger.project=ours", "--trainer.logger.save_dir=there")
     built(monkeypatch, *TRACKED, *words)
     assert [asked[0][key] for key in ("name", "project", "save_dir", "mode")] == ["mine", "ours", "there", "offline"]
@@ -315,7 +315,7 @@ def test_nothing_is_asked_and_nothing_waits(monkeypatch: pytest.MonkeyPatch, fol
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_tracks_and_writes(folder: Path) -> None:
+def test_one_of_two_processes_tracks_and_writes(folder: Path) -> None:
     """The second process is started with the same words, and makes nothing of its own."""
     words = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=2")
     process = warm.run(["-m", "lit_tricks", *TRACKED, *COSINE, *words], folder)

@@ -280,7 +280,7 @@ def test_two_processes_count_all_images(tmp_path: Path) -> None:
 # Training
 
 
-def test_it_learns_one_scene() -> None:
+def test_detector_learns_one_scene() -> None:
     """Until it finds all of its objects, and nothing else with as much confidence."""
     torch.manual_seed(0)
     module = detector(backbone_args={"depth": 18, "width": 0.125}, channels=32, head_width=64)
@@ -357,7 +357,7 @@ def test_timm_models_are_backbones() -> None:
     assert sum(module.losses(*batch()).values()) > 0
 
 
-def test_what_is_drawn_depends_on_epoch_and_batch_alone() -> None:
+def test_draws_depend_on_epoch_and_batch_only() -> None:
     """And leaves the random state of the process as it is."""
     module = detector()
     run = trainer(max_epochs=1, limit_train_batches=1)

@@ -84,7 +84,7 @@ def test_every_trick_is_here() -> None:
 @pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network")
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_what_can_not_take_boxes_says_so_before_a_step(name: str, batch_size: int) -> None:
+def test_trick_without_boxes_is_rejected_before_a_step(name: str, batch_size: int) -> None:
     """Also for one image, whose labels could be taken for those of as many images."""
     make, message = REFUSED[name]
     module = detector()
@@ -97,7 +97,7 @@ def test_what_can_not_take_boxes_says_so_before_a_step(name: str, batch_size: in
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "Compile")) for name in ACT])
-def test_what_works_on_weights_rates_and_layers_acts(name: str, plain: tuple[Tensor, list[float]]) -> None:
+def test_trick_on_weights_rates_and_layers_acts(name: str, plain: tuple[Tensor, list[float]]) -> None:
     make, logged, differs = ACT[name]
     rates = Rates()
     module, run = fitted(make(), rates)

@@ -189,7 +189,7 @@ def test_the_encoder_starts_from_a_classifier(tmp_path: Path) -> None:
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
-def test_all_of_it_starts_from_a_segmenter(tmp_path: Path) -> None:
+def test_segmenter_starts_from_a_segmenter(tmp_path: Path) -> None:
     first = segmenter()
     nn.init.ones_(first.model.decoder.body.layers[0].weight)
     path = saved(first, tmp_path / "first.ckpt")

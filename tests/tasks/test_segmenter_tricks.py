@@ -222,7 +222,7 @@ def test_ema_and_swa() -> None:
         torch.testing.assert_close(parameter.double(), mean[name], rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_validated_is_the_average() -> None:
+def test_validation_uses_the_average() -> None:
     module = fit(callbacks.EMA(decay=0.7), steps=4)
     images, masks = (torch.stack(each) for each in zip(*samples(BATCH, seed=7), strict=True))
     with torch.no_grad():
