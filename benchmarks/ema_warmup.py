@@ -49,7 +49,7 @@ def run(seed: int, steps: int, decays: tuple[float, ...]) -> dict[tuple[str, flo
     train, test = order[:600], order[600:]
     torch.manual_seed(seed)
     model = network()
-    averages = {(start, decay): AveragedWeights(model, buffers=True) for start in STARTS for decay in decays}
+    averages = {(start, decay): AveragedWeights(model) for start in STARTS for decay in decays}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for step in range(steps):
         batch = train[torch.randint(len(train), (32,))]

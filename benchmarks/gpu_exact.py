@@ -35,7 +35,7 @@ def updates_of(s: Scale) -> dict[str, Callable[[], object]]:
     base = network()
     tensors = [t.detach() for t in [*base.parameters(), *base.buffers()] if t.is_floating_point()]
     shadows = [t.clone() for t in tensors]
-    weights = AveragedWeights(network(), buffers=True)
+    weights = AveragedWeights(network())
     models = [network() for _ in range(3)]
     timms = timm.utils.ModelEmaV3(models[0], decay=0.9999)
     torchs = AveragedModel(models[1], multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=True)
@@ -55,8 +55,8 @@ def updates_of(s: Scale) -> dict[str, Callable[[], object]]:
 
 def ema(s: Scale, tell: Tell) -> None:
     updates = updates_of(s)
-    weights = AveragedWeights(s.network().to(s.device), buffers=True)
-    aside = AveragedWeights(s.network().to(s.device), buffers=True, on_cpu=True)
+    weights = AveragedWeights(s.network().to(s.device))
+    aside = AveragedWeights(s.network().to(s.device), on_cpu=True)
     candidates = updates | {"swap": lambda: weights.swap(not weights.swapped)}
     took = medians({name: lambda u=u: timed(s, u) for name, u in candidates.items()}, 20, 3)  # type: ignore[misc]
     unit = took.pop("one foreach_lerp")

@@ -44,12 +44,12 @@ def candidates() -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[]
     shadows = [tensor.clone() for tensor in tensors]
     updates["one torch._foreach_lerp_"] = lambda: torch._foreach_lerp_(shadows, tensors, 1 - DECAY)
 
-    weights = AveragedWeights(timm.create_model("resnet50"), buffers=True)
+    weights = AveragedWeights(timm.create_model("resnet50"))
     updates["EMA of lit_tricks"] = lambda: weights.update(1 - DECAY)
     updates["SWA of lit_tricks, at the end of a cycle"] = lambda: weights.update(1 / 3)
     swaps["EMA and SWA of lit_tricks"] = lambda: weights.swap(not weights.swapped)
 
-    aside = AveragedWeights(timm.create_model("resnet50"), buffers=True, on_cpu=True)
+    aside = AveragedWeights(timm.create_model("resnet50"), on_cpu=True)
     updates['EMA of lit_tricks, device="cpu"'] = lambda: aside.update(1 - DECAY)
 
     timms_model = timm.create_model("resnet50")

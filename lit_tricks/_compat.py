@@ -52,6 +52,7 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_sign",
+    "forward_pre_hooks_of",
     "has_iterator",
     "is_built_by_command_line",
     "is_compiled_by_lightning",
@@ -72,6 +73,8 @@ __all__ = [
     "saves_in_shards",
     "share_among_workers",
     "should_update_logs",
+    "spectral_matrix",
+    "spectral_norm_class",
     "stop_workers",
     "streaming_environment",
     "training_source",
@@ -322,6 +325,31 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
     """
     call: Callable[..., Any] = module._call_impl
     return call
+
+
+def forward_pre_hooks_of(module: nn.Module) -> list[Any]:
+    """Return the hooks before ``forward``. The older ``spectral_norm`` of torch is one, and tells its weight by it.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/spectral_norm.py#L179
+    """
+    return list(module._forward_pre_hooks.values())
+
+
+def spectral_norm_class() -> type[nn.Module]:
+    """Return the class that ``torch.nn.utils.parametrizations.spectral_norm`` registers: its vectors are buffers.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/parametrizations.py#L403
+    """
+    return torch.nn.utils.parametrizations._SpectralNorm
+
+
+def spectral_matrix(parametrization: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight as the matrix whose norm a ``spectral_norm_class`` takes.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/parametrizations.py#L441
+    """
+    matrix: Tensor = parametrization._reshape_weight_to_matrix(weight)  # type: ignore[operator]
+    return matrix
 
 
 def is_optimized_module(module: nn.Module) -> bool:

@@ -75,8 +75,9 @@ class EMA(Averaging):
         half_life: epochs after which weights count half as much, above 0; instead of ``decay``, and it means the same
             for any batch size, number of devices and ``every_n_steps``. Near 0 is no average; beyond a tenth of the
             run the average lags.
-        buffers: floating-point buffers (BatchNorm statistics) are averaged ("average"), or those of the trained weights
-            are used ("copy"). Integer and boolean buffers are never averaged.
+        buffers: floating-point buffers to average: running "statistics" of norm layers; "average" for all; "copy" for
+            none. Others, such as masks, are those of the trained weights. Integer buffers are never averaged, and the
+            vectors of spectral norms are computed for the averaged weights.
         validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
             a run can be. "both": each validation is preceded by one of the trained weights, which callbacks do not see,
             and its metrics are logged as ``raw/...``. False: the model is as without the callback, and the average is
@@ -103,7 +104,7 @@ class EMA(Averaging):
         every_n_steps: int = 1,
         start_step: int = 0,
         half_life: float | None = None,
-        buffers: Literal["average", "copy"] = "average",
+        buffers: Literal["statistics", "average", "copy"] = "statistics",
         validate: bool | Literal["both"] = True,
         name: str | None = None,
         device: Literal["cpu"] | None = None,

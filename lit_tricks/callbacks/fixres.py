@@ -23,6 +23,7 @@ from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_gr
 from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number, text
 from lit_tricks.utils.batch import refuse_boxes
 from lit_tricks.utils.image_size import require_fit, require_size
+from lit_tricks.utils.modes import changed_in_evaluation
 from lit_tricks.utils.modules import find_classifier, find_norms, is_norm
 
 if TYPE_CHECKING:
@@ -245,6 +246,11 @@ class FixRes(Trick):
     def _freeze(self, pl_module: LightningModule, setup: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Before the strategy wraps the module, and optimizers are built."""
         run = self._now
+        if (name := changed_in_evaluation(pl_module)) is not None:
+            raise RuntimeError(
+                f"FixRes holds the trunk in evaluation mode, in which {type(pl_module).__name__} changes {name!r}, as "
+                "adapters do: merge them for good, and load the result."
+            )
         heads = find_classifier(pl_module, self.classifier)
         norms = find_norms(pl_module, self.train_bn, self.batch_norm)
         run.trained = {_HEAD: list(heads), _NORM: list(norms)}

@@ -87,8 +87,9 @@ class SWA(Averaging):
         anneal: shape of the glide, "cos" or "linear".
         every_n_epochs: epochs of a cycle, 1 or more. It ends with the last one of them.
         every_n_steps: steps of a cycle, 1 or more, in the place of ``every_n_epochs``.
-        buffers: floating-point buffers (BatchNorm statistics) are averaged ("average"), or those of the trained weights
-            are used ("copy"). Integer and boolean buffers are never averaged.
+        buffers: floating-point buffers to average: running "statistics" of norm layers; "average" for all; "copy" for
+            none. Others, such as masks, are those of the trained weights. Integer buffers are never averaged, and the
+            vectors of spectral norms are computed for the averaged weights.
         validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
             a run can be. "both": the trained weights are validated before it, and their metrics logged as ``raw/...``.
             False: it is kept aside, in checkpoints to resume from and in ``swa.state_dict()["average"]``.
@@ -114,7 +115,7 @@ class SWA(Averaging):
         anneal: Literal["cos", "linear"] = "cos",
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
-        buffers: Literal["average", "copy"] = "average",
+        buffers: Literal["statistics", "average", "copy"] = "statistics",
         validate: bool | Literal["both"] = True,
         name: str | None = None,
     ) -> None:

@@ -6,23 +6,26 @@ the same weights. The average of runs from different random weights is worthless
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks.batchnorm.statistics import estimate
-from lit_tricks.commands.checkpoints import RUN, checkpoint_at, module_of, read_checkpoint, written_whole
+from lit_tricks.commands.checkpoints import RUN, checkpoint_at, class_path_in, module_of, read_checkpoint, written_whole
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.utils.log import log
-from lit_tricks.utils.modules import batchnorms_of
+from lit_tricks.utils.modules import batchnorms_of, is_statistic, some_of
+from lit_tricks.utils.spectral_norm import iterate_in, spectral_norms
 
 __all__ = ["average", "mean_of"]
 
@@ -30,19 +33,30 @@ __all__ = ["average", "mean_of"]
 State = dict[str, Tensor]
 
 
-def mean_of(states: Iterable[State]) -> State:
-    """Average state dicts in float64; integers and booleans are those of the first."""
+def mean_of(states: Iterable[State], copied: Collection[str] = ()) -> State:
+    """Average state dicts in float64. Vectors of spectral norms are computed for the averaged weights.
+
+    Args:
+        states: one or more, of one module.
+        copied: names of tensors to take from the first one, as integers and booleans always are.
+    """
     sums: State = {}
     first: State = {}
+    differ: set[str] = set()
     count = 0
     for state in states:
         first = first or state
         for name, tensor in state.items():
-            if _is_averaged(first[name]):
+            if _is_averaged(first[name]) and name not in copied:
                 precise = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
                 sums[name] = sums[name].add_(precise) if name in sums else precise.clone()
+                if name not in differ and not torch.equal(tensor, first[name]):
+                    differ.add(name)
         count += 1
-    return {name: (sums[name] / count).to(value.dtype) if name in sums else value for name, value in first.items()}
+    mean = {name: (sums[name] / count).to(value.dtype) if name in differ else value for name, value in first.items()}
+    for name in iterate_in(mean, first):
+        mean[name] = first[name]
+    return mean
 
 
 def average(
@@ -90,13 +104,14 @@ def average(
     has_statistics = any(name.endswith(".running_var") for name in first["state_dict"])
     if data is None and has_statistics:
         log.warning("the statistics of BatchNorm are averaged, not re-estimated: give --data to do that")
-    workshop = None
-    if data is not None:
-        workshop = _Workshop(module_of(paths[0]) if module is None else module, data, num_samples)
-    if greedy and workshop:
+    module = module or _module(paths[0], first, needed=data is not None)
+    workshop = _Workshop(module, data, num_samples)
+    if greedy:
         chosen, state = _greedy(paths, workshop, metric, mode)
     else:
         chosen, state = paths, _soup(paths, workshop)
+    if module is None and (guessed := _guessed(state, first["state_dict"])):
+        log.warning("averaged as parameters, and may be buffers: %s. Give --module to tell them", some_of(guessed))
     kept = {key: value for key, value in first.items() if key not in RUN}
     with written_whole(Path(output)) as part:
         torch.save(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, part)
@@ -105,27 +120,54 @@ def average(
 
 
 class _Workshop:
-    """A model and data, to fill in weights and see what they are worth."""
+    """The model, to fill weights into, and data, to see what they are worth; each may be unknown."""
 
-    def __init__(self, model: LightningModule, data: LightningDataModule, num_samples: int) -> None:
-        self.model, self.data, self.num_samples = model, data, num_samples
-        self.trainer = Trainer(
-            devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False
-        )
-        data.prepare_data()
+    def __init__(self, model: LightningModule | None, data: LightningDataModule | None, num_samples: int) -> None:
+        self.model: Any = model
+        self.data: Any = data
+        self.num_samples = num_samples
+        self.copied = _not_averaged(model) if model else []
+        if data is not None:
+            self.trainer = Trainer(
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+            )
+            data.prepare_data()
+        if self.copied:
+            log.info("copied from the first checkpoint, as buffers that are no statistics: %s", some_of(self.copied))
+
+    def fill(self, state: State) -> None:
+        """Load weights into the model, in the mode in which they were saved."""
+        self.model.train()  # adapters that have merged for a validation unmerge
+        self.model.load_state_dict(state, strict=self.model.strict_loading)
 
     def score(self, state: State, metric: str) -> float:
         """The metric of weights."""
-        self.model.load_state_dict(state, strict=self.model.strict_loading)
+        self.fill(state)
         found = self.trainer.validate(self.model, datamodule=self.data, verbose=False)
         metrics = {name: value for of_loader in found for name, value in of_loader.items()}
         if metric not in metrics:
             raise ValueError(f"metric={metric!r} is not logged in validation; there are {', '.join(sorted(metrics))}.")
         return float(metrics[metric])
 
-    def with_statistics(self, state: State) -> State:
-        """The weights with the statistics of BatchNorm that belong to them."""
-        self.model.load_state_dict(state, strict=self.model.strict_loading)
+    def complete(self, state: State) -> State:
+        """The weights with what belongs to them: vectors of spectral norms, statistics of BatchNorm."""
+        if self.model is None:
+            return state
+        new = dict(state)
+        if norms := spectral_norms(self.model):
+            self.fill(state)
+            paths = {part: f"{path}." if path else "" for path, part in self.model.named_modules()}
+            for norm in norms:
+                for (owner, name), value in zip((norm.u, norm.v), norm.vectors() or (), strict=False):
+                    new[paths[owner] + name] = value.to("cpu", state[paths[owner] + name].dtype)
+        return new if self.data is None else self._with_statistics(new)
+
+    def _with_statistics(self, state: State) -> State:
+        self.fill(state)
         layers = batchnorms_of(self.model)
         if not layers:
             return state
@@ -156,9 +198,8 @@ class _Workshop:
                 return
 
 
-def _soup(paths: Sequence[Path], workshop: _Workshop | None) -> State:
-    state = mean_of(read_checkpoint(path)["state_dict"] for path in paths)
-    return workshop.with_statistics(state) if workshop else state
+def _soup(paths: Sequence[Path], workshop: _Workshop) -> State:
+    return workshop.complete(mean_of((read_checkpoint(path)["state_dict"] for path in paths), workshop.copied))
 
 
 def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> tuple[list[Path], State]:
@@ -225,3 +266,31 @@ def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, 
 
 def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _not_averaged(module: nn.Module) -> list[str]:
+    """Names of the floating-point buffers that are no running statistics of a norm layer."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, owner in module.named_modules(remove_duplicate=False)
+        for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False)
+        if _is_averaged(buffer) and not is_statistic(owner, name)
+    ]
+
+
+def _module(path: Path, content: dict[str, Any], needed: bool) -> LightningModule | None:
+    """What a checkpoint is of, to tell its buffers. Nothing is imported for that, unless it is needed for more."""
+    imported = class_path_in(content.get("hyper_parameters", {})).rpartition(".")[0] in sys.modules
+    try:
+        return module_of(path) if needed or imported else None
+    except Exception as error:  # whatever a class raises that is not built as it was
+        if needed:
+            raise
+        log.info("%s can not be rebuilt (%s): give --module to tell its buffers from its parameters", path, error)
+        return None
+
+
+def _guessed(state: State, first: State) -> list[str]:
+    """Names of tensors that changed, and that no name tells as parameters or statistics."""
+    known = re.compile(r"(weight|bias|running_(mean|var)|original\d?|_orig|_[uvg])$")
+    return [name for name, value in state.items() if not known.search(name) and not torch.equal(value, first[name])]

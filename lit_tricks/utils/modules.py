@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ __all__ = [
     "has_matrix",
     "is_flattened",
     "is_norm",
+    "is_statistic",
     "kinds",
     "own_parameter",
+    "some_of",
 ]
 
 Kind = Literal["bias", "norm", "embedding"]
@@ -84,6 +87,24 @@ def is_flattened(module: nn.Module) -> bool:
     parameters = list(module.parameters())
     is_flat = fsdp is not None and any(isinstance(parameter, fsdp.FlatParameter) for parameter in parameters)
     return is_flat or any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+_STATISTIC = re.compile(r"(running|moving)_(mean|var|std)")  # at the start of a name
+
+
+def is_statistic(owner: nn.Module, name: str) -> bool:
+    """Return whether a buffer is a running mean, variance or standard deviation of a norm layer.
+
+    A norm layer is one of torch's, or one of a class that is called so, or any module with both a running mean and a
+    running variance.
+    """
+    has_both = {"running_mean", "running_var"} <= {buffer for buffer, _ in owner.named_buffers(recurse=False)}
+    return bool(_STATISTIC.match(name)) and (has_both or is_norm(owner))
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first names, for a message."""
+    return ", ".join(names if len(names) < 5 else [*names[:3], "..."])
 
 
 def check_shapes(module: nn.Module, trick: str) -> None:

@@ -316,7 +316,7 @@ def test_average_on_the_cpu_resumes_bitwise(tmp_path):
 def test_weights_on_their_way_to_the_cpu_are_averaged_in_time():
     """They are not those that the next step makes of them."""
     module = nn.Linear(2, 2)
-    weights = AveragedWeights(module, buffers=True, on_cpu=True)
+    weights = AveragedWeights(module, buffers="average", on_cpu=True)
     first = module.weight.detach().clone()
     weights.update(1.0)
     with torch.no_grad():
@@ -332,7 +332,7 @@ def test_average_of_weights_on_a_gpu_is_pinned_and_the_same():
     for on_cpu in (True, False):
         torch.manual_seed(0)
         module = nn.Linear(100, 100).cuda()
-        weights = AveragedWeights(module, buffers=True, on_cpu=on_cpu)
+        weights = AveragedWeights(module, buffers="average", on_cpu=on_cpu)
         for _ in range(5):
             weights.update(0.25)
             with torch.no_grad():
@@ -767,10 +767,11 @@ class Kinds(module_class("lightning")):  # type: ignore[misc]
         return module, history.weights
 
 
-@pytest.mark.parametrize("buffers", ["average", "copy"])
+@pytest.mark.parametrize("buffers", ["statistics", "average", "copy"])
 def test_buffers_of_all_kinds(buffers):
     module, history = Kinds.fit(EMA(0.8, buffers=buffers))
-    names = [name for name, _ in module.named_buffers()] if buffers == "copy" else ["mask"]
+    names = [name for name, _ in module.named_buffers() if buffers == "copy" or "running" not in name]
+    names = ["mask"] if buffers == "average" else names
     expected = reference(history, 0.8, warmup=True)
     weights = all_weights(module)
     for name in names:
@@ -786,9 +787,9 @@ def test_buffers_of_all_kinds(buffers):
 
 def test_buffers_of_all_kinds_resume_bitwise(tmp_path):
     saver = Saver(tmp_path, steps=(3, 8))
-    full, _ = Kinds.fit(EMA(0.8), saver)
+    full, _ = Kinds.fit(EMA(0.8, buffers="average"), saver)
     for path in saver.paths:
-        resumed, _ = Kinds.fit(EMA(0.8), ckpt_path=path)
+        resumed, _ = Kinds.fit(EMA(0.8, buffers="average"), ckpt_path=path)
         assert not differences(all_weights(resumed), all_weights(full)), path.name
 
 
@@ -1051,7 +1052,8 @@ def test_says_what_it_does():
         run(EMA(half_life=0.5, every_n_steps=2, start_step=1, name="slow"), max_epochs=1)
     [record] = records
     assert record.getMessage() == (
-        "EMA: slow: decay 0.5 (half_life=0.5 epochs) with warm-up, every 2 steps after step 1; validated and saved"
+        "EMA: slow: decay 0.5 (half_life=0.5 epochs) with warm-up, every 2 steps after step 1; validated and saved; "
+        "buffers: 2 averaged"
     )
 
 

@@ -867,7 +867,7 @@ def test_says_what_it_does():
     [record] = records
     assert record.getMessage() == (
         "SWA: late: learning rate 0.2 from step 4 of 8 after a glide of 4 steps, averaged every 3 steps; "
-        "validated and saved"
+        "validated and saved; buffers: 2 averaged"
     )
 
 

@@ -5,6 +5,7 @@ Run by ``_two.py`` for ``test_weights.py``. It leaves ``FOLDER/<rank>.pt``: per 
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,52 @@ def emas() -> list[EMA]:
     return [EMA(0.8, validate="both"), EMA(0.5, validate=False, name="aside", device="cpu")]
 
 
+class Spectral(sharded_class("lightning")):  # type: ignore[misc]
+    """Layers with a spectral norm of both kinds, and a buffer that each process changes in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net[0][0] = torch.nn.utils.spectral_norm(self.net[0][0])
+        self.net[1] = torch.nn.utils.parametrizations.spectral_norm(self.net[1])
+        self.register_buffer("state", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.state += 1 + RANK
+        return super().training_step(batch, batch_idx)
+
+    def norms(self) -> list[float]:
+        self.eval()
+        self.net(torch.zeros(2, 1, 8, 8))
+        weights = [self.net[0][0].weight, self.net[1].weight]
+        whole = [getattr(weight.detach(), "full_tensor", lambda w=weight: w.detach())() for weight in weights]
+        return [float(torch.linalg.matrix_norm(weight.flatten(1), 2)) for weight in whole]
+
+
+def fit_spectral(case: str, folder: Path) -> dict[str, Any]:
+    strategies = lightning().strategies
+    plan = (
+        strategies.DDPStrategy()
+        if case == "DDP"
+        else strategies.ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    )
+
+    def fitted(*callbacks: Any, ckpt_path: Any = None) -> Any:
+        module = Spectral()
+        how = {"strategy": copy.deepcopy(plan), "devices": 2, "use_distributed_sampler": False}
+        trainer = make_trainer(EMA(0.8), *callbacks, num_sanity_val_steps=0, enable_model_summary=False, **how)
+        torch.manual_seed(0)
+        trainer.fit(module, train_loader(rank=RANK, world_size=2), eval_loader(), ckpt_path=ckpt_path)
+        return module
+
+    saver = Saver(folder / f"spectral {case}", steps=(8,))
+    full = fitted(saver)
+    found = {"full": weights_of(full), "resumed": [weights_of(fitted(ckpt_path=path)) for path in saver.paths[:1]]}
+    return found | {"norms": full.norms()}
+
+
 def main(folder: Path) -> None:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {f"spectral {case}": fit_spectral(case, folder) for case in ("DDP", "FSDP2")}
     for case in CASES:
         saver = Saver(folder / case, steps=(3, 8))
         full = fit(case, *emas(), saver)

@@ -16,6 +16,7 @@ from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.callbacks.averaging.raw_validation import validate_aside
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.utils.arguments import choice
+from lit_tricks.utils.modes import modes_kept
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -31,7 +32,7 @@ class Averaging(KeptAverage):
     the weights that are trained, in the state of the callback. After an error the module has its own weights.
 
     Args:
-        buffers: "average", or "copy": the average goes with the buffers of the weights that are trained.
+        buffers: the floating-point buffers that are averaged: "statistics", "average" for all, "copy" for none.
         validate: whether all this happens, or the average is only kept, in the state of the callback. "both": the
             weights that are trained are validated too, before, and their metrics logged with the prefix ``raw/``.
         name: of the average, where there are several.
@@ -73,7 +74,7 @@ class Averaging(KeptAverage):
         refuse_hidden_weights(self, trainer, pl_module)
         refuse_hidden_steps(self, trainer)
         if self._weights is None or not self._weights.belongs_to(pl_module):
-            self._weights = AveragedWeights(pl_module, self.buffers == "average", self._on_cpu)
+            self._weights = AveragedWeights(pl_module, self.buffers, self._on_cpu)
             self._steps = self._updates = 0
         self._weights.follow()
         self._saved_names = set(pl_module.state_dict())
@@ -89,14 +90,11 @@ class Averaging(KeptAverage):
         if self.validate:
             # It precedes on_validation_start of all callbacks, in any order of the list.
             self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
-            # The module's hook follows those of all callbacks, such as ModelCheckpoint.
-            self.wrap(pl_module, "on_validation_end", self._around_validation_end)
             # Checkpoints of the weights alone skip the hooks of callbacks.
             self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
             # It precedes on_train_end of all callbacks, in any order of the list.
             self.wrap(trainer.fit_loop, "on_run_end", self._around_run_end)
-        if self.validate == "both":
-            # No hook can run another validation before the validation.
+            # After it the modes are those of training. No hook comes that late, nor before the first validation hook.
             self.wrap(trainer.fit_loop.epoch_loop.val_loop, "run", partial(self._around_validation, trainer))
 
     def on_train_batch_end(
@@ -145,14 +143,19 @@ class Averaging(KeptAverage):
     def _around_validation(self, trainer: Trainer, run: Callable[[], Any]) -> Any:
         self._catch_up()
         is_resumed = trainer.fit_loop.epoch_loop.val_loop.restarting  # in the middle: the first part was seen before
-        if self._updates and not trainer.sanity_checking and not is_resumed:
+        is_due = self.validate == "both" and self._updates and not trainer.sanity_checking and not is_resumed
+        if is_due:
             self._sync()
             self._showing_raw = True
             try:
-                self._raw_metrics = validate_aside(trainer, trainer.lightning_module, run)
+                with modes_kept(trainer.lightning_module):
+                    self._raw_metrics = validate_aside(trainer, trainer.lightning_module, run)
             finally:
                 self._showing_raw = False
-        return run()
+        result = run()
+        if self._weights:
+            self._weights.swap(False)  # now that the modes are those of training again: adapters have unmerged
+        return result
 
     def _around_validation_start(self, on_validation_model_eval: Callable[..., Any]) -> Any:
         self._catch_up()
@@ -160,12 +163,6 @@ class Averaging(KeptAverage):
             self._sync()
             self._weights.swap(True)
         return on_validation_model_eval()
-
-    def _around_validation_end(self, on_validation_end: Callable[..., Any]) -> Any:
-        result = on_validation_end()  # the module's hook; those of the callbacks came before
-        if self._weights:
-            self._weights.swap(False)
-        return result
 
     def _around_saving(self, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
         if self._trainer:
@@ -208,7 +205,8 @@ class Averaging(KeptAverage):
 
     def _what_for(self) -> str:
         uses = {True: "validated and saved", "both": "validated beside the trained weights, and saved"}
-        return uses.get(self.validate, "kept aside")
+        buffers = self._weights.describe_buffers() if self._weights else ""
+        return uses.get(self.validate, "kept aside") + (f"; {buffers}" if buffers else "")
 
     def _why_nothing(self) -> str:
         return ""

@@ -28,7 +28,7 @@ class KeptAverage(Trick):
     count otherwise, in ``_steps_done``.
 
     Args:
-        buffers: "average", or "copy": the average goes with the buffers of the weights that are trained.
+        buffers: the floating-point buffers that are averaged: "statistics", "average" for all, "copy" for none.
         validate: whether checkpoints have the average as ``state_dict``, or only in the state of the callback.
         name: of the average, where there are several.
     """
@@ -41,7 +41,7 @@ class KeptAverage(Trick):
     _updates: int
 
     def __init__(self, buffers: str, validate: bool | str, name: str | None) -> None:
-        self.buffers = choice(self, "buffers", buffers, ("average", "copy"))
+        self.buffers = choice(self, "buffers", buffers, ("statistics", "average", "copy"))
         self.validate = validate
         self.name = text(self, "name", name, "Leave it out for the only average of a run.", or_none="no name")
         self._forget()

@@ -15,39 +15,63 @@ from torch import Tensor, nn
 from lit_tricks._compat import foreach_copy_, foreach_lerp_
 from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
 from lit_tricks.utils.dtensor import full_tensor, is_sharded, part_for, shard_like, to_local
+from lit_tricks.utils.modes import Modes
+from lit_tricks.utils.modules import is_statistic, some_of
+from lit_tricks.utils.spectral_norm import spectral_norms
 
 __all__ = ["AveragedWeights"]
 
 
 class AveragedWeights:
-    """A running average of the parameters and the floating-point buffers of a module, in fp32 (fp64 for fp64).
+    """A running average of the weights of a module, in fp32 (fp64 for fp64).
 
-    Shared parameters count once. Integers and booleans, and buffers that hold an infinity (masks), are not averaged:
-    the average goes with the module's own. Sharded parameters (DTensor) are averaged shard by shard.
+    Averaged are parameters, shared ones once, and running statistics of norm layers. All other buffers are copied: the
+    average is shown with the module's own ones. The vectors of spectral norms are computed for the averaged weights.
+    Sharded parameters (DTensor) are averaged shard by shard.
 
     Args:
         module: the module, on its final device, in its final precision, sharded if it will be.
-        buffers: whether buffers are averaged; otherwise the average goes with the module's own.
+        buffers: which floating-point buffers are averaged: "statistics" of norm layers, all ("average"), or none
+            ("copy").
         on_cpu: keep the average there, wherever the module is. An update then copies the weights to the CPU without
             waiting for them, and they are averaged when they are there, at the latest before the next one.
+
+    Attributes:
+        names: of what has an average.
+        swapped: whether the module shows the average.
     """
 
-    def __init__(self, module: nn.Module, buffers: bool, on_cpu: bool = False) -> None:
+    def __init__(self, module: nn.Module, buffers: str = "statistics", on_cpu: bool = False) -> None:
         self._module = module
         self._on_cpu = on_cpu
         self._reshard()
         self._params = {name: param for name, param in module.named_parameters() if _is_averaged(param)}
-        self._buffers = {  # by owner: modules put new tensors in the place of their buffers
+        floating = {  # by owner: modules put new tensors in the place of their buffers
             f"{path}.{name}" if path else name: (owner, name)
             for path, owner in module.named_modules()
             for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False)
-            if buffers and _is_averaged(buffer) and bool(buffer.isfinite().all())
+            if _is_averaged(buffer)
         }
+        self._norms = spectral_norms(module)
+        vectors = {vector for norm in self._norms for vector in (norm.u, norm.v)}
+        is_statistics = {name: is_statistic(*buffer) for name, buffer in floating.items() if buffer not in vectors}
+        averaged = [
+            name for name, is_one in is_statistics.items() if buffers == "average" or (is_one and buffers != "copy")
+        ]
+        self._buffers = {name: floating[name] for name in averaged}
+        self._buffers |= {name: buffer for name, buffer in floating.items() if buffer in vectors}
         self.names = [*self._params, *self._buffers]
-        self.swapped = False  # the module shows the average
+        self._others = [self.names.index(name) for name in averaged if not is_statistics[name]]
+        self._first_vector = len(self._params) + len(averaged)
+        self._copied = [name for name in is_statistics if name not in self._buffers]
+        self._modes = Modes(module)
+        mergeable = set(self._modes.params)
+        self._mergeable = {i for i, param in enumerate(self._params.values()) if param in mergeable}
+        self.swapped = False
+        self._stale = True  # the vectors are not those of the average
         self._sharded = any(map(is_sharded, self._params.values()))
         self._raw: list[Tensor] = []  # the module's own, while it shows the average
-        self._left: list[Tensor] = []
+        self._left: tuple[list[int], list[int]] | None = None
         self._average = [_precise(to_local(tensor), on_cpu) for tensor in self._live()]
         self._arriving: list[Tensor] = []  # the weights of the last update, on their way to the CPU
         self._arrival: torch.cuda.Event | None = None
@@ -55,6 +79,14 @@ class AveragedWeights:
         if on_cpu:
             self._arriving = [_on_cpu(to_local(tensor.detach())) for tensor in self._live()]
         self._group()
+
+    def describe_buffers(self) -> str:
+        """Return which floating-point buffers are averaged, copied and computed, in words."""
+        averaged, computed = self._first_vector - len(self._params), 2 * len(self._norms)
+        parts = [f"{averaged} averaged"] if averaged else []
+        parts += [f"{len(self._copied)} copied ({some_of(self._copied)})"] if self._copied else []
+        parts += [f"{computed} computed (spectral norm)"] if computed else []
+        return f"buffers: {', '.join(parts)}" if parts else ""
 
     def belongs_to(self, module: nn.Module) -> bool:
         """Whether this is the average of the module as it is now."""
@@ -69,6 +101,8 @@ class AveragedWeights:
     def update(self, share: float) -> None:
         """Move the average: ``average += share * (weights - average)``. A share of 1 copies."""
         live = self._live() if not self._sharded else [to_local(tensor) for tensor in self._live()]
+        self._modes.note()
+        self._stale = True
         if not self._on_cpu:
             self._average_in(live, share)
             return
@@ -99,6 +133,9 @@ class AveragedWeights:
         for i in self._imprecise:
             average = self._average[i]
             average.lerp_(live[i].to(average.dtype), share)
+        for i in self._others:  # a mask may hold an infinity, which has no mean with itself
+            average, own = self._average[i], live[i].to(self._average[i].dtype)
+            average.copy_(torch.where(own.isfinite() & average.isfinite(), average.lerp(own, share), own))
 
     def sync(self, own: bool = False) -> None:
         """Give every process the averaged buffers of the first one, as DDP does with a module's own.
@@ -122,34 +159,67 @@ class AveragedWeights:
                 buffer.copy_(part.view_as(buffer))
 
     def swap(self, to_average: bool) -> None:
-        """Let the module show the average, or its own weights again, by exchanging pointers. Shards are copied."""
+        """Let the module show the average, or its own weights again, by exchanging pointers. Shards are copied.
+
+        It happens in the modes that the module is trained in. Adapters that merge are brought there first, and stay.
+        """
         if to_average == self.swapped:
             return
         self.finish()
         with torch.inference_mode(False), torch.no_grad():
+            self._modes.restore()
             live, raw = self._live(), self._raw
             self._raw = []
             for i, tensor in enumerate(live):
-                new = self._average[i] if to_average else raw[i]
                 if self._sharded and is_sharded(tensor):
                     local = to_local(tensor)
                     self._raw += [local.clone()] if to_average else []
-                    local.copy_(new)
+                    local.copy_(self._average[i] if to_average else raw[i])
+                elif to_average:
+                    self._raw.append(tensor.data)
+                    self._show_average(i, tensor)
                 else:
-                    self._raw += [tensor.data] if to_average else []
-                    tensor.data = round_to(new, tensor.dtype).to(tensor.device)  # itself, if nothing has to change
-        self.swapped = to_average
-        self._reshard()
+                    tensor.data = raw[i].to(tensor.device)
+            self.swapped = to_average
+            self._reshard()
+            if to_average and self._stale:
+                self._iterate(live)
 
     @contextlib.contextmanager
     def showing(self, average: bool) -> Iterator[None]:
-        """Let the module show the average, or its own weights, for a while."""
-        before = self.swapped
+        """Let the module show the average, or its own weights, for a while: as they are trained, nothing merged."""
+        before, modes = self.swapped, None
+        if not self._modes.are_current():
+            modes = Modes(self._module)
+            self._modes.restore()
+            self._show_unmerged()  # merged and unmerged, they have been rounded
         self.swap(average)
         try:
             yield
         finally:
             self.swap(before)
+            if modes:
+                self._show_unmerged()  # for a state_dict refers to what was shown, and this is to be merged
+                modes.restore()
+
+    def _show_unmerged(self) -> None:
+        for i, param in enumerate(self._params.values()):
+            if self.swapped and i in self._mergeable and not is_sharded(param):
+                self._show_average(i, param)
+
+    def _show_average(self, i: int, tensor: Tensor) -> None:
+        shown = round_to(self._average[i], tensor.dtype).to(tensor.device)  # itself, if nothing has to change
+        tensor.data = shown.clone() if i in self._mergeable else shown
+
+    def _iterate(self, live: list[Any]) -> None:
+        """Compute the vectors of spectral norms for the weights that are shown."""
+        self._stale = False
+        places = {vector: i for i, vector in enumerate(self._buffers.values(), start=len(self._params))}
+        for norm in self._norms:
+            for vector, value in zip((norm.u, norm.v), norm.vectors() or (), strict=False):
+                i = places[vector]
+                self._average[i].copy_(value)
+                live[i].copy_(round_to(self._average[i], live[i].dtype))
 
     @torch.no_grad()
     def state(self, shown: bool, saved: Collection[str], whole: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -161,6 +231,9 @@ class AveragedWeights:
             whole: gather shards, into the first process. It is left out by the other ones.
         """
         self.finish()
+        if self._norms and self._stale:
+            with self.showing(True):
+                pass  # which computes their vectors
         raw: dict[str, Tensor] = {}
         average: dict[str, Tensor] = {}
         with self.showing(False):
@@ -193,14 +266,17 @@ class AveragedWeights:
             for tensor, value in zip(self._live(), given, strict=True):
                 to_local(tensor).copy_(value)
         self._share = self._arrival = None
+        self._stale = True
         live: dict[str, Tensor] = dict(zip(self.names, self._live(), strict=True))
         averages = dict(zip(self.names, self._average, strict=True))
+        others = {name: buffer for name, buffer in self._module.named_buffers() if name not in live}
         for name in [*state["average"], *state["raw"]]:
-            if name not in live:
+            if name not in live and name not in others:
                 raise RuntimeError(f"The checkpoint has an average of {name!r}, and the module has no such weights.")
         for name, tensor in live.items():
             value = part_for(tensor, state["average"].get(name, tensor))
             averages[name].copy_(join(tensor, value.to(tensor.device)) if value.dtype == torch.int16 else value)
+        live |= others  # a run with another choice of buffers has averaged them
         for name, value in state["raw"].items():
             to_local(live[name]).copy_(part_for(live[name], value))
         self._reshard()
@@ -216,13 +292,54 @@ class AveragedWeights:
         }
 
     def leave(self) -> None:
-        """Remember some values of what the module shows now."""
-        self._left = [_some_values(to_local(param.detach())) for param in self._params.values()]
+        """Remember what the module shows now."""
+        self._left = self._fingerprints(), self._places()
 
     def is_as_left(self) -> bool:
-        """Whether the module still shows them, or was given other weights."""
-        now = [_some_values(to_local(param.detach())) for param in self._params.values()]
-        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(now, self._left, strict=True))
+        """Return whether the module still shows that, and was not given other weights.
+
+        Adapters may have merged and unmerged since. Running statistics may have changed in their place: PreciseBN does
+        that.
+        """
+        if self._left is None or not self.belongs_to(self._module):
+            return False
+        left, places = self._left
+        now = self._fingerprints()
+        changed = {i for i, (a, b) in enumerate(zip(left, now, strict=True)) if a != b}
+        for i, place in enumerate(self._places(), start=len(self._params)):
+            buffer = self._live()[i]
+            is_moved = self.swapped and place != places[i - len(self._params)]
+            if is_moved and _fingerprint(round_to(self._average[i], buffer.dtype)) != _fingerprint(buffer):
+                return False
+        return not changed or (self.swapped and changed <= self._mergeable and self._are_only_rounded())
+
+    def _are_only_rounded(self) -> bool:
+        """Return whether adapters may have changed their weights, by merging and unmerging; undo that if so."""
+        params = [param for i, param in enumerate(self._params.values()) if i in self._mergeable]
+        if any(map(is_sharded, params)):
+            return False
+        modes, given = Modes(self._module), [(param.data, param.detach().clone()) for param in params]
+        with torch.no_grad():
+            self._modes.restore()
+            now = [param.detach().clone() for param in params]
+            self._show_unmerged()
+            own = [param.detach().clone() for param in params]
+            for part in self._modes.parts:
+                part.eval()
+            rounded = all(map(_is_rounded, now, own, params))
+            self._modes.restore()
+            self._show_unmerged()
+            modes.restore()
+            if not rounded:
+                for param, (memory, value) in zip(params, given, strict=True):
+                    param.data = memory.copy_(value)  # a state_dict may refer to it by now
+        return rounded
+
+    def _fingerprints(self) -> list[int]:
+        return [_fingerprint(param) for param in self._params.values()]
+
+    def _places(self) -> list[int]:
+        return [buffer.data_ptr() for buffer in self._live()[len(self._params) :]]
 
     def follow(self) -> None:
         """Move to the devices that the module has moved to."""
@@ -232,6 +349,7 @@ class AveragedWeights:
         for i, (average, tensor) in enumerate(zip(self._average, live, strict=True)):
             if average.device != tensor.device and not self._on_cpu:
                 shown = self.swapped and average.dtype == tensor.dtype and not is_sharded(tensor)
+                shown = shown and i not in self._mergeable
                 self._average[i] = tensor.data if shown else average.to(tensor.device)
         self._group()
 
@@ -243,6 +361,8 @@ class AveragedWeights:
         groups: dict[Any, list[int]] = {}
         self._imprecise = []
         for i, (tensor, average) in enumerate(zip(self._live(), self._average, strict=True)):
+            if i >= self._first_vector or i in self._others:
+                continue
             if tensor.dtype == average.dtype:
                 groups.setdefault((average.device, average.dtype), []).append(i)
             else:
@@ -277,7 +397,26 @@ def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
-def _some_values(tensor: Tensor, number: int = 16) -> Tensor:
-    number = min(number, tensor.numel())
-    stride = tensor.numel() // number if number else 1
-    return tensor.as_strided((number,), (stride,)).cpu().clone()
+def _is_rounded(now: Tensor, own: Tensor, merged: Tensor) -> bool:
+    """Return whether weights are what some cycles of merging and unmerging may have made of them."""
+    if torch.equal(own, merged):
+        return torch.equal(now, own)
+    bound = 8 * torch.finfo(own.dtype).eps * (own.abs() + merged.abs())
+    return bool(((now - own).abs() <= bound).all())
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """Return a sum over the bits of all values that differs if one value differs."""
+    local = to_local(tensor.detach())
+    local = torch.view_as_real(local) if local.is_complex() else local
+    words = local.reshape(-1).view(_WORDS[local.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for i, chunk in enumerate(torch.split(words, _CHUNK)):
+        first = 2 * i * _CHUNK + 1
+        odd = torch.arange(first, first + 2 * len(chunk), 2, device=words.device)  # invertible modulo 2 ** 64
+        total += (chunk.long() * odd).sum()
+    return int(total)
+
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 2**22

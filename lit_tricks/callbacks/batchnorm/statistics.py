@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks._compat import BatchNorm
+from lit_tricks.utils.modes import in_evaluation
 
 __all__ = ["estimate", "pooled", "shift"]
 
@@ -80,6 +81,7 @@ def estimate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
+        stack.enter_context(in_evaluation(module))
         stack.enter_context(_at_work(module, found))
         stack.enter_context(population.listening())
         for batch in batches:

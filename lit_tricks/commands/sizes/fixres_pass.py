@@ -164,7 +164,7 @@ def _solve(head: nn.Linear, file: FeatureFile, weight_decay: float | None, devic
 def _write(subject: Subject, path: Path, test_size: int, crop_ratio: float | None) -> None:
     """Write a checkpoint of the network, with the new size among the settings of its data."""
     trainer, data = subject.trainer, subject.data
-    subject.module.cpu()
+    subject.module.cpu().train()  # adapters that merge for evaluation are saved unmerged
     if subject.checkpoint:
         content = {key: value for key, value in read_checkpoint(subject.checkpoint).items() if key not in RUN}
         content |= {"state_dict": subject.module.state_dict()}

@@ -54,7 +54,7 @@ def averages_of(weights: AveragedWeights) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_is_the_recurrence_and_agrees_with_torch_and_timm(name):
     model = network(name)
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     exact = {key: value.double() for key, value in averages_of(weights).items()}
     theirs = {
         "timm": timm.utils.ModelEmaV3(model, decay=DECAY),
@@ -68,8 +68,9 @@ def test_is_the_recurrence_and_agrees_with_torch_and_timm(name):
         now = dict(model.named_parameters()) | dict(model.named_buffers())
         exact = {key: DECAY * value + (1 - DECAY) * now[key].detach().double() for key, value in exact.items()}
     averages = averages_of(weights)
-    floating = [key for key, value in now.items() if value.is_floating_point()]
-    assert sorted(averages) == sorted(floating)
+    params = [key for key, _ in model.named_parameters()]
+    assert sorted(averages) == sorted([*params, *(key for key in now if "running_" in key)])
+    exact = {key: exact[key] for key in averages}
     torch.testing.assert_close({k: v.double() for k, v in averages.items()}, exact, rtol=1e-6, atol=1e-6)
     for other in theirs.values():
         others = dict([*other.module.named_parameters(), *other.module.named_buffers()])
@@ -83,7 +84,7 @@ def test_a_model_that_stands_still_keeps_its_outputs():  # other averages change
     indices = [name for name, value in model.named_buffers() if not value.is_floating_point()]
     assert indices
     before, output = dict(model.named_buffers()), model(image)
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     for _ in range(20):
         weights.update(1e-4)
     with weights.showing(True):
@@ -93,7 +94,7 @@ def test_a_model_that_stands_still_keeps_its_outputs():  # other averages change
 
 def test_swap_shows_the_average_and_brings_the_weights_back_bit_by_bit():
     model = network("ResNet")
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     image = list(train(model))[-1]
     weights.update(0.3)
     raw, average = deepcopy(model.state_dict()), deepcopy(averages_of(weights))
@@ -111,7 +112,7 @@ def test_swap_shows_the_average_and_brings_the_weights_back_bit_by_bit():
 
 def test_an_update_allocates_nothing():
     model = network("ResNet")
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     weights.update(0.1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         weights.update(0.1)
@@ -122,7 +123,7 @@ def test_an_update_allocates_nothing():
 
 def test_channels_last_stays_channels_last():
     model = network("ResNet").to(memory_format=torch.channels_last)
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     strides = {key: value.stride() for key, value in model.named_parameters()}
     with weights.showing(True):
         assert {key: value.stride() for key, value in model.named_parameters()} == strides
@@ -131,7 +132,7 @@ def test_channels_last_stays_channels_last():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_is_precise_whatever_the_type_of_the_weights(dtype):
     model = nn.Linear(50, 50).to(dtype)
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert {value.dtype for value in averages_of(weights).values()} == {wanted}
     exact = model.weight.detach().double().clone()
@@ -148,7 +149,7 @@ def test_is_precise_whatever_the_type_of_the_weights(dtype):
 def test_tied_weights_count_once_and_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     assert weights.names == ["0.weight", "0.bias", "1.bias"]
     with weights.showing(True):
         assert model[1].weight is model[0].weight
@@ -156,7 +157,7 @@ def test_tied_weights_count_once_and_stay_tied():
 
 def test_state_and_restore_are_inverse():
     model = network("ResNet")
-    weights = AveragedWeights(model, buffers=True)
+    weights = AveragedWeights(model)
     list(train(model))
     weights.update(0.3)
     for shown in (True, False):
@@ -164,7 +165,7 @@ def test_state_and_restore_are_inverse():
         with weights.showing(shown):
             beside = deepcopy(model.state_dict())
         other = network("ResNet")
-        copy = AveragedWeights(other, buffers=True)
+        copy = AveragedWeights(other)
         other.load_state_dict(beside)
         copy.restore(state)
         assert not differences(dict(other.state_dict()), dict(model.state_dict()))
@@ -245,3 +246,17 @@ def test_two_processes_write_the_average_and_the_weights(case, weights_ranks):
             checkpoint["callbacks"]["EMA"]["raw"], {k: done[-1][k] for k in checkpoint["callbacks"]["EMA"]["raw"]}
         )
         assert_close(checkpoint["callbacks"]["EMA(aside)"]["average"], average(done, 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["DDP", "FSDP2"])
+def test_two_processes_have_one_spectral_norm_and_resume_bitwise(case, weights_ranks):
+    first = weights_ranks[0][f"spectral {case}"]
+    for number, rank in enumerate(weights_ranks):
+        found = rank[f"spectral {case}"]
+        assert found["norms"] == pytest.approx([1, 1], abs=1e-3)
+        names = [name for name in found["full"] if is_trained(name) or name.endswith(("original", "_orig", "_u", "_v"))]
+        for resumed in found["resumed"]:
+            assert not differences(*({name: x[name] for name in names} for x in (resumed, found["full"])))
+        assert not differences(*({name: x["full"][name] for name in names} for x in (first, found)))
+        assert float(found["full"]["state"]) == 12 * (1 if case == "DDP" else 1 + number)  # DDP spreads the first one's
