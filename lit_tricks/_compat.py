@@ -33,6 +33,7 @@ __all__ = [
     "COMPILED_CALL",
     "INSTANTIATOR_KEY",
     "MODULE_REGISTRIES",
+    "SPECTRAL_VECTORS",
     "BatchNorm",
     "Convolution",
     "Dropout",
@@ -341,6 +342,13 @@ def spectral_norm_class() -> type[nn.Module]:
     https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/parametrizations.py#L403
     """
     return torch.nn.utils.parametrizations._SpectralNorm
+
+
+SPECTRAL_VECTORS = ("_u", "_v")
+"""Buffers of a ``spectral_norm_class``: the left and the right vector. One of a vector has none.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/parametrizations.py#L434
+"""
 
 
 def spectral_matrix(parametrization: nn.Module, weight: Tensor) -> Tensor:

@@ -83,11 +83,15 @@ class Trick(_Callback):
         is_paused: whether training batches are left unchanged, while PreciseBN passes over the training data.
         transient: attributes that copies and pickles of the trick lack, such as the Trainer of a fit. Each needs a
             default in the class.
+        conflict_with_frozen: why the trick does not fit a network that is frozen and sees one size. Empty if it does.
+        fine_tunes: whether the trick starts from trained weights, which tricks for a run from scratch then leave alone.
     """
 
     effect = ""
     is_paused = False
     transient: ClassVar[tuple[str, ...]] = ()
+    conflict_with_frozen = ""
+    fine_tunes = False
 
     _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
 

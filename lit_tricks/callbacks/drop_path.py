@@ -111,6 +111,8 @@ class DropPath(Trick):
         ``- {class_path: DropPath, init_args: {rate: 0.05}}``
     """
 
+    conflict_with_frozen = "drops branches of layers that FixRes holds in evaluation mode"
+
     _found: dict[str, nn.Module]
     _rates: list[float]
     _kept: dict[int, Tensor]  # which items take which branches, by the size of a batch; only while it is trained on

@@ -67,7 +67,7 @@ class FixRes(Trick):
         ``- {class_path: FixRes, init_args: {test_size: 288}}``
     """
 
-    fine_tunes = True  # tricks for a run from scratch leave it alone
+    fine_tunes = True
     transient = ("_run",)
     _run: _Run | None = None
 

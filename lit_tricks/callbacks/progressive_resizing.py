@@ -75,6 +75,8 @@ class ProgressiveResizing(Trick):
         ``- {class_path: ProgressiveResizing, init_args: {start_scale: 0.5, end: 0.8}}``
     """
 
+    conflict_with_frozen = "trains at other sizes than the one that FixRes trains for"
+
     def __init__(
         self,
         start_scale: float = 0.5,

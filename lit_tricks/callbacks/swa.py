@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import callbacks_of, lightning_classes
 from lit_tricks.callbacks.averaging.callback import Averaging
+from lit_tricks.callbacks.batchnorm.callback import Estimating
 from lit_tricks.callbacks.optim.lr_override import TemporaryLRs, configured_rates
 from lit_tricks.utils.arguments import choice, integer, invalid, number
 from lit_tricks.utils.modules import batchnorms_of
@@ -151,12 +152,12 @@ class SWA(Averaging):
         configured = configured_rates("SWA", trainer, pl_module)
         self._rates = TemporaryLRs(trainer.optimizers, configured, self.lr, partial(self._way, trainer))
         self._handles += self._rates.hook()
-        names = [(callback, cls.__name__) for callback in callbacks_of(trainer) for cls in type(callback).__mro__]
-        for monitor in [callback for callback, name in names if name == "LearningRateMonitor"]:
-            # Other callbacks' hooks read the scheduled learning rate, and the order of the list decides what they log.
-            self.wrap(monitor, "on_train_epoch_start", self._rates.around)
-            self.wrap(monitor, "on_train_batch_start", self._rates.around)
-        re_estimated = any(name == "PreciseBN" for _, name in names)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, lightning_classes("callbacks.LearningRateMonitor")):
+                # Callbacks' hooks read the scheduled learning rate, and the order of the list decides what they log.
+                self.wrap(callback, "on_train_epoch_start", self._rates.around)
+                self.wrap(callback, "on_train_batch_start", self._rates.around)
+        re_estimated = any(isinstance(callback, Estimating) for callback in callbacks_of(trainer))
         if self.validate and not re_estimated and any(layer.training for layer in batchnorms_of(pl_module).values()):
             rank_zero_only(warnings.warn)(
                 f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}; those of the "

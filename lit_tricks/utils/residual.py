@@ -63,7 +63,8 @@ def is_drop_path(name: str, module: nn.Module) -> bool:
     """Whether it is a drop-path layer, or stands where timm has one that does not drop."""
     if isinstance(module, nn.Identity):
         return bool(re.search(r"drop_?path\d?$", name))
-    return bool(re.search(r"DropPath$|^StochasticDepth$", type(module).__name__))
+    is_leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    return is_leaf and bool(re.search(r"DropPath$|^StochasticDepth$", type(module).__name__))
 
 
 class _Tracer(fx.Tracer):

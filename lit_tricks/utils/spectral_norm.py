@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
-from lit_tricks._compat import forward_pre_hooks_of, spectral_matrix, spectral_norm_class
+from lit_tricks._compat import SPECTRAL_VECTORS, forward_pre_hooks_of, spectral_matrix, spectral_norm_class
 from lit_tricks.utils.dtensor import full_tensor
 
 __all__ = ["SpectralNorm", "iterate_in", "singular_vectors", "spectral_norms"]
@@ -61,15 +61,15 @@ class SpectralNorm:
 
 def spectral_norms(module: nn.Module) -> list[SpectralNorm]:
     """Find the spectral norms of a module, of both of torch's functions."""
-    found = []
+    found, (u, v) = [], SPECTRAL_VECTORS
     for part in module.modules():
         for hook in forward_pre_hooks_of(part):
             if isinstance(hook, SpectralNormHook):
                 found.append(SpectralNorm((part, f"{hook.name}_u"), (part, f"{hook.name}_v"), _of_hook(part, hook)))
         if isinstance(part, ParametrizationList):
             for i, step in enumerate(part):
-                if isinstance(step, spectral_norm_class()) and hasattr(step, "_u"):  # a vector is normalized exactly
-                    found.append(SpectralNorm((step, "_u"), (step, "_v"), _of_steps(part, i)))
+                if isinstance(step, spectral_norm_class()) and hasattr(step, u):  # a vector is normalized exactly
+                    found.append(SpectralNorm((step, u), (step, v), _of_steps(part, i)))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import callbacks_of, lightning_classes
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -47,7 +47,8 @@ class TrainingLength:
         """Count the steps of an epoch and of the run, as far as they are known."""
         batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
         # where accumulation differs from epoch to epoch, no epoch stands for the others
-        uneven = any(type(c).__name__ == "GradientAccumulationScheduler" for c in callbacks_of(trainer))
+        schedulers = lightning_classes("callbacks.GradientAccumulationScheduler")
+        uneven = any(isinstance(callback, schedulers) for callback in callbacks_of(trainer))
         self._epoch = None
         if math.isfinite(batches) and not uneven:
             self._epoch = math.ceil(batches / trainer.accumulate_grad_batches)

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_tricks._compat import callbacks_of, calls_step_hooks
+from lit_tricks._compat import callbacks_of, calls_step_hooks, lightning_classes
+from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.utils.modules import is_flattened
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lit_tricks.callbacks.averaging.kept_average import KeptAverage
-
 __all__ = ["refuse_hidden_steps", "refuse_hidden_weights", "refuse_rivals"]
 
 
 def refuse_rivals(average: KeptAverage, trainer: Trainer) -> None:
-    """See that nothing else decides which weights are validated and saved.
+    """Check that nothing else decides which weights are validated and saved.
 
     Raises:
         RuntimeError: if something does.
     """
     if not average.validate:
         return
+    foreign = [lightning_classes(f"callbacks.{name}") for name in ("WeightAveraging", "StochasticWeightAveraging")]
     for callback in callbacks_of(trainer):
-        classes = {cls.__name__ for cls in type(callback).__mro__}
-        is_ours = "Averaging" in classes and callback.validate
-        if callback is average or not (is_ours or classes & {"WeightAveraging", "StochasticWeightAveraging"}):
+        is_ours = isinstance(callback, KeptAverage) and callback.validate
+        if callback is average or not (is_ours or any(isinstance(callback, classes) for classes in foreign)):
             continue
         name, other = average.state_key, callback.state_key if is_ours else type(callback).__name__
         remedy = f"give one of them validate=False, to keep its average aside, or remove {other}."

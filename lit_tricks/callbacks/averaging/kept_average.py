@@ -107,7 +107,9 @@ class KeptAverage(Trick):
         """Take up the average of the run that is resumed, or start anew if it had none."""
         if trainer.state.fn is None or trainer.state.fn.value != "fit":
             return
-        state = dict(checkpoint.get("callbacks", {}).get(self.state_key, {"steps": 0, "updates": 0}))
+        state = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}))
+        if not {"steps", "updates"} <= state.keys():  # of a run without it, or with a callback of that name
+            state = {"steps": 0, "updates": 0}
         if state.get("shards"):
             state["shards"] = str(trainer.ckpt_path)
         if self._wrappers:  # the weights were restored in the middle of the fit

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_tricks._compat import callbacks_of
+from lit_tricks._compat import callbacks_of, lightning_classes
 from lit_tricks.callbacks.base import Trick
 
 if TYPE_CHECKING:
@@ -15,23 +15,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Frozen", "refuse_rivals"]
 
-_RIVALS = {
-    "DropPath": "drops branches of layers that FixRes holds in evaluation mode",
-    "ProgressiveResizing": "trains at other sizes than the one that FixRes trains for",
-    "BaseFinetuning": "freezes and unfreezes layers, as FixRes does",
-}
-
 
 def refuse_rivals(trainer: Trainer, trick: Trick) -> None:
-    """See that no other callback freezes, drops, or changes sizes.
+    """Check that no other callback freezes, drops, or changes sizes.
 
     Raises:
         RuntimeError: if one does.
     """
+    finetuning = lightning_classes("callbacks.BaseFinetuning")
     for other in callbacks_of(trainer):
-        for cls in type(other).__mro__:
-            if other is not trick and cls.__name__ in _RIVALS:
-                raise RuntimeError(f"FixRes: {type(other).__name__} {_RIVALS[cls.__name__]}. Remove one of the two.")
+        conflict = other.conflict_with_frozen if isinstance(other, Trick) else ""
+        conflict = "freezes and unfreezes layers, as FixRes does" if isinstance(other, finetuning) else conflict
+        if other is not trick and conflict:
+            raise RuntimeError(f"FixRes: {type(other).__name__} {conflict}. Remove one of the two.")
 
 
 class Frozen:

@@ -83,7 +83,7 @@ class Initializer(Trick):
         # the Trainer still counts the steps of its last fit, where a checkpoint is to set them
         if pl_module.trainer.global_step if self._begun is None else self._begun:
             return configured
-        if tuner := next((c for c in callbacks_of(pl_module.trainer) if getattr(c, "fine_tunes", False)), None):
+        if tuner := next((c for c in callbacks_of(pl_module.trainer) if isinstance(c, Trick) and c.fine_tunes), None):
             self._effect = f"nothing to do, {type(tuner).__name__} starts from trained weights"  # under any recipe
             return configured
         sign = sign_of_training(pl_module, trained)
