@@ -33,6 +33,7 @@ __all__ = [
     "COMPILED_CALL",
     "INSTANTIATOR_KEY",
     "MODULE_REGISTRIES",
+    "SPECTRAL_HOOK",
     "SPECTRAL_VECTORS",
     "BatchNorm",
     "Convolution",
@@ -343,6 +344,12 @@ def spectral_norm_class() -> type[nn.Module]:
     """
     return torch.nn.utils.parametrizations._SpectralNorm
 
+
+SPECTRAL_HOOK = ("_orig", "_u", "_v")
+"""What the older ``spectral_norm`` of torch adds to the name of a weight: the parameter, and the two vectors.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/spectral_norm.py#L84
+"""
 
 SPECTRAL_VECTORS = ("_u", "_v")
 """Buffers of a ``spectral_norm_class``: the left and the right vector. One of a vector has none.

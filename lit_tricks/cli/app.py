@@ -28,8 +28,9 @@ from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
 from lit_tricks.cli.trick_actions import add_trick_flags
-from lit_tricks.commands.checkpoints import checkpoint_at, run_settings
+from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint, require_finite, run_settings
 from lit_tricks.run.evidence.callback import Evidence
+from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder
 from lit_tricks.run.memory import PeakMemory
 from lit_tricks.run.pictures import send_pictures
@@ -37,7 +38,7 @@ from lit_tricks.run.preview import PreviewLogger
 from lit_tricks.run.profiler import TimeSplit
 from lit_tricks.run.report.fit import report_fit
 from lit_tricks.run.resuming import BestSoFar
-from lit_tricks.run.saving import LastCheckpoint, SaveConfig
+from lit_tricks.run.saving import BestCheckpoint, LastCheckpoint, SaveConfig
 from lit_tricks.run.tricks_in_force import TricksInForce
 from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.tasks import TASKS
@@ -99,6 +100,12 @@ class TricksCLI(LightningCLI):
                 type=Literal["gradients", "parameters", "all", None],
                 help="Send histograms of these to Weights & Biases, as often as metrics are logged.",
             )
+            parser.add_argument(
+                "--on_nan",
+                type=Literal["warn", "stop"],
+                default="warn",
+                help="Warn of the first loss that is not finite, or stop there with an error.",
+            )
         if subcommand != "predict":  # a checkpoint brings its class names; the data it was trained on need not be there
             for source, target in LINKS.items():
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
@@ -158,6 +165,8 @@ class TricksCLI(LightningCLI):
         self._check_links()
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks = list(config.callbacks or [])
+        if self.subcommand == "fit":
+            callbacks.append(FiniteLoss(self.config_init.fit.on_nan))
         if self.run.path:
             self.timer, self.evidence = Timer(), Evidence()
             callbacks += [self.timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
@@ -174,9 +183,17 @@ class TricksCLI(LightningCLI):
             if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
                 scored = isinstance(self.model, Task) and config.limit_val_batches != 0
                 monitor = f"val/{self.model.score}" if scored else None
-                callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode="max"))
+                callbacks.append(BestCheckpoint(filename="best", monitor=monitor, mode="max"))
                 callbacks.append(LastCheckpoint(filename="last"))  # save_last would save along with the best alone
         return super().instantiate_trainer(**kwargs)
+
+    def _require_finite_checkpoint(self) -> None:
+        """Raise if the checkpoint to resume or to evaluate has weights that are not finite."""
+        path = str(self.config_init[self.subcommand].ckpt_path or "")
+        if Path(path).is_file():
+            require_finite(Path(path), read_checkpoint(Path(path))["state_dict"], self.model)
+
+    before_fit = before_validate = before_test = _require_finite_checkpoint
 
     def _check_links(self) -> None:
         asked = self.config[self.subcommand].model.get("init_args", {})

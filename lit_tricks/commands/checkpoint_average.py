@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks.batchnorm.statistics import estimate
-from lit_tricks.commands.checkpoints import RUN, checkpoint_at, class_path_in, module_of, read_checkpoint, written_whole
+from lit_tricks.commands.checkpoints import (
+    RUN,
+    checkpoint_at,
+    class_path_in,
+    module_of,
+    read_checkpoint,
+    require_finite,
+    written_whole,
+)
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.loaders import isolated_random_state
@@ -99,8 +107,10 @@ def average(
     """
     paths = _check(checkpoints, output, greedy, data, num_samples, overwrite)
     first = read_checkpoint(paths[0])
-    for path in paths[1:]:
-        _check_same(first, read_checkpoint(path), paths[0], path)
+    for path in paths:
+        content = read_checkpoint(path)
+        require_finite(path, content["state_dict"], module)
+        _check_same(first, content, paths[0], path)
     has_statistics = any(name.endswith(".running_var") for name in first["state_dict"])
     if data is None and has_statistics:
         log.warning("the statistics of BatchNorm are averaged, not re-estimated: give --data to do that")

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
 
 from lit_tricks._compat import CLASS_PATH_KEY, INSTANTIATOR_KEY
+from lit_tricks.utils.finite import first_not_finite, not_finite, weights_in
 
 __all__ = [
     "RUN",
@@ -25,6 +27,7 @@ __all__ = [
     "module_of",
     "plain",
     "read_checkpoint",
+    "require_finite",
     "run_settings",
     "settings_in",
     "written_whole",
@@ -95,6 +98,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def require_finite(path: Path, state: dict[str, Tensor], module: nn.Module | None = None) -> None:
+    """Raise if weights are not finite. The message is the same in all commands.
+
+    Args:
+        path: of the checkpoint.
+        state: its weights.
+        module: what they are of, if that is known. It tells weights from buffers.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    names = {name for name, _ in weights_in(module)} if module else set()
+    if name := first_not_finite(state, names):
+        raise ValueError(not_finite(name, path))
+
+
 def module_of(path: Path, **changes: Any) -> LightningModule:
     """The module that a checkpoint is of, with its weights.
 
@@ -109,8 +128,10 @@ def module_of(path: Path, **changes: Any) -> LightningModule:
     name = class_path_in(settings)
     if not name:
         raise ValueError(f"{path} does not say what module its weights are of: give --module.")
-    module: type[LightningModule] = class_of(name)
-    return module.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
+    kind: type[LightningModule] = class_of(name)
+    module: LightningModule = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
+    require_finite(path, module.state_dict(), module)
+    return module
 
 
 def class_path_in(settings: dict[str, Any]) -> str:

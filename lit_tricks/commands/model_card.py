@@ -15,7 +15,7 @@ import yaml
 import lit_tricks
 from lit_tricks import callbacks
 from lit_tricks._compat import CLASS_PATH_KEY
-from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint
+from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint, require_finite
 from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.content import Table, results_table, tricks_table
@@ -95,6 +95,7 @@ class Facts:
             ValueError: if the file is no checkpoint.
         """
         content = read_checkpoint(path)
+        require_finite(path, content["state_dict"])
         folders = [f for f in (path.parent, path.parent.parent) if any((f / name).is_file() for name in FILES)]
         return cls(path, content, read_run_folder(folders[0]) if folders else Run(path.stem, path.parent))
 

@@ -35,9 +35,29 @@ def report(runs: list[str], *, out: str | None = None) -> Path:
     if len(runs) == 1 and Path(runs[0], "race.json").is_file():
         return report_race(Path(runs[0]))
     found = read_runs(runs)
+    for run in found:
+        if why := _why_not_usable(run.path):
+            log.warning(why)
+            run.missing["a usable checkpoint"] = why
     folder = Path(out or (runs[0] if len(runs) == 1 else "report"))
     folder.mkdir(parents=True, exist_ok=True)
     title = found[0].name if len(found) == 1 else f"{len(found)} runs: {', '.join(run.name for run in found)}"
     write(folder, title, report_sections(found))
     log.info("report: %s", folder / "report.html")
     return folder / "report.html"
+
+
+def _why_not_usable(run: Path) -> str:
+    """Return what is wrong with the weights of the run's best checkpoint, if it has one."""
+    from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint, require_finite
+
+    try:
+        path = checkpoint_at(run)
+        state = read_checkpoint(path)["state_dict"]
+    except (OSError, ValueError):  # a report needs no checkpoint
+        return ""
+    try:
+        require_finite(path, state)
+    except ValueError as error:
+        return str(error)
+    return ""

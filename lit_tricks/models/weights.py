@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
+from lit_tricks.utils.finite import first_not_finite, not_finite
 from lit_tricks.utils.log import log
 
 __all__ = ["load_weights"]
@@ -59,6 +60,8 @@ def load_weights(model: nn.Module, weights: str) -> None:
         known = nearest(weights, timm.list_pretrained())
         raise ValueError(f"weights={weights!r} is neither a file nor a name with pretrained weights in timm{known}")
 
+    if name := first_not_finite(state):
+        raise RuntimeError(not_finite(name, f"weights={weights!r}"))
     own = model.state_dict()
     state = _strip_prefixes(state, own)
     # The model is not touched before all of it is known to fit.

@@ -7,11 +7,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from torch import Tensor
 
 from lit_tricks._compat import overrides
 from lit_tricks.run.wandb_run import tell_wandb
+from lit_tricks.utils.finite import all_finite
 
-__all__ = ["LastCheckpoint", "SaveConfig"]
+__all__ = ["BestCheckpoint", "LastCheckpoint", "SaveConfig"]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -25,6 +27,17 @@ class SaveConfig(SaveConfigCallback):
                 logger.log_hyperparams({"config": config})
             if isinstance(logger, WandbLogger):
                 tell_wandb(logger, pl_module, config.get("watch"))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Saves the best checkpoint, and never one with a score or weights that are not finite."""
+
+    @overrides(ModelCheckpoint)
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        score = monitor_candidates.get(self.monitor or "")
+        finite = (score is None or bool(score.isfinite().all())) and all_finite(trainer.lightning_module)
+        if trainer.strategy.reduce_boolean_decision(finite):
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
 
 
 class LastCheckpoint(ModelCheckpoint):

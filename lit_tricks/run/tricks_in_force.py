@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.finite import to_json
 
 __all__ = ["TricksInForce", "tricks_in_force"]
 
@@ -44,7 +44,7 @@ class TricksInForce(Callback):
         if not trainer.is_global_zero:
             return
         tricks = tricks_in_force(trainer)
-        (self.folder / "tricks.json").write_text(json.dumps(tricks, indent=2) + "\n")
+        (self.folder / "tricks.json").write_text(to_json(tricks, indent=2) + "\n")
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"tricks": tricks})

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
-from lit_tricks._compat import SPECTRAL_VECTORS, forward_pre_hooks_of, spectral_matrix, spectral_norm_class
+from lit_tricks._compat import (
+    SPECTRAL_HOOK,
+    SPECTRAL_VECTORS,
+    forward_pre_hooks_of,
+    spectral_matrix,
+    spectral_norm_class,
+)
 from lit_tricks.utils.dtensor import full_tensor
 
 __all__ = ["SpectralNorm", "iterate_in", "singular_vectors", "spectral_norms"]
@@ -65,7 +71,8 @@ def spectral_norms(module: nn.Module) -> list[SpectralNorm]:
     for part in module.modules():
         for hook in forward_pre_hooks_of(part):
             if isinstance(hook, SpectralNormHook):
-                found.append(SpectralNorm((part, f"{hook.name}_u"), (part, f"{hook.name}_v"), _of_hook(part, hook)))
+                weight, *vectors = (hook.name + end for end in SPECTRAL_HOOK)
+                found.append(SpectralNorm((part, vectors[0]), (part, vectors[1]), _of_hook(part, hook, weight)))
         if isinstance(part, ParametrizationList):
             for i, step in enumerate(part):
                 if isinstance(step, spectral_norm_class()) and hasattr(step, u):  # a vector is normalized exactly
@@ -87,7 +94,7 @@ def iterate_in(state: dict[str, Tensor], trained: dict[str, Tensor]) -> list[str
     for name_u in [name for name in state if re.search(r"[._]_?u$", name)]:
         name_v = f"{name_u[:-1]}v"
         match = re.fullmatch(r"(.*parametrizations\.\w+)\.(\d+)\._u", name_u)
-        weight = f"{match[1]}.original" if match else f"{name_u[:-2]}_orig"
+        weight = f"{match[1]}.original" if match else name_u.removesuffix(SPECTRAL_HOOK[1]) + SPECTRAL_HOOK[0]
         if name_v not in state or (weight not in state and not match):
             continue  # a parameter that is called so
         if weight not in state or (match and match[2] != "0"):
@@ -109,8 +116,8 @@ def _dim(weight: Tensor, u: Tensor, v: Tensor) -> int | None:
     return max(fits, key=lambda d: float((u.conj() @ _matrix(weight, d) @ v).abs()), default=None)
 
 
-def _of_hook(part: nn.Module, hook: SpectralNormHook) -> Callable[[], Tensor]:
-    return lambda: hook.reshape_weight_to_matrix(_whole(getattr(part, f"{hook.name}_orig")))
+def _of_hook(part: nn.Module, hook: SpectralNormHook, weight: str) -> Callable[[], Tensor]:
+    return lambda: hook.reshape_weight_to_matrix(_whole(getattr(part, weight)))
 
 
 def _of_steps(steps: ParametrizationList, index: int) -> Callable[[], Tensor]:

@@ -721,11 +721,10 @@ def test_second_fit_trains_on_from_the_trained_weights():
 
 
 def test_warns_of_batch_norm_once_and_names_the_remedy():
-    precise_bn = type("PreciseBN", (pl.Callback,), {})()
     with pytest.warns(UserWarning, match=r"BatchNorm layers in Classifier.*PreciseBN") as caught:
         run(SWA(0.2), max_epochs=1)
     assert len([w for w in caught if "BatchNorm" in str(w.message)]) == 1
-    for callbacks in ([SWA(0.2), precise_bn], [precise_bn, SWA(0.2)], [SWA(0.2, validate=False)]):
+    for callbacks in ([SWA(0.2), PreciseBN(8)], [PreciseBN(8), SWA(0.2)], [SWA(0.2, validate=False)]):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "SWA averages the statistics")
             run(*callbacks, max_epochs=1)

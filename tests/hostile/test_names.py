@@ -58,6 +58,7 @@ def called(name: str, namespace: str = "lightning", **attributes: Any) -> Any:
 @each_namespace
 @pytest.mark.parametrize("trick", TRICKS)
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")
+@pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network")
 def test_callbacks_of_all_these_names_train_beside_a_trick(trick, namespace):
     """Except one of its own name: two with a state and one name are refused by Lightning."""
     others = [called(name, namespace, fine_tunes=True, validate=True) for name in FOREIGN if name != trick]
@@ -104,7 +105,7 @@ def test_the_monitor_of_learning_rates_sees_those_of_swa(namespace):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logged = run(SWA(0.7, start=0.5), Monitor(), namespace=namespace).logged
-    assert logged[11]["lr-SGD"] == 0.7
+    assert logged[11]["lr-SGD"] == pytest.approx(0.7)
 
 
 def test_a_run_with_a_callback_of_that_name_resumes_without_an_average(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe
+from lit_tricks.utils.finite import first_not_finite_in, not_finite
 
 __all__ = ["Renormalized", "load_teacher", "logits_of", "require_apart"]
 
@@ -41,6 +42,8 @@ def load_teacher(teacher: str | nn.Module) -> nn.Module:
             built = copy.deepcopy(teacher) if isinstance(teacher, nn.Module) else _by_name(teacher)
     finally:
         random.setstate(state)
+    if name := first_not_finite_in(built):
+        raise RuntimeError(f"KnowledgeDistillation: {not_finite(name, 'the teacher')}")
     return built.requires_grad_(False).eval()
 
 

@@ -6,7 +6,6 @@ One vocabulary for all formats, timm's: what reads timm's ``config.json`` knows 
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import tempfile
 import textwrap
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 
 import lit_tricks
 from lit_tricks._compat import CLASS_PATH_KEY
-from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint
+from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint, require_finite
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.tasks.detection import Detector
 from lit_tricks.tasks.segmentation import Segmenter
+from lit_tricks.utils.finite import to_json
 
 __all__ = ["Exported", "Preprocessing", "crop_pct", "module_to_export", "network_of", "preprocessing_of"]
 
@@ -87,7 +87,7 @@ class Exported:
         known |= {"model": self.model, "model_args": self.model_args} if self.model else {}
         known |= {"task": self.task, "license": self.license}
         known |= {"producer": f"lit_tricks {lit_tricks.__version__}"}
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items()}
+        return {key: value if isinstance(value, str) else to_json(value) for key, value in known.items()}
 
     def images(self, count: int) -> Tensor:
         """Noise as it comes out of the normalisation, (count, C, H, W)."""
@@ -151,6 +151,7 @@ def module_to_export(path: Path, module: LightningModule | None) -> Classifier |
     settings = content.get("hyper_parameters", {})
     if module is not None:
         module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+        require_finite(path, content["state_dict"], module)
     elif CLASS_PATH_KEY in settings:
         name = settings[CLASS_PATH_KEY]
         try:

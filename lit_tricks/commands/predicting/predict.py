@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lit_tricks._compat import callbacks_of
-from lit_tricks.commands.checkpoints import checkpoint_at
+from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint, require_finite
 from lit_tricks.commands.predicting.image_files import image_files
 from lit_tricks.commands.predicting.loading import accelerator_of, load
 from lit_tricks.commands.predicting.onnx_network import ONNXNetwork
@@ -71,7 +71,9 @@ def predict(
         model, data = load(ckpt)
         weights = None
     else:
-        weights = str(checkpoint_at(ckpt, "--ckpt"))
+        path = checkpoint_at(ckpt, "--ckpt")
+        require_finite(path, read_checkpoint(path)["state_dict"], model)
+        weights = str(path)
     if not isinstance(data, ImageDataModule):
         raise ValueError(f"data={type(data).__name__} cannot prepare single images. Give a data module of lit_tricks.")
     if trainer is None:

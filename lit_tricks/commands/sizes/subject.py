@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_tricks.commands.checkpoints import checkpoint_at, data_of, module_of, read_checkpoint
+from lit_tricks.commands.checkpoints import checkpoint_at, data_of, module_of, read_checkpoint, require_finite
 from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
 from lit_tricks.tasks.classification import Classifier
@@ -170,7 +170,9 @@ def subject_of(
         )
     if module is not None:
         if path:
-            module.load_state_dict(read_checkpoint(path)["state_dict"], strict=module.strict_loading)
+            state = read_checkpoint(path)["state_dict"]
+            require_finite(path, state, module)
+            module.load_state_dict(state, strict=module.strict_loading)
         return Subject(module, data, _side(module, data), None, path)
     assert ckpt is not None
     if path is None:

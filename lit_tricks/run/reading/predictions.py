@@ -131,7 +131,8 @@ class Predictions:
     def calibration(self, bins: int = 15) -> Calibration:
         """Compare confidence and accuracy."""
         right = (self.predicted == self.label).astype(np.float64)
-        places = np.clip(np.ceil(self.confidence * bins).astype(int) - 1, 0, bins - 1)  # ]a, b], as torchmetrics has it
+        known = np.nan_to_num(self.confidence)  # of weights that are not finite
+        places = np.clip(np.ceil(known * bins).astype(int) - 1, 0, bins - 1)  # ]a, b], as torchmetrics has it
         count = np.bincount(places, minlength=bins)
         with np.errstate(invalid="ignore"):
             confidence = np.bincount(places, self.confidence, bins) / count

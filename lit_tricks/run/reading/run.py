@@ -60,8 +60,11 @@ class Run:
     @property
     def metrics(self) -> dict[str, Row]:
         """Metrics of the best checkpoint, by split."""
-        found: dict[str, Row] = self.results.get(self.kind, {})
-        return found
+        found: dict[str, dict[str, float | None]] = self.results.get(self.kind, {})
+        return {
+            split: {name: math.nan if value is None else value for name, value in metrics.items()}
+            for split, metrics in found.items()
+        }
 
     @property
     def seconds(self) -> dict[str, float]:

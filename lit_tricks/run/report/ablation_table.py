@@ -43,6 +43,7 @@ def read_run(run: Path) -> dict[str, float]:
     results: dict[str, Any] = json.loads((run / "results.json").read_text())
     metrics = results.get("averaged") or results.get("raw") or {}
     found = metrics.get("test") or metrics.get("val") or {}
+    found = {name: math.nan if value is None else value for name, value in found.items()}
     values = {name: found[name] for name in scores_in(found)} or {"top1": math.nan}
     # none where it is not known
     return values | {"seconds": results.get("seconds") or math.nan, "memory": results.get("peak_memory") or math.nan}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lit_tricks.run.reading.run import Row, Run, read_run_folder
 from lit_tricks.run.report.content import Section, results_table, time_table, tricks_table
 from lit_tricks.run.report.curves import draw_curves
 from lit_tricks.run.report.page import to_markdown
+from lit_tricks.utils.finite import to_json
 
 __all__ = ["metrics_at", "report_fit"]
 
@@ -48,7 +48,7 @@ def report_fit(
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
     results |= {"seconds": seconds, "time": time, "peak_memory": memory}
-    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (run / "results.json").write_text(to_json(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png", read.starts)
     read = read_run_folder(run)
     (run / "report.md").write_text(_short_report(read, curves), encoding="utf-8")
