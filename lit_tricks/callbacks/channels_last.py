@@ -17,7 +17,7 @@ from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import flag
 from lit_tricks.utils.batch import replace, tensors_in
 from lit_tricks.utils.dtensor import is_sharded, to_local
-from lit_tricks.utils.modules import own_parameter
+from lit_tricks.utils.modules import own_parameter, require_initialized
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -70,6 +70,7 @@ class ChannelsLast(Trick):
         Raises:
             RuntimeError: if there is nothing to do.
         """
+        require_initialized(pl_module, "ChannelsLast")
         if not (filters := _filters(pl_module)):
             raise RuntimeError(
                 f"ChannelsLast has no effect: there is no two-dimensional convolution in {type(pl_module).__name__}. "
@@ -93,6 +94,7 @@ class ChannelsLast(Trick):
         return configured
 
     def _lay_out(self, module: nn.Module) -> None:
+        require_initialized(module, "ChannelsLast")
         for weight in _filters(module):
             if not is_sharded(weight) and not weight.is_contiguous(memory_format=torch.channels_last):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)

@@ -5,6 +5,8 @@ One caveat: for a dense target the mask is cut as the image is, so that its labe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor
 
@@ -91,6 +93,8 @@ class CutMix(Mixing):
         alpha: above 0. Near 0 images are whole or replaced, 1 is uniform and usual, and large cuts half of each.
         off_epochs: last epochs without it, 0 or more: the network ends on real images. Needs ``Trainer(max_epochs)``.
         prob: share of the batches that are mixed, in (0, 1]; the paper takes 1 for ImageNet and 0.5 for CIFAR.
+        inputs: names or places of the images to cut, such as ``[image, depth]`` or ``[0, 2]``. None: all images; what
+            is left is logged.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -101,8 +105,14 @@ class CutMix(Mixing):
         ``- {class_path: CutMix, init_args: {alpha: 1.0}}``
     """
 
-    def __init__(self, alpha: float = 1.0, off_epochs: int = 0, prob: float = 1.0) -> None:
-        super().__init__(alpha, off_epochs, prob)
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        off_epochs: int = 0,
+        prob: float = 1.0,
+        inputs: Sequence[str | int] | None = None,
+    ) -> None:
+        super().__init__(alpha, off_epochs, prob, inputs)
 
     def mix(
         self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator

@@ -24,7 +24,7 @@ from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid,
 from lit_tricks.utils.batch import refuse_boxes
 from lit_tricks.utils.image_size import require_fit, require_size
 from lit_tricks.utils.modes import changed_in_evaluation
-from lit_tricks.utils.modules import find_classifier, find_norms, is_norm
+from lit_tricks.utils.modules import find_classifier, find_norms, is_norm, require_initialized
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -246,6 +246,7 @@ class FixRes(Trick):
     def _freeze(self, pl_module: LightningModule, setup: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Before the strategy wraps the module, and optimizers are built."""
         run = self._now
+        require_initialized(pl_module, "FixRes")
         if (name := changed_in_evaluation(pl_module)) is not None:
             raise RuntimeError(
                 f"FixRes holds the trunk in evaluation mode, in which {type(pl_module).__name__} changes {name!r}, as "

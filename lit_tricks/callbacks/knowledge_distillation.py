@@ -167,6 +167,11 @@ class KnowledgeDistillation(LossTrick):
                 "KnowledgeDistillation must know which input of the training batch the teacher takes, and found "
                 f"{found}: let the collate_fn of the loader leave one tensor of images."
             )
+        if target.kind == "binary":
+            raise RuntimeError(
+                "KnowledgeDistillation compares the teacher's softmax over classes, and the target has several labels "
+                f"an item, of shape {tuple(target.shape)}: leave it out."
+            )
         [images] = inputs.values()
         labels, spec = target.parts["value"], target.spec
         with torch.no_grad(), self._trainer.precision_plugin.forward_context():

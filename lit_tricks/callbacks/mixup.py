@@ -6,6 +6,8 @@ One caveat: at the usual alpha of 0.2 most images are nearly unmixed. Results ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor
 
@@ -51,6 +53,8 @@ class MixUp(Mixing):
         off_epochs: last epochs without it, 0 or more: the network ends on real images. Needs ``Trainer(max_epochs)``.
         per_sample: whether each image has a lambda of its own, and not each batch.
         prob: share of the batches that are mixed, in (0, 1].
+        inputs: names or places of the tensors to mix, such as ``[image, age]`` or ``[0, 2]``. None: all images, or all
+            matrices of floats where there are none; what is left is logged.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -61,8 +65,15 @@ class MixUp(Mixing):
         ``- {class_path: MixUp, init_args: {alpha: 0.2}}``
     """
 
-    def __init__(self, alpha: float = 0.2, off_epochs: int = 0, per_sample: bool = False, prob: float = 1.0) -> None:
-        super().__init__(alpha, off_epochs, prob)
+    def __init__(
+        self,
+        alpha: float = 0.2,
+        off_epochs: int = 0,
+        per_sample: bool = False,
+        prob: float = 1.0,
+        inputs: Sequence[str | int] | None = None,
+    ) -> None:
+        super().__init__(alpha, off_epochs, prob, inputs)
         self.per_sample = flag(self, "per_sample", per_sample)
 
     def mix(

@@ -29,6 +29,7 @@ __all__ = [
     "integers",
     "invalid",
     "mapping",
+    "names",
     "number",
     "numbers",
     "path",
@@ -204,6 +205,20 @@ def texts(owner: object, name: str, value: object, fix: str, or_none: str = "") 
         ValueError: if the value is no list of one or more strings.
     """
     return _checked(owner, name, value, lambda v: _list(v, _text), "a list of one or more strings", fix, or_none)
+
+
+def names(owner: object, name: str, value: object, fix: str, or_none: str = "") -> Any:
+    """Return a list of strings and integers from 0 on, such as the keys and places of a batch, or raise.
+
+    Raises:
+        ValueError: if the value is no list of one or more of them.
+    """
+
+    def read(item: Any) -> str | int:
+        return _text(item) if isinstance(item, str) else _integer(item, 0, MAX_INTEGER)
+
+    rule = "a list of one or more names or indices"
+    return _checked(owner, name, value, lambda v: _list(v, read), rule, fix, or_none)
 
 
 def mapping(owner: object, name: str, value: _Dict, fix: str, or_none: str = "") -> _Dict:

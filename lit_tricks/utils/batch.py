@@ -23,8 +23,9 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
 
     The target is the one integer tensor of shape (N,), or dense: (N, H, W); a channel of size 1 may stand between.
     Several of them are told apart by name, as ``label``, ``class_label``, ``mask``. An uint8 tensor is a target where
-    no other integers are. The inputs are all other tensors of floats or uint8 with N items and at least 3 dimensions,
-    or, where there are none, all matrices of floats.
+    no other integers are. Beside images, or by its name, a matrix (N, K) without another target is one: several labels
+    of each item. The inputs are all other tensors of floats or uint8 with N items and at least 3 dimensions, or, where
+    there are none, all matrices of floats.
 
     Args:
         batch: what the module's ``training_step`` gets.
@@ -45,14 +46,25 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
         targets = {path: t for path, t in bytes_.items() if _has_target_shape(t)}
         if targets.keys() == images.keys():  # images, unless they are called otherwise
             targets = {path: t for path, t in targets.items() if _is_named(path)}
+    if not targets:
+        targets = _several_labels(tensors, images)
     if len(targets) > 1:
         targets = {path: t for path, t in targets.items() if _is_named(path)} or targets
     if len(targets) != 1:
         found = "no target" if not targets else f"{len(targets)} tensors that could be the target"
+        remedy = (
+            "Name it 'label', 'target' or 'mask': let the collate_fn of the loader return a dict, or a NamedTuple "
+            "(which unpacks as the tuple before)."
+        )
+        if not targets and any(t.is_floating_point() and t.dim() == 1 for t in tensors.values()):
+            remedy = (
+                "Floats of shape (N,) are no class indices: let the dataset return integers, as `label.long()`. For "
+                f"regression leave {trick} out."
+            )
         raise RuntimeError(
             f"{trick} found {found} in the training batch: {describe(batch)}. It looks for one tensor of integer class "
-            "indices, of shape (N,) or (N, H, W). Name it 'label', 'target' or 'mask': let the collate_fn of the "
-            "loader return a dict, or a NamedTuple (which unpacks as the tuple before)."
+            "indices, of shape (N,) or (N, H, W), or of several labels an item, of shape (N, K) with values from 0 to "
+            f"1. {remedy}"
         )
     [(where, target)] = targets.items()
     n = target.size(0)
@@ -177,6 +189,16 @@ def _is_integer(tensor: Tensor) -> bool:
 
 def _has_target_shape(tensor: Tensor) -> bool:
     return tensor.dim() in (1, 3) or (tensor.dim() in (2, 4) and tensor.size(1) == 1)
+
+
+def _several_labels(tensors: dict[Path, Tensor], images: dict[Path, Tensor]) -> dict[Path, Tensor]:
+    """Find what may be several labels of each item: by name, or beside images, integers and booleans before floats."""
+    matrices = {path: t for path, t in tensors.items() if t.dim() == 2 and t.size(1) > 1}
+    named = {path: t for path, t in matrices.items() if _is_named(path)}
+    if named or not images:
+        return named
+    matrices = {path: t for path, t in matrices.items() if any(t.size(0) == x.size(0) for x in images.values())}
+    return {path: t for path, t in matrices.items() if not t.is_floating_point()} or matrices
 
 
 def _is_named(path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lit_tricks.utils.dtensor import to_local
 from lit_tricks.utils.modules import is_statistic
@@ -26,10 +27,10 @@ def weights_in(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Other buffers may hold infinities on purpose, as masks do.
     """
-    yield from module.named_parameters()
+    yield from ((name, weight) for name, weight in module.named_parameters() if not is_lazy(weight))
     for path, owner in module.named_modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if is_statistic(owner, name):
+            if is_statistic(owner, name) and not is_lazy(buffer):
                 yield f"{path}.{name}" if path else name, buffer
 
 

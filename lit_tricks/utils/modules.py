@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lit_tricks._compat import BatchNorm, Convolution, NormWithStatistics
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_statistic",
     "kinds",
     "own_parameter",
+    "require_initialized",
     "some_of",
 ]
 
@@ -107,6 +109,24 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) < 5 else [*names[:3], "..."])
 
 
+def require_initialized(module: nn.Module, trick: str) -> None:
+    """Check that all parameters and buffers have their shapes.
+
+    Args:
+        module: the module.
+        trick: name of the trick, for the message.
+
+    Raises:
+        RuntimeError: if some belong to lazy layers, which get their shapes in the first forward pass.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+        raise RuntimeError(
+            f"{trick}: {type(module).__name__} has lazy layers ({some_of(lazy)}): run one batch through it before the "
+            "fit, in eval mode."
+        )
+
+
 def check_shapes(module: nn.Module, trick: str) -> None:
     """See that parameters have their shapes.
 
@@ -117,6 +137,7 @@ def check_shapes(module: nn.Module, trick: str) -> None:
     Raises:
         RuntimeError: if they are flattened, so that nothing can be told from them.
     """
+    require_initialized(module, trick)
     matrices = [own_parameter(part, "weight") for part in module.modules() if has_matrix(part)]
     if is_flattened(module) or any(weight is not None and weight.ndim < 2 for weight in matrices):
         raise RuntimeError(

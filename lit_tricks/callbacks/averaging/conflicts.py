@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lit_tricks._compat import callbacks_of, calls_step_hooks, lightning_classes
 from lit_tricks.callbacks.averaging.kept_average import KeptAverage
-from lit_tricks.utils.modules import is_flattened
+from lit_tricks.utils.modules import is_flattened, require_initialized
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -38,6 +38,7 @@ def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: Lig
     Raises:
         RuntimeError: if the strategy has them elsewhere.
     """
+    require_initialized(pl_module, average.state_key)
     if is_flattened(trainer.strategy.model or pl_module):
         raise RuntimeError(
             f"{average.state_key} cannot see the weights under {type(trainer.strategy).__name__}: use FSDP2 "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import optimizers_in
-from lit_tricks.utils.modules import is_norm, own_parameter
+from lit_tricks.utils.modules import is_norm, own_parameter, require_initialized
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -76,6 +76,7 @@ class Initializer(Trick):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        require_initialized(pl_module, type(self).__name__)
         configured = configure_optimizers(*args, **kwargs)
         trained = {p for opt in optimizers_in(configured) for group in opt.param_groups for p in group["params"]}
         self.select(pl_module, trained, found)

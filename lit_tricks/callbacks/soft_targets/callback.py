@@ -12,7 +12,7 @@ from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
-from lit_tricks.utils.batch import Path, find, replace
+from lit_tricks.utils.batch import Path, find, replace, tensors_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +34,15 @@ class LossTrick(Trick):
 
     spec: LossSpec | None = None  # of the batch in work
     _seen = False  # a loss has seen the target, in this fit
+
+    def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
+        """Return the tensors of a batch that ``act`` gets.
+
+        Args:
+            tensors: all tensors of the batch except the target, by their path.
+            inputs: those of them that are inputs, as ``find`` has it.
+        """
+        return inputs
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Change inputs, or target, or the recipe of its loss. The inputs that were given are not changed in place."""
@@ -65,12 +74,14 @@ class LossTrick(Trick):
         names = tuple(sorted(type(trick).__name__ for trick in team))
         inputs, where, labels = find(batch, names[0])
         target = carrying(labels, LossSpec(names))
-        changed = inputs
+        tensors = {path: tensor for path, tensor in tensors_in(batch) if path != where}
+        now = dict(tensors)
         for trick in sorted(team, key=lambda trick: (trick.stage, type(trick).__name__)):
-            changed, target = trick.act(changed, target)
+            changed, target = trick.act({path: now[path] for path in trick.chosen(tensors, inputs)}, target)
+            now |= changed
             trick.spec = target.spec
-        for path, value in changed.items():
-            if value is not inputs[path]:
+        for path, value in now.items():
+            if value is not tensors[path]:
                 batch = replace(batch, path, value)
         return replace(batch, where, target)
 
@@ -92,7 +103,7 @@ class LossTrick(Trick):
                     f"{type(self).__name__} has no effect: in the first training step of {type(pl_module).__name__}, "
                     "no loss that it knows saw the target of the batch. Let training_step give it, as it is in the "
                     "batch, to F.cross_entropy, nn.CrossEntropyLoss or F.nll_loss, or as F.one_hot(target, "
-                    "num_classes).float() to a binary or soft-target loss."
+                    "num_classes).float() to a binary or soft-target loss; several labels an item to a binary one."
                 )
         if quantities := self.quantities(spec):
             self.log_step(pl_module, quantities)

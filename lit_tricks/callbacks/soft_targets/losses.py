@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 
-__all__ = ["LOSSES", "Target"]
+__all__ = ["LOSSES", "Target", "mixed_labels"]
 
 
 class Target(Protocol):
@@ -25,10 +25,12 @@ class Target(Protocol):
 
     Attributes:
         spec: the loss, as the tricks of the batch specify it.
-        kind: "labels", integers; "one-hot", integers made of labels; "soft", a distribution in floats.
+        kind: "labels", integers; "one-hot", integers made of labels; "soft", a distribution in floats; "binary",
+            several labels of each item.
         lost: name of the function after which the parts do not match the value any more. Empty as long as they match.
         parts: tensors of one shape. "value" is what the target shows. Mixed labels also have "other", the labels they
-            are mixed with, and "weight", the share of "value". One-hot integers also have "soft", the distribution.
+            are mixed with, and "weight", the share of "value". One-hot integers also have "soft", the distribution, and
+            so has a function of several labels: the function of the mixed ones.
             With a teacher there is "row", the row of the teacher's logits for each label.
     """
 
@@ -50,6 +52,7 @@ def cross_entropy(
 ) -> Tensor:
     """``F.cross_entropy`` under the distribution of the target."""
     spec, value = _begin(target, size_average, reduce)
+    _refuse_several_labels(target)
     dim = _class_dim(input)
     if spec.smoothing and label_smoothing:
         raise RuntimeError(
@@ -80,6 +83,7 @@ def nll_loss(
 ) -> Tensor:
     """``F.nll_loss`` under the distribution of the target, the input being the logarithm of a softmax."""
     spec, value = _begin(target, size_average, reduce)
+    _refuse_several_labels(target)
     if not spec.smoothing and not spec.modulates and "other" not in target.parts:
         loss = F.nll_loss(input, value, weight, ignore_index=ignore_index, reduction=reduction)
     else:
@@ -99,7 +103,7 @@ def bce_with_logits(
 ) -> Tensor:
     """``F.binary_cross_entropy_with_logits`` with the soft targets."""
     spec, _ = _begin(target, size_average, reduce)
-    soft = _binary(target)
+    soft = _binary(target, input)
     plain = not spec.modulates
     loss = F.binary_cross_entropy_with_logits(
         input, soft, weight, reduction=reduction if plain else "none", pos_weight=pos_weight
@@ -117,7 +121,7 @@ def bce(
 ) -> Tensor:
     """``F.binary_cross_entropy`` with the soft targets."""
     spec, _ = _begin(target, size_average, reduce)
-    soft = _binary(target)
+    soft = _binary(target, input)
     plain = not spec.modulates
     loss = F.binary_cross_entropy(input, soft, weight, reduction=reduction if plain else "none")
     return loss if plain else _modulated_binary(loss, input, soft, spec, reduction)
@@ -214,7 +218,25 @@ def _pick(table: Tensor, index: Tensor, dim: int) -> Tensor:
     return table.gather(dim, index.unsqueeze(dim)).squeeze(dim)
 
 
-def _binary(target: Target) -> Tensor:
+def _refuse_several_labels(target: Target) -> None:
+    if target.kind == "binary":
+        raise RuntimeError(
+            f"{target.spec.names()}: the target has several labels an item, of shape "
+            f"{tuple(target.parts['value'].shape)}, and cross entropy compares classes of which one is right. Train "
+            "with F.binary_cross_entropy_with_logits, or give integer class indices of shape (N,)."
+        )
+
+
+def mixed_labels(target: Target) -> Tensor:
+    """Return several labels of each item in floats, mixed as the tricks have mixed the items."""
+    parts = target.parts
+    if "soft" in parts:
+        return parts["soft"]
+    value = parts["value"] if parts["value"].is_floating_point() else parts["value"].to(torch.get_default_dtype())
+    return parts["other"].to(value).lerp(value, parts["weight"].to(value)) if "other" in parts else value
+
+
+def _binary(target: Target, input: Tensor) -> Tensor:  # noqa: A002
     """Probability of the positive class: from a distribution over classes, or from labels 0 and 1 in floats."""
     parts, smoothing = target.parts, target.spec.smoothing
     if target.spec.teacher is not None:
@@ -223,9 +245,12 @@ def _binary(target: Target) -> Tensor:
             "Train with F.cross_entropy or nn.CrossEntropyLoss, or without the teacher."
         )
     soft = parts["value"]
-    if target.kind == "soft" or not soft.is_floating_point():
+    if target.kind == "binary":
+        soft = mixed_labels(target)
+        soft = soft if parts["value"].is_floating_point() else soft.to(input.dtype)
+    elif target.kind == "soft" or not soft.is_floating_point():
         return soft
-    if "other" in parts:
+    elif "other" in parts:
         soft = parts["other"].lerp(soft, parts["weight"].to(soft))
     if smoothing:
         soft = soft * (1 - smoothing(2)) + smoothing(2) / 2

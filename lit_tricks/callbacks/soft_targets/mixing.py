@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import zlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Generator, Tensor
 
 from lit_tricks._compat import callbacks_of, draw_dirichlet
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
-from lit_tricks.utils.arguments import integer, number
+from lit_tricks.utils.arguments import integer, names, number
 from lit_tricks.utils.batch import Path, describe
+from lit_tricks.utils.log import log
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -37,15 +40,18 @@ class Mixing(LossTrick):
 
     stage = 0
 
-    def __init__(self, alpha: float, off_epochs: int, prob: float) -> None:
+    def __init__(self, alpha: float, off_epochs: int, prob: float, inputs: Sequence[str | int] | None = None) -> None:
         # below 0.001 the draws underflow, and every lambda becomes 0.5
         self.alpha = number(self, "alpha", alpha, "[0.001, 1000]", "0.2 and 1 are usual.")
         fix = "Give the number of last epochs without mixing."
         self.off_epochs = integer(self, "off_epochs", off_epochs, 0, fix)
         self.prob = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
+        fix = "Name the tensors of a batch, as ['image', 'depth'], or give their places, as [0, 1]."
+        self.inputs = names(self, "inputs", inputs, fix, or_none="all images")
         self._seeds, self._draws = Generator(), Generator()
         self.turn = False  # it mixes this batch, and not the other trick
         self._lambda = 1.0
+        self._told = False
 
     @abstractmethod
     def mix(
@@ -66,6 +72,7 @@ class Mixing(LossTrick):
             RuntimeError: if the last epochs can not be told, or are all there are.
         """
         super().on_fit_start(trainer, pl_module)
+        self._told = False
         epochs, name = trainer.max_epochs, type(self).__name__
         if self.off_epochs and (epochs is None or epochs < 0):
             raise RuntimeError(
@@ -81,6 +88,38 @@ class Mixing(LossTrick):
         others = "".join(f", {type(rival).__name__} the others" for rival in rivals)
         off = f", none in the last {self.off_epochs} epochs" if self.off_epochs else ""
         self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
+
+    def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
+        """Return the inputs to mix, and log once which other tensors are left as they are.
+
+        Raises:
+            RuntimeError: if ``inputs`` names something that is not there, or that cannot be mixed.
+        """
+        found = inputs if self.inputs is None else self._named(tensors)
+        if not self._told and found:
+            self._told = True
+            items = next(iter(found.values())).size(0)
+            left = {path: t for path, t in tensors.items() if path not in found and t.size(0) == items}
+            if left:
+                listed = ", ".join(f"{_name(path)} ({describe(t)})" for path, t in left.items())
+                rank_zero_only(log.info)(
+                    f"{type(self).__name__}: mixes {', '.join(map(_name, found))} and leaves {listed} as it is; "
+                    "`inputs` chooses what is mixed"
+                )
+        return found
+
+    def _named(self, tensors: dict[Path, Tensor]) -> dict[Path, Tensor]:
+        found: dict[Path, Tensor] = {}
+        for name in self.inputs or ():
+            chosen = {path: t for path, t in tensors.items() if str(name) in (_name(path), str(path[0]), str(path[-1]))}
+            if not chosen or not all(t.is_floating_point() or t.dtype == torch.uint8 for t in chosen.values()):
+                what = ", ".join(f"{_name(path)} ({describe(t)})" for path, t in tensors.items())
+                raise RuntimeError(
+                    f"{type(self).__name__}(inputs={self.inputs}): {name!r} is no tensor of floats or uint8 in the "
+                    f"training batch, which has {what}."
+                )
+            found |= chosen
+        return found
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Draw the random numbers of the batch, and mix it if it is its turn."""
@@ -127,6 +166,10 @@ class Mixing(LossTrick):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the generator of the seeds."""
         self._seeds.set_state(state_dict["seeds"].cpu())
+
+
+def _name(path: Path) -> str:
+    return ".".join(map(str, path))
 
 
 def _mixers(trainer: Trainer) -> list[Mixing]:

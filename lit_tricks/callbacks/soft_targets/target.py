@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_tricks._compat import plain_torch_functions
-from lit_tricks.callbacks.soft_targets.losses import LOSSES
+from lit_tricks.callbacks.soft_targets.losses import LOSSES, mixed_labels
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 
 __all__ = ["SoftTarget", "carrying"]
@@ -62,13 +62,14 @@ def carrying(labels: Tensor, spec: LossSpec, other: Tensor | None = None, share:
     """Labels that carry a spec.
 
     Args:
-        labels: integers.
+        labels: integers, or several labels of each item, (N, K).
         spec: of their loss.
         other: labels of the same shape that they are mixed with.
         share: of ``labels`` in the mixture, (N,). The one that has more is shown, so that accuracy keeps its meaning.
     """
+    kind = "binary" if labels.dim() == 2 and labels.size(1) > 1 else "labels"
     if other is None or share is None:
-        return _target({"value": labels}, spec)
+        return _target({"value": labels}, spec, kind)
     share = share.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)
     mine = share >= 0.5
     parts = {
@@ -76,7 +77,7 @@ def carrying(labels: Tensor, spec: LossSpec, other: Tensor | None = None, share:
         "other": torch.where(mine, other, labels),
         "weight": torch.where(mine, share, 1 - share),
     }
-    return _target(parts, spec)
+    return _target(parts, spec, kind)
 
 
 def _target(parts: dict[str, Tensor], spec: LossSpec, kind: str = "labels", lost: str = "") -> SoftTarget:
@@ -103,7 +104,7 @@ def _cast(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: An
     value = func(target.parts["value"], *args, **kwargs)
     if not isinstance(value, Tensor):
         return value  # the name of its type
-    if "soft" in target.parts and value.is_floating_point():
+    if target.kind != "binary" and "soft" in target.parts and value.is_floating_point():
         parts = {"value": target.parts["soft"].to(value)}
         parts |= {"row": target.parts["row"].to(value.device)} if "row" in target.parts else {}
         return _target(parts, target.spec, "soft", target.lost)
@@ -150,6 +151,9 @@ def _join(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwa
 def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Any other function sees plain tensors. Where its result may still be meant for a loss, it is a target, too."""
     result = func(*args, **kwargs)
+    several = next((x for x in (*args, *kwargs.values()) if isinstance(x, SoftTarget) and x.kind == "binary"), None)
+    if several is not None and isinstance(result, Tensor) and _name(func) != "__get__":
+        return _of_several(func, args, kwargs, several, result)
     if func is Tensor.__setitem__ and isinstance(args[0], SoftTarget):
         result = args[0]
     if not isinstance(result, Tensor) or _name(func) == "__get__":  # of an attribute
@@ -172,6 +176,35 @@ def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
             lost = lost or _name(func)
         return _target({"value": result}, target.spec, target.kind, lost)
     return result
+
+
+def _of_several(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], target: SoftTarget, result: Tensor
+) -> Any:
+    """A function of several labels is also one of the mixed labels; where it meets the network, of these alone."""
+    spec, name = target.spec, _name(func)
+
+    def mixed(value: Any) -> Any:
+        return mixed_labels(value) if isinstance(value, SoftTarget) and value.kind == "binary" else value
+
+    def of_mixed() -> Tensor:
+        of: Tensor = func(*map(mixed, args), **{key: mixed(value) for key, value in kwargs.items()})
+        return of
+
+    if result is target or func is Tensor.__setitem__:  # in place
+        target.lost = target.lost or name
+        return result
+    if result.requires_grad:
+        spec.require(not target.lost, target.lost)
+        spec.require(not (spec.smoothing or spec.modulates or spec.teacher is not None), name)
+        spec.used = True
+        return of_mixed()
+    if result.shape != target.shape or result.dtype == torch.bool:
+        return result
+    try:
+        return _target({"value": result, "soft": of_mixed()}, spec, "binary", target.lost)
+    except (RuntimeError, TypeError):  # integers may do what floats can not
+        return _target({"value": result}, spec, "binary", target.lost or name)
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe
 from lit_tricks.utils.finite import first_not_finite_in, not_finite
+from lit_tricks.utils.modules import require_initialized
 
 __all__ = ["Renormalized", "load_teacher", "logits_of", "require_apart"]
 
@@ -36,6 +37,8 @@ def load_teacher(teacher: str | nn.Module) -> nn.Module:
         ConnectionError: if the download fails.
         RuntimeError: if the file holds neither.
     """
+    if isinstance(teacher, nn.Module):
+        require_initialized(teacher, "KnowledgeDistillation(teacher)")
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):  # what is drawn for its weights is none of the student's business
