@@ -30,7 +30,7 @@ def load_weights(model: nn.Module, weights: str) -> None:
     """Copy weights into a model, all of them or none.
 
     Two differences are bridged, each with a line at INFO of the logger ``lit_tricks``. If only the number of classes
-    differs, the last layer keeps its initialisation. If the images have another number of channels than the 3 of the
+    differs, all classifiers keep their initialization. If the images have another number of channels than the 3 of the
     weights, timm's rule adapts the first convolution (sum for 1 channel, else repeat and scale).
 
     Args:
@@ -66,7 +66,7 @@ def load_weights(model: nn.Module, weights: str) -> None:
     state = _strip_prefixes(state, own)
     # The model is not touched before all of it is known to fit.
     _bridge_in_chans(model, state, weights)
-    _bridge_num_classes(own, state, weights)
+    _bridge_num_classes(model, own, state, weights)
     _require_same(own, state, weights)
     model.load_state_dict(state)
 
@@ -131,14 +131,27 @@ def _bridge_in_chans(model: nn.Module, state: dict[str, torch.Tensor], weights: 
         log.info("weights=%r: %s adapted from 3 to %d input channels", weights, key, want[1])
 
 
-def _bridge_num_classes(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:
-    layer = list(own)[-1].rpartition(".")[0]
-    want, found = (_shape(tensors.get(f"{layer}.weight")) for tensors in (own, state))
-    # Fewer than two dimensions is a norm, not a classifier.
-    if len(want) >= 2 and len(found) >= 2 and want[0] != found[0] and want[1:] == found[1:]:
-        state.update({key: own[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in own and key in state})
-        text = "weights=%r: classifier %r keeps its initialisation, for %d classes there and %d here"
-        log.info(text, weights, layer, found[0], want[0])
+def _bridge_num_classes(
+    model: nn.Module, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str
+) -> None:
+    for layer in _classifiers(model, own):
+        want, found = (_shape(tensors.get(f"{layer}.weight")) for tensors in (own, state))
+        # Fewer than two dimensions is a norm, not a classifier.
+        if len(want) >= 2 and len(found) >= 2 and want[0] != found[0] and want[1:] == found[1:]:
+            state.update({key: own[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in own and key in state})
+            text = "weights=%r: classifier %r keeps its initialization, for %d classes there and %d here"
+            log.info(text, weights, layer, found[0], want[0])
+
+
+def _classifiers(model: nn.Module, own: dict[str, torch.Tensor]) -> list[str]:
+    """Return the names of the layers that give logits: all that timm knows of, and the last one."""
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = [known] if isinstance(known, str) else list(known)
+    get_classifier = getattr(model, "get_classifier", None)
+    heads = get_classifier() if callable(get_classifier) else ()
+    heads = heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,)
+    names += [name for name, part in model.named_modules() if any(part is head for head in heads)]
+    return list(dict.fromkeys([*names, list(own)[-1].rpartition(".")[0]]))
 
 
 def _require_same(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:

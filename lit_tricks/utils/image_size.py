@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe, tensors_in
 
-__all__ = ["require_fit", "require_size", "resize", "resize_nearest"]
+__all__ = ["require_fit", "require_size", "resize", "resize_nearest", "stride_of"]
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -105,7 +106,9 @@ def _try(module: Any, image: Tensor) -> tuple[Exception | None, str]:
 
         return hook
 
-    handles = [part.register_forward_pre_hook(look(name)) for name, part in module.named_modules() if _has_stride(part)]
+    handles = [
+        part.register_forward_pre_hook(look(name)) for name, part in module.named_modules() if stride_of(part) > 1
+    ]
     try:
         eager, precision = torch.compiler.set_stance("force_eager"), module.trainer.precision_plugin
         with torch.no_grad(), eager, _evaluating(module), precision.forward_context():
@@ -118,9 +121,11 @@ def _try(module: Any, image: Tensor) -> tuple[Exception | None, str]:
             handle.remove()
 
 
-def _has_stride(layer: nn.Module) -> bool:
+def stride_of(layer: nn.Module) -> int:
+    """Return the largest stride of a layer, 1 if it has none. torch takes numbers, tuples and lists."""
     stride = getattr(layer, "stride", 1)
-    return any(side > 1 for side in (stride if isinstance(stride, tuple) else [stride]) if isinstance(side, int))
+    sides = stride if isinstance(stride, Sequence) else [stride]
+    return max((int(side) for side in sides if isinstance(side, Integral)), default=1)
 
 
 @contextlib.contextmanager

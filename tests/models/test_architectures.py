@@ -336,7 +336,7 @@ def test_other_number_of_classes_keeps_the_classifier(tmp_path, caplog):
     assert_same(target, {**source.state_dict(), "fc.weight": fresh["fc.weight"], "fc.bias": fresh["fc.bias"]})
     [record] = [r for r in caplog.records if r.name == "lit_tricks"]
     assert record.levelno == logging.INFO
-    assert "classifier 'fc' keeps its initialisation, for 10 classes there and 3 here" in record.getMessage()
+    assert "classifier 'fc' keeps its initialization, for 10 classes there and 3 here" in record.getMessage()
 
 
 def test_full_load_says_nothing(tmp_path, caplog):

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_tricks.commands.sizes.subject import Subject
+from lit_tricks.utils.image_size import stride_of
 
 __all__ = ["default_sizes", "macs", "parse_sizes"]
 
@@ -86,7 +87,9 @@ def _watched(module: nn.Module, starved: list[str]) -> Iterator[None]:
 
     def look(name: str) -> Any:
         def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
-            stride = max(layer.stride) if isinstance(layer.stride, tuple) else int(layer.stride)
+            stride = stride_of(layer)
+            if not args:  # called by name
+                return
             side = min(args[0].shape[-2:])
             if side < stride and not getattr(layer, "ceil_mode", False):
                 starved.append(f"{name}, which has stride {stride}, gets a map of {side} pixel{'s' * (side > 1)}")
