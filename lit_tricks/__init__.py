@@ -38,6 +38,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(TASKS[name]), name)
     if name == "Trick":
         return import_module("lit_tricks.callbacks.base").Trick
+    if name == "predict":
+        return import_module("lit_tricks.commands.predicting.in_memory").predict
     if name == "__all__":
         return sorted([*_PACKAGES, *TASKS, "Trick", *import_module("lit_tricks.callbacks").__all__])
     if not name.startswith("_"):
@@ -48,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted({*globals(), *__getattr__("__all__"), "predict"})

@@ -216,10 +216,13 @@ def _use_of_checkpoint(facts: Facts) -> list[str]:
     if facts.module.rpartition(".")[2] not in ("Classifier", ""):
         return []
     return [
-        "from lit_tricks import Classifier",
+        "import lit_tricks",
         "",
-        f'model = Classifier.load_from_checkpoint("{facts.path.name}", map_location="cpu").eval()',
-        "logits = model(images)  # float images (N, C, H, W), normalised as in training",
+        f'[(names, probabilities)] = lit_tricks.predict("{facts.path.name}", "image.jpg")  # the five best',
+        "",
+        f'model = lit_tricks.Classifier.load_from_checkpoint("{facts.path.name}", map_location="cpu").eval()',
+        "transform = model.transform()  # from a PIL image or a file to the input, as in validation",
+        'logits = model(transform("image.jpg")[None])',
     ]
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from lit_tricks._compat import is_built_by_command_line
 from lit_tricks.models import freeze, layer_scales
+from lit_tricks.tasks.input_transform import InputTransform, input_transform
 
 __all__ = ["Task"]
 
@@ -82,6 +83,7 @@ class Task(LightningModule):
         self._settings: list[dict[str, Any]] | None = None
         self._frozen: list[str] = []
         self._resumed_optimizers: list[str] | None = None
+        self._data_settings: dict[str, Any] = {}
 
     @abstractmethod
     def _network(self) -> nn.Module:
@@ -101,6 +103,17 @@ class Task(LightningModule):
                 f"set num_classes={found}, or start from its weights instead of resuming it."
             )
 
+    def transform(self) -> InputTransform:
+        """Return the transform of evaluation: from a PIL image, or the path of a file, to an input (C, H, W).
+
+        It is the data module's that the module was trained with, at the size and normalization of its checkpoint. Make
+        a batch with ``torch.stack``, or ``transform(image)[None]``; a Detector takes a list.
+
+        Raises:
+            ValueError: if neither a checkpoint nor a Trainer says what data the module was trained on.
+        """
+        return input_transform(self, self._data_settings)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the optimizers."""
         checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
@@ -108,6 +121,7 @@ class Task(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the names of the optimizers."""
         self._resumed_optimizers = checkpoint.get("optimizers")
+        self._data_settings = checkpoint.get("datamodule_hyper_parameters", {})
 
     def on_fit_start(self) -> None:
         """Take the optimizer's settings, before a resumed checkpoint replaces them by its own.
@@ -212,6 +226,17 @@ class Task(LightningModule):
                 raise ValueError(
                     f"freeze={names} leaves nothing to train: give the names of some parts of the network."
                 )
+
+    def _require_floats(self, images: Any) -> None:
+        """Raise ValueError for images that are not the floats of a transform."""
+        parts = images if isinstance(images, list | tuple) else [images]
+        wrong = next((part for part in parts if not isinstance(part, Tensor) or not part.is_floating_point()), None)
+        if wrong is not None:
+            found = str(wrong.dtype) if isinstance(wrong, Tensor) else type(wrong).__name__
+            raise ValueError(
+                f"{type(self).__name__} takes normalized float images, and got {found}. Make them with "
+                f"model.transform(), or use lit_tricks.predict(checkpoint, images)."
+            )
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         for name, value in metrics.compute().items():  # over all ranks

@@ -89,6 +89,7 @@ class Classifier(Task):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, C, H, W)."""
+        self._require_floats(images)
         logits: Tensor = self.model(images)
         if logits.shape[1:] != (self.num_classes,):
             raise ValueError(

@@ -180,6 +180,7 @@ class Detector(Task):
         Raises:
             RuntimeError: in training mode, where detectors compute losses and need targets.
         """
+        self._require_floats(images)
         if self.model.training:
             raise RuntimeError("Detector finds objects in evaluation mode: call eval() before.")
         found: list[dict[str, Tensor]] = self.model(list(images))

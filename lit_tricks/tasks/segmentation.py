@@ -128,6 +128,7 @@ class Segmenter(Task):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes, H, W) of images (N, C, H, W)."""
+        self._require_floats(images)
         logits: Tensor = self.model(images)[0]
         return logits
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from lit_tricks import Classifier, Segmenter
 from lit_tricks.commands import export
-from lit_tricks.commands.exporting.detector import agreement
+from lit_tricks.commands.exporting.detector_formats import agreement
 from lit_tricks.commands.exporting.network import crop_pct
 from lit_tricks.commands.exporting.timm_folder import timm_arguments
 from lit_tricks.data import CIFAR10, DigitDetection, Digits, ImageFolder

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.cli import FIT, QUIET, Outcome, cli, done, logits_of, workplace, write_image_folder
-from PIL import Image
+from PIL import Image, ImageOps
 
+import lit_tricks
 from lit_tricks.commands import predict
 from lit_tricks.data import Digits, ImageFolder
+from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.run.tables import check_table, write_table
 
 FILES = ("b.png", "deep/a, b.jpg", "deep/er/alpha.PNG", "deep/er/grey.png", "deep/moving.gif")
@@ -282,3 +284,68 @@ def test_avif_and_webp(folder: Path) -> None:
         image.save(name)
     predicted("-o=out.csv", "x.webp", "x.avif", images="images/b.png")
     assert [row["error"] for row in table("out.csv")] == ["", "", ""]
+
+
+def test_predictions_in_python(folder: Path) -> None:
+    with Image.open("images/b.png") as opened:
+        image = opened.convert("RGB")
+    pixels = np.asarray(image)
+    tensor = torch.from_numpy(pixels.copy()).movedim(-1, 0)
+    for run, classes in (("tiny", 10), ("animals", 3)):
+        predicted("-o=said.json", images="images/b.png", run=run)
+        [row] = json.loads(Path("said.json").read_text())
+        kinds: list[Any] = ["images/b.png", Path("images/b.png"), image, pixels, tensor]
+        for found in lit_tricks.predict(f"runs/{run}/v0", kinds, batch_size=2):
+            assert found.names == [row[f"label{i}"] for i in range(1, min(classes, 5) + 1)]
+            said = [row[f"probability{i}"] for i in range(1, min(classes, 5) + 1)]
+            assert found.probabilities == pytest.approx(said, abs=2e-3)
+        for each in kinds:
+            [(names, probabilities)] = lit_tricks.predict(f"runs/{run}/v0", each, top_k=1)
+            assert (names, len(probabilities)) == ([row["label1"]], 1)
+    assert len(lit_tricks.predict("runs/animals/v0", np.stack([pixels, pixels]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "token"),
+    [
+        (np.zeros((8, 8, 3)), "uint8"),
+        (torch.zeros(3, 8, 8), "uint8"),
+        (np.zeros((3, 8, 8), np.uint8), r"\(H, W, 3\)"),
+        ([None], "Give a path"),
+        (7, "is no image"),
+    ],
+)
+def test_images_that_are_none(folder: Path, image: Any, token: str) -> None:
+    with pytest.raises(ValueError, match=token):
+        lit_tricks.predict("runs/tiny/v0", image)
+
+
+def test_the_transform_of_a_checkpoint(folder: Path) -> None:
+    for run, data in (("tiny", Digits()), ("animals", ImageFolder("gone", image_size=16))):
+        path = f"runs/{run}/v0/checkpoints/best.ckpt"
+        model = lit_tricks.Classifier.load_from_checkpoint(path, weights_only=True).eval()
+        transform = model.transform()
+        assert torch.equal(transform("images/b.png"), data.input_transform()("images/b.png"))
+        with torch.no_grad():
+            assert model(transform("images/b.png")[None]).shape == (1, model.num_classes)
+        with pytest.raises(ValueError, match=r"uint8.*transform\(\)"):
+            model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"transform\(\).*unknown"):
+        lit_tricks.Classifier(model_args={"depth": 18, "width": 0.03125}, num_classes=3).transform()
+
+
+def test_exif_turns_images_alike_everywhere(folder: Path) -> None:
+    for orientation in range(1, 9):
+        pixels = np.random.default_rng(orientation).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for name in ("phone.jpg", "phone.png"):
+            Image.fromarray(pixels).save(name, exif=exif)
+            with Image.open(name) as image:
+                upright = ImageOps.exif_transpose(image)
+                turned, plain = (ImageFolder("gone", image_size=16, exif=each) for each in (True, False))
+                assert read_image(name, exif=True).size == upright.size
+                assert torch.allclose(turned.input_transform()(name), plain.input_transform()(upright), atol=0.1)
+                assert torch.equal(turned.input_transform()(image), plain.input_transform()(upright))
+                assert read_image(name).size == image.size
+    assert ImageFolder("gone").exif is False

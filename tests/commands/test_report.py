@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.cli import COSINE, FIT, cli, done, workplace
+from helpers.cli import COSINE, FIT, cli, done, workplace, write_images
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
@@ -389,7 +389,12 @@ def test_the_card_of_a_checkpoint(run: Path) -> None:
     [settings] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(settings) == yaml.safe_load((run / "config.yaml").read_text())
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    exec(code.replace('"best.ckpt"', repr(str(run / "checkpoints" / "best.ckpt"))), {"images": torch.zeros(1, 1, 8, 8)})
+    code = code.replace('"best.ckpt"', repr(str(run / "checkpoints" / "best.ckpt")))
+    write_images(run, 1)
+    found: dict[str, Any] = {}
+    exec(code.replace('"image.jpg"', repr(str(run / "0.jpg"))), found)
+    assert len(found["names"]) == 5
+    assert found["logits"].shape == (1, 10)
 
 
 def test_metrics_of_another_checkpoint_are_its_own(run: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from lightning.pytorch import LightningModule
 
 from lit_tricks.commands.checkpoints import checkpoint_at, written_whole
-from lit_tricks.commands.exporting.detector import DETECTOR_WRITERS, DetectorNetwork, ExportedDetector
+from lit_tricks.commands.exporting.detector_formats import DETECTOR_WRITERS, DetectorNetwork, ExportedDetector
 from lit_tricks.commands.exporting.file_formats import import_onnx, write_onnx, write_safetensors, write_torch_export
 from lit_tricks.commands.exporting.network import Exported, module_to_export, network_of, preprocessing_of
 from lit_tricks.commands.exporting.timm_folder import FILES, write_timm
