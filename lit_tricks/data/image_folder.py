@@ -13,12 +13,14 @@ from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.crops import CentreCrop
 from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
 from lit_tricks.data.io.bad_images import OnBadImage
+from lit_tricks.data.io.decoded import Cache, DecodedFiles
 from lit_tricks.data.io.file_index import list_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data.samples import Files, Reader, Source
 from lit_tricks.data.transforms import Transform
+from lit_tricks.utils.arguments import choice
 
 __all__ = ["ImageFolder", "check_same_classes"]
 
@@ -80,9 +82,14 @@ class ImageFolder(PhotoDataModule):
         exif: turn images as their EXIF orientation says, in every split, in prediction and in ``input_transform``. Give
             true for photos of phones and cameras. The default is false, as in torchvision and timm: published figures
             and weights are for images that are not turned.
+        cache: decode the images once, and keep their pixels at the short side that evaluation needs: ``resize_size``,
+            or more with ``eval_size``. "memory" keeps them in memory, "disk" in one file per split in the cache folder,
+            which all processes share. Evaluation stays as it is. Random crops come from the smaller image, so that
+            small ones have less detail. None decodes each time.
 
     Raises:
-        ValueError: if an argument is out of range, or the class folders of train, val and test differ.
+        ValueError: if an argument is out of range, the class folders of train, val and test differ, or there is no room
+            for the ``cache``; the message has the number of bytes.
         FileNotFoundError: if a folder is missing or holds no image.
         RuntimeError: while loading, for a file that cannot be read, which the message names; with "skip" for 20 in a
             row; and if a process that loads was killed.
@@ -109,6 +116,7 @@ class ImageFolder(PhotoDataModule):
         eval_size: int | None = None,
         on_bad_image: OnBadImage = "raise",
         exif: bool = False,
+        cache: Cache | None = None,
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -122,6 +130,7 @@ class ImageFolder(PhotoDataModule):
         _check_one_of("decode", decode, ("auto", "exact"))
         _check_one_of("workers", workers, ("process", "thread"))
         _check_one_of("on_bad_image", on_bad_image, get_args(OnBadImage))
+        choice(self, "cache", cache, (*get_args(Cache), None))
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
         if not 0 <= random_erasing <= 1:
@@ -132,13 +141,15 @@ class ImageFolder(PhotoDataModule):
         self.classes = self._read_classes()
         self.input_size = (3, image_size, image_size)
         self.crop_ratio = image_size / resize_size
+        self._short_side = resize_size  # of images in the cache
         self.mean, self.std = mean, std
         self.repeats, self.decode, self.thread_workers = repeats, decode, workers == "thread"
-        self.on_bad_image, self.exif = on_bad_image, exif
+        self.on_bad_image, self.exif, self.cache = on_bad_image, exif, cache
         self.eval_transform = CentreCrop(image_size, resize_size)
         self.train_transform = self.eval_transform
         if eval_size is not None:
             self.eval_transform = self.eval_transform_at(eval_size)
+            self._short_side = max(resize_size, resize_size_for(eval_size, None, default=self.crop_ratio))
         if augmentation != "none":
             self.train_transform = random_crop(image_size, augmentation, mean, std, random_erasing)
 
@@ -171,7 +182,10 @@ class ImageFolder(PhotoDataModule):
                 f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
                 f"files must end in {' '.join(ENDINGS)}"
             )
-        return {split: Files(paths, self._file_reader(), labels)}
+        files = Files(paths, self._file_reader(), labels)
+        if self.cache is None:
+            return {split: files}
+        return {split: DecodedFiles(files, self._short_side, self.cache, type(self).__name__)}
 
 
 def _find_classes(root: str) -> list[str]:

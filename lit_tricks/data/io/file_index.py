@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lit_tricks.data.io.formats import ENDINGS as TEXT_ENDINGS
 
-__all__ = ["Paths", "list_images"]
+__all__ = ["Paths", "cache_folder", "list_images"]
 
 VERSION = 2  # of the files in the cache
 REMEMBER_FROM = 5000  # images; fewer are found as fast
@@ -169,15 +169,21 @@ def _prefixed(prefix: bytes, names: bytes) -> bytes:
     return prefix + names.replace(b"\0", b"\0" + prefix)
 
 
-def _cache_file(root: str) -> Path | None:
+def cache_folder() -> Path | None:
+    """Return the cache folder of the user (see ``list_images``); None if there is none."""
     folder = os.environ.get("LIT_TRICKS_CACHE")
     if folder == "":
         return None
     with contextlib.suppress(OSError, RuntimeError):  # no home
         default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_tricks"
-        key = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
-        return Path(folder or default) / f"{key}.images"
+        return Path(folder or default)
     return None
+
+
+def _cache_file(root: str) -> Path | None:
+    folder = cache_folder()
+    key = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+    return folder and folder / f"{key}.images"
 
 
 def _read_cache(cache: Path, root: str) -> dict[str, _Folder]:
