@@ -1,0 +1,76 @@
+"""Every code block of the documentation runs: Python as it stands, commands in a folder with a tiny run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.cli import CELLS, FIT, cli, done, workplace, write_image_folder
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(str(path.relative_to(DOCS)) for path in [*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")])
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """Return the code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return the words of each ``lit-tricks`` command in the shell blocks of a page."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lit-tricks ")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield a folder with the run ``runs/quickstart/v0``, and images in class folders."""
+    with workplace(tmp_path_factory.mktemp("docs")) as folder:
+        done(*FIT, "--name=quickstart")
+        write_image_folder(folder / "PATH")
+        yield folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.pytorch.trainer.connectors.data_connector.rank_zero_warn", lambda *_, **__: None)
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*CELLS)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tiny = ["--config=tiny.yaml", "--trainer.max_epochs=1"]
+    for words in commands(page):
+        if words[0] == "fit":  # the configuration is built; the training is tested elsewhere
+            outcome = cli(*words, "--print_config")
+        elif "--" in words:
+            outcome = cli(*words, *tiny)
+        elif "--config" in words:
+            outcome = cli(*words, *tiny[:1])
+        else:
+            outcome = cli(*words)
+        assert outcome.code == 0, (words, outcome.err)
+    assert Path.cwd() == trained
+
+
+def test_pages_link_to_files_that_exist() -> None:
+    for page in PAGES:
+        text = (DOCS / page).read_text("utf-8")
+        for target in re.findall(r"\]\((?!http)([^)#]+\.md)", text):
+            known = (DOCS / page).parent / target
+            assert known.is_file() or "tricks/" in target, (page, target)
+        for path in re.findall(r"lit-tricks/(?:blob|tree)/main/([\w/.-]+)", text):
+            assert os.path.exists(DOCS.parent / path), (page, path)
