@@ -28,20 +28,20 @@ __all__ = ["ChannelsLast"]
 class ChannelsLast(Trick):
     """Lay images and filters out with channels last ([PyTorch](https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)).
 
-    The weights of two-dimensional convolutions and the images of training batches keep their shapes and numbers, in
-    another order in memory. What the convolutions return is in that order too, and so on through the network; also in
-    validation, whose batches are left alone. Results differ by rounding. Checkpoints load anywhere.
+    Filters of two-dimensional convolutions and images of training batches change their order in memory. Shapes and
+    values stay as they are, so results differ by rounding only. Checkpoints load anywhere. In validation the filters
+    keep the order, and the batches are not changed.
 
-    Cost: one copy of each batch; it saves up to a third of a step of a ResNet. Use it with ``precision="16-mixed"`` or
-    ``"bf16-mixed"`` on a GPU, or on a CPU. Leave it out for networks without convolutions. A network that calls
-    ``view`` on feature maps fails with it: let it call ``reshape`` or ``flatten``.
+    Cost: one copy of each batch. It can save up to a third of a ResNet's training step. Use it with
+    ``precision="16-mixed"`` or ``"bf16-mixed"`` on a GPU, or on a CPU. Leave it out for networks without convolutions.
+    A network that calls ``view`` on feature maps raises an error: use ``reshape`` or ``flatten`` there.
 
     Args:
-        weights: whether filters are laid out so, too, which saves to do it in each step. FSDP2 leaves its shards in the
-            order that they have, and takes the images alone.
+        weights: whether the filters change their order, too. True saves a conversion in each step. Under FSDP2 the
+            shards keep their order, and only the images change.
 
     Raises:
-        RuntimeError: when the fit starts, if no two-dimensional convolution is there.
+        RuntimeError: when the fit starts, if the module has no two-dimensional convolution.
 
     Example:
         ``- {class_path: ChannelsLast}``

@@ -28,26 +28,27 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 class Compile(Trick):
     """Compile the network, in place ([Ansel et al., 2024](https://doi.org/10.1145/3620665.3640366)).
 
-    Each network that the module holds runs through ``torch.compile``, in training and in the validation of the fit.
-    Unlike a module that is wrapped, it keeps the names of its weights, so that checkpoints load anywhere. Afterwards it
-    runs as before. Losses, metrics and the steps of the module itself are not compiled.
+    Each network in the module runs through ``torch.compile``, in training and in the validation of the fit. Parameters
+    keep their names, so checkpoints load anywhere. After the fit the network runs as before. Losses, metrics and the
+    module's own steps are not compiled.
 
-    Cost: minutes at the start. It saves trips to memory between small operations; how much of a step that is depends on
-    network and device, so measure it. Use it for long runs with batches of one shape. Leave it out while you debug.
+    Cost: one to several minutes at the start. The saving depends on network and device, so measure it. Use it for long
+    runs with batches of one shape. Leave it out while you debug.
 
     Args:
-        mode: "default"; "reduce-overhead" for small batches (CUDA graphs); "max-autotune" tries kernels for longer, and
-            "max-autotune-no-cudagraphs" does so without the memory that CUDA graphs take.
-        layers: patterns of the names of the modules to compile, as ``["model"]`` or ``["backbone.layer?"]``; None takes
-            every child of the module that has weights.
-        backend: of ``torch.compile``: "inductor", or one that is installed. "eager" traces and compiles nothing.
-        dynamic: whether shapes are symbols from the start. None finds out which ones change, and False never does.
-        fullgraph: whether code that can not be compiled is an error, rather than run as it is.
+        mode: "default"; "reduce-overhead" for small batches (CUDA graphs); "max-autotune" searches kernels for longer;
+            "max-autotune-no-cudagraphs" does the same with less memory.
+        layers: patterns of module names to compile, such as ``["model"]`` or ``["backbone.layer?"]``. None compiles
+            each child of the module that has parameters.
+        backend: backend of ``torch.compile``: "inductor", or another installed one. "eager" traces without compiling.
+        dynamic: whether shapes are symbolic from the start. None lets torch find the shapes that change. False never
+            uses symbols.
+        fullgraph: whether code that cannot be compiled raises an error. False runs such code as it is.
 
     Raises:
-        ValueError: for an unknown mode or backend, or empty ``layers``.
-        RuntimeError: when the training starts, if no such layer is there, or one is compiled already; in the first
-            training step, if none of them was called.
+        ValueError: for an unknown mode or backend, or an empty list of layers.
+        RuntimeError: when training starts, if no layer matches or one is compiled already; in the first training step,
+            if no compiled layer was called.
 
     Example:
         ``- {class_path: Compile, init_args: {mode: default}}``

@@ -86,26 +86,27 @@ class _Scaled(torch.autograd.Function):
 
 
 class DropPath(Trick):
-    """Leave residual branches out at random, for each image ([Huang et al., 2016](https://arxiv.org/abs/1603.09382)).
+    """Skip residual branches at random, per image ([Huang et al., 2016](https://arxiv.org/abs/1603.09382)).
 
-    An image skips the l-th of L branches with probability ``rate * l / L``, and takes it scaled up otherwise, so that
-    the mean stays. Where the network has drop-path layers (timm's ``DropPath``, torchvision's ``StochasticDepth``, or
-    what stands in their place at rate 0), they do it, at these rates and not their own. Elsewhere branches are found by
-    what they compute: those that end with a norm layer, as in any ResNet. In one step a layer drops the same images
-    each time that it runs, so that activation checkpointing works.
+    An image skips branch l of L with probability ``rate * l / L``. Otherwise the branch is scaled up, so that its mean
+    is unchanged. Networks with drop-path layers (timm's ``DropPath``, torchvision's ``StochasticDepth``) use these
+    layers, with the rates of this trick. In other networks the branches are found by tracing: a branch ends with a
+    norm layer and is added to a shortcut, as in any ResNet. Within one step a layer drops the same images in every
+    call, so activation checkpointing works.
 
-    Cost: one pass over the output of each branch; nothing is saved by skipping. Use it for deep networks in long runs
-    that overfit. Leave it out of short runs and shallow networks, where every branch is needed.
+    Cost: one pass over the output of each branch. Skipping saves no time. Use it for deep networks in long runs that
+    overfit. Leave it out of short runs and shallow networks, which need every branch.
 
     Args:
-        rate: probability to skip the last branch, in [0, 1). 0 changes nothing; 0.05 to 0.2 are usual.
-        mode: "linear": deeper branches are skipped more often. "constant": all at ``rate``.
-        layers: patterns of the names of the modules whose output is a branch, as ``["*.bn3"]``, where they are not
-            found by themselves. What no shortcut passes by is lost when it is dropped.
+        rate: probability to skip the last branch, in [0, 1). 0 changes nothing. 0.05 to 0.2 are usual.
+        mode: "linear" skips deeper branches more often. "constant" uses ``rate`` for all.
+        layers: patterns of names of modules whose output is a branch, such as ``["*.bn3"]``. Give them if the branches
+            are not found. A module without a shortcut around it loses its output when it is dropped.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if there are no such layers; in the first training step, if none of them ran.
+        RuntimeError: when the fit starts, if no branch is found; in the first training step, if no branch was
+            computed.
 
     Example:
         ``- {class_path: DropPath, init_args: {rate: 0.05}}``

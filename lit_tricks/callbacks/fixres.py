@@ -36,32 +36,34 @@ __all__ = ["FixRes"]
 class FixRes(Trick):
     """Fine-tune the classifier and the last BatchNorm at the test size ([Touvron et al., 2019](https://arxiv.org/abs/1906.06423)).
 
-    Random crops show objects larger in training than a centre crop does in the test. A larger test size makes up for
-    it, and changes the statistics of the last features: what comes after them is trained anew, and all else is frozen,
-    in evaluation mode. Training images get the transform of evaluation at ``test_size``, and so do those of validation,
-    test and prediction: that of a data module's ``eval_transform_at``, or else the ``transform`` of the validation data
-    with its resize and centre crop scaled. Checkpoints of our data modules note the size, and are tested at it.
+    Random crops show objects larger in training than a center crop does in the test. A larger test size compensates
+    this, but changes the statistics of the last features. This trick trains the layers after these features at the
+    test size. All other layers are frozen in evaluation mode. Training, validation, test and prediction images get the
+    evaluation transform at ``test_size``: the data module's ``eval_transform_at``, or the validation data set's
+    ``transform`` with its resize and center crop scaled. Checkpoints of our data modules store the size, and
+    ``lit-tricks test`` uses it.
 
-    Cost: a forward pass for each step, at the new size. Use it on a trained network, for some epochs, at 1.15 to 1.3
-    times the training size. Leave it out where training had no random crops, or was at a smaller size already, and for
-    transformers with positions for one size. It needs the weights of the run before, as ``--model.weights best.ckpt``.
+    Cost: a forward pass per step at the new size. Use it on a trained network for a few epochs, at 1.15 to 1.3 times
+    the training size. Leave it out if the training used no random crops or was at a smaller size already, and for
+    transformers with position embeddings for one size. It needs the weights of the first training: ``--model.weights
+    best.ckpt``.
 
     Args:
-        test_size: side of the images in pixels. None: what the loaders give; no transform is switched.
-        lr: learning rate of all parameter groups, above 0: the paper's 0.008 is for SGD and 512 images. None keeps the
-            module's own.
-        train_bn: the BatchNorm layers that follow the new statistics: "last", "all", or "none".
-        train_affine: whether their scales and shifts are trained, too, as in the text of the paper: the default, as it
-            can fit more than two moments. False is its published code, in which only the running statistics move.
-        transform: "test", or "test+flip", which flips half of the training images; or a function from Python, which
-            takes the place of the ``transform`` of all data sets.
-        classifier: name of the module that gives the logits, if it is not the last linear layer.
-        batch_norm: name of the last BatchNorm of the trunk, if it is not the one defined last.
+        test_size: side of the images in pixels. None uses the images as they come, and switches no transform.
+        lr: learning rate of all parameter groups, above 0. The paper's 0.008 is for SGD with 512 images per step. None
+            keeps the module's own learning rate.
+        train_bn: BatchNorm layers that use the new statistics: "last", "all", or "none".
+        train_affine: whether scales and shifts of these layers are trained, too, as in the text of the paper. False is
+            the paper's published code, in which only the running statistics change.
+        transform: "test", or "test+flip", which flips half of the training images. In Python also a function, which
+            replaces the ``transform`` of all data sets.
+        classifier: name of the module that returns the logits, if it is not the last linear layer.
+        batch_norm: name of the trunk's last BatchNorm, if it is not the one that is defined last.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if there are no such layers, no transform, or the network can not take the
-            size; in the first batch, if its images have another one, or the layers do not take part.
+        RuntimeError: when the fit starts, if these layers or the transform are missing, or the network cannot take the
+            size; in the first batch, if its images have another size, or the layers do not take part in the loss.
 
     Example:
         ``- {class_path: FixRes, init_args: {test_size: 288}}``

@@ -90,24 +90,24 @@ def positive_weight(alpha: float | Tensor) -> float:
 
 
 class FocalLoss(LossTrick):
-    """Weigh down what is classified well already ([Lin et al., 2017](https://arxiv.org/abs/1708.02002)).
+    """Reduce the loss of images that are classified well already ([Lin et al., 2017](https://arxiv.org/abs/1708.02002)).
 
-    Cross entropy becomes ``-alpha_t (1 - p_t)^gamma log(p_t)``, with ``p_t`` the probability of the true class in the
-    softmax; of mixed or smoothed targets, the mean over their distribution. A binary cross entropy of one-hot or binary
-    targets becomes the paper's loss of sigmoids. ``ignore_index``, class weights and reductions keep their meaning: a
-    mean divides by the same as without the trick, neither by the factor nor by alpha.
+    Cross entropy becomes ``-alpha_t (1 - p_t)^gamma log(p_t)``, with the softmax probability ``p_t`` of the true
+    class. For mixed or smoothed targets it is the mean over the target distribution. Binary cross entropy of one-hot
+    or binary targets becomes the paper's sigmoid loss. ``ignore_index``, class weights and reductions keep their
+    meaning: the mean divides by the same number as without this trick.
 
-    Cost: a few operations on the logits. Use it where easy examples drown the others, as background does. Not against
-    a plain imbalance of classes (use weights), nor where probabilities must be calibrated without checking them.
+    Cost: a few operations on the logits. Use it where easy examples dominate the loss, such as background. For plain
+    class imbalance prefer class weights. The probabilities become less calibrated, so check them.
 
     Args:
-        gamma: 0 or more. 0 is cross entropy, 2 the paper's, and from 5 on only errors count.
-        alpha: weight of the classes in the sum: None for none; one number in (0, 1) for the positives of a binary loss,
-            or class 1 of two, the rest to 1 being for the others; a list with a positive number for each class.
+        gamma: exponent, 0 or more. 0 is cross entropy, 2 is the paper's value. From 5 on only errors count.
+        alpha: class weights in the loss. None uses none. A number in (0, 1) is the weight of the positives in a binary
+            loss, or of class 1 of two; the other class gets the rest to 1. A list has a positive number per class.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: in the first training step, if no loss saw the target, or alpha does not fit its classes.
+        RuntimeError: in the first training step, if no loss used the target, or ``alpha`` does not fit its classes.
 
     Example:
         ``- {class_path: FocalLoss, init_args: {gamma: 2.0}}``

@@ -50,38 +50,40 @@ def distillation_divergence(
 
 
 class KnowledgeDistillation(LossTrick):
-    """Learn from a trained teacher beside the labels ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).
+    """Learn from a trained teacher in addition to the labels ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).
 
-    Each cross entropy of training gets ``T^2 L(softmax(r / T), softmax(z / T))`` on top, for the logits ``z`` of the
-    student and ``r`` of the teacher, as in [Bag of Tricks](https://arxiv.org/abs/1812.01187). The teacher sees the same
-    images, mixed ones too, in evaluation mode and in the run's precision. It is a copy beside the student: no part of
-    its checkpoint, optimizer or summary. Class weights, smoothing and focal factors act on the labels' loss alone;
-    what ``ignore_index`` excludes is not taught either.
+    Each cross entropy in training gets the additional term ``T^2 L(softmax(r / T), softmax(z / T))``, with the
+    student's logits ``z`` and the teacher's ``r``, as in [Bag of Tricks](https://arxiv.org/abs/1812.01187). The
+    teacher gets the same images, mixed ones included, in evaluation mode and in the run's precision. It is no part of
+    the module's checkpoint, optimizer or summary. Class weights, smoothing and focal factors apply to the label loss
+    only. Pixels or images with ``ignore_index`` get no teacher loss either.
 
-    Cost: a forward pass of the teacher in every batch, and its weights on every device. Use it for a student of the
-    teacher's family that has time to learn. Leave it out where the teacher tells other classes apart or was trained
-    with strong label smoothing, and for pre-training of backbones for segmentation.
+    Cost: a forward pass of the teacher per batch, and its weights on every device. Use it for a student of the
+    teacher's family that trains for long. Leave it out if the teacher has other classes or was trained with strong
+    label smoothing, and for pre-training of backbones for segmentation.
 
     Args:
-        teacher: a module that returns logits; in YAML its ``class_path`` and ``init_args``, the path of a checkpoint of
-            a Classifier or Segmenter, or a name with pretrained weights in timm, which is downloaded.
-        temperature: ``T``, above 0. At 1 the teacher's best guesses count; far above the logits, all their differences.
-        alpha: None adds both losses, as the paper. A number in (0, 1] weighs them, ``(1 - alpha)`` for the labels and
-            ``alpha`` for the teacher: 0.5 is GluonCV (its ``hard_weight`` is ``1 - alpha``), 0.9 usual after Hinton.
-        loss: ``L``: "kl" is 0 for a perfect student; "ce", the paper's, has the same gradients and a constant more.
-        mean: of the channels that the teacher wants subtracted, from images in [0, 1]; None gives it what is there.
-        std: what it wants them divided by.
-        input_mean: what has been subtracted from the images of the batch; None if they are in [0, 1], or uint8.
-        input_std: what they have been divided by.
-        channels_last: whether the teacher works in this memory format.
-        compiled: whether it is compiled, with ``torch.compile``.
+        teacher: a module that returns logits. In YAML: ``class_path`` and ``init_args``, the path of a checkpoint of a
+            Classifier or Segmenter, or the name of a pretrained timm model, which is downloaded.
+        temperature: ``T``, above 0. At 1 the teacher's best guesses dominate. Far above the size of the logits, all
+            their differences count.
+        alpha: None adds both losses, as in the paper. A number in (0, 1] weights them: ``1 - alpha`` for the labels,
+            ``alpha`` for the teacher. 0.5 is GluonCV's choice.
+        loss: ``L``. "kl" is 0 for a perfect student. "ce" is the paper's, with the same gradients plus a constant.
+        mean: channel means that the teacher expects to be subtracted from images in [0, 1]. None passes images as they
+            are.
+        std: channel standard deviations that the teacher expects.
+        input_mean: channel means that were subtracted from the batch. None: the images are in [0, 1], or uint8.
+        input_std: channel standard deviations that the batch was divided by.
+        channels_last: whether the teacher runs in this memory format.
+        compiled: whether the teacher is compiled with ``torch.compile``.
 
     Raises:
-        ValueError: for an argument out of its range, or a teacher's name that timm does not know.
-        FileNotFoundError: when the fit starts, if the checkpoint is not there.
+        ValueError: for an argument out of its range, or a name that timm does not know.
+        FileNotFoundError: when the fit starts, if the checkpoint does not exist.
         ConnectionError: when the fit starts, if the download fails.
-        RuntimeError: when the fit starts, if the checkpoint holds neither, or teacher and student share weights; in the
-            first training step, if they do not fit each other, or no loss saw the target.
+        RuntimeError: when the fit starts, if the checkpoint holds no such module, or teacher and student share
+            weights; in the first training step, if their logits do not match, or no loss used the target.
 
     Example:
         ``- {class_path: KnowledgeDistillation, init_args: {teacher: resnet152d.gluon_in1k, temperature: 20}}``

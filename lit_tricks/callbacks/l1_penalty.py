@@ -62,24 +62,25 @@ def sparsity(weights: list[Tensor], threshold: float) -> Tensor:
 
 
 class L1Penalty(Trick):
-    """Make weights pay for their size, so that few remain large ([Tibshirani, 1996](https://www.jstor.org/stable/2346178)).
+    """Penalize the absolute size of weights, so that few remain large ([Tibshirani, 1996](https://www.jstor.org/stable/2346178)).
 
-    The gradient of ``strength * sum(|w|)`` is added before each optimizer step to that of the loss: unscaled, summed
-    over accumulated batches and over processes, and not yet clipped, so that clipping sees both. Only weights of
-    convolutions, linear and other layers pay, neither biases nor norm layers. The logged loss stays that of the module.
+    The gradient of ``strength * sum(|w|)`` is added to the loss gradient before each optimizer step: after unscaling,
+    accumulation and the sum over processes, and before clipping. Weights of convolutions, linear and other layers are
+    penalized, biases and norm layers are not. The logged loss stays the module's own.
 
-    Cost: two passes over the weights in each step. Use it before pruning, with SGD. Adam divides it by the size of
-    the gradients, as it does with coupled weight decay. It gives small weights, not zeros: near 0 a step overshoots,
-    and comes back, so prune below a threshold, of about ``lr * strength``, at the end.
+    Cost: two passes over the weights per step. Use it before pruning, with SGD. Adam divides the penalty by the
+    gradient's size. Weights become small, not exactly 0: near 0 a step overshoots and returns. So prune below a
+    threshold of about ``lr * strength`` at the end.
 
     Args:
-        strength: 0 or more. 0 changes nothing; 1e-5 is gentle; where it is above the gradients, all weights go to 0.
-        threshold: below which an absolute value counts as zero in the log, above 0.
+        strength: factor of the penalty, 0 or more. 0 changes nothing, 1e-5 is gentle. If it exceeds the gradients, all
+            weights go to 0.
+        threshold: absolute value below which a weight counts as zero in the log, above 0.
 
     Raises:
         ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if the strategy flattens parameters; after the first step, or at the end, if
-            no gradient of a weight was there to add to.
+            no weight had a gradient.
 
     Example:
         ``- {class_path: L1Penalty, init_args: {strength: 1.0e-05}}``

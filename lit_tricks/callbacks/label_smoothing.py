@@ -56,22 +56,22 @@ def label_smoothing_for_torch(
 
 
 class LabelSmoothing(LossTrick):
-    """Soften the targets of cross entropy ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
+    """Smooth the targets of cross entropy ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
 
-    The true class keeps ``1 - smoothing``; the rest is shared among the others, which bounds the gap between logits.
-    ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and ``F.nll_loss`` of training are smoothed, and the floats made of
-    ``F.one_hot(target, num_classes)`` or of binary labels. The losses of validation and test are plain.
+    The true class keeps the probability ``1 - smoothing``. The other classes share the rest, which bounds the gap
+    between logits. It applies to ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and ``F.nll_loss`` in training, and to
+    floats from ``F.one_hot(target, num_classes)`` or binary labels. Losses of validation and test use plain labels.
 
-    Cost: none measurable. Use it from scratch, for many classes and long runs. Not for a model that will teach
-    another one (its logits lose what distillation needs), and expect little at 10 classes.
+    Cost: none measurable. Use it from scratch, for many classes and long runs. Leave it out for a model that will be a
+    teacher, since distillation needs the differences between its logits. Expect little at 10 classes.
 
     Args:
-        smoothing: probability taken from the true class, in [0, 1). 0 is plain cross entropy, near 1 is uniform.
-        convention: who shares it: all K classes ("torch"), or the K - 1 others ("paper").
+        smoothing: probability that the true class loses, in [0, 1). 0 is plain cross entropy, near 1 is uniform.
+        convention: classes that share it: all K classes ("torch"), or the K - 1 others ("paper").
 
     Raises:
         ValueError: for a smoothing out of its range.
-        RuntimeError: in the first training step, if no loss saw the target, or the module smooths it already.
+        RuntimeError: in the first training step, if no loss used the target, or the module's own loss smooths, too.
 
     Example:
         ``- {class_path: LabelSmoothing, init_args: {smoothing: 0.1}}``

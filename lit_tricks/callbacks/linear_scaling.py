@@ -48,25 +48,26 @@ def lr_scaling_factor(batch_size: int, base_batch_size: int, rule: Literal["line
 
 
 class LinearScaling(Trick):
-    """Scale learning rates with the batch that makes a step ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
+    """Scale learning rates with the number of samples per step ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
 
-    Every learning rate becomes ``lr * batch / base_batch_size``, with the true batch: batch size times processes that
-    see different data times accumulated batches. It happens as the optimizers are built, so schedulers and schedules
-    start from the scaled rate. Rates that a scheduler is given itself (as ``OneCycleLR(max_lr=...)``) are refused.
+    Every learning rate becomes ``lr * batch / base_batch_size``. Here ``batch`` is the effective batch size: batch
+    size, times processes that get different data, times accumulated batches. Rates are scaled when the optimizers are
+    built, so schedulers start from the scaled rate. Schedulers with a rate of their own (``OneCycleLR(max_lr=...)``)
+    raise an error.
 
-    Cost: none. Use it to take a recipe to another batch size, with a warm-up if the batch grows. Leave it out where
-    the rate was found at the batch size of the run, as a learning rate finder does.
+    Cost: none. Use it to transfer a recipe to another batch size, with a warm-up if the batch grows. Leave it out if
+    the rate was found at the batch size of the run, for example by a learning rate finder.
 
     Args:
-        base_batch_size: batch that the learning rates were meant for, at least 1. The paper's 0.1 goes with 256.
+        base_batch_size: batch size for which the learning rates were chosen, at least 1. The paper's 0.1 is for 256.
         rule: "linear" for SGD; "sqrt", ``lr * sqrt(batch / base_batch_size)``, for Adam and other adaptive optimizers.
-        batch_size: samples in a batch of one process, at least 1. Needed only where neither the loader nor a
-            ``batch_size`` (attribute or hyperparameter) of the module or datamodule that makes it says so.
+        batch_size: samples in a batch of one process, at least 1. Give it only if the loader, the module and the data
+            module have no ``batch_size`` (attribute or hyperparameter).
 
     Raises:
         ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if the batch size is unknown, nothing was scaled, something else sets the
-            rates, or a resumed checkpoint comes from another factor; in the first batch, if its size is another.
+            rates, or a resumed checkpoint used another factor; in the first batch, if it has another size.
 
     Example:
         ``- {class_path: LinearScaling, init_args: {base_batch_size: 256}}``

@@ -24,25 +24,25 @@ __all__ = ["NoBiasDecay"]
 
 
 class NoBiasDecay(Trick):
-    """Keep weight decay off biases and norm layers ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
+    """Remove weight decay from biases and norm layers ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
-    Only the weights of convolutions, linear layers and embeddings decay. Each parameter group with a weight decay is
-    split as the optimizer takes it in; both parts keep its other options (rate, betas, ...), and schedulers see the
-    result. Parameters that the module itself groups with ``weight_decay=0`` stay as they are.
+    Weights of convolutions, linear layers and embeddings keep their decay. Each parameter group with weight decay is
+    split in two when the optimizer takes it. Both parts keep the other options (learning rate, betas, ...), and
+    schedulers see both. Groups that the module defines with ``weight_decay=0`` stay as they are.
 
-    Cost: none. Use it with large batches and networks with norm layers. Leave it out to reproduce a recipe that
-    decayed all parameters (that of torchvision's first weights), and at small batches expect no difference.
+    Cost: none. Use it with large batches and networks with norm layers. Leave it out to reproduce a recipe that decays
+    all parameters, such as torchvision's first weights. Expect no difference at small batches.
 
     Args:
-        skip: what does not decay. "bias": all biases. "norm": scales and biases of norm layers, and whatever else is a
-            vector or a scalar (layer scales, PReLU slopes, temperatures). "embedding": tables of embeddings, and what
-            the network lists in ``no_weight_decay()``, as timm's transformers do with their positions and tokens.
+        skip: kinds of parameters without decay. "bias": all biases. "norm": scales and biases of norm layers, and all
+            other vectors and scalars (layer scales, PReLU slopes, temperatures). "embedding": embedding tables, and
+            what the network lists in ``no_weight_decay()``, as timm's transformers do.
 
     Raises:
-        ValueError: if ``skip`` is empty or has another word.
-        RuntimeError: when the fit starts, if no parameter lost its weight decay, an optimizer was not built in
-            ``configure_optimizers``, the strategy flattens parameters, or a resumed checkpoint was split otherwise;
-            later, if a group with weight decay on what should have none is added.
+        ValueError: if ``skip`` is empty or has an unknown kind.
+        RuntimeError: when the fit starts, if no parameter lost its decay, an optimizer was not built in
+            ``configure_optimizers``, the strategy flattens parameters, or a resumed checkpoint was split in another
+            way; later, if a group with decay on such parameters is added.
 
     Example:
         ``- {class_path: NoBiasDecay, init_args: {skip: [bias, norm]}}``

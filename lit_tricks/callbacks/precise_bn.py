@@ -26,33 +26,34 @@ __all__ = ["PreciseBN"]
 
 
 class PreciseBN(Estimating):
-    """Re-estimate the statistics of BatchNorm for the weights that are validated and saved ([Wu & Johnson, 2021](https://arxiv.org/abs/2105.07576)).
+    """Re-estimate the BatchNorm statistics of the weights that are validated and saved ([Wu & Johnson, 2021](https://arxiv.org/abs/2105.07576)).
 
-    Running statistics average over the weights of past steps. Here training data goes through the model once more, its
-    weights fixed: ``mu = E[mu_B]``, ``sigma^2 = E[mu_B^2 + sigma_B^2] - E[mu_B]^2`` over the batches of all processes.
-    It comes from a fresh loader; training does not notice. With EMA or SWA the statistics are those of their average.
-    What is validated is saved: checkpoints written from a validation to the next step have these statistics, and what
-    to resume from besides, and so has the model after the fit.
+    Running statistics are averages over the weights of past steps. This trick passes training data through the network
+    again, with fixed weights: ``mu = E[mu_B]``, ``sigma^2 = E[mu_B^2 + sigma_B^2] - E[mu_B]^2`` over the batches of
+    all processes. A fresh loader gives the data, so training is not affected. With EMA or SWA the statistics belong to
+    the averaged weights. Checkpoints that are written between a validation and the next step have the new statistics,
+    and so has the model after the fit. Checkpoints to resume from also keep the running statistics.
 
-    The batches take the way of training ones, and mixing tricks leave them alone. ``forward`` of the module gets their
-    inputs; it ends after the last BatchNorm. Layers that are frozen (in evaluation mode in training) are left alone.
+    The batches pass the same hooks as training batches, and mixing tricks skip them. The module's ``forward`` gets
+    their inputs, and stops after the last BatchNorm. Frozen layers, in evaluation mode during training, keep their
+    statistics.
 
-    Cost: a forward pass for each sample, below 1.1 times the bare ones. Use it with averaged weights, large learning
-    rates, and batches of a few samples. Leave it out where the learning rate ends near 0 and batches are large: there
-    it moves the accuracy by 0.2 points.
+    Cost: a forward pass per sample, below 1.1 times the bare passes. Use it with averaged weights, large learning
+    rates, and batches of a few samples. Leave it out if the learning rate ends near 0 and batches are large: there it
+    changes the accuracy by 0.2 points at most.
 
     Args:
-        num_samples: training samples to estimate from, over all processes, 1 or more; 1,000 to 10,000 do. More than
-            there are: all of them, in one pass.
-        when: before each validation and at the end of the fit ("validation"), at its end only ("end"), or before the
-            validations of every so many epochs and at the end (1 or more).
-        transform: load the samples as for training ("train"), or with the ``transform`` of the validation data set.
-        restore: whether training goes on from its own running statistics, as if nothing had been. False: from these.
+        num_samples: number of training samples over all processes, 1 or more; 1,000 to 10,000 are enough. A larger
+            number than there are means all of them, in one pass.
+        when: "validation": before each validation and at the end of the fit. "end": at the end only. A number of 1 or
+            more: before the validations of every so many epochs, and at the end.
+        transform: "train" loads samples as for training; "eval" with the ``transform`` of the validation data set.
+        restore: whether training continues with its own running statistics. False continues with the new ones.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the training starts, if the loaders can not be copied, the module has no ``forward``, or the
-            strategy hides the layers; then, if a batch has no inputs, or ``forward`` does not take them.
+        RuntimeError: when training starts, if the loaders cannot be copied, the module has no ``forward``, or the
+            strategy hides the layers; later, if a batch has no inputs, or ``forward`` does not accept them.
 
     Example:
         ``- {class_path: PreciseBN, init_args: {num_samples: 8192}}``

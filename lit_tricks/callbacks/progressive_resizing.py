@@ -46,30 +46,30 @@ def progressive_side(progress: float, side: int, start_scale: float, start: floa
 
 
 class ProgressiveResizing(Trick):
-    """Train on small images first, and on larger ones as the run goes on ([Howard, 2018](https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html)).
+    """Train on small images first, and on larger ones later ([Howard, 2018](https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html)).
 
-    Batches are resized on the device (bilinear, antialiased), their sides rising linearly from ``start_scale`` to all
-    of the image between two parts of the run. Dense targets (N, H, W) follow (nearest). The size is a closed form of
-    the number of the step. Mixing tricks mix what was resized; PreciseBN, and all evaluation, see full images.
+    Batches are resized on the device (bilinear, antialiased). Their side rises linearly from ``start_scale`` to full
+    size between two points of the run. Dense targets (N, H, W) are resized, too (nearest). The size is a closed form
+    of the optimizer step. Mixing tricks get the resized images. PreciseBN and all evaluation get full images.
 
-    Cost: none, it saves time: a step at half the side has a quarter of the operations. Use it for long runs of
-    convolutional networks at 160 pixels or more. Leave it out where details decide the class, where loading is what
-    takes the time, and for networks with a fixed size. The last part at full size, or FixRes or PreciseBN after it, is
-    needed: the statistics of small images are not those of large ones.
+    Cost: none; it saves time. A step at half the side has a quarter of the operations. Use it for long runs of
+    convolutional networks at 160 pixels or more. Leave it out if details decide the class, if loading limits the run,
+    and for networks with a fixed size. BatchNorm statistics of small images differ, so the run needs a last part at
+    full size, or PreciseBN or FixRes afterwards.
 
     Args:
-        start_scale: part of the side at first, in (0, 1). Near 0 nothing is to be seen; 0.5 is usual.
-        start: part of the run from which the images grow, in [0, ``end``).
-        end: part of the run from which they are full, in (``start``, 1]; at 1 never before the last step.
-        multiple_of: smaller sides are multiples of it, in pixels, 1 or more: 32 for a network with that stride. The
-            fewer sizes, the fewer kernels and graphs.
+        start_scale: side at the start as a part of the full side, in (0, 1). Near 0 nothing is visible; 0.5 is usual.
+        start: part of the run at which the images begin to grow, in [0, ``end``).
+        end: part of the run at which they reach full size, in (``start``, 1]. 1 means the last step.
+        multiple_of: smaller sides are multiples of this number of pixels, 1 or more. Use the network's total stride,
+            such as 32. Fewer sizes need fewer kernels and graphs.
         mode: "resize", or "crop", which cuts a random part of that size out of all images of a batch.
-        total_steps: length of the run in steps, where it can not be told from the Trainer and its loaders.
+        total_steps: optimizer steps of the run. Give it only if Trainer and loaders do not know the length.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the training starts, if the length of the run is unknown; in the first batch, if it has no
-            images, they are too small to be made smaller, or the network can not take the smallest ones.
+        RuntimeError: when training starts, if the length of the run is unknown; in the first batch, if it has no
+            images, they are too small, or the network cannot take the smallest size.
 
     Example:
         ``- {class_path: ProgressiveResizing, init_args: {start_scale: 0.5, end: 0.8}}``

@@ -80,29 +80,29 @@ def mean_logits(logits: Sequence[Tensor], activation: Literal["softmax", "sigmoi
 class TestTimeAugment(Trick):
     """Average the probabilities over several views of each image ([Krizhevsky et al., 2012](https://papers.nips.cc/paper/4824)).
 
-    In validation, test and prediction, ``forward`` of the module runs once for each view, and returns the logits of the
-    mean of their probabilities: its logarithm, in float32 at least. What the module makes of logits is right for the
-    mean, then: softmax gives its probabilities, argmax its class, cross entropy its loss. Training, and the sanity
-    check before it, run as ever. Batches stay as they are. Dense logits (N, K, H, W), as of segmentation, are put back
-    to where the pixels of the image are: flipped back, and resized.
+    In validation, test and prediction, the module's ``forward`` runs once per view. It returns the logarithm of the
+    mean probability, in float32 or better, so softmax, argmax and cross entropy of the module are right for the mean.
+    Training, the sanity check before it, and batches are not changed. Dense logits (N, K, H, W) are flipped and
+    resized back first.
 
-    Cost: that of a validation, times the number of views. Use it for the last bit of accuracy in a test. Leave ``flip``
-    out where left and right matter (digits, text), and all of it where the time of a prediction does, or published
-    figures are to be compared with.
+    Cost: the time of an evaluation, times the number of views. Use it for the last bit of accuracy in a test. Leave
+    ``flip`` out where left and right matter (digits, text). Leave the trick out where prediction time matters, or
+    where published figures are compared.
 
     Args:
-        flip: whether the views are also flipped horizontally: 2 of each.
-        crops: 1 (the whole image), 5 (the corners and the centre, each 7/8 of the side), or 10 (these, and flipped).
-            Dense logits take 1.
-        scales: factors on the sides, each above 0 and another set of views, as ``[0.875, 1.0, 1.125]``: bilinear,
-            antialiased, before the crops. With 8/7 crops are as large as the image was.
-        activation: what makes probabilities of the logits: "softmax", or "sigmoid" for several labels, or one logit.
-        layer: name of the module whose ``forward`` gives the logits, as ``"model"``; None is the LightningModule.
+        flip: whether each view is also flipped horizontally, which doubles the number of views.
+        crops: 1 (the whole image), 5 (four corners and the center, each 7/8 of the side), or 10 (these, and flipped).
+            Dense logits need 1.
+        scales: factors on the sides, each above 0, such as ``[0.875, 1.0, 1.125]``. Each adds a set of views
+            (bilinear, antialiased, before the crops). With 8/7, crops are as large as the image.
+        activation: "softmax", or "sigmoid" for several labels per image or one logit.
+        layer: name of the module whose ``forward`` returns the logits, such as ``"model"``. None is the
+            LightningModule.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: in the first batch, if that ``forward`` gets no images, does not give logits (N, K), or dense ones
-            of the size of the images, or can not take a view.
+        RuntimeError: in the first batch, if this ``forward`` gets no images, returns no logits (N, K) or dense logits
+            of the image's size, or cannot take a view.
 
     Example:
         ``- {class_path: TestTimeAugment, init_args: {flip: true}}``

@@ -37,19 +37,20 @@ def warmup_cosine(step: int, lr: float, total_steps: int, warmup_steps: int = 0,
 
 
 class WarmupCosine(Schedule):
-    """Warm the learning rate up, then let it fall along half a cosine ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
+    """Warm the learning rate up, then decay it along half a cosine ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
-    Batch ``i`` of the ``m`` batches of the warm-up has the rate ``i * lr / m``; at batch ``t`` of the ``T`` that follow
-    it is ``min_lr + (lr - min_lr) * (1 + cos(pi * t / T)) / 2``, with ``t`` from 0. Every parameter group keeps its
-    own ``lr``. The schedule goes by optimizer steps, so accumulated batches share one rate.
+    Step ``i`` of the ``m`` warm-up steps has the rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` steps after it
+    has ``min_lr + (lr - min_lr) * (1 + cos(pi * t / T)) / 2``. Every parameter group uses its own ``lr``. Steps are
+    optimizer steps, so accumulated batches share one rate.
 
-    Cost: none measurable. The default choice: no milestones to tune. Not for a run whose end is unknown, and at a
-    learning rate that needs no warm-up (small batches, fine-tuning) set ``warmup_epochs`` to 0.
+    Cost: none measurable. It is the default choice, without milestones to tune. Leave it out if the end of the run is
+    unknown. Set ``warmup_epochs`` to 0 if the learning rate needs no warm-up (small batches, fine-tuning).
 
     Args:
         warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
-        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer; there it is a constant schedule.
-        total_steps: optimizer steps of the run (batches, under manual optimization). Needed only where the Trainer can
+        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
+            constant.
+        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if the Trainer does
             not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 
     Raises:

@@ -34,17 +34,19 @@ def warmup_exponential(step: int, lr: float, every_n_steps: float, gamma: float 
 class WarmupExponential(Schedule):
     """Warm the learning rate up, then multiply it by ``gamma`` every few epochs ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
 
-    The warm-up is that of ``WarmupCosine``. The rate then stays for ``every_n_epochs``, falls by ``gamma``, stays
-    again: a staircase, as Inception was trained (0.94 every two epochs), compared in "Bag of Tricks", section 5.1.
+    The warm-up is the same as in ``WarmupCosine``. Afterwards the rate stays for ``every_n_epochs``, is multiplied by
+    ``gamma``, and stays again. Inception was trained with 0.94 every two epochs. "Bag of Tricks" compares it in
+    section 5.1.
 
-    Cost: none measurable. For recipes that ask for it; a cosine keeps the rate high for longer and usually ends better.
+    Cost: none measurable. Use it for recipes that ask for it. A cosine keeps the rate high for longer and usually ends
+    better.
 
     Args:
-        gamma: factor of each fall, in (0, 1]; 1 is a constant rate.
-        every_n_epochs: epochs between two falls, above 0; fractions work.
+        gamma: factor per interval, in (0, 1]. 1 is a constant rate.
+        every_n_epochs: epochs per interval, above 0; fractions work.
         warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
-        total_steps: optimizer steps of the run (batches, under manual optimization). Needed only where an epoch has no
-            length: together with ``max_epochs`` it gives it one.
+        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if an epoch has no
+            length. Together with ``max_epochs`` it defines one.
 
     Raises:
         ValueError: for an argument out of its range.

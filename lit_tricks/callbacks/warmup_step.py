@@ -35,18 +35,19 @@ def warmup_step(step: int, lr: float, milestones: Sequence[int], gamma: float = 
 class WarmupStep(Schedule):
     """Warm the learning rate up, then divide it at milestones ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
-    The warm-up is that of ``WarmupCosine``. From epoch ``milestones[k]`` on (the first epoch is 0, those of the
-    warm-up count) the rate is ``lr * gamma ** (k + 1)``.
+    The warm-up is the same as in ``WarmupCosine``. From epoch ``milestones[k]`` on, the rate is ``lr * gamma ** (k +
+    1)``. Epochs are counted from 0, and warm-up epochs count.
 
-    Cost: none measurable. The paper's baseline, and the schedule of most older recipes; when nothing has to be
-    compared with those, a cosine is as good and has nothing to tune.
+    Cost: none measurable. It is the paper's baseline, and the schedule of most older recipes. Use it to compare with
+    these. Otherwise a cosine is as good and has nothing to tune.
 
     Args:
-        milestones: epochs at which the rate falls, increasing, none within the warm-up. Empty: constant after it.
-        gamma: factor of each fall, in (0, 1]; 1 is a constant rate.
+        milestones: epochs at which the rate falls, increasing, none within the warm-up. Empty: constant after the
+            warm-up.
+        gamma: factor per milestone, in (0, 1]. 1 is a constant rate.
         warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
-        total_steps: optimizer steps of the run (batches, under manual optimization). Needed only where an epoch has no
-            length: together with ``max_epochs`` it gives it one.
+        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if an epoch has no
+            length. Together with ``max_epochs`` it defines one.
 
     Raises:
         ValueError: for an argument out of its range.

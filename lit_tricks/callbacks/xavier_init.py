@@ -39,23 +39,23 @@ def xavier_uniform(shape: Iterable[int], generator: torch.Generator | None = Non
 
 
 class XavierInit(Initializer):
-    """Start convolutions and linear layers from Xavier's uniform distribution ([Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)).
+    """Initialize convolutions and linear layers with Xavier's uniform distribution ([Glorot & Bengio, 2010](https://proceedings.mlr.press/v9/glorot10a.html)).
 
-    Their weights are drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, which keeps the variance of both
-    activations and gradients, and their biases start at 0. All that is trained is drawn anew when a run starts from
-    scratch, never in a resumed one; norm layers and frozen weights are left as they are. The random numbers are its
-    own: the seed of ``seed_everything`` gives the same weights on any number and kind of devices.
+    Weights are drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, which preserves the variance of activations
+    and gradients. Biases start at 0. All trained weights are drawn at the start of a run from scratch, never in a
+    resumed run. Norm layers and frozen weights stay as they are. The trick has a random generator of its own: the seed
+    of ``seed_everything`` gives the same weights on any number and kind of devices.
 
-    Cost: none. Use it to follow "Bag of Tricks" to the letter, or to make networks of different libraries start
-    alike. Leave it out with ReLU networks that train well from their own (Kaiming) start, and with transformers.
+    Cost: none. Use it to follow "Bag of Tricks" exactly, or to let networks of different libraries start alike. Leave
+    it out for ReLU networks that train well from their own (Kaiming) initialization, and for transformers.
 
     Args:
-        seed: of the random numbers, 0 or more; another one gives other weights. None takes that of ``seed_everything``.
+        seed: seed of the weights, 0 or more. None uses the seed of ``seed_everything``.
 
     Raises:
         ValueError: for a seed out of its range.
-        RuntimeError: when the fit starts, if the norm layers show that weights were loaded (a network without norm
-            layers can not show it), there is nothing to set, or a weight is parametrized.
+        RuntimeError: when the fit starts, if the norm layers show that weights were loaded (networks without norm
+            layers cannot show it), if there is nothing to initialize, or if a weight is parametrized.
 
     Example:
         ``- {class_path: XavierInit}``

@@ -28,22 +28,22 @@ __all__ = ["ZeroGamma"]
 class ZeroGamma(Initializer):
     """Start every residual block as its shortcut ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
 
-    The scale of the last norm layer of each residual branch starts at 0, so that a deep network begins as a shallow
-    one and is easier to train at first. Blocks are found by what they compute: wherever a branch that ends with a norm
-    layer is added to a shortcut. Only a run from scratch is touched, never a resumed one.
+    The scale of each residual branch's last norm layer starts at 0. So a deep network begins as a shallow one, which
+    is easier to train at first. Blocks are found by tracing: a branch that ends with a norm layer is added to a
+    shortcut. Only a run from scratch is changed, never a resumed one.
 
-    Cost: none. Use it for ResNets from scratch, above all at a large learning rate. It is not for transformers and
-    blocks with pre-activation, whose branches do not end with a norm. timm's ResNets start that way by default: build
-    them with ``zero_init_last=False``, or be warned that nothing was changed.
+    Cost: none. Use it for ResNets from scratch, above all at a large learning rate. It does not apply to transformers
+    and pre-activation blocks, whose branches do not end with a norm layer. timm's ResNets start this way by default:
+    build them with ``zero_init_last=False``, or get a warning that nothing was changed.
 
     Args:
-        layers: patterns of the names of the norm layers, as ``["*.bn3"]``, where they are not found by themselves.
-            A pattern that goes too far, to layers that no shortcut passes by, cuts the network there.
+        layers: patterns of names of norm layers, such as ``["*.bn3"]``. Give them if the branches are not found. A
+            layer without a shortcut around it outputs 0, and cuts the network there.
 
     Raises:
         ValueError: if ``layers`` is empty.
-        RuntimeError: when the fit starts, if no layers are found, they were trained before, or there is another
-            ZeroGamma in the list.
+        RuntimeError: when the fit starts, if no layer is found, the layers were trained before, or the list has
+            another ZeroGamma.
 
     Example:
         ``- {class_path: ZeroGamma}``
