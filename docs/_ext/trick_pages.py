@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from effects import RESULTS, effect, entries
 from helpers.tricks import CASES, TRICKS
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from trick_figures import FIGURES
 
 from lit_tricks import callbacks
-from lit_tricks.run.report.ablation_table import paired_change
 from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.style import DARK, LIGHT, draw
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 REPOSITORY = "https://github.com/lit-tricks/lit-tricks"
 SECTION = re.compile(r"^(Args|Raises|Example|Returns|References):$", re.MULTILINE)
 
@@ -72,16 +70,6 @@ def usage(name: str, example: dict[str, Any]) -> Iterator[str]:
     yield f":::{{tab-item}} Flag\n```text\nlit-tricks fit --config quickstart {flags}\n```\n:::\n::::\n"
 
 
-def evidence() -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Return top-1 in per cent by (run, model), seed and test size."""
-    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-    for line in (RESULTS / "evidence.jsonl").read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
-        for model, sizes in run["top1"].items():
-            found.setdefault((run["run"], model), {})[run["seed"]] = {k: 100 * v for k, v in sizes.items()}
-    return found
-
-
 def costs() -> dict[str, str]:
     """Return the share of a ResNet-50 step on a CPU by trick, in per cent."""
     rows = re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \|", (RESULTS / "tricks.md").read_text(), re.MULTILINE)
@@ -96,15 +84,11 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
     """
     rows = []
     if "evidence" in entry:
-        where = entry["evidence"]
-        size, found = where.get("size", "32"), evidence()
-        these, those = (found[tuple(where[key])] for key in ("with", "without"))
-        seeds = sorted(these.keys() & those.keys())
-        change, reach = paired_change([these[seed][size] - those[seed][size] for seed in seeds])
-        before, after = (sum(each[seed][size] for seed in seeds) / len(seeds) for each in (those, these))
+        found = effect(entry)
         rows.append(
-            f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs, tested at {size} px | {before:.2f} | {after:.2f} "
-            f"| {change:+.2f} ± {reach:.2f} | {len(seeds)} |"
+            f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs, tested at {found['size']} px "
+            f"| {found['before']:.2f} | {found['after']:.2f} | {found['change']:+.2f} ± {found['reach']:.2f} "
+            f"| {found['seeds']} |"
         )
     if rows:
         yield "| setting | top-1 without | top-1 with | change, 95 % interval | seeds |\n|---|---|---|---|---|\n"
@@ -166,7 +150,7 @@ def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -
     return "".join(out)
 
 
-def overview(entries: dict[str, Any]) -> str:
+def overview(known: dict[str, Any]) -> str:
     """Return the page with a card per trick, that buttons filter by goal and budget."""
     out = [
         "# Tricks\n\nChoose a goal or a budget to filter the cards. Short is below 60 epochs of ImageNet or its equal, "
@@ -175,14 +159,14 @@ def overview(entries: dict[str, Any]) -> str:
         'medium up to 240 epochs.\n\n```{raw} html\n<div class="trick-filter" aria-label="Filter"></div>\n```\n\n'
     )
     out.append("::::{grid} 1 2 3 3\n:gutter: 2\n\n")
-    for name, entry in entries.items():
+    for name, entry in known.items():
         tags = [f"tag-{tag.replace(' ', '-')}" for tag in (*entry["goals"], *entry["budgets"])]
         claim = re.sub(r" \(\[.*$", "", card_of(name)["claim"])
         out.append(
             f":::{{grid-item-card}} {name}\n:link: {slug(name)}\n:link-type: doc\n:class-card: trick-card {' '.join(tags)}\n\n"
         )
         out.append(f"{claim}.\n\n{' '.join(f'{{bdg-secondary}}`{goal}`' for goal in entry['goals'])}\n:::\n")
-    out.append("::::\n\n```{toctree}\n:hidden:\n\n" + "\n".join(map(slug, entries)) + "\n```\n")
+    out.append("::::\n\n```{toctree}\n:hidden:\n\n" + "\n".join(map(slug, known)) + "\n```\n")
     return "".join(out)
 
 
@@ -192,14 +176,14 @@ def generate(app: Sphinx) -> None:
     Raises:
         ExtensionError: if ``tricks.yaml`` lacks a trick, or knows another one.
     """
-    entries = yaml.safe_load((ROOT / "docs" / "tricks.yaml").read_text(encoding="utf-8"))
-    for name in sorted(set(callbacks.__all__) ^ set(entries)):
+    known = entries()
+    for name in sorted(set(callbacks.__all__) ^ set(known)):
         raise ExtensionError(f"{name} is in only one of docs/tricks.yaml and lit_tricks.callbacks")
     folder = Path(app.srcdir, "tricks")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     cost = costs()
-    pages = {slug(name): page(name, entry, cost, folder / "images") for name, entry in entries.items()}
-    for file, text in (pages | {"index": overview(entries)}).items():
+    pages = {slug(name): page(name, entry, cost, folder / "images") for name, entry in known.items()}
+    for file, text in (pages | {"index": overview(known)}).items():
         path = folder / f"{file}.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
