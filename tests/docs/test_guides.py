@@ -57,8 +57,6 @@ def test_commands_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch)
             outcome = cli(*words, "--print_config")
         elif words[0] in ("ablate", "race"):
             outcome = cli(*["tiny.yaml" if word == "quickstart" else word for word in words])
-        elif "--config" in words:
-            outcome = cli(*words, "--config=tiny.yaml")
         else:
             outcome = cli(*words)
         assert outcome.code == 0, (words, outcome.err)
