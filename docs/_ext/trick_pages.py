@@ -189,8 +189,10 @@ def generate(app: Sphinx) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-def link(_app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Turn Markdown links of docstrings into those of reStructuredText."""
+def link(_app: Sphinx, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Turn Markdown links of docstrings into those of reStructuredText. Pages introduce modules themselves."""
+    if what == "module":
+        lines.clear()
     lines[:] = [re.sub(r"\[([^\]]+)\]\((\S+?)\)", r"`\1 <\2>`__", line) for line in lines]
 
 
