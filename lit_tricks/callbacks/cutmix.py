@@ -81,25 +81,29 @@ def cutmix(x: Tensor, permutation: Tensor, box: Box) -> Tensor:
 class CutMix(Mixing):
     """Paste a rectangle of another training image, and mix the labels by area ([Yun et al., 2019](https://arxiv.org/abs/1905.04899)).
 
-    The rectangle has the image's proportions, a random centre, and an area of ``1 - lambda``, drawn from Beta(alpha,
-    alpha); the labels are mixed by the area that is left of it within the image. The partner comes from the same batch
-    in random order. Masks, the targets (N, H, W), are cut like the images. Metrics in training see the label with the
-    larger share. Beside MixUp, each batch gets one of the two, with the odds of their ``prob``.
+    The rectangle has the image's proportions, a random center and the area ``1 - lambda``, with lambda from
+    Beta(alpha, alpha). The labels are mixed by the area that lies within the image. The partner is another image of
+    the same batch, in random order. Masks, targets of shape (N, H, W), are cut like the images. Training metrics see
+    the label with the larger share. Together with MixUp, each batch gets one of the two, with the odds of their
+    ``prob``.
 
-    Cost: one copy of the images, and a second look-up in the loss. Use it for long runs of large networks. Not where a
-    small part of the image decides the label; training losses and accuracies are not those of plain runs.
+    Cost: one copy of the images, and a second look-up in the loss. Use it for long runs of large networks. Leave it
+    out if a small part of the image decides the class. Training losses and accuracies are not comparable with plain
+    runs.
 
     Args:
-        alpha: above 0. Near 0 images are whole or replaced, 1 is uniform and usual, and large cuts half of each.
-        off_epochs: last epochs without it, 0 or more: the network ends on real images. Needs ``Trainer(max_epochs)``.
-        prob: share of the batches that are mixed, in (0, 1]; the paper takes 1 for ImageNet and 0.5 for CIFAR.
-        inputs: names or places of the images to cut, such as ``[image, depth]`` or ``[0, 2]``. None: all images; what
-            is left is logged.
+        alpha: parameter of the Beta distribution, above 0. Near 0 images are whole or replaced. 1 is uniform and
+            usual. Large values cut half of each image.
+        off_epochs: last epochs without mixing, 0 or more, so that the network ends on real images. Needs
+            ``Trainer(max_epochs)``.
+        prob: share of the batches that are mixed, in (0, 1]. The paper uses 1 for ImageNet and 0.5 for CIFAR.
+        inputs: names or positions of the images to cut, such as ``[image, depth]`` or ``[0, 2]``. None: all images.
+            Inputs that are not cut are logged.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training step,
-            if the batch has no images of one size or no target that it can find, or no loss saw the target.
+        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training
+            step, if the batch has no images of one size or no target that can be found, or no loss used the target.
 
     Example:
         ``- {class_path: CutMix, init_args: {alpha: 1.0}}``

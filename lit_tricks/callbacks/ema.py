@@ -55,42 +55,42 @@ def ema_decay_of_half_life(half_life: float, steps_per_epoch: float, every_n_ste
 class EMA(Averaging):
     """Average the weights exponentially, and validate, save and keep the average ([Tarvainen & Valpola, 2017](https://arxiv.org/abs/1703.01780)).
 
-    After each step ``average = decay * average + (1 - decay) * weights``, in fp32; the first update copies them.
-    Training itself is not changed. Every checkpoint has the average in its ``state_dict``, so that any code loads the
-    better model; those to resume from have the trained weights too. After the fit the model has the average.
+    After each step ``average = decay * average + (1 - decay) * weights``, in fp32. The first update copies the
+    weights. Training itself is not changed. Every checkpoint has the average in its ``state_dict``, so any code loads
+    the better model. Checkpoints to resume from also keep the trained weights. After the fit the model has the
+    average.
 
-    Cost: one read and one write of the weights per update, below 1 % of a training step; an fp32 copy of the model in
-    memory; checkpoints up to twice as large, and three times those of bf16 weights with an optimizer that keeps no
-    state. Leave it out of runs that are shorter than the average reaches back, and where a schedule goes down to 0
-    expect little: the last weights are smooth already. Not under CUDA graphs
+    Cost: one read and one write of the weights per update, below 1 % of a training step, and an fp32 copy of the model
+    in memory. Checkpoints are up to twice as large (three times for bf16 weights with an optimizer without state). Use
+    it for long runs. Leave it out of runs that are shorter than the average's memory. Expect little where a schedule
+    ends at 0: the last weights are smooth already. It does not work with CUDA graphs
     (``torch.compile(mode="reduce-overhead")``).
 
     Args:
-        decay: share of the old average that an update keeps, in [0, 1). 0 is no average; 0.9999 reaches back about
-            10,000 updates. None: 0.9999, or what ``half_life`` says.
-        warmup: start with small decays, ``1 - (1 + t) ** (-2/3)`` at update ``t``. Without it the first weights stay
-            in the average for about ``1 / (1 - decay)`` updates.
-        every_n_steps: steps between two updates, 1 or more. One step is a batch that stepped an optimizer.
-        start_step: steps before the average begins, 0 or more. Until then the model is validated and saved as it is.
-        half_life: epochs after which weights count half as much, above 0; instead of ``decay``, and it means the same
-            for any batch size, number of devices and ``every_n_steps``. Near 0 is no average; beyond a tenth of the
-            run the average lags.
-        buffers: floating-point buffers to average: running "statistics" of norm layers; "average" for all; "copy" for
-            none. Others, such as masks, are those of the trained weights. Integer buffers are never averaged, and the
-            vectors of spectral norms are computed for the averaged weights.
+        decay: share of the old average that an update keeps, in [0, 1). 0 is no average. 0.9999 remembers about 10,000
+            updates. None uses ``half_life``, or 0.9999 without it.
+        warmup: whether decays start small, with ``1 - (1 + t) ** (-2/3)`` at update ``t``. Without warm-up the first
+            weights stay in the average for about ``1 / (1 - decay)`` updates.
+        every_n_steps: steps between two updates, 1 or more. A step is a batch that stepped an optimizer.
+        start_step: steps before the average begins, 0 or more. Until then the trained weights are validated and saved.
+        half_life: epochs after which weights count half as much, above 0. Give it instead of ``decay``: it means the
+            same for any batch size, number of devices and ``every_n_steps``. Near 0 is no average. Above a tenth of
+            the run the average lags.
+        buffers: floating-point buffers to average. "statistics": running statistics of norm layers. "average": all.
+            "copy": none. The others, such as masks, are copied from the trained module. Integer buffers are never
+            averaged, and the vectors of spectral norms are computed for the averaged weights.
         validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
-            a run can be. "both": each validation is preceded by one of the trained weights, which callbacks do not see,
-            and its metrics are logged as ``raw/...``. False: the model is as without the callback, and the average is
-            in checkpoints to resume from, as ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in
-            ``ema.state_dict()["average"]``.
-        name: tells several averages apart, in checkpoints and logs.
-        device: "cpu" keeps the average on the CPU, and a copy of the weights besides; the GPU has it in validation
-            only. Nothing waits for the copy to get there, but the averaging takes the CPU's time: raise
-            ``every_n_steps``. None: where the weights are.
+            a run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
+            False: the average is only in checkpoints to resume from, as
+            ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in ``ema.state_dict()["average"]``.
+        name: name of the average in checkpoints and logs, if a run has several.
+        device: "cpu" keeps the average on the CPU, with a second copy of the weights there. The GPU then holds the
+            average in validation only. Training does not wait for the copy, but the averaging takes CPU time: raise
+            ``every_n_steps``. None keeps it with the weights.
 
     Raises:
         ValueError: for an argument out of its range, or both ``decay`` and ``half_life``.
-        RuntimeError: when the fit starts, if something else averages weights too, or an epoch has no known length and
+        RuntimeError: when the fit starts, if something else averages weights, too, or an epoch has no known length and
             ``half_life`` is given.
 
     Example:

@@ -41,25 +41,29 @@ def mixup(x: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
 class MixUp(Mixing):
     """Mix pairs of training images and their labels ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412)).
 
-    An image becomes ``lambda * image + (1 - lambda) * partner``, the partner coming from the same batch in random
-    order, and its loss that of the labels mixed alike. Lambda is drawn from Beta(alpha, alpha). Metrics in training see
-    the label with the larger share. Beside CutMix, each batch gets one of the two, with the odds of their ``prob``.
+    An image becomes ``lambda * image + (1 - lambda) * partner``. The partner is another image of the same batch, in
+    random order. The loss is the loss of the labels, mixed alike. Lambda is drawn from Beta(alpha, alpha). Training
+    metrics see the label with the larger share. Together with CutMix, each batch gets one of the two, with the odds of
+    their ``prob``.
 
-    Cost: one pass over the images, and a second look-up in the loss. Use it for long runs of large networks. Not for
-    short ones, or networks that underfit; training losses and accuracies are not comparable with those of plain runs.
+    Cost: one pass over the images, and a second look-up in the loss. Use it for long runs of large networks. Leave it
+    out of short runs and for networks that underfit. Training losses and accuracies are not comparable with plain
+    runs.
 
     Args:
-        alpha: above 0. Near 0 images stay as they are, 0.2 is usual for ImageNet, 1 is uniform, and large is half-half.
-        off_epochs: last epochs without it, 0 or more: the network ends on real images. Needs ``Trainer(max_epochs)``.
-        per_sample: whether each image has a lambda of its own, and not each batch.
+        alpha: parameter of the Beta distribution, above 0. Near 0 images stay as they are. 0.2 is usual for ImageNet,
+            1 is uniform. Large values mix half and half.
+        off_epochs: last epochs without mixing, 0 or more, so that the network ends on real images. Needs
+            ``Trainer(max_epochs)``.
+        per_sample: whether each image has a lambda of its own. False draws one per batch.
         prob: share of the batches that are mixed, in (0, 1].
-        inputs: names or places of the tensors to mix, such as ``[image, age]`` or ``[0, 2]``. None: all images, or all
-            matrices of floats where there are none; what is left is logged.
+        inputs: names or positions of the tensors to mix, such as ``[image, age]`` or ``[0, 2]``. None: all images, or
+            all float matrices if there are no images. Inputs that are not mixed are logged.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training step,
-            if the batch has no input or target that it can find, or no loss saw the target.
+        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training
+            step, if the batch has no input or target that can be found, or no loss used the target.
 
     Example:
         ``- {class_path: MixUp, init_args: {alpha: 0.2}}``

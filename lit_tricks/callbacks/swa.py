@@ -69,37 +69,38 @@ def swa_ends_cycle(step: int, start: int, end: int, every: int, epoch: float = 1
 class SWA(Averaging):
     """Average weights that a constant learning rate visits, and keep the average ([Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)).
 
-    Up to ``start`` the learning rate is that of the run's own schedule, of any kind. From there on it is ``lr``, and
-    the weights at the end of each cycle, and of the run, are averaged, all equally, in fp32. From the first one on the
-    average is what is validated, saved and, after the fit, left in the model. There is no extra epoch, and a run that
-    is stopped early has the average of the cycles that have ended. Parameter groups keep the proportions of the rates
-    that they were configured with; the highest one becomes ``lr``.
+    Until ``start`` the learning rate follows the run's own schedule, of any kind. Afterwards it is ``lr``. The weights
+    at the end of each cycle, and of the run, are averaged with equal weights, in fp32. From the first cycle on the
+    average is validated, saved and, after the fit, left in the model. There is no extra epoch. A run that stops early
+    has the average of the cycles that ended. Parameter groups keep the ratio of their configured rates, and the
+    highest rate becomes ``lr``.
 
-    Cost: an fp32 copy of the model in memory; checkpoints up to twice as large. Use it where a schedule would end at
-    a rate near 0, with a ``lr`` of a tenth to a half of the highest one. With BatchNorm use PreciseBN too. Leave it out
-    of short runs, and take it or EMA, not both. Not under CUDA graphs (``torch.compile(mode="reduce-overhead")``).
+    Cost: an fp32 copy of the model in memory. Checkpoints are up to twice as large. Use it where a schedule would end
+    near 0, with ``lr`` at a tenth to a half of the highest rate. With BatchNorm, add PreciseBN. Leave it out of short
+    runs, and do not combine it with EMA. It does not work with CUDA graphs
+    (``torch.compile(mode="reduce-overhead")``).
 
     Args:
-        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights are all alike, and far too high a rate
-            leaves the valley whose middle is looked for.
-        start: share of the run's steps before it, in [0, 1). 0 averages from the first cycle; near 1 only the end.
-        anneal_epochs: epochs before ``start`` in which the learning rate glides from the scheduled one to ``lr``, 0 or
-            more, and no more than there are. 0 jumps.
-        anneal: shape of the glide, "cos" or "linear".
-        every_n_epochs: epochs of a cycle, 1 or more. It ends with the last one of them.
-        every_n_steps: steps of a cycle, 1 or more, in the place of ``every_n_epochs``.
-        buffers: floating-point buffers to average: running "statistics" of norm layers; "average" for all; "copy" for
-            none. Others, such as masks, are those of the trained weights. Integer buffers are never averaged, and the
-            vectors of spectral norms are computed for the averaged weights.
+        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights are all alike. A rate that is far too
+            high leaves the valley whose center the average should find.
+        start: part of the run's steps before it, in [0, 1). 0 averages from the first cycle, near 1 only the end.
+        anneal_epochs: epochs before ``start`` in which the learning rate changes gradually from the scheduled rate to
+            ``lr``, from 0 to the number of epochs before ``start``. 0 jumps.
+        anneal: shape of this change, "cos" or "linear".
+        every_n_epochs: epochs of a cycle, 1 or more.
+        every_n_steps: steps of a cycle, 1 or more, instead of ``every_n_epochs``.
+        buffers: floating-point buffers to average. "statistics": running statistics of norm layers. "average": all.
+            "copy": none. The others, such as masks, are copied from the trained module. Integer buffers are never
+            averaged, and the vectors of spectral norms are computed for the averaged weights.
         validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
-            a run can be. "both": the trained weights are validated before it, and their metrics logged as ``raw/...``.
-            False: it is kept aside, in checkpoints to resume from and in ``swa.state_dict()["average"]``.
-        name: tells several averages apart, in checkpoints and logs.
+            a run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
+            False: the average is only in checkpoints to resume from and in ``swa.state_dict()["average"]``.
+        name: name of the average in checkpoints and logs, if a run has several.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if something else averages weights too, the length of the run or of an epoch
-            is unknown, the glide is longer than what is before ``start``, or there is no learning rate.
+        RuntimeError: when the fit starts, if something else averages weights, too, the length of the run or of an
+            epoch is unknown, ``anneal_epochs`` is longer than the part before ``start``, or there is no learning rate.
 
     Example:
         ``- {class_path: SWA, init_args: {lr: 0.05}}``
