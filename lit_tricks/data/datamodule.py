@@ -102,7 +102,7 @@ class ImageDataModule(LightningDataModule, ABC):
             raise ValueError(f'num_workers must be "auto" or an integer of at least 0, got {num_workers!r}')
         if predict_dir is not None and not os.path.isdir(predict_dir):
             raise FileNotFoundError(f"predict_dir={predict_dir!r} is not a folder: give a folder of images")
-        self.batch_size = batch_size
+        self.batch_size = self._given_batch_size = batch_size
         self.num_workers = num_workers
         self.predict_dir = predict_dir
         self._predict_files: Paths | None = None
@@ -284,9 +284,18 @@ class ImageDataModule(LightningDataModule, ABC):
         distributed = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (distributed["num_replicas"], distributed["rank"]) if distributed else (1, 0)
 
+    def _images_of_process(self) -> int:
+        """Return how many training images a process gets."""
+        return -(-len(self.source("train")) // self._replicas()[0])
+
     def _check_enough(self) -> None:
-        replicas, _ = self._replicas()
-        images = -(-len(self.source("train")) // replicas)
+        replicas, images = self._replicas()[0], self._images_of_process()
+        if self.batch_size > images and self.batch_size != self._given_batch_size:
+            # Lightning's BatchSizeFinder doubles it until the memory is full, or a batch has all images.
+            rank_zero_info(f"batch_size={self.batch_size} is lowered to {images}, which is all training images")
+            self.batch_size = images
+        if "batch_size" in self.hparams:  # checkpoints have what was found
+            self.hparams["batch_size"] = self.batch_size
         if self.batch_size > images:
             share = f" in each of {replicas} processes" if replicas > 1 else ""
             raise ValueError(

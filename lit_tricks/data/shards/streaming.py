@@ -149,15 +149,8 @@ class Streaming(ImageFolder):
         epoch = (lambda: trainer.current_epoch) if training and trainer is not None else None
         return StreamLoader(dataset, epoch, **loading)
 
-    def _check_enough(self) -> None:
-        replicas, _ = self._replicas()
-        images = len(self.source("train")) // replicas
-        if self.batch_size > images:
-            share = f" in each of {replicas} processes" if replicas > 1 else ""
-            raise ValueError(
-                f"batch_size={self.batch_size} is larger than the {images} training images{share}, and training drops "
-                f"what does not fill a batch, so that none is left: use a batch_size of at most {images}"
-            )
+    def _images_of_process(self) -> int:
+        return len(self.source("train")) // self._replicas()[0]
 
     def _read_classes(self) -> list[str]:
         root = self.root
