@@ -298,9 +298,10 @@ class ImageDataModule(LightningDataModule, ABC):
             self.hparams["batch_size"] = self.batch_size
         if self.batch_size > images:
             share = f" in each of {replicas} processes" if replicas > 1 else ""
+            remedy = f"at most {images}, and --trainer.callbacks+=LinearScaling, as the usual rates are for 256"
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than the {images} training images{share}, and training drops "
-                f"the last partial batch, so that none is left: use a batch_size of at most {images}"
+                f"the last partial batch, so that none is left: use a batch_size of {remedy}"
             )
 
     def _predict_paths(self) -> Paths:

@@ -8,17 +8,19 @@ from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.crops import CentreCrop
 from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
 from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.io.decoded import Cache, DecodedFiles
-from lit_tricks.data.io.file_index import list_images
+from lit_tricks.data.io.file_index import Paths, list_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data.samples import Files, Reader, Source
+from lit_tricks.data.splits import held_out, split_folder
 from lit_tricks.data.transforms import Transform
 from lit_tricks.utils.arguments import choice
 
@@ -30,6 +32,8 @@ SHOWN = 5  # names in an error message
 
 class ImageFolder(PhotoDataModule):
     """Images in folders named by their class: ``root/train/CLASS/*.jpg``, ``root/val/CLASS/*.jpg``.
+
+    The folder for validation may also be called ``valid``, ``validation``, ``eval`` or ``dev``.
 
     With the defaults it is the input pipeline of [He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1. For
     training a crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, resized to ``image_size``; a horizontal
@@ -86,6 +90,10 @@ class ImageFolder(PhotoDataModule):
             or more with ``eval_size``. "memory" keeps them in memory, "disk" in one file per split in the cache folder,
             which all processes share. Evaluation stays as it is. Random crops come from the smaller image, so that
             small ones have less detail. None decodes each time.
+        val_fraction: part of each class that is held out for validation, above 0 and below 1, where ``root`` has no
+            folder for it. The classes may then be folders of ``root`` itself. The choice is kept in a file beside the
+            images, split_FRACTION_SEED.csv, so that images that are added do not move others.
+        split_seed: decides which images are held out.
 
     Raises:
         ValueError: if an argument is out of range, the class folders of train, val and test differ, or there is no room
@@ -117,6 +125,8 @@ class ImageFolder(PhotoDataModule):
         on_bad_image: OnBadImage = "raise",
         exif: bool = False,
         cache: Cache | None = None,
+        val_fraction: float | None = None,
+        split_seed: int = 0,
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -137,7 +147,9 @@ class ImageFolder(PhotoDataModule):
             raise ValueError(f"random_erasing must be a probability, from 0 to 1, got {random_erasing!r}")
         if augmentation == "none" and random_erasing:
             raise ValueError(f'augmentation="none" erases nothing, and random_erasing={random_erasing}: use "basic"')
-        self.root = root
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction={val_fraction!r} must be above 0 and below 1: 0.2 holds out a fifth")
+        self.root, self.val_fraction, self.split_seed = root, val_fraction, split_seed
         self.classes = self._read_classes()
         self.input_size = (3, image_size, image_size)
         self.crop_ratio = image_size / resize_size
@@ -168,12 +180,21 @@ class ImageFolder(PhotoDataModule):
     def _read_classes(self) -> list[str]:
         # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
         is_there = os.path.isdir(os.path.join(self.root, "train"))
-        return _find_classes(self.root) if self.predict_dir is None or is_there else []
+        if self.predict_dir is not None and not is_there:
+            return []
+        return _find_classes(self.root, self._folder("train"), self.val_fraction)
+
+    def _folder(self, split: Split) -> str:
+        """Return the folder of a split, from which validation images may have to be held out."""
+        folder = split_folder(self.root, split)
+        if self.val_fraction is None or os.path.isdir(folder) or split == "test":
+            return folder
+        return self.root if split == "train" else self._folder("train")
 
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test" and not self.has_test:
             raise self._no_test(self.root, "Add ROOT/test/CLASS/*.jpg")
-        folder = os.path.join(self.root, split)
+        folder = self._folder(split)
         paths, labels, classes = list_images(folder)
         counts = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
         empty = [name for name in self.classes if not counts.get(name)]
@@ -182,30 +203,61 @@ class ImageFolder(PhotoDataModule):
                 f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
                 f"files must end in {' '.join(ENDINGS)}"
             )
-        files = Files(paths, self._file_reader(), labels)
+        read = self._file_reader()
+        if split == "test" or self.val_fraction is None or self._folder("train") != self._folder("val"):
+            return {split: self._kept(Files(paths, read, labels))}
+        chosen = held_out(folder, paths, labels.tolist(), self.val_fraction, self.split_seed)
+        parts: dict[Split, Source] = {}
+        for name, mask in (("train", ~chosen), ("val", chosen)):
+            names = (os.fsencode(paths[index]) for index in np.flatnonzero(mask).tolist())
+            parts[name] = self._kept(Files(Paths("", names), read, labels[torch.from_numpy(mask)]))  # type: ignore[index]
+        return parts
+
+    def _kept(self, files: Files) -> Source:
+        """Return the files, or their decoded pixels where they are kept."""
         if self.cache is None:
-            return {split: files}
-        return {split: DecodedFiles(files, self._short_side, self.cache, type(self).__name__)}
+            return files
+        return DecodedFiles(files, self._short_side, self.cache, type(self).__name__)
 
 
-def _find_classes(root: str) -> list[str]:
+def _find_classes(root: str, train: str, val_fraction: float | None) -> list[str]:
     """List the class folders, which must be the same for all splits."""
     if not os.path.isdir(root):
         raise FileNotFoundError(f"root={root!r} is not a folder; {LAYOUT}")
-    folders = {split: os.path.join(root, split) for split in ("train", "val", "test")}
-    for split in ("train", "val"):
+    folders = {"train": train} | {split: split_folder(root, split) for split in ("val", "test")}
+    needed = ("train", "val") if val_fraction is None else ("train",)
+    for split in needed:
         if not os.path.isdir(folders[split]):
-            raise FileNotFoundError(f"no folder {split!r} in root={root!r}; {LAYOUT}")
-    classes = {
-        split: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        for split, folder in folders.items()
-        if os.path.isdir(folder)
-    }
+            raise FileNotFoundError(f"no folder {split!r} in root={root!r}{_remedy(root, split)}; {LAYOUT}")
+    classes = {split: _subfolders(folder) for split, folder in folders.items() if os.path.isdir(folder)}
     for split, names in classes.items():
         if not names:
             raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
+    [first, *others] = classes["train"]
+    inner = os.path.join(train, first)
+    if not others and _subfolders(inner):
+        raise ValueError(
+            f"{train!r} holds one folder, {first!r}, with folders in it: if these are the classes, give --data.root "
+            f"{inner} --data.val_fraction 0.2, or move them up"
+        )
     check_same_classes(classes, "the class folders", root)
     return classes["train"]
+
+
+def _subfolders(folder: str) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _remedy(root: str, split: str) -> str:
+    """Say what to do where a folder is missing, by what is there."""
+    names = _subfolders(root)
+    if split == "val":
+        return ": give --data.val_fraction 0.2 to hold out a fifth of the training images"
+    if len(names) == 1 and {"train", "val"} & {*_subfolders(os.path.join(root, names[0]))}:
+        return f", and {names[0]!r} in it has one: give --data.root {os.path.join(root, names[0])}"
+    if len(names) > 1 and "val" not in names:
+        return ": if its folders are the classes, give --data.val_fraction 0.2 to hold out a fifth"
+    return ""
 
 
 def check_same_classes(classes: Mapping[str, Sequence[str]], what: str, root: str) -> None:

@@ -12,6 +12,7 @@ from lit_tricks.data import ImageFolder
 from lit_tricks.data.io.file_index import list_images
 from lit_tricks.data.shards.index import SPLITS, import_litdata
 from lit_tricks.data.shards.writer import replaced_whole, write_shards
+from lit_tricks.data.splits import split_folder
 from lit_tricks.utils.log import log
 
 __all__ = ["shard"]
@@ -64,15 +65,15 @@ def shard(
     workers = data.auto_workers() if num_workers == "auto" else num_workers
     with replaced_whole(out, overwrite) as part:
         for split in SPLITS:
-            if not os.path.isdir(os.path.join(folder, split)):
+            if not os.path.isdir(split_folder(folder, split)):
                 continue
             data.source(split)  # complains of classes without images
-            paths, labels, _ = list_images(os.path.join(folder, split))
+            paths, labels, _ = list_images(split_folder(folder, split))
             files = list(zip(paths, labels.tolist(), strict=True))
             if split == "train":
                 random.Random(0).shuffle(files)
             with progress(split, len(files)) as advance:
-                root = os.path.join(folder, split)
+                root = split_folder(folder, split)
                 target, size = str(part / split), round(shard_mb * 2**20)
                 write_shards(files, data.classes, root, target, short_side, workers, size, lambda: advance(1))
             log.info("%s: %d images of %d classes", split, len(files), data.num_classes)
