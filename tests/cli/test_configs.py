@@ -109,8 +109,6 @@ def test_a_recipe_makes_two_steps(cifar: Path, name: str) -> None:
             small += ("--data.train_set=train", "--data.batch_size=2")
         else:
             small += (f"--data.root={masks.write_ade(Path('ade'))}", "--data.batch_size=2")
-    elif name == "recipes/finetune":
-        small += ("--data.root=imagenet", "--data.image_size=32", "--model.weights=null")
     elif name.startswith("recipes/imagenet"):
         small += ("--data.root=imagenet", "--data.image_size=32")
         if "KnowledgeDistillation" in (CONFIGS / f"{name}.yaml").read_text():  # its teacher would be downloaded
