@@ -22,6 +22,7 @@ from lit_tricks.data.io.worker_errors import EvalLoader, explain_death
 from lit_tricks.data.loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
 from lit_tricks.data.samples import Files, PredictSamples, Reader, Samples, Source, collate, find_images
 from lit_tricks.data.transforms import InputTransform, Transform
+from lit_tricks.utils.arguments import MAX_INTEGER
 
 __all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]
 
@@ -98,7 +99,9 @@ class ImageDataModule(LightningDataModule, ABC):
     def __init__(self, batch_size: int, num_workers: int | Literal["auto"], predict_dir: str | None) -> None:
         super().__init__()
         check_at_least_one("batch_size", batch_size)
-        if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 0):
+        if num_workers != "auto" and (
+            isinstance(num_workers, bool) or not isinstance(num_workers, int) or not 0 <= num_workers <= MAX_INTEGER
+        ):
             raise ValueError(f'num_workers must be "auto" or an integer of at least 0, got {num_workers!r}')
         if predict_dir is not None and not os.path.isdir(predict_dir):
             raise FileNotFoundError(f"predict_dir={predict_dir!r} is not a folder: give a folder of images")
@@ -331,5 +334,5 @@ def resize_size_for(image_size: int, crop_ratio: float | None, default: float = 
 
 def check_at_least_one(name: str, value: int) -> None:
     """Raise ValueError unless the argument is an integer of at least 1."""
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_INTEGER:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

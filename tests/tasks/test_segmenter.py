@@ -225,13 +225,13 @@ def test_rates_of_layers() -> None:
 # Misuse
 
 MISUSE: dict[str, tuple[dict[str, Any], str]] = {
-    "classes": ({"num_classes": 1}, "num_classes=1 is below 2"),
+    "classes": ({"num_classes": 1}, "num_classes=1"),
     "ignored class": ({"ignore_index": 4}, "ignore_index=4 is one of the 5 classes: give a label that none has, as -1"),
     "many classes": ({"num_classes": 300}, "ignore_index=255 is one of the 300 classes"),
     "decoder": ({"decoder": "unet"}, "decoder='unet' is unknown: choose one of 'fcn'"),
     "loss": ({"loss": "dice"}, "loss='dice' is unknown: write 'cross_entropy' or 'focal'"),
-    "aux": ({"aux_weight": -1.0}, r"aux_weight=-1\.0 is below 0"),
-    "gamma": ({"gamma": -1.0}, r"gamma=-1\.0 is below 0"),
+    "aux": ({"aux_weight": -1.0}, r"aux_weight=-1\.0"),
+    "gamma": ({"gamma": -1.0}, r"gamma=-1\.0"),
     "no model": ({"model": "resnet5o", "model_args": None}, "is neither 'resnet' nor a model of timm"),
     "names": ({"class_names": ["a"]}, "class_names has 1 names for num_classes=5"),
     "freeze": ({"freeze": ["layer9"]}, "freeze='layer9' is no part of ResNet"),
