@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from inspect import signature
@@ -19,6 +21,10 @@ from lit_tricks.tasks.input_transform import InputTransform, input_transform
 from lit_tricks.utils.arguments import integer, number
 
 __all__ = ["Task"]
+
+log = logging.getLogger("lit_tricks")
+
+TOO_HIGH = 10  # a loss over that of guessing, to warn of
 
 
 class Task(LightningModule):
@@ -81,6 +87,7 @@ class Task(LightningModule):
         self._frozen: list[str] = []
         self._resumed_optimizers: list[str] | None = None
         self._data_settings: dict[str, Any] = {}
+        self._has_warned = False
 
     @abstractmethod
     def _network(self) -> nn.Module:
@@ -234,6 +241,18 @@ class Task(LightningModule):
                 f"{type(self).__name__} takes normalized float images, and got {found}. Make them with "
                 f"model.transform(), or use lit_tricks.predict(checkpoint, images)."
             )
+
+    def _watch_loss(self, loss: Tensor, batch_idx: int) -> None:
+        """Warn once of a loss far above that of guessing. It is read every 50 batches, as reading waits for the GPU."""
+        guess = math.log(self.num_classes)
+        if self._has_warned or batch_idx % 50 or not float(loss.detach()) > TOO_HIGH * guess:
+            return
+        self._has_warned = True
+        log.warning(
+            "the training loss is %.3g, and guessing has %.3g: the learning rate is too large for this batch. Divide "
+            "--model.optimizer.lr by 10, or add --trainer.callbacks+=LinearScaling or WarmupCosine.",
+            float(loss.detach()), guess,
+        )  # fmt: skip
 
     def _log_metrics(self, metrics: MetricCollection) -> None:
         for name, value in metrics.compute().items():  # over all ranks

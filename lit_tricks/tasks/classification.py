@@ -104,6 +104,7 @@ class Classifier(Task):
         logits = self(images)
         loss: Tensor = self.criterion(logits, labels)
         self.train_metrics.update(logits, labels)
+        self._watch_loss(loss, batch_idx)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 

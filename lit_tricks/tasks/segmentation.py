@@ -144,6 +144,7 @@ class Segmenter(Task):
         if aux is not None:
             loss = loss + self.aux_weight * self._loss(aux, target)
         self.train_metrics.update(logits.argmax(1), masks)
+        self._watch_loss(loss, batch_idx)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
         return loss
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch.callbacks
 import pytest
 import timm.optim
 import torch
@@ -78,7 +79,8 @@ def test_every_configuration_builds_what_it_says(monkeypatch: pytest.MonkeyPatch
             assert {k: part.hparams[k] for k in arguments} == arguments
     trainer = written.get("trainer", {})
     for trick in trainer.get("callbacks", []) + trainer.get("callbacks+", []):
-        kind = getattr(lit_tricks.callbacks, trick["class_path"])
+        kind = getattr(lit_tricks.callbacks, trick["class_path"], None)
+        kind = kind or getattr(lightning.pytorch.callbacks, trick["class_path"])
         (callback,) = [callback for callback in made.trainer.callbacks if type(callback) is kind]
         assert {k: getattr(callback, k) for k in trick.get("init_args", {})} == trick.get("init_args", {})
     if "max_epochs" in trainer:
