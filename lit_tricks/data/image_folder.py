@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -141,7 +142,7 @@ class ImageFolder(PhotoDataModule):
         _check_one_of("workers", workers, ("process", "thread"))
         _check_one_of("on_bad_image", on_bad_image, get_args(OnBadImage))
         choice(self, "cache", cache, (*get_args(Cache), None))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
             raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"random_erasing must be a probability, from 0 to 1, got {random_erasing!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -110,11 +111,15 @@ class Detector(Task):
         sizes = [min_size] if isinstance(min_size, int) else list(min_size)
         if not sizes or min(sizes) < 1 or max_size < max(sizes):
             raise ValueError(f"min_size={min_size} must be at least 1, and at most max_size={max_size}.")
-        if beta is not None and not beta >= 0:
+        if beta is not None and not 0 <= beta < math.inf:
             raise ValueError(f"beta={beta} must be at least 0, which is L1; None is what torchvision has.")
-        if anchor_scale is not None and not anchor_scale > 0:
+        if anchor_scale is not None and not 0 < anchor_scale < math.inf:
             raise ValueError(f"anchor_scale={anchor_scale} must be above 0: 8 makes anchors of 32 pixels at stride 4.")
-        if min(channels, head_width) < 1 or not aspect_ratios or min(aspect_ratios) <= 0:
+        if (
+            min(channels, head_width) < 1
+            or not aspect_ratios
+            or not all(0 < ratio < math.inf for ratio in aspect_ratios)
+        ):
             raise ValueError(
                 f"channels={channels}, head_width={head_width} and aspect_ratios={aspect_ratios} must be above 0."
             )

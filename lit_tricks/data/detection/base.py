@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -61,11 +62,11 @@ class DetectionDataModule(ImageDataModule):
         on_bad_box: str,
     ) -> None:
         """Check what the data modules have in common, and set the transforms."""
-        if len(mean) != len(std) or min(std) <= 0:
+        if len(mean) != len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
             raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability, from 0 to 1, got {flip!r}")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
             raise ValueError(f"scale must be two rising factors above 0, as (0.5, 2.0), got {scale!r}")
         if on_bad_box not in ("raise", "skip"):
             raise ValueError(f'on_bad_box must be "raise" or "skip", got {on_bad_box!r}')

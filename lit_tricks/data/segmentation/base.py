@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC
 from collections.abc import Iterable
@@ -47,9 +48,9 @@ class MaskDataModule(ImageDataModule, ABC):
         """Make the transforms (see ``SegmentationFolder`` for the arguments)."""
         check_at_least_one("crop_size", size)
         check_at_least_one("base_size", base_size)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
             raise ValueError(f"scale must be the least and the greatest factor, above 0, got {scale}")
-        if len(mean) != len(std) or min(std) <= 0:
+        if len(mean) != len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
             raise ValueError(f"mean and std must be a number for each channel, those of std above 0, got {mean}, {std}")
         self.input_size = (len(mean), size, size)
         self.mean, self.std = mean, std
