@@ -51,7 +51,9 @@ def operations(kind: str) -> list[str]:
     return re.findall(r"`(?:F\.)?(\w+)`", row.split("|")[1])
 
 
-@pytest.mark.parametrize(("kind", "functions"), [("`view`", MOVES), ("`long`", CASTS), ("`stack` of targets of one batch", JOINS)])
+@pytest.mark.parametrize(
+    ("kind", "functions"), [("`view`", MOVES), ("`long`", CASTS), ("`stack` of targets of one batch", JOINS)]
+)
 def test_operations_in_the_table_keep_a_soft_target(kind, functions):
     names = {getattr(function, "__name__", "") for function in functions}
     assert operations(kind)
