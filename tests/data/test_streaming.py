@@ -487,7 +487,12 @@ def test_settings(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     data = Streaming(shards, batch_size=4, cache_dir=tmp_path)  # type: ignore[arg-type]
     assert (data.hparams["root"], data.hparams["cache_dir"]) == (str(shards), str(tmp_path))
     assert {*data.hparams} == {*inspect.signature(Streaming).parameters}
-    assert {*inspect.signature(ImageFolder).parameters} - {*data.hparams} == {"repeats", "val_fraction", "split_seed"}
+    assert {*inspect.signature(ImageFolder).parameters} - {*data.hparams} == {
+        "cache",
+        "repeats",
+        "split_seed",
+        "val_fraction",
+    }
     assert pickle.loads(pickle.dumps(data)).classes == data.classes
     monkeypatch.setattr("sys.argv", ["test", "--data=Streaming", f"--data.root={shards}", "--data.workers=thread"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
