@@ -585,8 +585,8 @@ def merge_shards(writer: Any) -> None:
 
 
 def option_action(parser: Any, flag: str) -> Any:
-    """Return what a parser does for a flag. ``add_argument`` returns it to LightningCLI, which does not pass it on.
+    """Return what a parser does for a flag, or None. LightningCLI does not pass on what ``add_argument`` returns.
 
     https://github.com/python/cpython/blob/v3.13.0/Lib/argparse.py#L1403
     """
-    return parser._option_string_actions[flag]
+    return parser._option_string_actions.get(flag)

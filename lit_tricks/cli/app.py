@@ -27,8 +27,15 @@ from lit_tricks._compat import overrides
 from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
+from lit_tricks.cli.hints import require_known_names
 from lit_tricks.cli.trick_actions import add_trick_flags
-from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint, require_finite, run_settings
+from lit_tricks.commands.checkpoints import (
+    checkpoint_at,
+    read_checkpoint,
+    require_finite,
+    resumed_settings,
+    run_settings,
+)
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder
@@ -112,7 +119,10 @@ class TricksCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Put the settings of a checkpoint that is to be used below the ones that are given."""
+        """Put the settings of a checkpoint below the ones that are given.
+
+        A resumed run takes over all settings of the run before, unless a configuration gives its own.
+        """
         assert isinstance(args, list)  # __init__ takes nothing else
         subcommand = self.wanted
         args, path = _with_checkpoint_file(args, prefer="last" if subcommand == "fit" else "best")
@@ -120,7 +130,9 @@ class TricksCLI(LightningCLI):
         if path:
             # where the data is at hand, what it gives the model comes from it
             settings = run_settings(path, without=() if subcommand == "predict" else LINKS.values())
-        if subcommand in (None, "fit"):  # a resumed run has settings of its own, which may differ on purpose
+        if path and subcommand == "fit":
+            settings = {} if _has_config(args) else resumed_settings(path, settings)
+        elif subcommand is None:
             settings = {}
         with tempfile.TemporaryDirectory() as folder:
             if settings:
@@ -132,6 +144,7 @@ class TricksCLI(LightningCLI):
             if subcommand:
                 args = behind_configs(args)
                 add_trick_flags(self.parsers[subcommand], args)
+                require_known_names(self.parsers[subcommand], args)
             if subcommand and named in TASKS:
                 default = {"class_path": f"{TASKS[named]}.{named}"}
                 self.parsers[subcommand].set_defaults({"model": default})
@@ -301,6 +314,10 @@ def _with_checkpoint_file(args: list[str], prefer: Literal["best", "last"]) -> t
         return args, None
     file = checkpoint_at(path, flag, prefer)
     return [*args, f"{flag}={file}"], file
+
+
+def _has_config(words: list[str]) -> bool:
+    return any(word.partition("=")[0] in ("-c", "--config") for word in words)
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:

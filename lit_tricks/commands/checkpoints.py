@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ __all__ = [
     "plain",
     "read_checkpoint",
     "require_finite",
+    "resumed_settings",
     "run_settings",
     "settings_in",
     "written_whole",
@@ -164,6 +166,20 @@ def run_settings(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
     data = content.get("datamodule_hyper_parameters", {})
     found = {"model": settings_in(model, class_path_in(model) or "lit_tricks.Classifier"), "data": settings_in(data)}
     return {key: settings for key, settings in found.items() if settings}
+
+
+def resumed_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run that a checkpoint is of, for a run that resumes it.
+
+    Args:
+        path: of the checkpoint.
+        settings: those that the checkpoint itself has, for a checkpoint that is not in a run folder.
+    """
+    file = path.parent.parent / "config.yaml"
+    if not file.is_file():
+        return settings
+    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in ("ckpt_path", "weights_only")}
 
 
 def settings_in(hparams: dict[str, Any], default: str = "") -> dict[str, Any]:

@@ -49,9 +49,15 @@ class BestSoFar(Callback):
         _tell_what_is_left_out(trainer, states)
         for callback in trainer.checkpoint_callbacks:
             state = states.get(callback.state_key)
-            if isinstance(callback, ModelCheckpoint) and state and state.get("dirpath") != callback.dirpath:
+            if isinstance(callback, ModelCheckpoint) and state and not _is_in_place(callback, state):
                 states[callback.state_key] = _carried_over(trainer, callback, state, checkpoint["global_step"])
         trainer.strategy.barrier()
+
+
+def _is_in_place(callback: ModelCheckpoint, state: dict[str, Any]) -> bool:
+    """Return whether the files are where the callback saves. A relative path may be of another working folder."""
+    best = state.get("best_model_path")
+    return state.get("dirpath") == callback.dirpath and (not best or Path(best).exists())
 
 
 def _carried_over(trainer: Trainer, callback: ModelCheckpoint, state: dict[str, Any], step: int) -> dict[str, Any]:
