@@ -39,7 +39,7 @@ ODD: dict[str, Any] = {
 LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "ChannelsLast": {"weights": "true"},
     "Compile": {"layers": "null", "backend": '"nan"', "dynamic": "null true", "fullgraph": "true"},
-    "CutMix": {"alpha": "1.5", "off_epochs": "0"},
+    "CutMix": {"alpha": "1.5", "off_epochs": "0", "inputs": "null"},
     "DropPath": {"rate": "0", "layers": "null"},
     "EMA": {
         "decay": "null 0",
@@ -72,7 +72,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "L1Penalty": {"strength": "0 1.5", "threshold": "1.5"},
     "LabelSmoothing": {"smoothing": "0"},
     "LinearScaling": {"batch_size": "null"},
-    "MixUp": {"alpha": "1.5", "off_epochs": "0", "per_sample": "true"},
+    "MixUp": {"alpha": "1.5", "off_epochs": "0", "per_sample": "true", "inputs": "null"},
     "NoBiasDecay": {},
     "PreciseBN": {"restore": "true"},
     "ProgressiveResizing": {"start": "0", "total_steps": "null"},
