@@ -44,6 +44,7 @@ __all__ = [
     "call_of",
     "callbacks_of",
     "calls_step_hooks",
+    "clear_outdated_shards",
     "combined_loader",
     "compiled_call_of",
     "draw_dirichlet",
@@ -570,6 +571,16 @@ def allow_http_endpoints() -> None:
     from litdata.streaming import downloader
 
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
+
+
+def clear_outdated_shards(folder: str, stamp: str) -> None:
+    """Remove a folder in which litdata keeps shards of a bucket, unless they are those of this time stamp.
+
+    https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/utilities/dataset_utilities.py#L281
+    """
+    from litdata.utilities.dataset_utilities import _clear_cache_dir_if_updated
+
+    _clear_cache_dir_if_updated(folder, stamp)
 
 
 def merge_shards(writer: Any) -> None:

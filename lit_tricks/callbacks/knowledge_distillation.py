@@ -19,6 +19,7 @@ from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized, load_teacher, logits_of, require_apart
 from lit_tricks.utils.arguments import choice, flag, invalid, number, numbers, text
 from lit_tricks.utils.batch import Path
+from lit_tricks.utils.class_names import names_of, require_same_classes
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -79,7 +80,8 @@ class KnowledgeDistillation(LossTrick):
         compiled: whether the teacher is compiled with ``torch.compile``.
 
     Raises:
-        ValueError: for an argument out of its range, or a name that timm does not know.
+        ValueError: for an argument out of its range, or a name that timm does not know; when the fit starts, if teacher
+            and student have other names of classes.
         FileNotFoundError: when the fit starts, if the checkpoint does not exist.
         ConnectionError: when the fit starts, if the download fails.
         RuntimeError: when the fit starts, if the checkpoint holds no such module, or teacher and student share
@@ -140,6 +142,9 @@ class KnowledgeDistillation(LossTrick):
                 require_apart(self.teacher, pl_module)
             self._teacher = load_teacher(self.teacher)
             self._name = type(self._teacher).__name__
+            student = pl_module if names_of(pl_module) else getattr(trainer, "datamodule", None)
+            remedy = "Give a teacher of the student's classes."
+            require_same_classes(self._teacher, student, "the teacher", "the student", remedy)
             if self._to:
                 self._teacher = Renormalized(self._teacher, *self._to, *self._was)
 

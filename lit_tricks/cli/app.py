@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from lit_tricks.commands.checkpoints import (
     resumed_settings,
     run_settings,
 )
+from lit_tricks.run.checkpoint_io import use_whole_checkpoints
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder
@@ -50,7 +52,7 @@ from lit_tricks.run.tricks_in_force import TricksInForce
 from lit_tricks.run.wandb_run import own_wandb_run, prepare_wandb
 from lit_tricks.tasks import TASKS
 from lit_tricks.tasks.base import Task
-from lit_tricks.utils.config_files import given, model_in, resolve_configs
+from lit_tricks.utils.config_files import given, model_in, resolve_configs, strings_in
 from lit_tricks.utils.log import show_lines
 from lit_tricks.utils.trick_flags import behind_configs
 
@@ -129,10 +131,11 @@ class TricksCLI(LightningCLI):
         settings: dict[str, Any] = {}
         if path:
             # where the data is at hand, what it gives the model comes from it
-            settings = run_settings(path, without=() if subcommand == "predict" else LINKS.values())
-        if path and subcommand == "fit":
-            settings = {} if _has_config(args) else resumed_settings(path, settings)
-        elif subcommand is None:
+            links, trusted = () if subcommand == "predict" else LINKS.values(), strings_in(args)
+            settings = run_settings(path, subcommand or "fit", links, trusted)
+            if subcommand == "fit":
+                settings = {} if _has_config(args) else resumed_settings(path, settings, trusted)
+        if subcommand is None:
             settings = {}
         with tempfile.TemporaryDirectory() as folder:
             if settings:
@@ -198,7 +201,9 @@ class TricksCLI(LightningCLI):
                 monitor = f"val/{self.model.score}" if scored else None
                 callbacks.append(BestCheckpoint(filename="best", monitor=monitor, mode="max"))
                 callbacks.append(LastCheckpoint(filename="last"))  # save_last would save along with the best alone
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        use_whole_checkpoints(trainer)
+        return trainer
 
     def _require_finite_checkpoint(self) -> None:
         """Raise if the checkpoint to resume or to evaluate has weights that are not finite."""
@@ -283,6 +288,7 @@ def run(words: list[str], debug: bool) -> None:
     folder = RunFolder()
     command = None
     try:
+        words = import_modules(words)
         command, name = find_command(commands, words)
         words, configs = resolve_configs(words)
         folder.name = configs[0].stem if configs else folder.name
@@ -318,6 +324,27 @@ def _with_checkpoint_file(args: list[str], prefer: Literal["best", "last"]) -> t
 
 def _has_config(words: list[str]) -> bool:
     return any(word.partition("=")[0] in ("-c", "--config") for word in words)
+
+
+def import_modules(words: list[str]) -> list[str]:
+    """Import what ``--import`` names, for checkpoints of classes in these modules, and return the other words.
+
+    Raises:
+        ValueError: for a module that cannot be imported.
+    """
+    rest: list[str] = []
+    names: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "--import" or word.startswith("--import="):
+            names.append(word.removeprefix("--import="))
+        elif word != "--import":
+            rest.append(word)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--import {name}: {error}. Give the name of a module that Python finds.") from error
+    return rest
 
 
 def _has_test_data(model: LightningModule, data: LightningDataModule | None) -> bool:

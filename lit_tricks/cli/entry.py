@@ -102,6 +102,9 @@ def _help() -> str:
             "    -h, --help  Show this help, or behind a command the help of the command.",
             "    --version   Show the version.",
             "    --debug     Behind a command: show the traceback of an error.",
+            "    --import MODULE",
+            "                Behind a command: import a module that you trust, for",
+            "                checkpoints of classes in this module.",
         ]
     )
 

@@ -26,10 +26,11 @@ from lit_tricks.commands.checkpoints import (
     module_of,
     read_checkpoint,
     require_finite,
-    written_whole,
 )
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
+from lit_tricks.utils.checkpoint_files import write_checkpoint
+from lit_tricks.utils.class_names import require_same_classes
 from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import batchnorms_of, is_statistic, some_of
@@ -123,8 +124,7 @@ def average(
     if module is None and (guessed := _guessed(state, first["state_dict"])):
         log.warning("averaged as parameters, and may be buffers: %s. Give --module to tell them", some_of(guessed))
     kept = {key: value for key, value in first.items() if key not in RUN}
-    with written_whole(Path(output)) as part:
-        torch.save(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, part)
+    write_checkpoint(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, output)
     log.info("%s: the average of %s", output, ", ".join(map(str, chosen)))
     return Path(output)
 
@@ -146,6 +146,7 @@ class _Workshop:
                 enable_progress_bar=False,
             )
             data.prepare_data()
+            require_same_classes(model, data, "the checkpoint", "the data")
         if self.copied:
             log.info("copied from the first checkpoint, as buffers that are no statistics: %s", some_of(self.copied))
 
@@ -266,6 +267,7 @@ def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, 
                 f"{path} is of another model than {first_path}: {name!r} is {theirs[name].dtype} of shape {shapes[0]} "
                 f"there, and {ours[name].dtype} of shape {shapes[1]} here."
             )
+    require_same_classes(first, other, str(first_path), str(path))
     for key in ("model", "model_args"):
         settings = [content.get("hyper_parameters", {}).get(key) for content in (first, other)]
         if settings[0] != settings[1]:

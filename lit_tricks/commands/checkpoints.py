@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from lit_tricks._compat import CLASS_PATH_KEY, INSTANTIATOR_KEY
+from lit_tricks.utils.checkpoint_files import check_classes, class_of, read_checkpoint, require_resumable
+from lit_tricks.utils.class_names import require_same_classes
 from lit_tricks.utils.finite import first_not_finite, not_finite, weights_in
 
 __all__ = [
     "RUN",
     "checkpoint_at",
-    "class_of",
     "class_path_in",
     "data_of",
     "data_settings",
+    "fill",
     "module_of",
     "plain",
     "read_checkpoint",
@@ -32,7 +31,6 @@ __all__ = [
     "resumed_settings",
     "run_settings",
     "settings_in",
-    "written_whole",
 ]  # fmt: skip
 
 # What only a run that goes on needs.
@@ -86,20 +84,6 @@ def _best_of(run: Path) -> str:
     return Path(str(found)).name if found else "best.ckpt"
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint; the weights are mapped into memory.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        content["pytorch-lightning_version"], content["state_dict"].items()
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged.") from error
-    return content
-
-
 def require_finite(path: Path, state: dict[str, Tensor], module: nn.Module | None = None) -> None:
     """Raise if weights are not finite. The message is the same in all commands.
 
@@ -124,13 +108,14 @@ def module_of(path: Path, **changes: Any) -> LightningModule:
         changes: arguments that the module takes in the place of those that it was made with.
 
     Raises:
-        ValueError: if the checkpoint does not say.
+        ValueError: if the checkpoint does not say, or names a class that is not imported.
     """
     settings = read_checkpoint(path).get("hyper_parameters", {})
     name = class_path_in(settings)
     if not name:
         raise ValueError(f"{path} does not say what module its weights are of: give --module.")
-    kind: type[LightningModule] = class_of(name)
+    kind: type[LightningModule] = class_of(name, LightningModule, path)
+    check_classes(settings, path)
     module: LightningModule = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
     require_finite(path, module.state_dict(), module)
     return module
@@ -143,42 +128,75 @@ def class_path_in(settings: dict[str, Any]) -> str:
     return str(settings.get(CLASS_PATH_KEY, found))
 
 
-def data_settings(path: Path) -> dict[str, Any]:
-    """Class path and arguments of the data module that a checkpoint was trained on; nothing if it does not say."""
-    return settings_in(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
-
-
-def run_settings(path: Path, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Configuration of the model and the data that a checkpoint was made with, as far as it says.
+def data_settings(path: Path, loads: bool = True) -> dict[str, Any]:
+    """Return class path and arguments of the data module that a checkpoint was trained on, or nothing.
 
     Args:
         path: of the checkpoint.
-        without: arguments of the model to leave out.
+        loads: whether the data will be loaded.
 
     Raises:
-        ValueError: if the file is no checkpoint.
+        ValueError: if the class is not imported, or data to load is not on this machine.
+    """
+    settings = settings_in(read_checkpoint(path).get("datamodule_hyper_parameters", {}))
+    if settings:
+        class_of(settings["class_path"], LightningDataModule, path)
+        check_classes(settings, path)
+        if loads:
+            _require_local(settings, path)
+    return settings
+
+
+def run_settings(
+    path: Path, command: str, without: Iterable[str] = (), trusted: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the configuration of the model and the data that a checkpoint was made with, as far as it says.
+
+    Args:
+        path: of the checkpoint.
+        command: "fit" continues the run, and needs its state; "predict" loads no data.
+        without: arguments of the model to leave out.
+        trusted: what the user has given: names of classes that may be imported, and places of data.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a checkpoint, or names a class that is not imported, or data elsewhere.
     """
     try:
         content = read_checkpoint(path)
+        if command == "fit":
+            require_resumable(content, path)
     except ValueError as error:
         raise ValueError(f"--ckpt_path {error}") from error
     model = {key: value for key, value in content.get("hyper_parameters", {}).items() if key not in set(without)}
     data = content.get("datamodule_hyper_parameters", {})
     found = {"model": settings_in(model, class_path_in(model) or "lit_tricks.Classifier"), "data": settings_in(data)}
-    return {key: settings for key, settings in found.items() if settings}
+    found = {key: settings for key, settings in found.items() if settings}
+    check_classes(found, path, trusted)
+    if command != "predict":
+        _require_local(found.get("data", {}), path, trusted)
+    return found
 
 
-def resumed_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def resumed_settings(path: Path, settings: dict[str, Any], trusted: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings of the run that a checkpoint is of, for a run that resumes it.
 
     Args:
         path: of the checkpoint.
         settings: those that the checkpoint itself has, for a checkpoint that is not in a run folder.
+        trusted: what the user has given: names of classes that may be imported, and places of data.
+
+    Raises:
+        ValueError: if the configuration names a class that is not imported, or data elsewhere.
     """
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         return settings
     found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parts = {key: value for key, value in found.items() if key in ("model", "data")}
+    check_classes(parts, file, trusted)
+    check_classes(found, file, trusted, bases=(object,))  # the parser knows what callbacks and loggers are
+    _require_local(found.get("data") or {}, file, trusted)
     return {key: value for key, value in found.items() if key not in ("ckpt_path", "weights_only")}
 
 
@@ -196,25 +214,38 @@ def data_of(path: Path, **changes: Any) -> LightningDataModule | None:
         path: of the checkpoint.
         changes: arguments that the data module takes in the place of those that it was made with.
     """
-    settings = data_settings(path)
-    return class_of(settings["class_path"])(**settings["init_args"] | changes) if settings else None
+    settings = data_settings(path, loads="predict_dir" not in changes)
+    if not settings:
+        return None
+    kind = class_of(settings["class_path"], LightningDataModule, path)
+    return kind(**settings["init_args"] | changes)  # type: ignore[no-any-return]
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside another one, that takes its place once it is complete."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def fill(module: LightningModule, path: Path) -> dict[str, Any]:
+    """Load the weights of a checkpoint into a module of the same classes, and return the checkpoint's content.
+
+    Raises:
+        ValueError: if the checkpoint has other classes, or weights that are not finite.
+    """
+    content = read_checkpoint(path)
+    require_same_classes(content, module, "the checkpoint", "the module")
+    require_finite(path, content["state_dict"], module)
+    module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    return content
 
 
-def class_of(name: str) -> Any:
-    """What a dotted name stands for."""
-    package, _, cls = name.rpartition(".")
-    return getattr(importlib.import_module(package), cls)
+def _require_local(settings: dict[str, Any], path: Path, trusted: Collection[str] = ()) -> None:
+    """Raise if the data of a checkpoint is on another machine, unless the user has named that place."""
+    for name, value in settings.get("init_args", {}).items():
+        if isinstance(value, str) and value not in trusted and _is_remote(value):
+            raise ValueError(
+                f"{path} asks for data at {value}, which is loaded only if you name it too: give --data.{name} "
+                f"{value}, if you trust that place."
+            )
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path or (os.name == "nt" and path.startswith(("\\\\", "//")))
 
 
 def plain(value: Any) -> Any:

@@ -105,9 +105,10 @@ class Facts:
         data = content.get("datamodule_hyper_parameters", {})
         model = run.config.get("model", {}).get("init_args", {}) | hparams
         self.settings: dict[str, Any] = model
-        network = model.get("model", hparams.get(CLASS_PATH_KEY, ""))
-        network = network.get("class_path", "") if isinstance(network, dict) else network  # a model by its import path
-        self.model = str(network).rpartition(".")[2] or "model"
+        made = model.get("model", hparams.get(CLASS_PATH_KEY, ""))
+        self.is_module = isinstance(made, dict)  # a network of the user, by its class path
+        self.model = str(made.get("class_path", "") if self.is_module else made).rpartition(".")[2] or "model"
+        self.model_args = (made.get("init_args") if self.is_module else model.get("model_args")) or {}
         self.module = str(hparams.get(CLASS_PATH_KEY) or run.config.get("model", {}).get("class_path", ""))
         self.classes: list[str] = model.get("class_names") or []
         settings = run.config.get("data") or {}
@@ -241,14 +242,11 @@ def _use_of_folder(folder: str, mode: str) -> list[str]:
 
 def _recipe(facts: Facts) -> Table:
     trainer = facts.run.config.get("trainer", {})
-    arguments = ", ".join(f"{k}={v}" for k, v in facts.optimizer_settings.items())
     found = {
-        "model": f"{facts.model} {facts.settings.get('model_args') or ''}".strip(),
+        "model": _call(facts.model, facts.model_args) if facts.is_module else f"{facts.model} {facts.model_args or ''}",
         "start": facts.settings.get("weights") or "random weights",
-        "optimizer": f"{facts.optimizer}({arguments})" if facts.optimizer else None,
-        "data": f"{facts.data}({', '.join(f'{k}={v}' for k, v in facts.data_settings.items())})"
-        if facts.data
-        else None,
+        "optimizer": _call(facts.optimizer, facts.optimizer_settings) if facts.optimizer else None,
+        "data": _call(facts.data, facts.data_settings) if facts.data else None,
         "epochs": trainer.get("max_epochs"),
         "batches accumulated": trainer.get("accumulate_grad_batches"),
         "gradient clipping": trainer.get("gradient_clip_val"),
@@ -257,4 +255,8 @@ def _recipe(facts: Facts) -> Table:
         "seed": facts.run.config.get("seed_everything"),
         "training time": duration(facts.run.results["seconds"]) if facts.run.results.get("seconds") else None,
     }
-    return Table("Recipe", ["setting", "value"], [[k, str(v)] for k, v in found.items() if v is not None])
+    return Table("Recipe", ["setting", "value"], [[k, str(v).strip()] for k, v in found.items() if v is not None])
+
+
+def _call(name: str, arguments: dict[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})"

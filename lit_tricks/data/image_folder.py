@@ -16,7 +16,7 @@ from lit_tricks.data.crops import CentreCrop
 from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
 from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.io.decoded import Cache, DecodedFiles
-from lit_tricks.data.io.file_index import Paths, list_images
+from lit_tricks.data.io.file_index import Paths, class_folders, list_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
@@ -24,6 +24,8 @@ from lit_tricks.data.samples import Files, Reader, Source
 from lit_tricks.data.splits import held_out, split_folder
 from lit_tricks.data.transforms import Transform
 from lit_tricks.utils.arguments import choice
+from lit_tricks.utils.class_names import permutation
+from lit_tricks.utils.files import printable
 
 __all__ = ["ImageFolder", "check_same_classes"]
 
@@ -47,11 +49,12 @@ class ImageFolder(PhotoDataModule):
     (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the
     Trainer: its loaders alone give uint8.
 
-    The classes are the folders of ``root/train``, sorted. Without ``root/test`` there is no test. Files are found by
-    their ending, at any depth: .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp, .gif (the first frame), .avif
-    (Pillow 11.3 or newer) and .heic, .heif (with ``pip install "lit-tricks[heic]"``). Grey, CMYK, palette and
-    transparent images become RGB (alpha is dropped). In validation, several processes share the images, and each is
-    counted once.
+    The classes are the folders of ``root/train``, sorted, unless ``classes`` sets their order. Hidden folders and files
+    are left out: names that begin with a dot, and those that systems make, such as ``__MACOSX`` and ``@eaDir``. Without
+    ``root/test`` there is no test. Files are found by their ending, at any depth: .jpg, .jpeg, .png, .ppm, .bmp, .pgm,
+    .tif, .tiff, .webp, .gif (the first frame), .avif (Pillow 11.3 or newer) and .heic, .heif (with ``pip install
+    "lit-tricks[heic]"``). Grey, CMYK, palette and transparent images become RGB (alpha is dropped). In validation,
+    several processes share the images, and each is counted once.
 
     The list of 5000 files and more is remembered in the cache folder of the user, and only folders that have changed
     are read again. ``LIT_TRICKS_CACHE`` names another folder; where it is empty, nothing is remembered.
@@ -95,6 +98,8 @@ class ImageFolder(PhotoDataModule):
             folder for it. The classes may then be folders of ``root`` itself. The choice is kept in a file beside the
             images, split_FRACTION_SEED.csv, so that images that are added do not move others.
         split_seed: decides which images are held out.
+        classes: names of the class folders in the order of the labels, for a model that was trained in another order;
+            None sorts them.
 
     Raises:
         ValueError: if an argument is out of range, the class folders of train, val and test differ, or there is no room
@@ -106,6 +111,8 @@ class ImageFolder(PhotoDataModule):
     Example:
         ``data: {class_path: ImageFolder, init_args: {root: imagenet, batch_size: 256}}``
     """
+
+    _order: list[int] | None = None  # new label of each class folder; None leaves the labels as they are
 
     def __init__(
         self,
@@ -128,6 +135,7 @@ class ImageFolder(PhotoDataModule):
         cache: Cache | None = None,
         val_fraction: float | None = None,
         split_seed: int = 0,
+        classes: list[str] | None = None,
     ) -> None:
         root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
         super().__init__(batch_size, num_workers, predict_dir)
@@ -151,7 +159,9 @@ class ImageFolder(PhotoDataModule):
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r} must be above 0 and below 1: 0.2 holds out a fifth")
         self.root, self.val_fraction, self.split_seed = root, val_fraction, split_seed
-        self.classes = self._read_classes()
+        found = self._read_classes()
+        self.classes = list(classes) if classes else found
+        self._order = permutation(found, self.classes) if classes and found else None
         self.input_size = (3, image_size, image_size)
         self.crop_ratio = image_size / resize_size
         self._short_side = resize_size  # of images in the cache
@@ -196,14 +206,17 @@ class ImageFolder(PhotoDataModule):
         if split == "test" and not self.has_test:
             raise self._no_test(self.root, "Add ROOT/test/CLASS/*.jpg")
         folder = self._folder(split)
-        paths, labels, classes = list_images(folder)
-        counts = dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+        paths, labels, folders = list_images(folder)
+        classes = map(printable, folders)
+        counts = dict(zip(classes, np.bincount(labels, minlength=len(folders)).tolist(), strict=True))
         empty = [name for name in self.classes if not counts.get(name)]
         if empty:
             raise FileNotFoundError(
                 f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
                 f"files must end in {' '.join(ENDINGS)}"
             )
+        if self._order is not None:
+            labels = torch.tensor(self._order)[labels]
         read = self._file_reader()
         if split == "test" or self.val_fraction is None or self._folder("train") != self._folder("val"):
             return {split: self._kept(Files(paths, read, labels))}
@@ -230,13 +243,15 @@ def _find_classes(root: str, train: str, val_fraction: float | None) -> list[str
     for split in needed:
         if not os.path.isdir(folders[split]):
             raise FileNotFoundError(f"no folder {split!r} in root={root!r}{_remedy(root, split)}; {LAYOUT}")
-    classes = {split: _subfolders(folder) for split, folder in folders.items() if os.path.isdir(folder)}
+    classes = {
+        split: list(map(printable, class_folders(folder))) for split, folder in folders.items() if os.path.isdir(folder)
+    }
     for split, names in classes.items():
         if not names:
             raise FileNotFoundError(f"no class folder in {folders[split]!r}; {LAYOUT}")
-    [first, *others] = classes["train"]
+    [first, *others] = class_folders(train)
     inner = os.path.join(train, first)
-    if not others and _subfolders(inner):
+    if not others and class_folders(inner):
         raise ValueError(
             f"{train!r} holds one folder, {first!r}, with folders in it: if these are the classes, give --data.root "
             f"{inner} --data.val_fraction 0.2, or move them up"
@@ -245,16 +260,12 @@ def _find_classes(root: str, train: str, val_fraction: float | None) -> list[str
     return classes["train"]
 
 
-def _subfolders(folder: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-
-
 def _remedy(root: str, split: str) -> str:
     """Say what to do where a folder is missing, by what is there."""
-    names = _subfolders(root)
+    names = class_folders(root)
     if split == "val":
         return ": give --data.val_fraction 0.2 to hold out a fifth of the training images"
-    if len(names) == 1 and {"train", "val"} & {*_subfolders(os.path.join(root, names[0]))}:
+    if len(names) == 1 and {"train", "val"} & {*class_folders(os.path.join(root, names[0]))}:
         return f", and {names[0]!r} in it has one: give --data.root {os.path.join(root, names[0])}"
     if len(names) > 1 and "val" not in names:
         return ": if its folders are the classes, give --data.val_fraction 0.2 to hold out a fifth"

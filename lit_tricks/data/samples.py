@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from lit_tricks._compat import new_shared_storage
 from lit_tricks.data.crops import Crop, generator_at, seeded
+from lit_tricks.data.io import file_index
 from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.file_index import Paths
-from lit_tricks.data.io.formats import is_image
 from lit_tricks.data.io.jpeg import BadImageError, read_image
 from lit_tricks.data.transforms import Transform
 
@@ -55,9 +55,7 @@ def derive_seed(seed: int, *key: int) -> int:
 
 def find_images(folder: str) -> Paths:
     """List all image files below a folder, sorted by path."""
-    paths = (os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    images = sorted(path for path in paths if is_image(path))
-    return Paths("", map(os.fsencode, images))
+    return Paths(folder, map(os.fsencode, file_index.find_images(folder)))
 
 
 class Samples(Dataset[tuple[Any, ...]]):

@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
+from lit_tricks.utils.checkpoint_files import check_archive
 from lit_tricks.utils.finite import first_not_finite, not_finite
 from lit_tricks.utils.log import log
 
@@ -78,6 +79,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        check_archive(path)
+    except ValueError as error:
+        raise RuntimeError(f"weights={str(path)!r}: {error}") from error
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -19,6 +19,7 @@ from lit_tricks._compat import is_built_by_command_line
 from lit_tricks.models import freeze, layer_scales
 from lit_tricks.tasks.input_transform import InputTransform, input_transform
 from lit_tricks.utils.arguments import integer, number
+from lit_tricks.utils.class_names import apart, names_of, require_same_classes
 
 __all__ = ["Task"]
 
@@ -88,6 +89,7 @@ class Task(LightningModule):
         self._resumed_optimizers: list[str] | None = None
         self._data_settings: dict[str, Any] = {}
         self._has_warned = False
+        self._resumed_states = 0
 
     @abstractmethod
     def _network(self) -> nn.Module:
@@ -98,10 +100,22 @@ class Task(LightningModule):
         """Update the metrics by a batch of the split ``name``, and log the loss, where there is one."""
 
     def setup(self, stage: str) -> None:
-        """Compare the number of classes with that of the data, before anything is trained."""
+        """Compare the classes with those of the data, before anything is trained or evaluated.
+
+        Raises:
+            ValueError: if the names or the number differ; predictions only have a warning.
+        """
         self._settings = None
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
-        if stage != "predict" and found != self.num_classes:
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "predict":
+            ours, theirs = names_of(self), names_of(data)
+            if ours and theirs and (other := apart(ours, theirs, "the model", "the data")):
+                log.warning("predictions have the class names of the model, and those of the data differ: %s", other)
+            return
+        remedy = "Use data of the same classes, or start a new run from the weights."
+        require_same_classes(self, data, "the model", "the data", remedy)
+        found = getattr(data, "num_classes", self.num_classes)
+        if found != self.num_classes:
             raise ValueError(
                 f"num_classes={self.num_classes} of the model disagrees with the {found} classes of the data: "
                 f"set num_classes={found}, or start from its weights instead of resuming it."
@@ -123,21 +137,35 @@ class Task(LightningModule):
         checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the names of the optimizers."""
+        """Take the names of the optimizers, and compare the classes.
+
+        Raises:
+            ValueError: if the checkpoint has other classes.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        other = "the data" if names_of(data) == names_of(self) else "the model"
+        remedy = "Use data of the same classes, or start a new run from the weights, with --model.weights."
+        require_same_classes(checkpoint, self, "the checkpoint", other, remedy)
         self._resumed_optimizers = checkpoint.get("optimizers")
         self._data_settings = checkpoint.get("datamodule_hyper_parameters", {})
+        self._resumed_states = len(checkpoint.get("optimizer_states", []))
 
     def on_fit_start(self) -> None:
         """Take the optimizer's settings, before a resumed checkpoint replaces them by its own.
 
         Raises:
-            ValueError: if the checkpoint holds the state of another optimizer.
+            ValueError: if the checkpoint holds the state of another optimizer, or of none.
         """
         names = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
         if self.trainer.ckpt_path and self._resumed_optimizers not in (None, names):
             raise ValueError(
                 f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
                 f"{', '.join(names)}: keep the optimizer, or start from the weights alone, with --model.weights."
+            )
+        if self.trainer.ckpt_path and self._resumed_states != len(names):
+            raise ValueError(
+                f"the checkpoint holds the state of {self._resumed_states} optimizers, and the run has {len(names)}: "
+                "momentum would start anew. Start from the weights alone, with --model.weights."
             )
         if self.lr is not None and self.layer_decay < 1:
             scales = layer_scales(self._network(), self.layer_decay)

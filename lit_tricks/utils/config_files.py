@@ -10,7 +10,17 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CONFIGS", "among", "config_name", "find_config", "given", "model_in", "nearest", "resolve_configs"]
+__all__ = [
+    "CONFIGS",
+    "among",
+    "config_name",
+    "find_config",
+    "given",
+    "model_in",
+    "nearest",
+    "resolve_configs",
+    "strings_in",
+]
 
 _INSTALLED = Path(__file__).parents[1] / "configs"
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "configs"
@@ -55,15 +65,28 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
 def model_in(args: list[str]) -> str:
     """Name of the model's class among the words of a command line and in their configurations, or nothing."""
-    files = [word for flag, word in itertools.pairwise(args) if flag in ("-c", "--config")]
-    files += [word.partition("=")[2] for word in args if word.startswith(("-c=", "--config="))]
     named: list[Any] = []
-    for file in files:
+    for file in _configs_in(args):
         text = file if file.startswith("{") else Path(file).read_text(encoding="utf-8")
         model = yaml.safe_load(text).get("model") or {}
         named.append(model.get("class_path") if isinstance(model, dict) else model)
     named += [given(args, "--model"), given(args, "--model.class_path")]
     return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")
+
+
+def strings_in(args: list[str]) -> set[str]:
+    """Return all text that a user has given: words of a command line, and values in its configurations."""
+    found = {word.partition("=")[2] if word.startswith("-") and "=" in word else word for word in args}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str):
+            found.add(value)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(item)
+
+    for file in _configs_in(args):
+        collect(yaml.safe_load(file if file.startswith("{") else Path(file).read_text(encoding="utf-8")))
+    return found
 
 
 def find_config(name: str) -> Path:
@@ -85,6 +108,12 @@ def config_name(path: Path) -> str | None:
     """The name of a configuration that is installed with the package."""
     path = path.resolve()
     return path.relative_to(CONFIGS).with_suffix("").as_posix() if CONFIGS in path.parents else None
+
+
+def _configs_in(args: list[str]) -> list[str]:
+    """Return what follows ``--config``: files, or settings in braces."""
+    files = [word for flag, word in itertools.pairwise(args) if flag in ("-c", "--config")]
+    return files + [word.partition("=")[2] for word in args if word.startswith(("-c=", "--config="))]
 
 
 def _check_yaml(path: Path) -> None:

@@ -312,7 +312,7 @@ def test_files_that_are_no_checkpoint(good: str) -> None:
     Path("images").mkdir()
     commands = ((*FIT, "--trainer.max_epochs=2"), ("test",), ("predict", "--images=images"))
     for number, path in enumerate(paths):
-        message = rf"--ckpt_path {path} is not a checkpoint of Lightning, or damaged\."
+        message = rf"--ckpt_path {path} is not a checkpoint of Lightning.*"
         for words in commands if path.name == "evil.ckpt" else commands[number % 3 :][:1]:
             refused(message, *words, f"--ckpt_path={path}", *QUIET)
     assert not Path("executed").exists()
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_other_classes(good: str) -> None:
     write_image_folder(Path("images"))
     outcome = cli(*FIT, *IMAGES, "--data.num_workers=0", f"--ckpt_path={good}", "--trainer.max_epochs=2")
     assert outcome.code == 1
-    assert re.fullmatch("lit-tricks: error: .*another architecture.*\n", outcome.err)
+    assert re.fullmatch("lit-tricks: error: .*only in the checkpoint: 0, 1, .*in the data: ant, .*\n", outcome.err)
     with pytest.raises(ValueError, match=r"num_classes=7 .*10 classes"):
         Trainer(max_epochs=1, accelerator="cpu", logger=False).fit(Classifier(num_classes=7), Digits())
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe
+from lit_tricks.utils.checkpoint_files import check_classes, read_checkpoint
 from lit_tricks.utils.finite import first_not_finite_in, not_finite
 from lit_tricks.utils.modules import require_initialized
 
@@ -182,12 +183,14 @@ def _checkpoint(path: Path) -> nn.Module:
     from lit_tricks.tasks.segmentation import Segmenter
 
     try:
-        settings = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["hyper_parameters"]
+        settings = read_checkpoint(path).get("hyper_parameters", {})
+        check_classes(settings, path)
         module = Segmenter if "decoder" in settings else Classifier
         return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of another kind fails in a dozen ways
+        reason = str(error).partition("\n")[0]
         raise RuntimeError(
             f"KnowledgeDistillation(teacher={str(path)!r}): it is no checkpoint of a Classifier or Segmenter that was "
-            f"built by name ({type(error).__name__}: {error}). Build the network yourself, load its weights, and give "
+            f"built by name ({type(error).__name__}: {reason}). Build the network yourself, load its weights, and give "
             "it as a module."
         ) from error

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
 
-from lit_tricks.commands.checkpoints import checkpoint_at, written_whole
+from lit_tricks.commands.checkpoints import checkpoint_at
 from lit_tricks.commands.exporting.detector_formats import DETECTOR_WRITERS, DetectorNetwork, ExportedDetector
 from lit_tricks.commands.exporting.file_formats import import_onnx, write_onnx, write_safetensors, write_torch_export
 from lit_tricks.commands.exporting.network import Exported, module_to_export, network_of, preprocessing_of
@@ -23,6 +23,7 @@ from lit_tricks.commands.progress import progress
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.tasks.detection import Detector
 from lit_tricks.tasks.segmentation import Segmenter
+from lit_tricks.utils.files import written_whole
 from lit_tricks.utils.log import log
 
 __all__ = ["export"]

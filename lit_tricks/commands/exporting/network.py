@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import lit_tricks
 from lit_tricks._compat import CLASS_PATH_KEY
-from lit_tricks.commands.checkpoints import class_of, data_of, data_settings, module_of, read_checkpoint, require_finite
+from lit_tricks.commands.checkpoints import data_of, data_settings, fill, module_of, read_checkpoint
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.tasks.detection import Detector
 from lit_tricks.tasks.segmentation import Segmenter
+from lit_tricks.utils.checkpoint_files import class_of
 from lit_tricks.utils.finite import to_json
 
 __all__ = ["Exported", "Preprocessing", "crop_pct", "module_to_export", "network_of", "preprocessing_of"]
@@ -150,15 +151,10 @@ def module_to_export(path: Path, module: LightningModule | None) -> Classifier |
     content = read_checkpoint(path)
     settings = content.get("hyper_parameters", {})
     if module is not None:
-        module.load_state_dict(content["state_dict"], strict=module.strict_loading)
-        require_finite(path, content["state_dict"], module)
+        fill(module, path)
     elif CLASS_PATH_KEY in settings:
         name = settings[CLASS_PATH_KEY]
-        try:
-            kind = class_of(name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{path} is of {name}, which can not be imported ({error}): install it.") from error
-        if not issubclass(kind, KINDS):
+        if not issubclass(class_of(name, LightningModule, path), KINDS):
             raise ValueError(f"{path} is of {name}: export takes a {NAMES}.")
         module = module_of(path)
     else:  # saved without the command line, which would have named the class
@@ -190,7 +186,7 @@ def preprocessing_of(
     Raises:
         ValueError: if the checkpoint does not say, and it is not given; or for values out of range.
     """
-    data = _data_of(path)
+    data = _data_of(path, needed=mean is None or std is None)
     channels, *_, trained = module.hparams.get("input_size") or (3, 224, 224)
     shortest = module.hparams["min_size"] if isinstance(module, Detector) else None
     mode, ratio = "center", 0.875  # timm's
@@ -233,14 +229,15 @@ def crop_pct(size: int, resize_size: int) -> float:
     return ratio
 
 
-def _data_of(path: Path) -> ImageDataModule | None:
-    """The data module, where it is one of ours; its images need not be there any more."""
-    settings = data_settings(path)
+def _data_of(path: Path, needed: bool) -> ImageDataModule | None:
+    """Return the data module, where it is one of ours; its images need not be there any more."""
     try:
-        kind = class_of(settings["class_path"]) if settings else None
-    except (ImportError, AttributeError):
+        settings = data_settings(path, loads=False)
+    except ValueError:
+        if needed:
+            raise
         return None
-    if kind is None or not issubclass(kind, ImageDataModule):
+    if not settings or not issubclass(class_of(settings["class_path"], object, path), ImageDataModule):
         return None
     data: Any = data_of(path, predict_dir=tempfile.gettempdir())  # as it is made to predict
     return data  # type: ignore[no-any-return]

@@ -22,11 +22,11 @@ import yaml
 from lit_tricks.commands.ablation.ablate import settings_of
 from lit_tricks.commands.ablation.cells import Cell, run_all, run_here
 from lit_tricks.commands.ablation.ray_engine import run_on_ray
-from lit_tricks.commands.checkpoints import written_whole
 from lit_tricks.commands.racing.decisions import Outcome, OutOfBudget, Settings, Trial, Verdict, decide
 from lit_tricks.run.reading.scores import scores_in
 from lit_tricks.run.report.race_page import report_race
 from lit_tricks.utils.config_files import find_config, given
+from lit_tricks.utils.files import written_whole
 from lit_tricks.utils.log import log
 from lit_tricks.utils.trick_flags import apply_to_rows
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.utils.dataset_transforms import nested
+from lit_tricks.utils.files import abandoned, write_whole
 
 __all__ = ["FeatureFile", "digest_of_data", "digest_of_weights", "input_of"]
 
@@ -55,9 +56,7 @@ class FeatureFile:
     def remember(self, **values: Any) -> None:
         """Keep values beside the features; ``state`` has them again after an interruption."""
         self.state.update(values)
-        part = self.folder / ".state.json.part"
-        part.write_text(json.dumps(self.state))
-        os.replace(part, self.folder / "state.json")
+        write_whole(self.folder / "state.json", json.dumps(self.state), durable=False)
 
     def append(self, features: Tensor, labels: Tensor) -> None:
         """Add those of the next samples: (N, features) and (N)."""
@@ -79,7 +78,9 @@ class FeatureFile:
     def remove(self) -> None:
         """Delete the files."""
         self.maps = None
-        for name in ("features.bin", "labels.bin", "state.json", ".state.json.part"):
+        for path in abandoned(self.folder / "state.json"):
+            path.unlink(missing_ok=True)
+        for name in ("features.bin", "labels.bin", "state.json"):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rmdir()
 

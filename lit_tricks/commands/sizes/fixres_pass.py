@@ -15,12 +15,13 @@ from torch import nn
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks._compat import CLASS_PATH_KEY, dump_weights
 from lit_tricks.callbacks.batchnorm.statistics import estimate
-from lit_tricks.commands.checkpoints import RUN, read_checkpoint, written_whole
+from lit_tricks.commands.checkpoints import RUN, read_checkpoint
 from lit_tricks.commands.progress import progress
 from lit_tricks.commands.sizes.features import FeatureFile, digest_of_data, digest_of_weights, input_of
 from lit_tricks.commands.sizes.logistic import Classified, Linear, choose_weight_decay, evaluate, fit, moments
 from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.commands.sizes.subject import Subject, subject_of
+from lit_tricks.utils.checkpoint_files import write_checkpoint
 from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import find_classifier, find_norms
@@ -181,8 +182,7 @@ def _write(subject: Subject, path: Path, test_size: int, crop_ratio: float | Non
     if settings:
         settings.setdefault(CLASS_PATH_KEY, f"{type(data).__module__}.{type(data).__qualname__}")
         content[type(data).CHECKPOINT_HYPER_PARAMS_KEY] = settings
-    with written_whole(path) as part:
-        torch.save(content, part)
+    write_checkpoint(content, path)
     log.info("%s: for test images of %d pixels", path, test_size)
 
 

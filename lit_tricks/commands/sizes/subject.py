@@ -13,10 +13,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_tricks.commands.checkpoints import checkpoint_at, data_of, module_of, read_checkpoint, require_finite
+from lit_tricks.commands.checkpoints import checkpoint_at, data_of, fill, module_of, read_checkpoint
 from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
 from lit_tricks.tasks.classification import Classifier
+from lit_tricks.utils.class_names import require_same_classes
 from lit_tricks.utils.dataset_transforms import at_size, changed
 from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import find_classifier
@@ -170,9 +171,8 @@ def subject_of(
         )
     if module is not None:
         if path:
-            state = read_checkpoint(path)["state_dict"]
-            require_finite(path, state, module)
-            module.load_state_dict(state, strict=module.strict_loading)
+            fill(module, path)
+        _check_classes(module, data, ckpt or type(module).__name__)
         return Subject(module, data, _side(module, data), None, path)
     assert ckpt is not None
     if path is None:
@@ -228,6 +228,8 @@ def _side(module: LightningModule, data: LightningDataModule) -> int | None:
 
 
 def _check_classes(module: LightningModule, data: LightningDataModule, ckpt: str) -> None:
+    remedy = f"Give --data with the classes of {ckpt}."
+    require_same_classes(module, data, "the checkpoint", "the data", remedy)
     ours, theirs = (getattr(thing, "num_classes", None) for thing in (module, data))
     if ours and theirs and ours != theirs:
         raise ValueError(f"{ckpt} tells {ours} classes apart, and the data has {theirs}: give it data of its own.")

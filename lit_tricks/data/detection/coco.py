@@ -20,8 +20,12 @@ from lit_tricks.data.detection.boxes import (
     warn_of_skipped,
 )
 from lit_tricks.data.samples import Source
+from lit_tricks.utils.class_names import permutation
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["CocoDetection", "read_coco"]
+
+MOST_BYTES = 2**34  # of the annotations of a split
 
 
 class CocoDetection(DetectionDataModule):
@@ -46,6 +50,8 @@ class CocoDetection(DetectionDataModule):
         mean: of the channels R, G, B on the 0-255 scale: those that the backbone's weights were trained with.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        classes: names of the categories in the order of the labels, for a model that was trained in another order; None
+            is the order of the ids.
 
     Raises:
         ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.
@@ -68,12 +74,14 @@ class CocoDetection(DetectionDataModule):
         mean: Triple = MEAN,
         std: Triple = STD,
         predict_dir: str | None = None,
+        classes: list[str] | None = None,
     ) -> None:
         root = os.fspath(root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self._set_transforms(mean, std, flip, scale, on_bad_box)
         self.root, self.images, self.annotations, self.on_bad_box = root, images, annotations, on_bad_box
+        self._order = list(classes) if classes else None
         self.classes: list[str] = []
         if predict_dir is None or os.path.isdir(root):  # to predict, the data need not be there
             # the smaller file of the two that must agree
@@ -102,6 +110,11 @@ class CocoDetection(DetectionDataModule):
             return self.classes
         file, folder = self._path(self.annotations, split), self._path(self.images, split)
         classes, pictures = read_coco(file, folder, self.on_bad_box)
+        if self._order is not None:
+            label_of = permutation(classes, self._order)
+            for picture in pictures:
+                picture.labels = [label_of[label - 1] + 1 for label in picture.labels]
+            classes = self._order
         self._sources[split] = BoxFiles(pictures, self._file_reader(), split == "train", self.on_bad_box)
         return classes
 
@@ -174,8 +187,7 @@ def _json(file: str) -> dict[str, Any]:
     if not os.path.isfile(file):
         raise FileNotFoundError(f"there is no file of annotations {file!r}: correct `root` or `annotations`")
     try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
+        content = json.loads(read_regular(file, MOST_BYTES))
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file!r} is damaged, or not JSON ({error}): copy it again") from error
     return content if isinstance(content, dict) else {}

@@ -20,8 +20,9 @@ from lit_tricks.data.detection.boxes import (
     some_of,
     warn_of_skipped,
 )
-from lit_tricks.data.io.formats import is_image
+from lit_tricks.data.io.file_index import find_images
 from lit_tricks.data.samples import Source
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["VOC_CLASSES", "VOCDetection", "read_voc"]
 
@@ -113,6 +114,7 @@ class VOCDetection(DetectionDataModule):
         return {split: BoxFiles(pictures, self._file_reader(), split == "train", self.on_bad_box)}
 
 
+MOST_BYTES = 2**24  # of the annotations of one image
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -141,14 +143,14 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
             f"there is no {listing!r}; {'its folder has ' + some_of(found) if found else 'nor are there others'}: "
             "expected are FOLDER/ImageSets/Main/SET.txt, FOLDER/Annotations/*.xml and FOLDER/JPEGImages/*.jpg"
         )
-    with open(listing, encoding="utf-8") as stream:
-        stems = [line.split()[0] for line in stream if line.strip()]
+    lines = read_regular(listing).decode("utf-8").splitlines()
+    stems = [line.split()[0] for line in lines if line.strip()]
     if not stems:
         raise ValueError(f"{listing!r} names no image")
     images = os.path.join(folder, "JPEGImages")
     if not os.path.isdir(images):
         raise FileNotFoundError(f"there is no folder {images!r} for the images that {listing!r} names")
-    known = {os.path.splitext(file)[0]: file for file in os.listdir(images) if is_image(file)}
+    known = {os.path.splitext(file)[0]: file for file in find_images(images)}
     pictures = []
     skipped: Counter[str] = Counter()
     for stem in stems:
@@ -179,7 +181,7 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
 
 def _xml(file: str) -> Any:
     try:
-        return ET.parse(file).getroot()
+        return ET.fromstring(read_regular(file, MOST_BYTES))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no annotation {file!r}, and the list of images names it") from None
     except (ET.ParseError, UnicodeDecodeError) as error:

@@ -1,5 +1,8 @@
 """The image files below a folder, remembered from run to run, and held in a few tensors.
 
+One walk serves all listings. It follows links, but not in circles, and leaves out what is hidden: names that begin with
+a dot, such as ``.ipynb_checkpoints`` and ``._0.jpg``, and the folders that operating systems and archives add.
+
 A list of a million strings makes loader processes grow: to look at one changes its reference count, and with it a page
 of memory that was shared with the main process until then. Tensors have no such counts.
 """
@@ -22,15 +25,17 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lit_tricks.data.io.formats import ENDINGS as TEXT_ENDINGS
+from lit_tricks.data.io.formats import is_image
 
-__all__ = ["Paths", "cache_folder", "list_images"]
+__all__ = ["Paths", "cache_folder", "class_folders", "find_images", "list_images"]
 
-VERSION = 2  # of the files in the cache
+VERSION = 3  # of the files in the cache
 REMEMBER_FROM = 5000  # images; fewer are found as fast
 SETTLED = 2.0  # seconds after which a change moves a folder's time stamp on any file system
 THREADS = 8  # a network file system answers many questions at a time
-ENDINGS = tuple(map(str.encode, TEXT_ENDINGS))
+# Besides names that begin with a dot: folders of macOS archives, of NAS systems and of Windows, and of file systems.
+SYSTEM = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information"}
+SYSTEM |= {"lost+found"}
 
 
 class Paths(Sequence[str]):
@@ -72,12 +77,32 @@ class _Folder:
         count: of its own images.
         names: of them, sorted, with a 0 between them.
         folders: in it, sorted.
+        hidden: number of folders and images in it that are left out.
     """
 
     stamp: list[int]
     count: int = 0
     names: bytes = b""
     folders: list[str] = field(default_factory=list)
+    hidden: int = 0
+
+
+def class_folders(root: str) -> list[str]:
+    """List the folders in a folder, sorted, without what is hidden."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if _is_folder(entry) and not _is_hidden(entry.name))
+
+
+def find_images(root: str) -> list[str]:
+    """List the paths of all image files below a folder, at any depth, by their path in it, sorted.
+
+    Raises:
+        OSError: if a folder cannot be read.
+    """
+    found, _ = _walk(root, {}, by_class=False)
+    _tell_of_hidden(root, found)
+    blocks = ((name, found[name].names.split(b"\0")) for name in found if found[name].count)
+    return sorted(os.path.join(name, os.fsdecode(file)) for name, files in blocks for file in files)
 
 
 def list_images(root: str) -> tuple[Paths, Tensor, list[str]]:
@@ -101,7 +126,8 @@ def list_images(root: str) -> tuple[Paths, Tensor, list[str]]:
     root, start = os.fspath(root), time.monotonic()
     cache = _cache_file(root)
     known = _read_cache(cache, root) if cache else {}
-    found, scanned = _walk(root, known)
+    found, scanned = _walk(root, known, by_class=True)
+    _tell_of_hidden(root, found)
     tops = [name for name in found[""].folders if name in found]
     order = sorted((name for name in found if name), key=lambda name: (name.partition(os.sep)[0], name))
     counts = [found[name].count for name in order]
@@ -117,22 +143,28 @@ def list_images(root: str) -> tuple[Paths, Tensor, list[str]]:
     return paths, torch.from_numpy(labels), tops
 
 
-def _walk(root: str, known: dict[str, _Folder]) -> tuple[dict[str, _Folder], int]:
-    """Each folder by its path below the root, and how many had to be read."""
+def _walk(root: str, known: dict[str, _Folder], by_class: bool) -> tuple[dict[str, _Folder], int]:
+    """Return each folder by its path below the root, and how many had to be read.
+
+    A folder that links lead to several times is there once, or once for each of the first folders, the classes.
+    """
     found: dict[str, _Folder] = {}
-    scanned = 0
-    level: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    seen: dict[str, set[tuple[int, int]]] = {}
+    scanned, level = 0, [""]
     with ThreadPoolExecutor(THREADS) as pool:
         while level:
-            folders = pool.map(lambda step: _look(root, step[0], known.get(step[0])), level)
+            folders = pool.map(lambda name: _look(root, name, known.get(name)), level)
             deeper = []
-            for (name, above), (folder, is_new) in zip(level, folders, strict=True):
+            for name, (folder, is_new) in zip(level, folders, strict=True):
                 identity = (folder.stamp[0], folder.stamp[1])
-                if identity in above:  # a link to a folder that it is in
+                first = name.partition(os.sep)[0] if by_class else ""
+                visited = seen.setdefault(first, set(seen.get("", ())))
+                if identity[1] and identity in visited:  # some file systems have no numbers of folders
                     continue
+                visited.add(identity)
                 scanned += is_new
                 found[name] = folder
-                deeper += [(os.path.join(name, each), above | {identity}) for each in folder.folders]
+                deeper += [os.path.join(name, each) for each in folder.folders]
             level = deeper
     return found, scanned
 
@@ -149,13 +181,16 @@ def _look(root: str, name: str, known: _Folder | None) -> tuple[_Folder, bool]:
         for entry in entries:
             if _is_folder(entry):
                 folders.append(entry.name)
-            elif name:
-                files.append(os.fsencode(entry.name))
-    images = sorted(file for file in files if file.lower().endswith(ENDINGS))
+            else:
+                files.append(entry.name)
+    seen = [each for each in folders if not _is_hidden(each)]
+    named = [os.fsencode(file) for file in files if is_image(file)]
+    images = sorted(file for file in named if not file.startswith(b"."))
+    hidden = len(folders) - len(seen) + len(named) - len(images)
     # Some file systems have no times of folders (0), or make them up (now).
     if not 0 < max(stamp[2:]) < now - SETTLED * 1e9 or stamp[2] == 0:
         stamp[2:] = [-1, -1]  # not to be relied on
-    return _Folder(stamp, len(images), b"\0".join(images), sorted(folders)), True
+    return _Folder(stamp, len(images), b"\0".join(images), sorted(seen), hidden), True
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -163,6 +198,24 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+_told: set[tuple[str, int]] = set()  # folders, and how much is hidden in them
+
+
+def _tell_of_hidden(root: str, found: dict[str, _Folder]) -> None:
+    """Log once how much was left out."""
+    count = sum(folder.hidden for folder in found.values())
+    if count and (root, count) not in _told:
+        _told.add((root, count))
+        rank_zero_info(
+            f"{root}: {count} hidden folders and images were ignored, whose names begin with a dot or are those of "
+            "systems, such as __MACOSX and @eaDir"
+        )
 
 
 def _prefixed(prefix: bytes, names: bytes) -> bytes:
@@ -195,12 +248,20 @@ def _read_cache(cache: Path, root: str) -> dict[str, _Folder]:
         if head["version"] != VERSION or head["root"] != os.path.realpath(root) or head["size"] != len(text):
             return {}
         parts = _parts(text, [size for *_, size in head["folders"]])
-        return {
-            name: _Folder(stamp, count, part, folders)
-            for (name, stamp, count, folders, _), part in zip(head["folders"], parts, strict=True)
+        found = {
+            name: _Folder(stamp, count, part, folders, hidden)
+            for (name, stamp, count, folders, hidden, _), part in zip(head["folders"], parts, strict=True)
         }
+        return found if all(map(_is_possible, found.values())) else {}
     except (OSError, ValueError, LookupError, TypeError):  # not there, not readable, or damaged
         return {}
+
+
+def _is_possible(folder: _Folder) -> bool:
+    """Return whether the entry of a cache is one that a walk makes: as many names as counted, and plain ones."""
+    names = folder.names.split(b"\0") if folder.names else []
+    plain = all(os.sep not in each and each not in ("", ".", "..") for each in folder.folders)
+    return len(names) == folder.count and os.sep.encode() not in folder.names and plain
 
 
 def _parts(text: bytes, sizes: list[int]) -> Iterator[bytes]:
@@ -211,7 +272,9 @@ def _parts(text: bytes, sizes: list[int]) -> Iterator[bytes]:
 
 
 def _write_cache(cache: Path, root: str, found: dict[str, _Folder]) -> None:
-    folders = [[name, each.stamp, each.count, each.folders, len(each.names)] for name, each in found.items()]
+    folders = [
+        [name, each.stamp, each.count, each.folders, each.hidden, len(each.names)] for name, each in found.items()
+    ]
     text = b"".join(each.names for each in found.values())
     head = {"version": VERSION, "root": os.path.realpath(root), "size": len(text), "folders": folders}
     with contextlib.suppress(OSError):  # a full disk, a home that is read only, ...

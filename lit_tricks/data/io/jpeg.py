@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from lit_tricks.data.io.formats import prepare_reader
 from lit_tricks.data.io.turbojpeg import decode_region
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["JPEG", "BadImageError", "Box", "Pixels", "decode_image", "pixels_of", "read_image"]
 
@@ -51,8 +52,7 @@ def read_image(path: str, exact: bool = False, exif: bool = False) -> Image.Imag
         BadImageError: if it cannot be read, now or when it is decoded; the message names the file.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            data = file.read()
+        data = read_regular(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     return decode_image(data, path, exact, exif)
@@ -230,6 +230,8 @@ def _decode_any(data: bytes, name: str, exif: bool = False) -> Image.Image:
         prepare_reader(data)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
+            if image.format == "PPM" and image.mode == "I":  # 16 bits, which PIL gives in 32
+                return to_rgb(Image.fromarray(np.asarray(image).astype(np.uint16)))
             return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except Exception as error:  # PIL's decoders fail in many ways: OSError, SyntaxError, ValueError, struct.error, ...
         raise _unreadable(name, error) from error

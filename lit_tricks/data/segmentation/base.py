@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from lit_tricks.data.datamodule import ImageDataModule, check_at_least_one, resize_size_for
-from lit_tricks.data.io.file_index import Paths
+from lit_tricks.data.io.file_index import Paths, find_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.worker_errors import EvalLoader
 from lit_tricks.data.samples import JointSamples
@@ -72,7 +72,15 @@ class MaskDataModule(ImageDataModule, ABC):
 class MaskFolders(MaskDataModule, ABC):
     """Base of what is in files."""
 
-    def _pairs(self, images: Path, masks: Path, names: Iterable[str], layout: str, offset: int = 0) -> Pairs:
+    def _pairs(
+        self,
+        images: Path,
+        masks: Path,
+        names: Iterable[str],
+        layout: str,
+        offset: int = 0,
+        order: list[int] | None = None,
+    ) -> Pairs:
         """Pair images and masks by their names without ending."""
         found = {"image": image_files(images, layout), "mask": image_files(masks, layout)}
         names = list(names)
@@ -88,7 +96,7 @@ class MaskFolders(MaskDataModule, ABC):
             kind: Paths(str(folder), [os.fsencode(found[kind][name]) for name in names])
             for kind, folder in (("image", images), ("mask", masks))
         }
-        return Pairs(paths["image"], paths["mask"], self.num_classes, self.ignore_index, offset)
+        return Pairs(paths["image"], paths["mask"], self.num_classes, self.ignore_index, offset, order)
 
 
 def image_files(folder: Path, layout: str) -> dict[str, str]:
@@ -101,14 +109,11 @@ def image_files(folder: Path, layout: str) -> dict[str, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}; {layout}")
     found: dict[str, str] = {}
-    for root, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            stem, ending = os.path.splitext(os.path.relpath(os.path.join(root, name), folder))
-            if ending.lower() not in ENDINGS:
-                continue
-            if stem in found:
-                raise ValueError(f"{str(folder)!r} has both {found[stem]!r} and {stem + ending!r}: remove one of them")
-            found[stem] = stem + ending
+    for path in find_images(str(folder)):
+        stem = os.path.splitext(path)[0]
+        if stem in found:
+            raise ValueError(f"{str(folder)!r} has both {found[stem]!r} and {path!r}: remove one of them")
+        found[stem] = path
     if not found:
         raise FileNotFoundError(f"no image in {str(folder)!r}: files must end in {' '.join(ENDINGS)}; {layout}")
     return found

@@ -13,6 +13,8 @@ from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
 from lit_tricks.data.segmentation.pairs import Pairs
+from lit_tricks.utils.class_names import permutation
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["SegmentationFolder"]
 
@@ -31,7 +33,8 @@ class SegmentationFolder(MaskFolders):
 
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
-        classes: their names, in the order of the labels; None reads ``root/classes.txt``, a name a line.
+        classes: their names, in the order of the labels; None reads ``root/classes.txt``, a name a line. Where that
+            file has the same names in another order, the labels of the masks are mapped from its order to this one.
         crop_size: side of the images as the model sees them in pixels, at least 1.
         base_size: length of the short side that ``scale`` multiplies, in pixels, at least 1.
         scale: least and greatest factor on the short side in training, above 0; [1, 1] scales nothing.
@@ -79,6 +82,7 @@ class SegmentationFolder(MaskFolders):
         self.root = Path(root)
         self.ignore_index = ignore_index
         self.classes = list(classes) if classes else self._read_classes()
+        self._order = self._order_of_labels() if classes else None
         if 0 <= ignore_index < len(self.classes):
             raise ValueError(f"ignore_index={ignore_index} is one of the {len(self.classes)} classes: take another one")
         self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
@@ -99,11 +103,19 @@ class SegmentationFolder(MaskFolders):
                 f"no classes.txt in root={str(self.root)!r}: write one, with the name of a class in each line, that of "
                 "label 0 first; or give classes=[...]"
             )
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in read_regular(file).decode("utf-8").splitlines()]
         names = [name for name in names if name]
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"{str(file)!r} must have two names or more, each once, and has {names}")
         return names
+
+    def _order_of_labels(self) -> list[int] | None:
+        """Return the new label of each label in the masks, where ``classes.txt`` has the names in another order."""
+        if not (self.root / "classes.txt").is_file():
+            return None
+        found = self._read_classes()
+        same = sorted(found) == sorted(self.classes)
+        return permutation(found, self.classes) if same and found != self.classes else None
 
     def _load(self, split: Split) -> dict[Split, Source]:
         folder = self.root / split
@@ -111,7 +123,7 @@ class SegmentationFolder(MaskFolders):
             raise self._no_test(self.root, "Add ROOT/test/images and ROOT/test/masks")
         images, masks = folder / "images", folder / "masks"
         names = image_files(images, LAYOUT).keys() | image_files(masks, LAYOUT).keys()
-        pairs = self._pairs(images, masks, sorted(names), LAYOUT)
+        pairs = self._pairs(images, masks, sorted(names), LAYOUT, order=self._order)
         if split == "train":
             self._require_classes(pairs)
         return {split: pairs}

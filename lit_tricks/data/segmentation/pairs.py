@@ -6,6 +6,8 @@ that is nearest to the middle of a pixel, so that both stay on one grid.
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from lit_tricks.data.crops import resize
 from lit_tricks.data.io.file_index import Paths
 from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["EvalPair", "Pairs", "RandomPair", "read_mask", "scaled"]
 
@@ -36,11 +39,20 @@ class Pairs:
         num_classes: labels are below it, or ``ignore_index``.
         ignore_index: label of what is no class.
         offset: of the labels in the files: the first class is ``offset`` there, and what is below is to be ignored.
+        order: new label of each label; None leaves the labels as they are.
     """
 
-    def __init__(self, paths: Paths, masks: Paths, num_classes: int, ignore_index: int, offset: int = 0) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        masks: Paths,
+        num_classes: int,
+        ignore_index: int,
+        offset: int = 0,
+        order: Sequence[int] | None = None,
+    ) -> None:
         self.paths, self.masks = paths, masks
-        self.num_classes, self.ignore_index, self.offset = num_classes, ignore_index, offset
+        self.num_classes, self.ignore_index, self.offset, self.order = num_classes, ignore_index, offset, order
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,6 +88,9 @@ class Pairs:
                 f"the mask {self.masks[index]!r} has labels out of range: {shown}. The {self.num_classes} classes are "
                 f"{known}, and {other} is ignored: correct the mask, or the list of classes"
             )
+        if self.order is not None:
+            inside = labels != self.ignore_index
+            labels[inside] = np.array(self.order)[labels[inside]]
         return labels
 
 
@@ -86,7 +101,8 @@ def read_mask(path: str) -> Labels:
         ValueError: if it can not be read, or has colours and no labels; it names the file.
     """
     try:
-        with Image.open(path) as image:
+        data = read_regular(path)
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
     except FileNotFoundError:
         raise
@@ -98,7 +114,16 @@ def read_mask(path: str) -> Labels:
             "with a palette, whose values are the labels"
         )
     labels: Labels = np.array(image)
+    if image.format == "PPM" and labels.dtype != np.bool_ and (maximum := _maximum(data)):
+        # PIL stretches grey values to 255 or 65535, and labels are no grey values
+        labels = np.rint(labels * (maximum / (65535 if image.mode == "I" else 255))).astype(labels.dtype)
     return labels.astype(np.uint8) if labels.dtype == np.bool_ else labels
+
+
+def _maximum(data: bytes) -> int | None:
+    """Return the largest value that a PGM file can have, as its head says: after the kind, the width and the height."""
+    match = re.match(rb"P[25](?:(?:\s|#[^\n\r]*)+(\d+)){3}", data)
+    return int(match[1]) if match else None
 
 
 class EvalPair:

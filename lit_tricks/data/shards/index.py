@@ -6,8 +6,6 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lit_tricks.data.io.jpeg import decode_image
+from lit_tricks.data.shards.index_format import INDEX, MOST_BYTES, SCHEMES, check_index
+from lit_tricks.utils.files import read_regular
 
 if TYPE_CHECKING:
     from lit_tricks.data.datamodule import Split
 
-__all__ = ["INDEX", "SCHEMES", "SPLITS", "Shards", "alone", "import_litdata", "read_shards"]
+__all__ = ["SPLITS", "Shards", "import_litdata", "read_shards"]
 
-INDEX = "index.json"
-SCHEMES = ("s3://", "gs://")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 WRITE = "`lit-tricks data shard FOLDER ROOT` writes them"
 
@@ -50,13 +48,15 @@ class Shards:
     Args:
         split: of the data.
         url: where they are.
-        index: what the index says.
+        index: what the index says, checked.
         cache_dir: where litdata keeps what it reads from a bucket; None is its own place.
     """
 
     def __init__(self, split: Split, url: str, index: dict[str, Any], cache_dir: str | None) -> None:
         self.split, self.url, self.cache_dir = split, url, cache_dir
+        self.index = index
         self.classes: list[str] = list(index["classes"])
+        self.order: list[int] | None = None  # new label of each label
         self.files = [shard["filename"] for shard in index["chunks"]]
         self.ends: list[int] = list(accumulate(shard["chunk_size"] for shard in index["chunks"]))
         self._dataset: Any = None
@@ -74,10 +74,21 @@ class Shards:
     def item(self, index: int) -> tuple[bytes, int, str]:
         """Read a single sample, also one that is not in turn: slow from a bucket."""
         if self._dataset is None:
-            with alone(self.url, self.cache_dir):
-                self._dataset = import_litdata().StreamingDataset(self.url, cache_dir=self.cache_dir, batch_decode=0)
-        data, label, name = self._dataset[index]
-        return bytes(data), label, name
+            import_litdata()
+            from lit_tricks.data.shards.checked import CheckedDataset
+
+            self._dataset = CheckedDataset(self.url, self.index, self.cache_dir, batch_decode=0)
+        return self.sample(*self._dataset[index])
+
+    def sample(self, data: Any, label: int, name: str) -> tuple[bytes, int, str]:
+        """Return a sample as it was read, with the label in the order of the classes.
+
+        Raises:
+            ValueError: if there is no class of this label.
+        """
+        if not 0 <= label < len(self.classes):
+            raise ValueError(f"the label {label} is not one of the {len(self.classes)} classes")
+        return bytes(data), label if self.order is None else self.order[label], name
 
     def place(self, index: int) -> str:
         """Say where a sample is, for messages."""
@@ -97,24 +108,6 @@ class _Names:
         return f"{self.shards.item(index)[2]}: {self.shards.place(index)}"
 
 
-@contextmanager
-def alone(url: str, cache_dir: str | None) -> Iterator[None]:
-    """Let one process of a machine at a time make a data set that is cached.
-
-    litdata clears a cache that looks outdated, and one that another process is just about to fill looks so.
-    """
-    if not url.startswith(SCHEMES):
-        yield
-        return
-    from filelock import FileLock
-    from litdata.utilities.dataset_utilities import get_default_cache_dir
-
-    folder = cache_dir or get_default_cache_dir()
-    os.makedirs(folder, exist_ok=True)
-    with FileLock(os.path.join(folder, "lit_tricks.lock")):
-        yield
-
-
 def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards:
     """Read the index of ``root/split``.
 
@@ -129,15 +122,14 @@ def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards
     remote = root.startswith(SCHEMES)
     url = f"{root.rstrip('/')}/{split}" if remote else os.path.join(root, split)
     try:
-        index = json.loads(_remote_index(url) if remote else Path(url, INDEX).read_bytes())
+        index = json.loads(_remote_index(url) if remote else read_regular(os.path.join(url, INDEX), MOST_BYTES))
+        check_index(index)
         shards = Shards(split, url, index, cache_dir)
-        if not len(shards) or not shards.classes:
-            raise ValueError("it is empty")
     except FileNotFoundError as error:
         hint = "these are folders of images: use ImageFolder, or write shards of them" if _has_folders(url) else WRITE
         raise FileNotFoundError(f"no index of shards ({INDEX}) in {url!r}; {hint}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{url}/{INDEX} is no index of shards with names of classes ({error!r}); {WRITE}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{url}/{INDEX} is not an index of shards that can be read ({error}); {WRITE}") from error
     if not remote:
         _check_whole(url, index["chunks"])
     return shards
@@ -151,7 +143,7 @@ def _check_whole(folder: str, shards: list[dict[str, Any]]) -> None:
     """A shard that is shorter than it should be would let litdata wait for the rest."""
     for shard in shards:
         path = os.path.join(folder, shard["filename"])
-        size = os.path.getsize(path) if os.path.exists(path) else None
+        size = os.path.getsize(path) if os.path.isfile(path) else None
         if size != shard["chunk_bytes"]:
             found = "is missing" if size is None else f"has {size} bytes in the place of {shard['chunk_bytes']}"
             raise RuntimeError(f"the shard {path!r} {found}: copy it anew, or write the shards again")
@@ -170,7 +162,7 @@ def _remote_index(url: str) -> bytes:
         path = Path(folder, INDEX)
         try:
             get_downloader(url, folder, [], options, {}).download_file(f"{url}/{INDEX}", str(path))
-            return path.read_bytes()
+            return read_regular(path, MOST_BYTES)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{url} needs a package: pip install google-cloud-storage") from error
         except Exception as error:

@@ -19,7 +19,8 @@ from lit_tricks.data.io.worker_errors import guarded
 from lit_tricks.data.loader import check_same_batches
 from lit_tricks.data.samples import Samples, derive_seed
 from lit_tricks.data.samples import collate as collate_samples
-from lit_tricks.data.shards.index import Shards, alone
+from lit_tricks.data.shards.checked import CheckedDataset
+from lit_tricks.data.shards.index import Shards
 
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
 
@@ -27,7 +28,7 @@ allow_http_endpoints()
 Decode = Callable[[bytes, str], Image.Image]
 
 
-class ShardSamples(StreamingDataset):  # type: ignore[misc]
+class ShardSamples(CheckedDataset):
     """Samples of shards, to be made into batches by ``collate``, with random draws tied to (seed, epoch, index).
 
     Args:
@@ -49,8 +50,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
         # Shuffled in the whole shard, not in blocks of it. Of the seed NumPy takes 32 bits.
         order = derive_seed(samples.seed) % 2**32
         whole = {"item_shuffle_window": 0, "batch_decode": 0}  # and samples read one by one
-        with alone(shards.url, shards.cache_dir):
-            super().__init__(shards.url, cache_dir=shards.cache_dir, shuffle=shuffle, seed=order, **whole)
+        super().__init__(shards.url, shards.index, shards.cache_dir, shuffle=shuffle, seed=order, **whole)
         self.set_drop_last(shuffle)
         self.distributed_env = streaming_environment(num_replicas, rank)
         if self.posix_fast is not None:  # one order on every file system
@@ -60,8 +60,7 @@ class ShardSamples(StreamingDataset):  # type: ignore[misc]
 
     def __getitem__(self, index: ChunkedIndex) -> Any:
         try:
-            data, label, name = self.cache[index]
-            return _Sample(self, int(index.index), bytes(data), label, name)
+            return _Sample(self, int(index.index), *self.shards.sample(*self.cache[index]))
         except Exception as error:  # damage shows in many ways
             place = self.shards.place(index.index)
             raise RuntimeError(

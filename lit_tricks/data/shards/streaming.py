@@ -18,7 +18,8 @@ from lit_tricks.data.io.jpeg import decode_image
 from lit_tricks.data.loader import eval_batch_size
 from lit_tricks.data.photos import Augmentation
 from lit_tricks.data.samples import Source
-from lit_tricks.data.shards.index import SCHEMES, SPLITS, import_litdata, read_shards
+from lit_tricks.data.shards.index import SPLITS, import_litdata, read_shards
+from lit_tricks.data.shards.index_format import SCHEMES
 from lit_tricks.data.transforms import Transform
 
 __all__ = ["Streaming"]
@@ -67,6 +68,8 @@ class Streaming(ImageFolder):
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
         exif: turn images as their EXIF orientation says; see ``ImageFolder``. Images that ``data shard --short-side``
             has shrunk have no EXIF.
+        classes: names of the classes in the order of the labels, for a model that was trained in another order; None is
+            the order of the shards.
 
     Raises:
         ModuleNotFoundError: without litdata.
@@ -99,6 +102,7 @@ class Streaming(ImageFolder):
         cache_dir: str | None = None,
         eval_size: int | None = None,
         exif: bool = False,
+        classes: list[str] | None = None,
     ) -> None:
         if predict_dir is None:  # to predict, no shard is read
             import_litdata()
@@ -120,10 +124,17 @@ class Streaming(ImageFolder):
             on_bad_image=on_bad_image,
             eval_size=eval_size,
             exif=exif,
+            classes=classes,
         )
         own = inspect.signature(type(self)).parameters
         for name in [name for name in self.hparams if not name.startswith("_") and name not in own]:
             del self.hparams[name]  # an argument of ImageFolder that this one does not have
+
+    def source(self, split: Split) -> Source:
+        """Return the shards of a split, whose labels are in the order of ``classes``."""
+        shards: Any = super().source(split)
+        shards.order = self._order
+        return shards  # type: ignore[no-any-return]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Give shuffled and augmented training batches."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -23,8 +24,12 @@ from typing import Any
 from PIL import Image
 
 from lit_tricks._compat import merge_shards
-from lit_tricks.data.shards.index import INDEX, SPLITS, import_litdata
+from lit_tricks.data.shards.index import SPLITS, import_litdata
+from lit_tricks.data.shards.index_format import INDEX
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.files import abandoned, printable, read_regular, write_whole
+
+log = logging.getLogger("lit_tricks")
 
 __all__ = ["CHUNK_BYTES", "image_bytes", "replaced_whole", "write_shards"]
 
@@ -41,7 +46,7 @@ def image_bytes(path: str, short_side: int | None) -> bytes:
         RuntimeError: if the file is no image, or must be shrunk and is damaged; the message names it.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_regular(path)
         with Image.open(io.BytesIO(content)) as image:  # reads the header only
             shortest = min(image.size)
             if short_side is None or shortest <= short_side:
@@ -86,7 +91,7 @@ def write_shards(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "An item was larger than the target chunk size")
         for index, ((path, label), content) in enumerate(zip(files, contents, strict=True)):
-            name = Path(os.path.relpath(path, root)).as_posix()
+            name = printable(Path(os.path.relpath(path, root)).as_posix())
             writer.add_item(index, (content, label, name))
             advance()
         writer.done()
@@ -98,10 +103,13 @@ def write_shards(
 def replaced_whole(folder: str, overwrite: bool) -> Iterator[Path]:
     """Give an empty folder that takes the place of ``folder`` at the end; an error or Ctrl-C leaves all as it was.
 
+    What killed processes left beside the folder is removed first, with a line that names it.
+
     Raises:
         FileExistsError: if the folder is there and not to be replaced, or holds other things than shards.
     """
     target = Path(os.path.realpath(folder))
+    _clean_up(target)
     if target.exists():
         _check_replaceable(target, overwrite)
     part, old = (target.with_name(f"{target.name}.{what}-{os.getpid()}") for what in ("incomplete", "replaced"))
@@ -116,6 +124,16 @@ def replaced_whole(folder: str, overwrite: bool) -> Iterator[Path]:
             old.rename(target)
         for rest in (part, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def _clean_up(target: Path) -> None:
+    """Remove what killed processes left; if one of them was about to replace the shards, they get their name again."""
+    if not target.exists() and (replaced := abandoned(target, "replaced")):
+        replaced[-1].rename(target)
+        log.info("%s was restored: a process that is gone had not come to replace it", target)
+    for each in abandoned(target, "incomplete") + abandoned(target, "replaced"):
+        shutil.rmtree(each, ignore_errors=True)
+        log.info("%s was removed: a process that is gone had left it behind", each)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -150,6 +168,4 @@ def _in_order(function: Callable[[str], bytes], paths: Iterable[str], num_worker
 
 def _add_to_index(path: Path, more: dict[str, Any]) -> None:
     index = json.loads(path.read_text(encoding="utf-8"))
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(index | more, sort_keys=True), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(index | more, sort_keys=True))
