@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks.callbacks.optim.initializer import Initializer, local
+from lit_tricks.callbacks.optim.initializer import Initializer
 from lit_tricks.utils.arguments import MAX_SEED, integer
+from lit_tricks.utils.dtensor import part_for, to_local
 from lit_tricks.utils.modules import check_shapes, has_matrix, own_parameter
 
 if TYPE_CHECKING:
@@ -90,14 +91,15 @@ class XavierInit(Initializer):
                 f"XavierInit found no convolution and no linear layer that is trained in {type(pl_module).__name__}: "
                 "remove XavierInit."
             )
-        self._expected = sum(_variance(w) * local(w).numel() for w in map(pl_module.get_parameter, self._weights))
+        self._expected = sum(_variance(w) * to_local(w).numel() for w in map(pl_module.get_parameter, self._weights))
 
     def initialize(self, pl_module: LightningModule) -> str:
         """Draw the weights, layer by layer, and set the biases to 0."""
         seed = pl_module.trainer.strategy.broadcast(torch.initial_seed() if self.seed is None else self.seed)
         generator = torch.Generator().manual_seed(seed)
         for name in self._weights:
-            _copy(xavier_uniform(pl_module.get_parameter(name).shape, generator), pl_module.get_parameter(name))
+            weight = pl_module.get_parameter(name)
+            to_local(weight).copy_(part_for(weight, xavier_uniform(weight.shape, generator)))
         for name in self._biases:
             pl_module.get_parameter(name).zero_()
         return f"{len(self._weights)} weights drawn with seed {seed}, {len(self._biases)} biases at 0"
@@ -106,7 +108,7 @@ class XavierInit(Initializer):
         """Log the norm of all these weights, of this process's shards, as a multiple of what it is at the start."""
         if not self.should_log(trainer):
             return
-        norm = nn.utils.get_total_norm([local(pl_module.get_parameter(name)) for name in self._weights])
+        norm = nn.utils.get_total_norm([to_local(pl_module.get_parameter(name).detach()) for name in self._weights])
         pl_module.log("xavier_init/growth", norm / math.sqrt(self._expected))
 
 
@@ -114,11 +116,3 @@ def _variance(weight: Tensor) -> float:
     """Variance of Xavier's distribution: ``a**2 / 3``."""
     fan_out, fan_in = (size * math.prod(weight.shape[2:]) for size in weight.shape[:2])
     return 2 / (fan_in + fan_out)
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    if hasattr(target, "device_mesh"):  # a DTensor
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
-    target.copy_(source)

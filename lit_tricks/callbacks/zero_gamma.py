@@ -14,8 +14,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lit_tricks._compat import callbacks_of
-from lit_tricks.callbacks.optim.initializer import Initializer, local, whole
+from lit_tricks.callbacks.optim.initializer import Initializer
 from lit_tricks.utils.arguments import texts
+from lit_tricks.utils.dtensor import full_tensor, to_local
 from lit_tricks.utils.modules import is_norm, own_parameter
 from lit_tricks.utils.residual import last_norms
 
@@ -94,7 +95,7 @@ class ZeroGamma(Initializer):
         """Set the scales to 0."""
         scales = [pl_module.get_parameter(name) for name in self._names]
         which = f"{len(scales)} ({_few([name.removesuffix('.weight') for name in self._names])})"
-        if any(whole(scale).any() for scale in scales):
+        if any(full_tensor(scale.detach()).any() for scale in scales):
             for scale in scales:
                 scale.zero_()
             self._zeroed = self._names
@@ -111,7 +112,7 @@ class ZeroGamma(Initializer):
         """Log the mean absolute scale, of this process's shards: how far the branches have opened."""
         if not self.should_log(trainer):
             return
-        scales = [local(pl_module.get_parameter(name)) for name in self._names]
+        scales = [to_local(pl_module.get_parameter(name).detach()) for name in self._names]
         total = nn.utils.get_total_norm(scales, norm_type=1)
         pl_module.log("zero_gamma/scale", total / sum(scale.numel() for scale in scales))
 

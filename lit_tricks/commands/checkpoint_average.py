@@ -31,9 +31,9 @@ from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.checkpoint_files import write_checkpoint
 from lit_tricks.utils.class_names import require_same_classes
-from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import batchnorms_of, is_statistic, some_of
+from lit_tricks.utils.rng import isolated_random_state
 from lit_tricks.utils.spectral_norm import iterate_in, spectral_norms
 
 __all__ = ["average", "mean_of"]

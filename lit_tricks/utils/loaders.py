@@ -1,19 +1,11 @@
-"""A second pass over the training data beside the one in progress, which is not disturbed by it.
-
-One caveat: what a data set draws with a generator that is hidden from Python's attributes (in C, or in a closure) is
-drawn for good, where it is loaded in the main process.
-"""
+"""A second pass over the training data beside the one in progress, which is not disturbed by it."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -23,7 +15,7 @@ from lit_tricks.utils.dataset_transforms import changed, nested
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["fresh_loader", "isolated_random_state"]
+__all__ = ["fresh_loader"]
 
 
 def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) -> Any:
@@ -53,26 +45,6 @@ def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) ->
                 raise RuntimeError(_no_transform(trick, f"the {type(loader).__name__} of the training batches"))
     fresh.flattened = loaders
     return fresh
-
-
-@contextlib.contextmanager
-def isolated_random_state(device: torch.device, loaders: Sequence[Any]) -> Iterator[None]:
-    """Put all random states back afterwards: Python's, NumPy's, torch's, and those that data sets have of their own."""
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    here = [loader for loader in loaders if not getattr(loader, "num_workers", 0)]  # workers have copies
-    owners = [(getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)) for loader in here]
-    own = {id(generator): generator for generator in _generators(owners, set())}
-    states = [(generator, _state_of(generator)) for generator in own.values()]
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-        for generator, state in states:
-            _set_state(generator, state)
 
 
 def _copied(loader: Any, trick: str) -> Any:
@@ -133,38 +105,3 @@ def _no_transform(trick: str, what: str) -> str:
         f'{trick}(transform="eval") puts the `transform` of the validation data set in the place of that of the '
         f'training data, and {what} has no such attribute: use transform="train", or name it so.'
     )
-
-
-# Generators that a data set has of its own
-
-
-def _generators(thing: Any, seen: set[int], depth: int = 8) -> Iterator[Any]:
-    if id(thing) in seen or depth == 0 or isinstance(thing, Tensor | type | str | bytes | int | float | None):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, torch.Generator | random.Random) or type(thing).__module__.startswith("numpy.random"):
-        yield thing
-    elif isinstance(thing, list | tuple | dict):
-        if len(thing) <= 100:  # transforms, parts; not samples
-            for child in thing.values() if isinstance(thing, dict) else thing:
-                yield from _generators(child, seen, depth - 1)
-    elif hasattr(thing, "__dict__") and not isinstance(thing, type(sys)):
-        for child in list(vars(thing).values()):
-            yield from _generators(child, seen, depth - 1)
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if hasattr(generator, "bit_generator"):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import itertools
 import operator
-import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from torch import fx, nn
 
 from lit_tricks._compat import Dropout
 from lit_tricks.utils.modules import is_norm
+from lit_tricks.utils.rng import isolated_random_state
 
 __all__ = ["is_drop_path", "last_norms", "residual_branches"]
 
@@ -122,7 +121,7 @@ def _stack(node: fx.Node) -> list[str]:
 def _trace(module: nn.Module) -> tuple[fx.Graph | None, nn.Module]:
     tensors = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
     try:
-        with _random_state_kept(), warnings.catch_warnings():
+        with isolated_random_state(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             twin = copy.deepcopy(module, tensors).eval()
             parameters = inspect.signature(twin.forward).parameters.values()
@@ -130,16 +129,6 @@ def _trace(module: nn.Module) -> tuple[fx.Graph | None, nn.Module]:
             return _Tracer().trace(twin, defaults), twin
     except Exception:  # whatever the code of others raises when it gets symbols for tensors
         return None, module
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(state)
 
 
 def _last_norm(

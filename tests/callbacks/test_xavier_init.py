@@ -13,8 +13,9 @@ from helpers.modules import CLASSES, eval_loader, image_and_label, lightning, mo
 from torch import Tensor, nn
 
 from lit_tricks.callbacks import EMA, NoBiasDecay, XavierInit, ZeroGamma
-from lit_tricks.callbacks.xavier_init import _copy, _variance, xavier_uniform
+from lit_tricks.callbacks.xavier_init import _variance, xavier_uniform
 from lit_tricks.models import resnet
+from lit_tricks.utils.dtensor import part_for, to_local
 
 
 class Module(lightning().LightningModule):  # type: ignore[misc]
@@ -174,7 +175,7 @@ def test_shards_hold_their_part(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         sharded = distribute_tensor(torch.zeros(4, 3), init_device_mesh("cpu", (1,)), [Shard(0)])
-        _copy(source := torch.randn(4, 3), sharded)
+        to_local(sharded).copy_(part_for(sharded, source := torch.randn(4, 3)))
         assert torch.equal(sharded.full_tensor(), source)
     finally:
         dist.destroy_process_group()

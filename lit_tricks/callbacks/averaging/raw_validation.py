@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_tricks._compat import MODULE_REGISTRIES, dummy_logger, leaves
 from lit_tricks.callbacks.base import paused
-from lit_tricks.utils.loaders import isolated_random_state
+from lit_tricks.utils.rng import isolated_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,7 +40,8 @@ def validate_aside(trainer: Trainer, pl_module: LightningModule, run: Callable[[
     results = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
     # PreciseBN passes training batches through, and finds the tricks that change them among the callbacks
     untouched = paused(trainer)
-    with _kept(*map(vars, pl_module.modules()), vars(loop), *results), _random_states(trainer), untouched:
+    states = isolated_random_state(trainer.strategy.root_device, leaves(trainer.val_dataloaders))
+    with _kept(*map(vars, pl_module.modules()), vars(loop), *results), states, untouched:
         trainer.callbacks = []  # type: ignore[attr-defined]
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         try:
@@ -94,18 +95,3 @@ def _fill(value: Any, items: list[Callable[[], Any]]) -> Any:
     value.clear()
     (value.update if isinstance(value, set) else value.extend)([item() for item in items])
     return value
-
-
-@contextlib.contextmanager
-def _random_states(trainer: Trainer) -> Iterator[None]:
-    """Put the random states back afterwards, those of the validation loaders and their samplers too."""
-    loaders = leaves(trainer.val_dataloaders)
-    parts = [*loaders, *(getattr(x, name, None) for x in loaders for name in ("sampler", "batch_sampler"))]
-    attributes = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
-    states = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
-    try:
-        with isolated_random_state(trainer.strategy.root_device, loaders):
-            yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)

@@ -22,8 +22,9 @@ from lit_tricks.callbacks.base import Trick, paused
 from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
 from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.utils.dtensor import is_sharded, to_local
-from lit_tricks.utils.loaders import fresh_loader, isolated_random_state
+from lit_tricks.utils.loaders import fresh_loader
 from lit_tricks.utils.modules import is_flattened
+from lit_tricks.utils.rng import isolated_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import optimizers_in
+from lit_tricks.utils.dtensor import full_tensor
 from lit_tricks.utils.modules import is_norm, own_parameter, require_initialized
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Initializer", "local", "sign_of_training", "whole"]
+__all__ = ["Initializer", "sign_of_training"]
 
 _LEFT_ALONE = "nothing to do, the run goes on with the weights that it was stopped with"
 
@@ -98,18 +99,6 @@ class Initializer(Trick):
         return configured
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, of its shards if it is sharded."""
-    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A tensor, or its shard that is here if it is sharded."""
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return shard.detach()
-
-
 def sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
     """Where a norm layer is not as it starts: the same in all channels, and without statistics."""
     for name, part in module.named_modules():
@@ -117,7 +106,7 @@ def sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
         if not is_norm(part) or weight is None or weight not in trained:
             continue
         for key, value in {"weight": weight, "bias": bias}.items():
-            if value is not None and not (flat := whole(value).flatten()).eq(flat[:1]).all():
+            if value is not None and not (flat := full_tensor(value.detach()).flatten()).eq(flat[:1]).all():
                 return f"{name}.{key} differs from channel to channel"
         if getattr(part, "running_mean", None) is not None and part.running_mean.any():
             return f"{name}.running_mean is not 0"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lit_tricks.utils.batch import describe
 from lit_tricks.utils.checkpoint_files import check_classes, read_checkpoint
 from lit_tricks.utils.finite import first_not_finite_in, not_finite
 from lit_tricks.utils.modules import require_initialized
+from lit_tricks.utils.rng import isolated_random_state
 
 __all__ = ["Renormalized", "load_teacher", "logits_of", "require_apart"]
 
@@ -40,12 +40,8 @@ def load_teacher(teacher: str | nn.Module) -> nn.Module:
     """
     if isinstance(teacher, nn.Module):
         require_initialized(teacher, "KnowledgeDistillation(teacher)")
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):  # what is drawn for its weights is none of the student's business
-            built = copy.deepcopy(teacher) if isinstance(teacher, nn.Module) else _by_name(teacher)
-    finally:
-        random.setstate(state)
+    with isolated_random_state():  # building the teacher's weights draws numbers, and the student's run must not change
+        built = copy.deepcopy(teacher) if isinstance(teacher, nn.Module) else _by_name(teacher)
     if name := first_not_finite_in(built):
         raise RuntimeError(f"KnowledgeDistillation: {not_finite(name, 'the teacher')}")
     return built.requires_grad_(False).eval()

@@ -22,9 +22,9 @@ from lit_tricks.commands.sizes.logistic import Classified, Linear, choose_weight
 from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.commands.sizes.subject import Subject, subject_of
 from lit_tricks.utils.checkpoint_files import write_checkpoint
-from lit_tricks.utils.loaders import isolated_random_state
 from lit_tricks.utils.log import log
 from lit_tricks.utils.modules import find_classifier, find_norms
+from lit_tricks.utils.rng import isolated_random_state
 
 __all__ = ["fixres"]
 

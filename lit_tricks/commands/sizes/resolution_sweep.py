@@ -19,7 +19,7 @@ from lit_tricks.commands.progress import progress
 from lit_tricks.commands.sizes.size_range import default_sizes, macs, parse_sizes
 from lit_tricks.commands.sizes.subject import Subject, Views, subject_of
 from lit_tricks.run.report.resolution_curve import report_resolution
-from lit_tricks.utils.loaders import isolated_random_state
+from lit_tricks.utils.rng import isolated_random_state
 
 __all__ = ["resolution"]
 

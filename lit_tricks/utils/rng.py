@@ -1,0 +1,84 @@
+"""Random states that are restored after a while: those of the process, and those that loaders have of their own.
+
+One caveat: what a data set draws with a generator that is hidden from Python's attributes (in C, or in a closure) is
+drawn for good, where it is loaded in the main process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["isolated_random_state"]
+
+
+@contextlib.contextmanager
+def isolated_random_state(device: torch.device | None = None, loaders: Sequence[Any] = ()) -> Iterator[None]:
+    """Restore all random states afterwards: those of Python, NumPy, torch and of loaders.
+
+    Args:
+        device: the device whose state is restored, besides the CPU's.
+        loaders: loaders whose samplers, data sets and collate functions may draw from generators of their own.
+    """
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    seen: set[int] = set()
+    own = [generator for owner in _owners(loaders) for generator in _generators(owner, seen)]
+    states = [(generator, _state_of(generator)) for generator in own]
+    try:
+        with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        for generator, state in states:
+            _set_state(generator, state)
+
+
+def _owners(loaders: Sequence[Any]) -> list[Any]:
+    """What may hold generators in this process: workers have copies of data sets and collate functions."""
+    here = [loader for loader in loaders if not getattr(loader, "num_workers", 0)]
+    parts = [getattr(loader, name, None) for loader in here for name in ("dataset", "collate_fn")]
+    samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
+    attributes = [value for loader in loaders for value in getattr(loader, "__dict__", {}).values()]
+    return [*parts, *samplers, *(value for value in attributes if isinstance(value, torch.Generator))]
+
+
+def _generators(thing: Any, seen: set[int], depth: int = 8) -> Iterator[Any]:
+    if id(thing) in seen or depth == 0 or isinstance(thing, Tensor | type | str | bytes | int | float | None):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Generator | random.Random) or type(thing).__module__.startswith("numpy.random"):
+        yield thing
+    elif isinstance(thing, list | tuple | dict):
+        if len(thing) <= 100:  # transforms, parts; not samples
+            for child in thing.values() if isinstance(thing, dict) else thing:
+                yield from _generators(child, seen, depth - 1)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, type(sys)):
+        for child in list(vars(thing).values()):
+            yield from _generators(child, seen, depth - 1)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return copy.deepcopy(generator.bit_generator.state)
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)

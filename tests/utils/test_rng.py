@@ -1,0 +1,50 @@
+"""Random states that are restored: of the process, of data sets, samplers and loaders."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from lit_tricks.utils.rng import isolated_random_state
+
+
+class Draws(Dataset[torch.Tensor]):
+    """Draws each item from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.rand((), generator=self.generator)
+
+
+def test_states_of_the_process_are_restored():
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with isolated_random_state():
+        random.random(), np.random.rand(), torch.rand(())
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("kind", ["data set", "sampler", "loader"])
+def test_generators_of_loaders_are_restored(kind):
+    generator = torch.Generator().manual_seed(2)
+    dataset = Draws()
+    how = {"sampler": {"sampler": RandomSampler(dataset, generator=generator)}, "loader": {"generator": generator}}
+    loaders = [DataLoader(dataset, shuffle=kind == "loader", **how.get(kind, {})) for _ in range(120)]
+    own = dataset.generator if kind == "data set" else generator
+    before = own.get_state()
+    with isolated_random_state(loaders=loaders):
+        list(loaders[-1])
+        assert not torch.equal(own.get_state(), before)
+    assert torch.equal(own.get_state(), before)
