@@ -119,7 +119,7 @@ FLAGS = {
     "missing argument of the data": (("fit", "--data=ImageFolder"), r"--data: ImageFolder needs root\."),
     "batch larger than the data": (
         (*FIT, "--data.batch_size=1258"),
-        "batch_size=1258 is larger than the 1257 training images, .*: use a batch_size of at most 1257",
+        "batch_size=1258 is larger than the 1257 training images, .*: use a batch_size of at most 1257, .*",
     ),
     "model class": ((*FIT, "--model=Clasifier"), "--model: 'Clasifier' is unknown; did you mean 'Classifier'?"),
     "no model class": ((*FIT, "--model=Digits"), ".*'Digits' is .*"),
