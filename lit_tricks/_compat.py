@@ -48,6 +48,7 @@ __all__ = [
     "combined_loader",
     "compiled_call_of",
     "draw_dirichlet",
+    "drop_anonymous_setting",
     "dummy_logger",
     "dump_weights",
     "foreach_add_",
@@ -589,6 +590,19 @@ def merge_shards(writer: Any) -> None:
     https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/streaming/writer.py#L814
     """
     writer._merge_no_wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lightning: loggers
+
+
+def drop_anonymous_setting(logger: Any) -> None:
+    """Leave an unset ``anonymous`` out of what a WandbLogger gives to W&B, which warns of the setting in any case.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loggers/wandb.py#L345
+    """
+    if logger._wandb_init.get("anonymous") is None:
+        logger._wandb_init.pop("anonymous", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

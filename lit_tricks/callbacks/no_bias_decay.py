@@ -115,7 +115,10 @@ class NoBiasDecay(Trick):
         def split(optimizer: Optimizer, group: Group, add_param_group: Callable[[Group], None]) -> None:
             nonlocal has_split
             weight_decay = group.get("weight_decay", optimizer.defaults.get("weight_decay"))
-            for part in (parts := split_group(group, weight_decay, is_free)):
+            parts = split_group(group, weight_decay, is_free)
+            if len(parts) == 2 and "name" not in group:
+                _name_parts(parts, optimizer)
+            for part in parts:
                 add_param_group(part)
             has_split |= parts[-1] is not group
 
@@ -163,6 +166,13 @@ class NoBiasDecay(Trick):
         self._restored = None
         self._group_count = 0
         self._share = 0.0
+
+
+def _name_parts(parts: list[Group], optimizer: Optimizer) -> None:
+    """Name the groups for what monitors learning rates. Names are unique in an optimizer."""
+    number = 1 + sum(str(group.get("name", "")).startswith("no_decay") for group in optimizer.param_groups)
+    for part, name in zip(parts, ("decay", "no_decay"), strict=True):
+        part["name"] = name if number == 1 else f"{name}_{number}"
 
 
 def _rule(module: nn.Module, skip: Sequence[str]) -> Callable[[Tensor], bool]:

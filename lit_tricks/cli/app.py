@@ -24,7 +24,7 @@ import lit_tricks.data
 import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection  # noqa: F401
 from lit_tricks import __version__, commands
-from lit_tricks._compat import overrides
+from lit_tricks._compat import drop_anonymous_setting, overrides
 from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
@@ -42,7 +42,7 @@ from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder
 from lit_tricks.run.memory import PeakMemory
-from lit_tricks.run.pictures import send_pictures
+from lit_tricks.run.pictures import send_predictions
 from lit_tricks.run.preview import PreviewLogger
 from lit_tricks.run.profiler import TimeSplit
 from lit_tricks.run.report.fit import report_fit
@@ -194,8 +194,10 @@ class TricksCLI(LightningCLI):
             csv = CSVLogger(self.run.root, self.run.name, self.run.version)
             _ = csv.experiment  # while the folder is empty: it warns of files, and other loggers write some there
             kwargs["logger"] = [csv, *(logger for logger in loggers if not isinstance(logger, bool | None))]
-            if any(isinstance(logger, WandbLogger) for logger in kwargs["logger"]):
+            if tracked := [logger for logger in kwargs["logger"] if isinstance(logger, WandbLogger)]:
                 callbacks.append(PreviewLogger())
+                for logger in tracked:
+                    drop_anonymous_setting(logger)
             if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
                 scored = isinstance(self.model, Task) and config.limit_val_batches != 0
                 monitor = f"val/{self.model.score}" if scored else None
@@ -242,7 +244,7 @@ class TricksCLI(LightningCLI):
             profiler = trainer.profiler  # type: ignore[attr-defined]
             split = profiler.result() if isinstance(profiler, TimeSplit) else None
             report_fit(self.run.path, best, seconds, split, self.memory.read())
-            send_pictures(self.run.path, trainer.loggers)
+            send_predictions(self.run.path, trainer.loggers)
 
 
 class _Unrun(TricksCLI):

@@ -1,4 +1,4 @@
-"""Pictures of what a model said, for W&B."""
+"""What a model predicts, for W&B: its own chart of the confusion matrix, and tables that can be sorted."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lit_tricks._compat import lightning_classes
+from lit_tricks.run.reading.mask_predictions import MaskPredictions
 from lit_tricks.run.reading.predictions import Predictions
 from lit_tricks.run.reading.run import read_run_folder
-from lit_tricks.run.report.figures import draw_confusion, draw_worst_masks, draw_wrong
-from lit_tricks.run.report.style import draw
 
-__all__ = ["send_pictures"]
+__all__ = ["send_predictions"]
+
+MOST_CLASSES = 100  # of a confusion matrix; of more classes only the pairs that occur are in it
+MOST_ROWS = 10_000  # of a table, which is all that W&B shows
 
 
-def send_pictures(run: Path, loggers: Iterable[Any]) -> None:
-    """Draw what the report shows of predictions, and log it to W&B, where a logger of it is there.
-
-    That is the confusion matrix and the most wrong images, or of a segmentation those with the lowest IoU.
+def send_predictions(run: Path, loggers: Iterable[Any]) -> None:
+    """Log the confusion matrix, the predictions and the worst images to W&B, where a logger of it is there.
 
     Args:
         run: the folder of the run.
@@ -31,12 +33,64 @@ def send_pictures(run: Path, loggers: Iterable[Any]) -> None:
     said = found.predictions or found.masks
     if said is None:
         return
-    pictures = {"confusion": draw(draw_confusion, said, "")}
-    if isinstance(said, Predictions):
-        pictures |= {"most_wrong": draw(draw_wrong, said)} if list(said.wrong()) else {}
-    else:
-        pictures |= {"worst_images": draw(draw_worst_masks, said)} if said.worst else {}
-    for name, picture in pictures.items():
-        (run / f"{name}.png").write_bytes(picture)
-        for logger in loggers:
-            logger.log_image(key=f"{said.split}/{name}", images=[str(run / f"{name}.png")])
+    for logger in loggers:
+        parts = {"confusion": _confusion(said)}
+        parts |= _tables(said) if isinstance(said, Predictions) else _mask_tables(said)
+        logger.experiment.log({f"{said.split}/{name}": part for name, part in parts.items()})
+
+
+def _confusion(said: Predictions | MaskPredictions) -> Any:
+    import wandb
+
+    names, found = said.classes, said.confusion()
+    cells = zip(found.label.tolist(), found.predicted.tolist(), found.count.tolist(), strict=True)
+    if len(names) <= MOST_CLASSES:
+        cells = ((*pair, count) for pair, count in np.ndenumerate(found.dense(len(names))))  # type: ignore[assignment]
+    rows = [[names[label], names[predicted], int(count)] for label, predicted, count in cells]
+    return wandb.plot_table(
+        "wandb/confusion_matrix/v1",
+        wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows[: MOST_CLASSES**2]),
+        {name: name for name in ("Actual", "Predicted", "nPredictions")},
+        {"title": f"Confusion matrix, {said.unit}"},
+    )
+
+
+def _tables(said: Predictions) -> dict[str, Any]:
+    import wandb
+
+    columns = zip(said.index, said.label, said.predicted, said.confidence, said.probability, strict=True)
+    rows = [
+        [int(index), said.classes[label], said.classes[predicted], bool(label == predicted), float(sure), float(true)]
+        for index, label, predicted, sure, true in columns
+    ]
+    header: list[str | int] = ["image", "label", "predicted", "right", "confidence", "probability of the label"]
+    worst = [
+        [wandb.Image(pixels.squeeze()), where, label, predicted, sure, true]
+        for pixels, label, predicted, true, sure, where in said.wrong()
+    ]
+    found = {"predictions": wandb.Table(columns=header, data=rows[:MOST_ROWS])}
+    if worst:
+        header = ["image", "file", "label", "predicted", "confidence", "probability of the label"]
+        found["most_wrong"] = wandb.Table(columns=header, data=worst)
+    return found
+
+
+def _mask_tables(said: MaskPredictions) -> dict[str, Any]:
+    import wandb
+
+    names = dict(enumerate(said.classes)) | {255: "ignored"}
+
+    def masks(truth: Any, predicted: Any) -> dict[str, Any]:
+        both = {"truth": truth, "predicted": predicted}
+        return {
+            name: {"mask_data": np.where(labels < 0, 255, labels).astype(np.uint8), "class_labels": names}
+            for name, labels in both.items()
+        }
+
+    if not said.worst:
+        return {}
+    rows = [
+        [wandb.Image(each.image.squeeze(), masks=masks(each.mask, each.said)), each.where, each.iou]
+        for each in said.worst
+    ]
+    return {"worst_images": wandb.Table(columns=["image", "file", "IoU"], data=rows)}

@@ -23,10 +23,10 @@ class SaveConfig(SaveConfigCallback):
         """Log the configuration where no run folder is seen."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
-            if not isinstance(logger, CSVLogger):
-                logger.log_hyperparams({"config": config})
             if isinstance(logger, WandbLogger):
-                tell_wandb(logger, pl_module, config.get("watch"))
+                tell_wandb(logger, config, pl_module, config.get("watch"))
+            elif not isinstance(logger, CSVLogger):
+                logger.log_hyperparams({"config": config})
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
@@ -46,7 +46,9 @@ class TricksInForce(Callback):
         tricks = tricks_in_force(trainer)
         (self.folder / "tricks.json").write_text(to_json(tricks, indent=2) + "\n")
         for logger in trainer.loggers:
-            if not isinstance(logger, CSVLogger):
+            if isinstance(logger, WandbLogger):  # whose hyperparameters are the configuration and nothing else
+                logger.experiment.config.update({"tricks": tricks}, allow_val_change=True)
+            elif not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"tricks": tricks})
 
 

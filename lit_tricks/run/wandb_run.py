@@ -14,9 +14,20 @@ from urllib.parse import urlparse
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lit_tricks.run.folder import RunFolder
+from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.tasks.base import Task
 
 __all__ = ["is_wandb", "log_summary", "own_wandb_run", "prepare_wandb", "tell_wandb", "tracking_mode"]
+
+# Quantities of the tricks that do not change in a run.
+CONSTANTS = (
+    "channels_last/filters",
+    "compile/layers",
+    "fixres/parameters",
+    "linear_scaling/factor",
+    "no_bias_decay/share",
+    "test_time_augment/views",
+)
 
 
 @contextlib.contextmanager
@@ -63,22 +74,34 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None, watch: s
             settings.mode = "offline"  # Lightning's own `offline` would refuse to keep a checkpoint as an artifact
 
 
-def tell_wandb(logger: Any, module: Any, watch: str | None) -> None:
-    """Draw the metrics of an epoch against the epoch, and watch the module.
+def tell_wandb(logger: Any, config: dict[str, Any], module: Any, watch: str | None) -> None:
+    """Log the settings once, draw the metrics of an epoch against the epoch, and watch the module.
 
-    The other metrics stay where Lightning has them, on the optimizer step.
+    The summary has the best value of each metric of an epoch. The other metrics stay where Lightning has them, on the
+    optimizer step. Quantities that are constant have no chart.
 
     Args:
         logger: a ``WandbLogger``.
+        config: the resolved configuration. Lightning's hyperparameters, which repeat it, are not logged.
         module: that is trained. Of another one than ours it is not known which metrics are of an epoch.
         watch: "gradients", "parameters" or "all": histograms of these, as often as metrics are logged; or None.
     """
+    run = logger.experiment
+    run.config.update({"config": config}, allow_val_change=True)
+    logger.log_hyperparams = _ignore
     if isinstance(module, Task):
         # by their full names: of two patterns that match, W&B takes one at random, and Lightning has set "*"
         for name in module.epoch_metrics():
-            logger.experiment.define_metric(name, step_metric="epoch")
+            best = "max" if name.rpartition("/")[2] in SCORES else "min"
+            run.define_metric(name, step_metric="epoch", summary=best)
+    for name in CONSTANTS:
+        run.define_metric(name, summary="last", hidden=True)
     if watch:
         logger.watch(module, log=watch, log_freq=module.trainer.log_every_n_steps, log_graph=False)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""
 
 
 def log_summary(

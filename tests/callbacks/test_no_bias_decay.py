@@ -231,8 +231,9 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 def by_hand(module: Any, options: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     known = dict(module.named_parameters())
-    decays = [{"params": [known[name] for name in DECAYED]}, {"params": [known[n] for n in FREE], "weight_decay": 0.0}]
-    return [group | (options or {}) for group in decays]
+    decayed = {"params": [known[name] for name in DECAYED], "name": "decay"}
+    free = {"params": [known[name] for name in FREE], "name": "no_decay", "weight_decay": 0.0}
+    return [group | (options or {}) for group in (decayed, free)]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -242,6 +243,16 @@ def test_trains_as_with_groups_made_by_hand(optimizer):
     reference = run(optimizers=lambda m: make(by_hand(m)), max_epochs=1)
     assert not differences(tricked.weights, reference.weights)
     assert not differences(tricked.optimizers, reference.optimizers)
+
+
+def test_groups_have_names_that_are_unique_in_their_optimizer():
+    def two(module):
+        parameters = list(module.parameters())
+        half = len(parameters) // 2
+        return SGD([{"params": parameters[:half]}, {"params": parameters[half:]}], lr=0.1, weight_decay=0.1)
+
+    [optimizer] = run(NoBiasDecay(), optimizers=two, max_epochs=1).trainer.optimizers
+    assert [group["name"] for group in optimizer.param_groups] == ["decay", "no_decay", "decay_2", "no_decay_2"]
 
 
 def test_trains_as_with_the_groups_of_timm():

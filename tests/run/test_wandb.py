@@ -17,8 +17,9 @@ from helpers.cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metric
 from helpers.fits import differences
 from helpers.wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_tricks.run.reading.predictions import Predictions
 
 TRACKED = (*FIT, "--config=loggers/wandb")
 
@@ -59,7 +60,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_without_a_login_it_is_offline_in_the_folder_of_the_run(first: Path) -> None:
     assert Tracked(first).folder.name.startswith("offline-run-")
     assert {path.name for path in first.iterdir()} == {
-        "checkpoints", "config.yaml", "confusion.png", "hparams.yaml", "metrics.csv", "most_wrong.png",
+        "checkpoints", "config.yaml", "hparams.yaml", "metrics.csv",
         "predictions.npz", "report.md", "results.json", "tricks.json", "wandb",
     }  # fmt: skip
     assert not list(first.parents[2].glob("wandb"))
@@ -87,8 +88,8 @@ def test_a_picture_of_the_first_batch_is_there_once(first: Path) -> None:
 def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
     told: dict[tuple[float, str], float] = {}
     for row in Tracked(first).history:
-        if any(key.endswith("/filenames") for key in row):
-            continue  # pictures
+        if any(key.endswith("/path") for key in row):
+            continue  # tables
         step = row["trainer/global_step"]
         row = {key: value for key, value in row.items() if not key.startswith("data/preview")}  # a picture
         told |= {(step, key): value for key, value in row.items() if "/" in key or key.startswith("lr")}
@@ -105,14 +106,53 @@ def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
     assert {key: value for key, value in told.items() if key[1] != "trainer/global_step"} == pytest.approx(written)
 
 
-def test_confusion_and_most_wrong_images_are_media_once(first: Path) -> None:
+def table_of(run: Tracked, name: str) -> dict[str, Any]:
+    """Content of a table that was logged once."""
+    [row] = [row for row in run.history if f"{name}/path" in row]
+    content: dict[str, Any] = json.loads((run.folder / "files" / row[f"{name}/path"]).read_text())
+    return content
+
+
+def test_the_confusion_matrix_is_a_chart_of_wandb(first: Path) -> None:
     run = Tracked(first)
-    for name in ("confusion", "most_wrong"):
-        [row] = [row for row in run.history if f"test/{name}/count" in row]
-        assert (row[f"test/{name}/_type"], row[f"test/{name}/count"]) == ("images/separated", 1)
-        [file] = row[f"test/{name}/filenames"]
-        with Image.open(run.folder / "files" / file) as picture:
-            assert (picture.format, picture.width > 300) == ("PNG", True)
+    assert "wandb/confusion_matrix/v1" in json.dumps([str(record) for record in run.records])
+    content = table_of(run, "test/confusion_table")
+    assert content["columns"] == ["Actual", "Predicted", "nPredictions"]
+    assert len(content["data"]) == 100
+    assert sum(row[2] for row in content["data"]) == len(Predictions.read(first / "predictions.npz").label)
+
+
+def test_predictions_and_most_wrong_images_are_tables(first: Path) -> None:
+    run, found = Tracked(first), Predictions.read(first / "predictions.npz")
+    content = table_of(run, "test/predictions")
+    assert content["columns"][:4] == ["image", "label", "predicted", "right"]
+    assert [row[0] for row in content["data"]] == found.index.tolist()
+    right = sum(row[3] for row in content["data"]) / len(content["data"])
+    assert right == pytest.approx(results(first)["raw"]["test"]["top1"])
+    worst = table_of(run, "test/most_wrong")
+    assert len(worst["data"]) == len(list(found.wrong())) > 0
+    artifacts = [record.artifact for record in run.records if record.HasField("artifact")]
+    [kept] = [artifact for artifact in artifacts if "most_wrong" in artifact.name]
+    pictures = [entry.path for entry in kept.manifest.contents if entry.path.endswith(".png")]
+    assert len(pictures) == len(worst["data"])
+
+
+def test_the_summary_keeps_the_best_and_constants_have_no_chart(first: Path) -> None:
+    metrics_of = {r.metric.name: r.metric for r in Tracked(first).records if r.HasField("metric") and r.metric.name}
+    assert metrics_of["val/top1"].summary.max
+    assert metrics_of["val/loss"].summary.min
+    assert metrics_of["val/ece"].summary.min
+    assert metrics_of["no_bias_decay/share"].options.hidden
+
+
+def test_settings_are_there_once(first: Path) -> None:
+    assert {key for key in Tracked(first).config if not key.startswith("_")} == {"config", "tricks"}
+
+
+def test_learning_rates_go_by_the_names_of_their_groups() -> None:
+    track("--config=tricks/no_bias_decay", *COSINE)
+    logged = {key for row in Tracked(Path("runs/tiny/v0")).history for key in row if key.startswith("lr-")}
+    assert logged == {"lr-SGD/decay", "lr-SGD/no_decay"}
 
 
 def test_metrics_of_an_epoch_are_drawn_against_it(first: Path) -> None:
@@ -126,7 +166,8 @@ def test_metrics_of_an_epoch_are_drawn_against_it(first: Path) -> None:
     logged = {key for row in run.history for key in row if "/" in key or key.startswith("lr")} - {"trainer/global_step"}
     of_steps = {"train/loss_step", "lr-SGD"}
     assert logged >= of_steps
-    logged = {name for name in logged if not name.startswith(("data/preview/", "test/confusion/", "test/most_wrong/"))}
+    media = ("data/preview/", "test/confusion", "test/predictions", "test/most_wrong")
+    logged = {name for name in logged if not name.startswith(media)}
     assert {name for name in logged if axes.get(name) == "epoch"} == logged - of_steps
     assert {row["epoch"] for row in run.history if "val/top1" in row} == {0, 1}
 
@@ -142,7 +183,8 @@ def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
     logged = {key for row in run.history for key in row}
     assert logged >= {"ema/decay", "mixup/lambda", "precise_bn/shift"}
     assert {key.partition("/")[0] for key in logged} >= {"gradients", "parameters"}
-    (artifact,) = [record.artifact for record in run.records if record.HasField("artifact")]
+    kept = [record.artifact for record in run.records if record.HasField("artifact")]
+    (artifact,) = [each for each in kept if each.type == "model"]
     assert (artifact.type, sorted(artifact.aliases)) == ("model", ["best", "latest"])
     (entry,) = artifact.manifest.contents
     assert Path(entry.local_path).read_bytes() == Path("runs/tiny/v0/checkpoints/best.ckpt").read_bytes()
@@ -152,7 +194,8 @@ def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
 
 
 def test_an_unasked_run_has_no_artifact(first: Path) -> None:
-    assert not [record for record in Tracked(first).records if record.HasField("artifact")]
+    kinds = {record.artifact.type for record in Tracked(first).records if record.HasField("artifact")}
+    assert kinds == {"run_table"}, "only tables are kept without being asked for"
 
 
 @pytest.mark.parametrize(
