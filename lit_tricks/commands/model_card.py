@@ -22,6 +22,7 @@ from lit_tricks.run.report.content import Table, results_table, tricks_table
 from lit_tricks.run.report.fit import metrics_at
 from lit_tricks.run.report.page import markdown_table
 from lit_tricks.run.report.style import duration
+from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 
 __all__ = ["Facts", "card", "text_of"]
@@ -65,7 +66,7 @@ def card(
         raise FileExistsError(f"{target} exists: choose another file with --output, or give --overwrite to replace it.")
     if not target.resolve().parent.is_dir():
         raise FileNotFoundError(f"--output {target} lies in a folder that does not exist: make it first.")
-    target.write_text(text_of(facts, license), encoding="utf-8")
+    write_whole(target, text_of(facts, license))
     log.info("card: %s", target)
     return target
 

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lit_tricks.utils.files import written_whole
+
 __all__ = ["held_out", "split_folder"]
 
 NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "eval", "dev"), "test": ("test",)}
@@ -83,11 +85,12 @@ def _read(file: Path) -> dict[str, str]:
 
 @rank_zero_only
 def _write(file: Path, names: list[str], chosen: npt.NDArray[np.bool_]) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    rows = ((name, "val" if held else "train") for name, held in zip(names, chosen, strict=True))
     try:
-        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            rows = ((name, "val" if held else "train") for name, held in zip(names, chosen, strict=True))
+        with (
+            written_whole(file) as part,
+            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+        ):
             csv.writer(stream).writerows([("file", "split"), *rows])
-        os.replace(part, file)
     except OSError as error:
         rank_zero_warn(f"{file} cannot be written ({error.strerror}): images that are added may move others.")

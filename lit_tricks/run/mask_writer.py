@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_tricks.run.reading.mask_predictions import palette
+from lit_tricks.utils.files import written_whole
 
 __all__ = ["MaskWriter"]
 
@@ -35,7 +37,27 @@ class MaskWriter(Callback):
         self.folder, self.roots = Path(folder), roots
         self.columns: dict[str, str] = {}
         self.rows: dict[str, list[list[Any]]] = {}
-        self.written: set[Path] = set()
+        self.paths: dict[str, Path] = {}  # of the masks, by file
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the paths of the masks.
+
+        Raises:
+            FileExistsError: if there is something at one of the paths; masks replace no files.
+        """
+        whole = os.path.realpath(self.folder)
+        taken: set[Path] = set()
+        for file in self.roots:
+            path = self._path(file, taken)
+            taken.add(path)
+            inside = os.path.commonpath([whole, os.path.realpath(path.parent)]) == whole
+            if os.path.lexists(path) or not inside:
+                what = "exists" if inside else "lies behind a link"
+                raise FileExistsError(
+                    f"the mask {str(path)!r} {what}, and masks replace no files: remove the folder "
+                    f"{str(self.folder)!r} if it has old masks, or choose another --output."
+                )
+            self.paths[file] = path
 
     def on_predict_batch_end(
         self,
@@ -60,19 +82,17 @@ class MaskWriter(Callback):
             shares = np.bincount(np.asarray(mask).ravel(), minlength=len(names)) / (size[0] * size[1])
             if mask.mode == "L":
                 mask.putpalette(palette().tobytes())
-            path = self._path(file)
+            path = self.paths[file]
             path.parent.mkdir(parents=True, exist_ok=True)
-            mask.save(path)
+            with written_whole(path, durable=False) as part:
+                mask.save(part, "PNG")
             self.rows[file] = [[str(path), *shares.tolist()]]
 
     def summary(self, files: int) -> str:
         """Return what was written for this many files."""
         return f"{len(self.rows)} masks written to {self.folder}, their shares"
 
-    def _path(self, file: str) -> Path:
+    def _path(self, file: str, taken: set[Path]) -> Path:
         relative = Path(file).relative_to(self.roots.get(file, Path(file).parent))
         path = self.folder / relative.with_suffix(".png")
-        if path in self.written:  # a.jpg beside a.png
-            path = self.folder / f"{relative}.png"
-        self.written.add(path)
-        return path
+        return self.folder / f"{relative}.png" if path in taken else path  # a.jpg beside a.png

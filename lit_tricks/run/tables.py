@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import math
-import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from lit_tricks.utils.files import open_regular, printable, text_cell, written_whole
 
 __all__ = ["FORMATS", "STDOUT", "check_table", "write_table"]
 
@@ -31,6 +33,7 @@ def check_table(output: str) -> None:
     Raises:
         ValueError: for an ending that is not in ``FORMATS``.
         ModuleNotFoundError: for Parquet without pyarrow.
+        FileExistsError: if the file exists and is not such a table.
         OSError: if the folder cannot be made.
     """
     path = Path(output)
@@ -45,6 +48,10 @@ def check_table(output: str) -> None:
         raise ModuleNotFoundError(f"output={output!r}: Parquet needs pyarrow. {remedy}.", name="pyarrow")
     if path.is_dir():
         raise IsADirectoryError(f"output={output!r} is a folder. Give a file, such as {path / 'predictions.csv'}.")
+    if path.exists() and not _is_table(path):
+        raise FileExistsError(
+            f"output={output!r} exists, and is not a table of predictions. Choose another name, or remove the file."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,7 +61,7 @@ def check_table(output: str) -> None:
 
 
 def write_table(output: str, columns: Columns, rows: Sequence[Row]) -> None:
-    """Write a table whole, or to standard output as CSV.
+    """Write a table whole, or to standard output as CSV. In CSV, an apostrophe goes before what would be a formula.
 
     Args:
         output: as in ``check_table``.
@@ -65,29 +72,44 @@ def write_table(output: str, columns: Columns, rows: Sequence[Row]) -> None:
         sys.stdout.write(_csv(columns, rows))
         return
     path = Path(output)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with written_whole(path) as part:
         if path.suffix.lower() == ".parquet":
             _write_parquet(part, columns, rows)
         else:
             writers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines}
             writer = writers.get(path.suffix.lower(), _csv)
             text = writer(columns, rows)
-            # bytes in file names that are not UTF-8 stay as they are, and in JSON they are escaped
+            # bytes in file names that are not UTF-8 stay as they are in CSV
             part.write_bytes(text.encode("utf-8", "surrogateescape" if writer is _csv else "backslashreplace"))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a file is a table of ours, by its beginning, so that it may be replaced."""
+    try:
+        with open_regular(path) as stream:
+            start = stream.read(2**12).strip()
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            return bool(parquet.read_schema(path).names[:1] == ["file"])
+    except Exception:  # not a file, or not Parquet
+        return False
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        return start in (b"", b"[]") or re.match(rb'(\[\s*)?\{\s*"file":', start) is not None
+    return start.startswith(b"file,")
 
 
 def _csv(columns: Columns, rows: Sequence[Row]) -> str:
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
-    writer.writerow(columns)
+    writer.writerow(map(text_cell, columns))
     formats = list(columns.values())
     for row in rows:
         writer.writerow(
-            [format(cell, how) if isinstance(cell, float) else cell for cell, how in zip(row, formats, strict=True)]
+            [
+                format(cell, how) if isinstance(cell, float) else text_cell(cell) if isinstance(cell, str) else cell
+                for cell, how in zip(row, formats, strict=True)
+            ]
         )
     return stream.getvalue()
 
@@ -102,6 +124,10 @@ def _records(columns: Columns, rows: Sequence[Row]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def _text(cell: Any) -> Any:
+    return printable(cell) if isinstance(cell, str) else cell
 
 
 def _number(text: str) -> float | None:
@@ -123,6 +149,6 @@ def _write_parquet(path: Path, columns: Columns, rows: Sequence[Row]) -> None:
     from pyarrow import parquet
 
     kinds = [pyarrow.float64() if how else pyarrow.string() for how in columns.values()]
-    cells: list[list[Any]] = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in columns]
+    cells: list[list[Any]] = [list(map(_text, column)) for column in zip(*rows, strict=True)] or [[] for _ in columns]
     arrays = [pyarrow.array(column, kind) for column, kind in zip(cells, kinds, strict=True)]
     parquet.write_table(pyarrow.table(arrays, names=list(columns)), path)

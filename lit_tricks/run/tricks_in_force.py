@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.finite import to_json
 
 __all__ = ["TricksInForce", "tricks_in_force"]
@@ -44,7 +45,7 @@ class TricksInForce(Callback):
         if not trainer.is_global_zero:
             return
         tricks = tricks_in_force(trainer)
-        (self.folder / "tricks.json").write_text(to_json(tricks, indent=2) + "\n")
+        write_whole(self.folder / "tricks.json", to_json(tricks, indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):  # whose hyperparameters are the configuration and nothing else
                 logger.experiment.config.update({"tricks": tricks}, allow_val_change=True)

@@ -128,7 +128,7 @@ def printable(name: str) -> str:
 
 def text_cell(text: object) -> str:
     """Return text as a cell of a CSV file that no spreadsheet runs: a formula gets an apostrophe in front."""
-    shown = printable(str(text))
+    shown = str(text)
     return f"'{shown}" if shown.startswith(("=", "+", "-", "@", "\t", "\r")) else shown
 
 

@@ -21,6 +21,7 @@ from lit_tricks.run.report.ablation_table import report_ablation
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.utils.config_files import config_name, find_config
+from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.trick_flags import apply_to_rows
 
 __all__ = ["ablate", "rows_of", "settings_of"]
@@ -205,7 +206,7 @@ def _write_sweep(
             "seed_everything": {"values": seeds},
         },
     }
-    path.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    write_whole(path, yaml.safe_dump(sweep, sort_keys=False))
     return path
 
 

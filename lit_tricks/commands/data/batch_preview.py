@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lit_tricks._compat import callbacks_of
 from lit_tricks.run.preview import Preview, preview_of
+from lit_tricks.utils.files import text_cell, write_whole, written_whole
 from lit_tricks.utils.log import log
 
 __all__ = ["preview"]
@@ -53,11 +54,13 @@ def preview(
     if count < 1:
         raise ValueError(f"--count={count} is below 1: it is the number of images to draw.")
     found = _first_batch(data, model or _NoModel(), trainer or _quiet_trainer(), count)
-    path.write_bytes(found.png())
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+    write_whole(path, found.png())
+    table = path.with_suffix(".csv")
+    with written_whole(table) as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "class", "share"])
-        writer.writerows((i, *row) for i, shares in enumerate(found.labels) for row in shares.items())
+        rows = ((i, text_cell(name), share) for i, shares in enumerate(found.labels) for name, share in shares.items())
+        writer.writerows(rows)
     shape = " x ".join(map(str, found.size))
     log.info("%s: %d training images, as the model sees them: %s", path, len(found.images), shape)
     return path

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lit_tricks._compat import callbacks_of
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import tensors_in
+from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 
 __all__ = ["bench"]
@@ -67,7 +68,7 @@ def bench(
         if model is not None and trainer is not None:
             result |= _trained(data, model, trainer, seconds, advance)
             result["limit"] = "data" if result["loader"] < result["model"] else "model"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(path, json.dumps(result, indent=2) + "\n")
     _tell(result)
     log.info("written to %s", path)
     return path

@@ -6,8 +6,8 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
+from lit_tricks.data.io.file_index import is_hidden
 from lit_tricks.data.io.formats import ENDINGS, is_image
 from lit_tricks.data.samples import find_images
 from lit_tricks.utils.log import log
@@ -67,5 +67,8 @@ def _paths(word: str) -> list[str]:
 
 def _others(folder: str) -> list[str]:
     """List the files below a folder that are not images."""
-    names = (Path(root, name) for root, _, files in os.walk(folder) for name in sorted(files))
-    return [str(path) for path in names if not is_image(path.name)]
+    found: list[str] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [os.path.join(root, name) for name in sorted(files) if not is_hidden(name) and not is_image(name)]
+    return found

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_tricks._compat import logging_step
 from lit_tricks.data.io.jpeg import BadImageError
+from lit_tricks.utils.files import text_cell
 from lit_tricks.utils.log import log
 
 __all__ = ["BadImages", "OnBadImage", "Report"]
@@ -100,7 +101,7 @@ class Report:
         writer = csv.writer(text)
         if not self.path.exists():
             writer.writerow(["split", "file", "reason"])
-        writer.writerows(rows)
+        writer.writerows(map(text_cell, row) for row in rows)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab", buffering=0) as stream:  # one write: several processes may do so

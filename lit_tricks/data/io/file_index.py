@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lit_tricks.data.io.formats import is_image
 
-__all__ = ["Paths", "cache_folder", "class_folders", "find_images", "list_images"]
+__all__ = ["Paths", "cache_folder", "class_folders", "find_images", "is_hidden", "list_images"]
 
 VERSION = 3  # of the files in the cache
 REMEMBER_FROM = 5000  # images; fewer are found as fast
@@ -90,7 +90,7 @@ class _Folder:
 def class_folders(root: str) -> list[str]:
     """List the folders in a folder, sorted, without what is hidden."""
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if _is_folder(entry) and not _is_hidden(entry.name))
+        return sorted(entry.name for entry in entries if _is_folder(entry) and not is_hidden(entry.name))
 
 
 def find_images(root: str) -> list[str]:
@@ -183,7 +183,7 @@ def _look(root: str, name: str, known: _Folder | None) -> tuple[_Folder, bool]:
                 folders.append(entry.name)
             else:
                 files.append(entry.name)
-    seen = [each for each in folders if not _is_hidden(each)]
+    seen = [each for each in folders if not is_hidden(each)]
     named = [os.fsencode(file) for file in files if is_image(file)]
     images = sorted(file for file in named if not file.startswith(b"."))
     hidden = len(folders) - len(seen) + len(named) - len(images)
@@ -200,7 +200,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is left out, by its name."""
     return name.startswith(".") or name.lower() in SYSTEM
 
 

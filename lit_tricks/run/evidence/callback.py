@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_tricks.run.evidence.mask_split import MaskSplit, joined_masks
 from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
 from lit_tricks.utils.batch import find
+from lit_tricks.utils.files import written_whole
 
 __all__ = ["Evidence"]
 
@@ -116,7 +117,7 @@ class Evidence(Callback):
         arrays: dict[str, Any] = {"split": np.array(name), "classes": np.array(classes or [])}
         arrays["weights"] = np.array(weights)
         arrays |= kinds[kind]([part[kind] for part in parts])
-        with path.open("wb") as stream:
+        with written_whole(path) as unfinished, unfinished.open("wb") as stream:
             np.savez_compressed(stream, **arrays)
 
     def _note_best(self, trainer: Trainer) -> None:

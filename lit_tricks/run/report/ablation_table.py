@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from scipy.special import stdtrit
 
 from lit_tricks.run.reading.scores import SCORES, scores_in
+from lit_tricks.run.report.escaping import escape_markdown, row_cell
+from lit_tricks.run.report.style import PLAIN_TEXT
+from lit_tricks.utils.files import write_whole, written_whole
 
 __all__ = ["paired_change", "read_run", "report_ablation"]
 
@@ -62,14 +66,14 @@ def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "fir
     """
     found = {name: {s: read_run(run) for s, run in seeds.items() if run} for name, seeds in runs.items()}
     scores = scores_in(key for seeds in found.values() for values in seeds.values() for key in values) or ["top1"]
-    with (folder / "ablation.csv").open("w", newline="") as stream:
+    with written_whole(folder / "ablation.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["row", "seed", *scores, "seconds", "memory", "run"])
         for name, seeds in found.items():
             for seed, values in seeds.items():
                 costs = (values["seconds"], values["memory"])
                 writer.writerow(
-                    [name, seed, *(values.get(score, math.nan) for score in scores), *costs, runs[name][seed]]
+                    [row_cell(name), seed, *(values.get(score, math.nan) for score in scores), *costs, runs[name][seed]]
                 )
     names = list(found)
     header = ("", *(SCORES[score] for score in scores), "change", "time", "memory")
@@ -83,8 +87,9 @@ def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "fir
         )
         for i, name in enumerate(names)
     ]
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
-    (folder / "ablation.md").write_text("\n".join([*lines, "", _legend(runs, relative_to, SCORES[scores[0]]), ""]))
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in (header, ("---",) * len(header), *rows)]
+    legend = escape_markdown(_legend(runs, relative_to, SCORES[scores[0]]))
+    write_whole(folder / "ablation.md", "\n".join([*lines, "", legend, ""]))
     _draw(found, scores[0], folder / "ablation.png")
     table = Table(box=None, pad_edge=False)
     for i, title in enumerate(header):
@@ -139,6 +144,7 @@ def _legend(runs: Runs, relative_to: str, score: str) -> str:
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 
 
+@mpl.rc_context(PLAIN_TEXT)
 def _draw(found: Mapping[str, Mapping[int, Any]], score: str, path: Path) -> None:
     figure = Figure(figsize=(7, 1.2 + 0.4 * len(found)), layout="constrained")
     axes = figure.subplots()
@@ -152,4 +158,5 @@ def _draw(found: Mapping[str, Mapping[int, Any]], score: str, path: Path) -> Non
     axes.set_xlabel(f"{SCORES[score]} in %: seeds, and their mean")
     axes.grid(alpha=0.3, axis="x")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=120, format="png")

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lit_tricks.run.reading.run import Row, points
 from lit_tricks.run.report.style import LIGHT, Theme, color_of, draw, label_ends, new_figure, tidy
+from lit_tricks.utils.files import write_whole
 
 __all__ = ["draw_curves", "draw_panel", "lacking", "panels_of"]
 
@@ -56,7 +57,7 @@ def draw_curves(rows: list[Row], path: Path, starts: Sequence[float] = ()) -> Pa
     titles = panels_of([rows])
     if not titles:
         return None
-    path.write_bytes(draw(_side_by_side, titles, rows, starts))
+    write_whole(path, draw(_side_by_side, titles, rows, starts))
     return path
 
 

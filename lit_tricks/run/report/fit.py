@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from lit_tricks.run.reading.run import Row, Run, read_run_folder
 from lit_tricks.run.report.content import Section, results_table, time_table, tricks_table
 from lit_tricks.run.report.curves import draw_curves
+from lit_tricks.run.report.escaping import code_span
 from lit_tricks.run.report.page import to_markdown
+from lit_tricks.utils.checkpoint_files import load_archive
+from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.finite import to_json
 
 __all__ = ["metrics_at", "report_fit"]
@@ -43,15 +45,15 @@ def report_fit(
     """
     read = read_run_folder(run)
     rows = read.rows
-    checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True) if best else {}
+    checkpoint = load_archive(best) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
     results |= {"seconds": seconds, "time": time, "peak_memory": memory}
-    (run / "results.json").write_text(to_json(results, indent=2) + "\n")
+    write_whole(run / "results.json", to_json(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png", read.starts)
     read = read_run_folder(run)
-    (run / "report.md").write_text(_short_report(read, curves), encoding="utf-8")
+    write_whole(run / "report.md", _short_report(read, curves))
     console = Console()
     console.print(_table(read))
     for what, path in {"resumes": read.resumes, "best checkpoint": best, "curves": curves, "run": run}.items():
@@ -89,8 +91,8 @@ def _short_report(run: Run, curves: Path | None) -> str:
         what = "the confusion matrix, reliability, worst classes and most wrong images"
     elif run.masks:
         what = "the confusion matrix, the IoU of each class and the images with the lowest"
-    origin = f"It resumes `{run.resumes}`.\n\n" if run.resumes else ""
-    more = f"`lit-tricks report {run.path}` draws {what}."
+    origin = f"It resumes {code_span(run.resumes)}.\n\n" if run.resumes else ""
+    more = f"{code_span(f'lit-tricks report {run.path}')} draws {what}."
     pictures = "![Loss, accuracy and learning rate against the training step](curves.png)\n\n" if curves else ""
     return f"{to_markdown(run.name, sections)}\n{origin}{pictures}{more}\n"
 

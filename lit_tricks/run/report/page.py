@@ -11,6 +11,8 @@ from pathlib import Path
 from PIL import Image as PILImage
 
 from lit_tricks.run.report.content import Image, Picture, Section, Table
+from lit_tricks.run.report.escaping import escape_markdown
+from lit_tricks.utils.files import write_whole
 
 __all__ = ["markdown_table", "to_html", "to_markdown", "write"]
 
@@ -60,23 +62,25 @@ def to_markdown(title: str, sections: Sequence[Section], links: dict[str, str] |
         sections: of the report.
         links: of further pages, by their names.
     """
-    lines = [f"# {title}", ""]
+    lines = [f"# {escape_markdown(title)}", ""]
     lines += [" · ".join(f"[{name}]({target})" for name, target in links.items()), ""] if links else []
     for section in sections:
-        lines += [f"## {section.title}", ""]
+        lines += [f"## {escape_markdown(section.title)}", ""]
         for text in section.text:
-            lines += [_md(text), ""]
+            lines += [escape_markdown(text), ""]
         for table in section.tables:
             lines += [*markdown_table(table), ""]
         for picture in section.pictures:
-            lines += [f"![{_md(picture.alt)}]({picture.name}.png)", ""]
+            lines += [f"![{escape_markdown(picture.alt)}]({picture.name}.png)", ""]
     return "\n".join(lines)
 
 
 def markdown_table(table: Table) -> list[str]:
     """The lines of a table."""
     header = ["---", *("---:" if numeric else "---" for numeric in _numeric(table)[1:])]
-    return ["| " + " | ".join(_md(cell) for cell in row) + " |" for row in (table.header, header, *table.rows)]
+    return [
+        "| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in (table.header, header, *table.rows)
+    ]
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
@@ -151,18 +155,14 @@ def _numeric(table: Table) -> list[bool]:
     return [bool(cells) and all(c[:1] in "-0123456789" and len(c) < 20 for c in cells) for cells in map(list, columns)]
 
 
-def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def write(folder: Path, title: str, sections: Sequence[Section]) -> list[Path]:
     """Write ``report.md``, its pictures, and ``report.html``."""
     paths = []
     for section in sections:
         for picture in section.pictures:
             paths.append(folder / f"{picture.name}.png")
-            paths[-1].write_bytes(picture.light)
+            write_whole(paths[-1], picture.light, durable=False)
     for name, text in (("report.md", to_markdown(title, sections)), ("report.html", to_html(title, sections))):
         paths.append(folder / name)
-        paths[-1].write_text(text, encoding="utf-8")
+        write_whole(paths[-1], text)
     return paths

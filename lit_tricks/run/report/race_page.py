@@ -15,8 +15,10 @@ from rich.console import Console
 
 from lit_tricks.run.report.ablation_table import paired_change
 from lit_tricks.run.report.content import Picture, Section, Table
+from lit_tricks.run.report.escaping import row_cell
 from lit_tricks.run.report.page import write
 from lit_tricks.run.report.style import DARK, LIGHT, Theme, draw, duration, new_figure, tidy
+from lit_tricks.utils.files import text_cell, written_whole
 
 __all__ = ["race_sections", "report_race"]
 
@@ -34,13 +36,13 @@ def report_race(folder: Path) -> Path:
     sections = race_sections(race)
     write(folder, "Race", sections)
     (folder / "report.md").replace(folder / "race.md")
-    with (folder / "race.csv").open("w", newline="", encoding="utf-8") as stream:
+    with written_whole(folder / "race.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["round", "stage", "candidate", "seeds", "mean", "reach", "cost", "state", "reason"])
         for number, stage, each in _comparisons(race):
-            name, seeds = race["names"][each["candidate"]], len(each["differences"])
+            name, seeds = row_cell(race["names"][each["candidate"]]), len(each["differences"])
             costs = (_mean(each), each["reach"], each["cost"])
-            writer.writerow([number, stage, name, seeds, *costs, each["state"], each["reason"]])
+            writer.writerow([number, stage, name, seeds, *costs, each["state"], text_cell(each["reason"] or "")])
     console = Console()
     for section in sections[:1]:
         for line in section.text:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+from lit_tricks.run.report.style import PLAIN_TEXT
+from lit_tricks.utils.files import written_whole
 
 __all__ = ["APPARENT", "report_resolution"]
 
@@ -32,12 +35,10 @@ def report_resolution(folder: Path, rows: Sequence[Row], train_size: int | None,
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = [name for name in ("size", "crop_ratio", "gmac", "top1", "top5") if name in rows[0]]
-    part = folder / ".resolution.csv.part"
-    with part.open("w", newline="") as stream:
+    with written_whole(folder / "resolution.csv") as part, part.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(part, folder / "resolution.csv")
     _draw(rows, train_size, title, folder / "resolution.png")
     best = max(rows, key=lambda row: row["top1"])
     console = Console()
@@ -62,6 +63,7 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+@mpl.rc_context(PLAIN_TEXT)
 def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -88,6 +90,5 @@ def _draw(rows: Sequence[Row], train_size: int | None, title: str, path: Path) -
         part.spines["top"].set_visible(False)
     handles = [*axes.get_legend_handles_labels()[0], *cost.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, frameon=False, fontsize="small", loc="outside lower center", ncols=3)
-    unfinished = path.with_name(f".{path.name}.part")
-    figure.savefig(unfinished, dpi=120, format="png")
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")

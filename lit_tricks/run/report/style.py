@@ -11,9 +11,22 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Theme", "color_of", "draw", "duration", "label_ends", "new_figure", "tidy", "unit_of_time"]
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "PLAIN_TEXT",
+    "Theme",
+    "color_of",
+    "draw",
+    "duration",
+    "label_ends",
+    "new_figure",
+    "tidy",
+    "unit_of_time",
+]
 
 DPI = 160
+PLAIN_TEXT: Any = {"text.parse_math": False}  # two dollar signs in a name are no formula
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ def draw(function: Callable[..., Figure], *args: Any, theme: Theme = LIGHT) -> b
     inks = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
     lines = ("axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
     text = {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold"}
-    settings: Any = colors | dict.fromkeys(inks, theme.ink) | dict.fromkeys(lines, theme.faint) | text
+    settings: Any = PLAIN_TEXT | colors | dict.fromkeys(inks, theme.ink) | dict.fromkeys(lines, theme.faint) | text
     with mpl.rc_context(settings):
         figure = function(*args, theme)
         file = io.BytesIO()
