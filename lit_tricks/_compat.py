@@ -248,7 +248,7 @@ def saved_hparams(owner: Any) -> dict[str, Any]:
 
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/mixins/hparams_mixin.py#L175
     """
-    return vars(owner).get("_hparams") or {}
+    return getattr(owner, "__dict__", {}).get("_hparams") or {}
 
 
 CLASS_PATH_KEY = "_class_path"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from packaging.version import InvalidVersion, Version
 
+from lit_tricks._compat import CLASS_PATH_KEY
 from lit_tricks.utils.files import open_regular, written_whole
 
 __all__ = [
@@ -179,7 +180,7 @@ def check_classes(
 def _class_names(value: Any, key: Any = None) -> Iterable[Any]:
     if isinstance(value, Mapping):
         for inner, item in value.items():
-            if inner in ("class_path", "_class_path"):
+            if inner in ("class_path", CLASS_PATH_KEY):
                 yield item
             else:
                 yield from _class_names(item, inner)

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lit_tricks._compat import saved_hparams
+
 __all__ = ["apart", "names_of", "permutation", "require_same_classes"]
 
 SHOWN = 5  # names in a message
@@ -26,7 +28,7 @@ def names_of(thing: Any) -> list[str] | None:
     elif hasattr(thing, "classes"):
         names = thing.classes
     else:
-        names = getattr(thing, "hparams", {}).get("class_names")
+        names = saved_hparams(thing).get("class_names")
     return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
 
 

@@ -341,7 +341,7 @@ def test_a_resumed_run_ends_bit_by_bit_as_the_whole_one(whole: Path, moment: str
 def test_a_resumed_run_says_nothing_of_settings_that_are_the_same(whole: Path) -> None:
     _, outcome = resume(whole, "step=5")
     assert "Restored all states" in outcome.log
-    assert "resumed with" not in outcome.log
+    assert "resumed with " not in outcome.log
     assert "seed of the resumed run" not in outcome.log
 
 
@@ -365,7 +365,7 @@ def test_without_its_schedule_a_resumed_run_has_the_rate_of_the_optimizer(whole:
     outcome = done(*FIT, "--trainer.max_epochs=3", f"--ckpt_path={whole}/checkpoints/epoch=1.ckpt")
     path = "runs/tiny/v0/checkpoints/last.ckpt"
     assert checkpoint(path)["optimizer_states"][0]["param_groups"][0]["lr"] == 0.1
-    assert "resumed with" not in outcome.log
+    assert "resumed with " not in outcome.log
     words = ("--trainer.max_epochs=4", f"--ckpt_path={path}", "--model.optimizer.lr=0.02")
     outcome = done(*FIT, *words)
     assert "resumed with lr=0.02 (was 0.1)" in outcome.log

@@ -129,6 +129,8 @@ def _child(words: list[str], env: dict[str, str], folder: str, out: Path, err: P
         os.dup2(file, stream)
         os.close(file)
     sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]  # its temporary folder would be shared with other forks, and go with the first
     try:
         _interpret(words)
     finally:

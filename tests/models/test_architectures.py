@@ -559,6 +559,7 @@ def test_timm_is_imported_in_models_and_for_what_is_given_by_name_alone():
     assert elsewhere == {
         "callbacks/soft_targets/teacher.py",
         "cli/discovery.py",
+        "cli/hints.py",
         "commands/sizes/subject.py",
         "commands/exporting/timm_folder.py",
     }

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 from lit_tricks.data import SegmentationFolder
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.evidence.mask_split import SIDE, WORST, MaskSplit, joined_masks
-from lit_tricks.run.pictures import send_pictures
+from lit_tricks.run.pictures import send_predictions
 from lit_tricks.run.reading.mask_predictions import MaskPredictions
 from lit_tricks.run.reading.run import read_runs
 from lit_tricks.run.report.content import report_sections
@@ -311,15 +312,15 @@ def test_a_run_without_a_mistake(run: Path) -> None:
     assert '<tr><th scope="row">b</th>' in text
 
 
-def test_wandb_gets_the_pictures(run: Path) -> None:
+def test_wandb_gets_the_confusion_and_the_worst_images(run: Path) -> None:
     class Offline(WandbLogger):
         def __init__(self) -> None:
-            self.logged: dict[str, list[str]] = {}
+            self.logged: dict[str, object] = {}
 
-        def log_image(self, key: str, images: list[str]) -> None:  # type: ignore[override]
-            self.logged[key] = images
+        @property
+        def experiment(self) -> SimpleNamespace:  # type: ignore[override]
+            return SimpleNamespace(log=self.logged.update)
 
     logger = Offline()
-    send_pictures(run, [object(), logger])
-    assert logger.logged == {f"test/{n}": [str(run / f"{n}.png")] for n in ("confusion", "worst_images")}
-    assert all((run / f"{name}.png").is_file() for name in ("confusion", "worst_images"))
+    send_predictions(run, [object(), logger])
+    assert logger.logged.keys() == {"test/confusion", "test/worst_images"}

@@ -366,7 +366,7 @@ def test_one_of_two_processes_tracks_and_writes(folder: Path) -> None:
     assert [path.name for path in Path("runs").iterdir()] == ["tiny"]
     assert [path.name for path in Path("runs/tiny").iterdir()] == ["v0"]
     assert {path.name for path in Path("runs/tiny/v0").iterdir()} == {
-        "checkpoints", "config.yaml", "confusion.png", "curves.png", "hparams.yaml", "metrics.csv", "most_wrong.png",
+        "checkpoints", "config.yaml", "curves.png", "hparams.yaml", "metrics.csv",
         "predictions.npz", "report.md", "results.json", "tricks.json", "wandb",
     }  # fmt: skip
     with np.load("runs/tiny/v0/predictions.npz") as predictions:
