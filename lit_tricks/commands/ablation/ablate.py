@@ -16,12 +16,15 @@ import yaml
 
 import lit_tricks
 from lit_tricks.commands.ablation.cells import Cell, run_all, run_here
+from lit_tricks.commands.ablation.exclusive import alone_in, read_object
 from lit_tricks.commands.ablation.ray_engine import run_on_ray
 from lit_tricks.run.report.ablation_table import report_ablation
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
+from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.config_files import config_name, find_config
 from lit_tricks.utils.files import write_whole
+from lit_tricks.utils.log import log
 from lit_tricks.utils.trick_flags import apply_to_rows
 
 __all__ = ["ablate", "rows_of", "settings_of"]
@@ -99,34 +102,36 @@ def ablate(
     fit_args = apply_to_rows(fit_args or [], settings.values())
     if as_sweep:
         return _write_sweep(Path(as_sweep), folder.name, settings, seeds, paths, fit_args)
-    _write_plan(folder, plan, settings)
-    runs = folder.resolve() / "runs"  # processes elsewhere have other working folders
-    cells = [  # the first seed of all rows comes first: so the table says something early
-        Cell(
-            name,
-            seed,
-            runs / f"{_slug(name)}-seed{seed}",
-            [*(f"--config={path}" for path in [*paths, _row_file(folder, name).resolve()]), *fit_args],
-        )
-        for seed in seeds
-        for name in rows
-    ]
-    told = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-    told.setdefault("WANDB_RUN_GROUP", folder.resolve().name)
-    if engine == "ray":
-        run_all(cells, partial(run_on_ray, cpus=1 if cpus is None else cpus, gpus=gpus, environment=told))
-    else:
-        run_all(cells, partial(run_here, jobs=jobs, environment=told))
-    found = {name: {cell.seed: cell.finished for cell in cells if cell.name == name} for name in rows}
-    table = report_ablation(folder, found, relative_to="above" if mode == "stack" else "first")
-    _track(folder, cells, table)
-    failed = [cell for cell in cells if not cell.finished]
-    if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(cells)} runs failed, the table has the others. {failed[0].name!r} with seed "
-            f"{failed[0].seed}: {failed[0].last_words()} (more in {failed[0].log}). The same command tries them again."
-        )
-    return folder
+    with alone_in(folder, "ablate"):
+        _write_plan(folder, plan, settings)
+        runs = folder.resolve() / "runs"  # processes elsewhere have other working folders
+        cells = [  # the first seed of all rows comes first: so the table says something early
+            Cell(
+                name,
+                seed,
+                runs / f"{_slug(name)}-seed{seed}",
+                [*(f"--config={path}" for path in [*paths, _row_file(folder, name).resolve()]), *fit_args],
+            )
+            for seed in seeds
+            for name in rows
+        ]
+        told = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+        told.setdefault("WANDB_RUN_GROUP", folder.resolve().name)
+        if engine == "ray":
+            run_all(cells, partial(run_on_ray, cpus=1 if cpus is None else cpus, gpus=gpus, environment=told))
+        else:
+            run_all(cells, partial(run_here, jobs=jobs, environment=told))
+        found = {name: {cell.seed: cell.finished for cell in cells if cell.name == name} for name in rows}
+        table = report_ablation(folder, found, relative_to="above" if mode == "stack" else "first")
+        _track(folder, cells, table)
+        failed = [cell for cell in cells if not cell.finished]
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {len(cells)} runs failed, the table has the others. {failed[0].name!r} with seed "
+                f"{failed[0].seed}: {failed[0].last_words()} (more in {failed[0].log}). The same command tries them "
+                "again."
+            )
+        return folder
 
 
 def _check(stack: list[str], seeds: list[int], jobs: int, engine: str, cpus: float | None, gpus: float | None) -> None:
@@ -156,12 +161,19 @@ def _check(stack: list[str], seeds: list[int], jobs: int, engine: str, cpus: flo
 def _write_plan(folder: Path, plan: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:
     """Keep what the folder is for, and the configuration of each row: all its tricks in one file."""
     path = folder / "plan.json"
-    if path.is_file() and json.loads(path.read_text()) != plan:
+    before = read_object(path)
+    if before is None and path.exists():
+        known = {_row_file(folder, name).name for name in settings}
+        others = sorted(file.name for file in (folder / "rows").glob("*.yaml") if file.name not in known)
+        if others:
+            raise ValueError(f"{path} is damaged, and {folder} has rows of another ablation ({others[0]}): see --out.")
+        log.warning("%s was damaged, and is written again", path)
+    elif before not in (None, plan):
         raise ValueError(f"{folder} holds another ablation, as {path} says: choose another folder with --out.")
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     for name, row in settings.items():
-        _row_file(folder, name).write_text(yaml.safe_dump(row, sort_keys=False))
-    path.write_text(json.dumps(plan, indent=2) + "\n")
+        write_whole(_row_file(folder, name), yaml.safe_dump(row, sort_keys=False))
+    write_whole(path, json.dumps(plan, indent=2) + "\n")
 
 
 def settings_of(tricks: Sequence[str]) -> dict[str, Any]:
@@ -173,7 +185,7 @@ def settings_of(tricks: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_yaml(path)
     return content
 
 

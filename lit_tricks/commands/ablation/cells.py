@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
@@ -13,13 +14,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from lit_tricks.commands.ablation.exclusive import read_object
 from lit_tricks.run.report.ablation_table import read_run
+from lit_tricks.utils.checkpoint_files import read_checkpoint, require_resumable
 from lit_tricks.utils.log import log
 
 __all__ = ["Cell", "run_all", "run_here"]
@@ -44,20 +48,30 @@ class Cell:
 
     @property
     def finished(self) -> Path | None:
-        """The run folder with its results."""
-        return next((run for run in self._versions() if (run / "results.json").is_file()), None)
+        """The newest run folder with results that are whole."""
+        return next((run for run in self._versions() if read_object(run / "results.json") is not None), None)
 
     @property
     def checkpoint(self) -> Path | None:
-        """The last checkpoint of a run that was stopped."""
-        lasts = (run / "checkpoints" / "last.ckpt" for run in self._versions())
-        return next((path for path in lasts if path.is_file()), None)
+        """The last checkpoint of a run that was stopped, of the newest one whose checkpoint is whole."""
+        for run in self._versions():
+            path = run / "checkpoints" / "last.ckpt"
+            if not path.is_file():
+                continue
+            try:
+                require_resumable(read_checkpoint(path), path)
+            except (OSError, ValueError) as error:
+                log.warning("%s: an older checkpoint is used, or none", error)
+            else:
+                return path
+        return None
 
     @property
     def words(self) -> list[str]:
         """What follows ``python``."""
         own = [f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder.parent}"]
-        own += [f"--name={self.folder.name}"] + [f"--ckpt_path={self.checkpoint}"] * bool(self.checkpoint)
+        checkpoint = self.checkpoint
+        own += [f"--name={self.folder.name}"] + [f"--ckpt_path={checkpoint}"] * bool(checkpoint)
         return ["-m", "lit_tricks", "fit", *self.settings, *own]
 
     @property
@@ -115,7 +129,7 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
         jobs: runs at a time.
         environment: variables of the runs, besides those of this process.
     """
-    running: set[subprocess.Popen[bytes]] = set()
+    running: set[Any] = set()
     slots: queue.Queue[dict[str, str]] = queue.Queue()
     for share in _shares(jobs):
         slots.put(share | dict(environment))
@@ -127,8 +141,9 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
             with cell.log.open("ab") as stream:
                 # a session of its own: Ctrl-C is for this process, which then ends the others
                 process = subprocess.Popen(
-                    [sys.executable, *cell.words], stdout=stream, stderr=stream, env=share, start_new_session=True
-                )
+                    [sys.executable, *cell.words], stdout=stream, stderr=stream, env=share, start_new_session=True,
+                    preexec_fn=_end_with_parent,
+                )  # fmt: skip
             running.add(process)
             process.wait()
             running.discard(process)
@@ -145,6 +160,16 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.terminate()
+
+
+def _set_parent_death_signal() -> None:
+    """Ask Linux to end this process with SIGTERM when the thread that started it ends, also by SIGKILL."""
+    assert _LIBC is not None
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork, where little is allowed
+_end_with_parent = None if _LIBC is None else _set_parent_death_signal
 
 
 @contextlib.contextmanager
