@@ -5,8 +5,10 @@ One caveat: it can not know what a model is fit for, nor under which licence it 
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from lit_tricks.commands.checkpoints import checkpoint_at, read_checkpoint, requ
 from lit_tricks.run.reading.run import FILES, Run, read_run_folder
 from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.content import Table, results_table, tricks_table
+from lit_tricks.run.report.escaping import code_block, code_span, escape_markdown
 from lit_tricks.run.report.fit import metrics_at
 from lit_tricks.run.report.page import markdown_table
 from lit_tricks.run.report.style import duration
-from lit_tricks.utils.files import write_whole
+from lit_tricks.utils.files import printable, write_whole
 from lit_tricks.utils.log import log
 
 __all__ = ["Facts", "card", "text_of"]
@@ -101,9 +104,10 @@ class Facts:
         return cls(path, content, read_run_folder(folders[0]) if folders else Run(path.stem, path.parent))
 
     def __init__(self, path: Path, content: dict[str, Any], run: Run) -> None:
+        run = replace(run, config=_without_places(run.config), tricks=_without_places(run.tricks))
         self.path, self.content, self.run = path, content, run
-        hparams = content.get("hyper_parameters", {})
-        data = content.get("datamodule_hyper_parameters", {})
+        hparams = _without_places(content.get("hyper_parameters", {}))
+        data = _without_places(content.get("datamodule_hyper_parameters", {}))
         model = run.config.get("model", {}).get("init_args", {}) | hparams
         self.settings: dict[str, Any] = model
         made = model.get("model", hparams.get(CLASS_PATH_KEY, ""))
@@ -181,8 +185,9 @@ def _front_matter(facts: Facts, license_id: str, library: str) -> str:
 def _text(facts: Facts, use: list[str]) -> str:
     run, content = facts.run, facts.content
     classes = f" for {len(facts.classes)} classes" if facts.classes else ""
-    data = f" trained on {facts.data}" if facts.data else ""
-    lines = [f"# {facts.name}", "", f"`{facts.model}`{classes},{data} with lit_tricks {lit_tricks.__version__}.", ""]
+    data = f" trained on {escape_markdown(facts.data)}" if facts.data else ""
+    title, model = escape_markdown(facts.name), code_span(facts.model)
+    lines = [f"# {title}", "", f"{model}{classes},{data} with lit_tricks {lit_tricks.__version__}.", ""]
     if averaged := content.get("averaged_from"):
         lines += [f"Its weights are the average of {len(averaged)} checkpoints.", ""]
     lines += ["## Results", ""]
@@ -197,12 +202,12 @@ def _text(facts: Facts, use: list[str]) -> str:
         lines += [*markdown_table(table), ""]
     else:
         lines += ["None are known: the folder of the run has no metrics of this checkpoint.", ""]
-    lines += ["## Use", "", "```python", *use, "```", ""] if use else []
+    lines += ["## Use", "", *code_block("\n".join(use), "python"), ""] if use else []
     lines += ["## Recipe", "", *markdown_table(_recipe(facts)), ""]
     if run.config:
         text = yaml.safe_dump(run.config, sort_keys=False)
         lines += ["<details><summary>All settings, for <code>lit-tricks fit --config FILE</code></summary>", ""]
-        lines += ["```yaml", text.rstrip(), "```", "", "</details>", ""]
+        lines += [*code_block(text.rstrip(), "yaml"), "", "</details>", ""]
     lines += ["## Tricks", ""]
     if facts.tricks:
         tricks = tricks_table(Run(run.name, run.path, tricks=facts.tricks))
@@ -217,12 +222,13 @@ def _text(facts: Facts, use: list[str]) -> str:
 def _use_of_checkpoint(facts: Facts) -> list[str]:
     if facts.module.rpartition(".")[2] not in ("Classifier", ""):
         return []
+    name = json.dumps(printable(facts.path.name))
     return [
         "import lit_tricks",
         "",
-        f'[(names, probabilities)] = lit_tricks.predict("{facts.path.name}", "image.jpg")  # the five best',
+        f'[(names, probabilities)] = lit_tricks.predict({name}, "image.jpg")  # the five best',
         "",
-        f'model = lit_tricks.Classifier.load_from_checkpoint("{facts.path.name}", map_location="cpu").eval()',
+        f'model = lit_tricks.Classifier.load_from_checkpoint({name}, map_location="cpu").eval()',
         "transform = model.transform()  # from a PIL image or a file to the input, as in validation",
         'logits = model(transform("image.jpg")[None])',
     ]
@@ -233,7 +239,8 @@ def _use_of_folder(folder: str, mode: str) -> list[str]:
         "import timm",
         "from PIL import Image",
         "",
-        f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()  # on the Hub: "hf-hub:USER/NAME"',
+        f"model = timm.create_model({json.dumps(f'local-dir:{printable(folder)}')}, pretrained=True).eval()",
+        '# on the Hub: "hf-hub:USER/NAME"',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         f'image = Image.open("image.png").convert("{mode}")',
         "probabilities = model(transform(image)[None]).softmax(dim=1)[0]",
@@ -257,6 +264,17 @@ def _recipe(facts: Facts) -> Table:
         "training time": duration(facts.run.results["seconds"]) if facts.run.results.get("seconds") else None,
     }
     return Table("Recipe", ["setting", "value"], [[k, str(v).strip()] for k, v in found.items() if v is not None])
+
+
+def _without_places(value: Any) -> Any:
+    """Return settings without the folders of this machine: of an absolute path only its last part."""
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and re.match(r"/|~|\\\\|[A-Za-z]:[\\/]|file:", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
 
 
 def _call(name: str, arguments: dict[str, Any]) -> str:
