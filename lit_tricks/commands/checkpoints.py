@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
 from lit_tricks._compat import CLASS_PATH_KEY, INSTANTIATOR_KEY
+from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.checkpoint_files import check_classes, class_of, read_checkpoint, require_resumable
 from lit_tricks.utils.class_names import require_same_classes
 from lit_tricks.utils.finite import first_not_finite, not_finite, weights_in
@@ -192,7 +192,7 @@ def resumed_settings(path: Path, settings: dict[str, Any], trusted: Collection[s
     file = path.parent.parent / "config.yaml"
     if not file.is_file():
         return settings
-    found: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_yaml(file)
     parts = {key: value for key, value in found.items() if key in ("model", "data")}
     check_classes(parts, file, trusted)
     check_classes(found, file, trusted, bases=(object,))  # the parser knows what callbacks and loggers are

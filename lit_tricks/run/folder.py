@@ -29,8 +29,12 @@ class RunFolder:
         """Make the folder, on rank zero; the other ranks write nothing.
 
         Raises:
-            OSError: if it can not be written.
+            ValueError: if the name leads out of the root.
+            OSError: if the folder cannot be made.
         """
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or Path(name).drive or ".." in parts or "\0" in name or "\\" in name:
+            raise ValueError(f"--name {name!r} must be a name in the folder of runs, {root}, without .. and \\.")
         self.root, self.name = root, name
         taken = [int(p.name[1:]) for p in Path(root, name).glob("v*") if p.name[1:].isdecimal()]
         number = max(taken, default=-1) + 1

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from lit_tricks.utils.bounded import parse_yaml, read_yaml
+
 __all__ = [
     "CONFIGS",
     "among",
@@ -68,7 +70,7 @@ def model_in(args: list[str]) -> str:
     named: list[Any] = []
     for file in _configs_in(args):
         text = file if file.startswith("{") else Path(file).read_text(encoding="utf-8")
-        model = yaml.safe_load(text).get("model") or {}
+        model = parse_yaml(text).get("model") or {}
         named.append(model.get("class_path") if isinstance(model, dict) else model)
     named += [given(args, "--model"), given(args, "--model.class_path")]
     return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")
@@ -85,7 +87,7 @@ def strings_in(args: list[str]) -> set[str]:
             collect(item)
 
     for file in _configs_in(args):
-        collect(yaml.safe_load(file if file.startswith("{") else Path(file).read_text(encoding="utf-8")))
+        collect(parse_yaml(file) if file.startswith("{") else read_yaml(file))
     return found
 
 
@@ -119,11 +121,13 @@ def _configs_in(args: list[str]) -> list[str]:
 def _check_yaml(path: Path) -> None:
     """The parser would not say which file it can not read."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
         raise ValueError(f"--config {path}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}. Write the values out.") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} holds no settings, but {content!r}.")
 

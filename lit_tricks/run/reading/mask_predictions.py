@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lit_tricks.run.reading.predictions import Confusion, Floats, Ints
+from lit_tricks.run.reading.predictions import SPLITS, Confusion, Floats, Ints, check_pictures, clean
+from lit_tricks.utils.bounded import read_arrays
 
 __all__ = ["MaskPredictions", "WorstMask", "palette"]
 
@@ -71,12 +72,14 @@ class MaskPredictions:
     @classmethod
     def read(cls, path: Path) -> MaskPredictions:
         """Read ``predictions.npz`` of a segmentation."""
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays: dict[str, Any] = dict(file)
+        arrays: dict[str, Any] = read_arrays(path)
+        _check(arrays)
         pixels = arrays["confusion"].astype(np.int64)
-        names = [str(name) for name in arrays["classes"]]
+        names = [clean(name) for name in arrays["classes"]]
         worst = [
-            WorstMask(Path(str(file)).name or f"image {index}", float(iou), *(arrays[f"{part}_{i}"] for part in PARTS))
+            WorstMask(
+                Path(clean(file)).name or f"image {index}", float(iou), *(arrays[f"{part}_{i}"] for part in PARTS)
+            )
             for i, (file, index, iou) in enumerate(
                 zip(arrays["worst_file"], arrays["worst_index"], arrays["worst_iou"], strict=True)
             )
@@ -109,6 +112,30 @@ class MaskPredictions:
 
 
 PARTS = ("image", "mask", "said")
+
+
+def _check(arrays: dict[str, Any]) -> None:
+    """Raise ValueError unless the arrays are predictions of pixels."""
+    if str(arrays["split"]) not in SPLITS:
+        raise ValueError(f"split={str(arrays['split'])!r:.60} is not one of {', '.join(SPLITS)}")
+    pixels = arrays["confusion"]
+    if pixels.dtype.kind not in "iu" or pixels.ndim != 2 or pixels.shape[0] != pixels.shape[1] or not pixels.size:
+        raise ValueError(f"confusion of type {pixels.dtype} and shape {pixels.shape} is not a matrix of numbers")
+    if pixels.min() < 0 or pixels.max() > 2**48 or arrays["classes"].ndim != 1:
+        raise ValueError("confusion has numbers of pixels that cannot be, or classes are no names")
+    if arrays["images"].ndim or arrays["images"].dtype.kind not in "iu":
+        raise ValueError("images is not a number")
+    shapes = [arrays[f"worst_{name}"].shape for name in ("file", "index", "iou")]
+    if any(len(shape) != 1 or shape != shapes[0] for shape in shapes) or arrays["worst_iou"].dtype.kind != "f":
+        raise ValueError(f"worst_file, worst_index and worst_iou have the shapes {shapes}")
+    for i in range(shapes[0][0]):
+        check_pictures(arrays[f"image_{i}"], f"image_{i}", 3)
+        for name in ("mask", "said"):
+            labels = arrays[f"{name}_{i}"]
+            if labels.dtype.kind not in "iu" or labels.shape != arrays[f"image_{i}"].shape[:2]:
+                raise ValueError(f"{name}_{i} of type {labels.dtype} and shape {labels.shape} is no mask of its image")
+            if labels.min() < -1 or labels.max() >= len(pixels):
+                raise ValueError(f"{name}_{i} has labels that are no classes")
 
 
 def _over(part: Ints, whole: Ints) -> Floats:

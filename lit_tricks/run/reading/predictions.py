@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Calibration", "Confusion", "Floats", "Ints", "Predictions"]
+from lit_tricks.run.reading.checks import numbered
+from lit_tricks.utils.bounded import read_arrays
+
+__all__ = ["SPLITS", "Calibration", "Confusion", "Floats", "Ints", "Predictions", "check_pictures", "clean"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -98,14 +101,13 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> Predictions:
         """Read ``predictions.npz``."""
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = read_arrays(path)
+        _check(arrays)
         labels, top = arrays["label"].astype(np.int64), arrays["top"].astype(np.int64)
         known = 1 + max(int(labels.max(initial=0)), int(top.max(initial=0)))
-        names = [str(name) for name in arrays["classes"]]
         return cls(
             str(arrays["split"]),
-            names if len(names) >= known else [str(i) for i in range(known)],
+            numbered([clean(name) for name in arrays["classes"]], known),
             labels,
             top,
             arrays["confidence"].astype(np.float64),
@@ -113,7 +115,7 @@ class Predictions:
             arrays["index"],
             arrays.get("wrong_index", np.zeros(0, np.int64)),
             arrays.get("wrong_image"),
-            [str(file) for file in arrays.get("wrong_file", [])],
+            [clean(file) for file in arrays.get("wrong_file", [])],
             str(arrays.get("weights", "best")),
         )
 
@@ -164,3 +166,55 @@ class Predictions:
             label, predicted = self.classes[self.label[i]], self.classes[self.predicted[i]]
             where = Path(file).name if file else f"image {place}"
             yield image, label, predicted, float(self.probability[i]), float(self.confidence[i]), where
+
+
+SPLITS = ("test", "val")
+LARGEST = 4096  # pixels of a side of an image that is kept
+
+
+def clean(text: object) -> str:
+    """Return text that can be written in any encoding of Unicode."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_pictures(images: npt.NDArray[Any], name: str, dims: int) -> None:
+    """Raise ValueError unless images are uint8, of 1 or 3 channels, and not too large."""
+    shape = images.shape
+    sides = shape[dims - 3 : dims - 1]
+    if (
+        images.dtype != np.uint8
+        or len(shape) != dims
+        or shape[-1] not in (1, 3)
+        or not all(0 < side <= LARGEST for side in sides)
+    ):
+        raise ValueError(f"{name} of type {images.dtype} and shape {shape} is no picture")
+
+
+def _check(arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Raise ValueError unless the arrays are predictions."""
+    if str(arrays["split"]) not in SPLITS:
+        raise ValueError(f"split={str(arrays['split'])!r:.60} is not one of {', '.join(SPLITS)}")
+    if arrays["classes"].ndim != 1:
+        raise ValueError("classes is not a list of names")
+    count = len(arrays["label"])
+    for name, dims, kinds in (
+        ("label", 1, "iu"), ("top", 2, "iu"), ("index", 1, "iu"), ("confidence", 1, "f"), ("probability", 1, "f"),
+    ):  # fmt: skip
+        found = arrays[name]
+        if found.dtype.kind not in kinds or found.ndim != dims or len(found) != count:
+            raise ValueError(f"{name} of type {found.dtype} and shape {found.shape} does not belong to {count} images")
+    if not arrays["top"].shape[1]:
+        raise ValueError("top has no columns")
+    for name in ("label", "top", "index"):
+        if arrays[name].min(initial=0) < 0:
+            raise ValueError(f"{name} has numbers below 0")
+    for name in ("confidence", "probability"):
+        if not ((arrays[name] >= 0) & (arrays[name] <= 1 + 1e-3)).all():
+            raise ValueError(f"{name} has numbers that are not in [0, 1]")
+    wrong = arrays.get("wrong_index", np.zeros(0, np.int64))
+    if wrong.ndim != 1 or not np.isin(wrong, arrays["index"]).all():
+        raise ValueError("wrong_index names images that are not there")
+    if "wrong_image" in arrays and len(wrong):
+        check_pictures(arrays["wrong_image"], "wrong_image", 4)
+    if "wrong_file" in arrays and arrays["wrong_file"].ndim != 1:
+        raise ValueError("wrong_file is not a list of names")

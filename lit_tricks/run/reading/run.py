@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import yaml
-
+from lit_tricks.run.reading.checks import check_config, check_results, check_tricks
 from lit_tricks.run.reading.mask_predictions import MaskPredictions
-from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.reading.predictions import Predictions, clean
+from lit_tricks.utils.bounded import read_arrays, read_yaml
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["Row", "Run", "read_run_folder", "read_runs"]
 
 Row = dict[str, float]
+MOST_BYTES = 2**28  # of a file of metrics or results
+MOST_RESUMED = 1000  # runs that resume each other
 FILES = ("results.json", "metrics.csv", "config.yaml")  # a folder with one of these is a run's
 
 
@@ -103,8 +107,14 @@ def _require_run(path: Path) -> None:
         raise FileNotFoundError(f"{path} is not the folder of a run: {remedy}.")
 
 
-def read_run_folder(path: Path, name: str = "") -> Run:
-    """Read a run's folder. A part that is missing, or damaged, is noted."""
+def read_run_folder(path: Path, name: str = "", above: Collection[Path] = ()) -> Run:
+    """Read a run's folder. A part that is missing, or damaged, is noted.
+
+    Args:
+        path: of the folder.
+        name: short, to tell it from others.
+        above: folders of runs that resume this one, directly or not.
+    """
     run = Run(name or "/".join(path.resolve().parts[-2:]), path)
 
     def read(file: str, shows: str, without: str, parse: Any) -> Any:
@@ -115,17 +125,24 @@ def read_run_folder(path: Path, name: str = "") -> Run:
         try:
             return parse(target)
         except Exception as error:  # damaged files fail in many ways
-            run.missing[shows] = f"{file} can not be read ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+            reason = clean(error).partition("\n")[0][:120]
+            run.missing[shows] = f"{file} cannot be read ({type(error).__name__}{': ' * bool(reason)}{reason})"
             return None
 
     older = "the run did not come to its end, or an older version made it"
     run.rows = read("metrics.csv", "curves", "nothing was logged", _read_metrics) or []
-    run.results = read("results.json", "results", older, _read_json) or {}
+    run.results = read("results.json", "results", older, partial(_read_json, check=check_results)) or {}
     run.tricks = (
-        read("tricks.json", "tricks", "the training did not start, or an older version made it", _read_json) or {}
+        read(
+            "tricks.json",
+            "tricks",
+            "the training did not start, or an older version made it",
+            partial(_read_json, check=check_tricks),
+        )
+        or {}
     )
     run.config = read("config.yaml", "settings", "the run was not made by lit-tricks", _read_yaml) or {}
-    _add_earlier_rows(run)
+    _add_earlier_rows(run, above)
     said = read(
         "predictions.npz",
         "predictions",
@@ -139,7 +156,7 @@ def read_run_folder(path: Path, name: str = "") -> Run:
     return run
 
 
-def _add_earlier_rows(run: Run) -> None:
+def _add_earlier_rows(run: Run, above: Collection[Path]) -> None:
     """Put the rows of the run that is resumed before the run's own, up to the step where it took over."""
     run.resumes = str(run.config.get("ckpt_path") or "")
     if not run.resumes:
@@ -148,7 +165,11 @@ def _add_earlier_rows(run: Run) -> None:
     if parent is None:
         run.missing["curves before it was resumed"] = f"the folder of the run with {run.resumes} is not there"
         return
-    earlier = read_run_folder(parent)
+    here = {*above, run.path.resolve()}
+    if parent.resolve() in here or len(here) > MOST_RESUMED:
+        run.missing["curves before it was resumed"] = f"{parent} resumes this run itself, or too many others"
+        return
+    earlier = read_run_folder(parent, above=here)
     start = min((row["step"] for row in run.rows if "step" in row), default=math.inf)
     before = [{k: v for k, v in row.items() if not k.startswith("test/")} for row in earlier.rows]
     run.rows = [row for row in before if row.get("step", math.inf) < start] + run.rows
@@ -166,8 +187,11 @@ def _parent_folder(run: Run) -> Path | None:
 
 
 def _read_metrics(path: Path) -> list[Row]:
-    with path.open(newline="") as stream:
-        return [{key: float(cell) for key, cell in row.items() if key and cell} for row in csv.DictReader(stream)]
+    text = read_regular(path, MOST_BYTES).decode("utf-8")
+    if not text.endswith("\n"):  # the process was killed while it wrote the last line
+        text = text[: text.rfind("\n") + 1]
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    return [{clean(key): float(cell) for key, cell in row.items() if key and cell} for row in rows]
 
 
 def points(rows: list[Row], key: str) -> list[tuple[float, float]]:
@@ -175,19 +199,31 @@ def points(rows: list[Row], key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in rows if key in row and "step" in row and math.isfinite(row[key])]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _read_json(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    content = _cleaned(json.loads(read_regular(path, MOST_BYTES)))
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__}, not an object")
+    check(content)
     return content
 
 
+def _cleaned(value: Any) -> Any:
+    """Return JSON whose text can be written: it may hold halves of characters."""
+    if isinstance(value, dict):
+        return {clean(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return clean(value) if isinstance(value, str) else value
+
+
 def _read_said(path: Path) -> Predictions | MaskPredictions:
-    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-        of_pixels = "confusion" in file
+    of_pixels = "confusion" in read_arrays(path)
     return MaskPredictions.read(path) if of_pixels else Predictions.read(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        return {}
+    check_config(content)
+    return content

@@ -1,0 +1,259 @@
+"""Work is not lost: at a full disk, at SIGKILL in any moment, with two processes in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers.cli import CELLS, FIT, cli, done, workplace
+from helpers.sleepers import alive, sleepers, wait_for
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lit_tricks.commands.ablation.cells import Cell, run_here
+from lit_tricks.run.checkpoint_io import WholeCheckpointIO, use_whole_checkpoints
+from lit_tricks.utils.checkpoint_files import read_checkpoint, write_checkpoint
+
+resource = pytest.importorskip("resource")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and processes as Linux has them")
+GOOD: dict[str, Any] = {"pytorch-lightning_version": "2.6.0", "state_dict": {"w": torch.ones(4)}}
+LARGE: dict[str, Any] = GOOD | {"state_dict": {"w": torch.zeros(2**19)}}  # 2 MB
+
+
+@contextlib.contextmanager
+def small_disk(size: int = 2**20) -> Iterator[None]:
+    """Let no file of this process grow beyond a size: the error is that of a full disk in another coat."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@linux
+@pytest.mark.parametrize("write", ["our own", "Lightning's"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(write: str, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(GOOD, path)
+    with small_disk(), pytest.raises(OSError, match=r"last\.ckpt"):
+        write_checkpoint(LARGE, path) if write == "our own" else WholeCheckpointIO().save_checkpoint(LARGE, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.ones(4))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@linux
+def test_the_first_write_on_a_small_disk_leaves_nothing_half(tmp_path: Path) -> None:
+    with small_disk(), pytest.raises(OSError, match=r"best\.ckpt"):
+        WholeCheckpointIO().save_checkpoint(LARGE, tmp_path / "best.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.mkstemp", lambda *args, **kwargs: pytest.fail("another file system"))
+    WholeCheckpointIO().save_checkpoint(GOOD, tmp_path / "new" / "last.ckpt")
+    assert read_checkpoint(tmp_path / "new" / "last.ckpt")["state_dict"]
+
+
+def save_for_ever(path: Path) -> None:
+    io = WholeCheckpointIO()
+    number = 0
+    while True:
+        number += 1
+        io.save_checkpoint(GOOD | {"epoch": number, "state_dict": {"w": torch.full((2**17,), number)}}, path)
+
+
+@linux
+def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(GOOD, path)
+    for attempt in range(6):
+        child = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path,))
+        child.start()
+        time.sleep(0.05 + 0.013 * attempt)
+        child.kill()
+        child.join()
+        content = read_checkpoint(path)
+        assert len(set(content["state_dict"]["w"].tolist())) == 1
+    assert len(list(tmp_path.iterdir())) <= 2  # what the last one left; it goes with the next checkpoint
+    WholeCheckpointIO().save_checkpoint(GOOD, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_buckets_and_other_plugins_are_left_to_lightning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lightning.pytorch import Trainer
+
+    saved: list[Any] = []
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", lambda self, *args: saved.append(args[1]))
+    WholeCheckpointIO().save_checkpoint(GOOD, "memory://bucket/last.ckpt")
+    assert saved == ["memory://bucket/last.ckpt"]
+
+    class Own(TorchCheckpointIO):
+        pass
+
+    for plugin, kind in ((Own(), Own), (None, WholeCheckpointIO)):
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, plugins=plugin)
+        use_whole_checkpoints(trainer)
+        assert type(trainer.strategy.checkpoint_io) is kind
+
+
+def test_a_fit_of_the_command_line_writes_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    save = WholeCheckpointIO.save_checkpoint
+
+    def note(self: Any, content: Any, path: Any, **options: Any) -> None:
+        written.append(Path(path).name)
+        save(self, content, path, **options)
+
+    monkeypatch.setattr(WholeCheckpointIO, "save_checkpoint", note)
+    with workplace(tmp_path):
+        done(*FIT)
+    assert set(written) == {"best.ckpt", "last.ckpt"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablations
+
+GRID = ("ablate", "--config", "tiny.yaml", "--stack", "tricks/ema", "--seeds", "0")
+
+
+def cell_of(folder: Path) -> Cell:
+    return Cell("baseline", 0, folder / "runs" / "baseline-seed0", [])
+
+
+def write_version(cell: Cell, number: int, results: str | None = None, last: bytes | None = None) -> Path:
+    run = cell.folder / f"v{number}"
+    (run / "checkpoints").mkdir(parents=True)
+    if results is not None:
+        (run / "results.json").write_text(results)
+    if last is not None:
+        (run / "checkpoints" / "last.ckpt").write_bytes(last)
+    return run
+
+
+BROKEN = ["", "{", '{"raw": {"te', "[]", "3", "null", "\x00"]
+
+
+@pytest.mark.parametrize("results", BROKEN)
+def test_results_that_are_not_whole_finish_no_cell(results: str, tmp_path: Path) -> None:
+    cell = cell_of(tmp_path)
+    write_version(cell, 0, results)
+    assert cell.finished is None
+    good = write_version(cell, 1, "{}")
+    write_version(cell, 2, results)
+    assert cell.finished == good
+
+
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("resumable")
+    with workplace(folder):
+        done(*FIT, "--name", "run")
+    return (folder / "runs/run/v0/checkpoints/last.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "a flipped bit", "text", "weights alone"])
+def test_a_damaged_checkpoint_falls_back_to_an_older_one_or_to_none(
+    damage: str, resumable: bytes, tmp_path: Path
+) -> None:
+    flipped = bytearray(resumable)
+    flipped[len(flipped) // 2] ^= 1
+    torch.save(GOOD, tmp_path / "weights.ckpt")
+    bad = {
+        "empty": b"", "cut": resumable[:5000], "a flipped bit": bytes(flipped), "text": b"epoch: 3",
+        "weights alone": (tmp_path / "weights.ckpt").read_bytes(),
+    }[damage]  # fmt: skip
+    cell = cell_of(tmp_path)
+    write_version(cell, 0, last=bad)
+    assert cell.checkpoint is None
+    assert not any("ckpt_path" in word for word in cell.words)
+    good = write_version(cell, 1, last=resumable)
+    write_version(cell, 2, last=bad)
+    assert cell.checkpoint == good / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which an ablation has ended."""
+    with workplace(tmp_path):
+        monkeypatch.setattr(*CELLS)
+        done(*GRID)
+        yield tmp_path / "ablation"
+
+
+def test_an_ablation_goes_on_from_damaged_files(ablation: Path) -> None:
+    table = (ablation / "ablation.csv").read_text()
+    (ablation / "runs/baseline-seed0/v0/results.json").write_text("")
+    (ablation / "runs/baseline-seed0/v0/checkpoints/last.ckpt").write_bytes(b"")
+    (ablation / "plan.json").write_text('{"config": ["ti')
+    done(*GRID)
+    assert json.loads((ablation / "plan.json").read_text())["config"] == ["tiny.yaml"]
+    assert (ablation / "runs/baseline-seed0/v1/results.json").is_file()
+    again = (ablation / "ablation.csv").read_text()
+    columns = slice(2, 4)  # the scores: a new start with the same seed gives the same
+    assert [row.split(",")[columns] for row in again.splitlines()] == [
+        row.split(",")[columns] for row in table.splitlines()
+    ]
+
+
+def test_a_damaged_plan_does_not_mix_two_ablations(ablation: Path) -> None:
+    (ablation / "plan.json").write_text("")
+    outcome = cli("ablate", "--config", "tiny.yaml", "--stack", "tricks/mixup", "--seeds", "0")
+    assert outcome.code == 1
+    assert "with-ema.yaml" in outcome.err
+
+
+def test_a_second_ablation_in_a_folder_is_one_clear_line(tmp_path: Path) -> None:
+    with workplace(tmp_path):
+        Path("ablation").mkdir()
+        with FileLock("ablation/.lock"):
+            outcome = cli(*GRID)
+        assert outcome.code == 1
+        assert "--out" in outcome.err
+        assert outcome.err.count("\n") == 1
+        assert not Path("ablation/runs").exists()
+
+
+def ablate_sleepers(folder: Path) -> None:
+    list(run_here(sleepers(folder, 60, (0, 2)), jobs=2, environment={}))
+
+
+@linux
+def test_the_runs_end_with_a_killed_ablation(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(target=ablate_sleepers, args=(tmp_path,))
+    child.start()
+    wait_for(lambda: len(alive(tmp_path)) == 2)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    wait_for(lambda: not alive(tmp_path), seconds=10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A fit whose disk is full at its end
+
+
+@linux
+def test_results_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    from lit_tricks.utils.files import write_whole
+
+    with small_disk(10), pytest.raises(OSError, match=r"results\.json"):
+        write_whole(tmp_path / "results.json", "x" * 100)
+    assert not list(tmp_path.iterdir())
