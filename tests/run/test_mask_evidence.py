@@ -279,7 +279,7 @@ def test_a_damaged_file_is_said(run: Path) -> None:
     (run / "predictions.npz").write_bytes(content[: len(content) // 2])
     outcome = cli("report", str(run))
     assert outcome.code == 0
-    assert "no predictions. The reason: predictions.npz can not be read" in (run / "report.md").read_text()
+    assert "no predictions. The reason: predictions.npz cannot be read" in (run / "report.md").read_text()
 
 
 @pytest.mark.parametrize("classes", [2, 12, 30, 150])
