@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import inspect
 import json
@@ -468,6 +469,10 @@ def test_a_killed_worker(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "on_train_batch_end", kill)
     with pytest.raises(RuntimeError, match=r"\(pid \d+\) was killed.*num_workers"):
         fit(Streaming(str(shards), 16, 2, 1), max_epochs=50)
+    deadline = time.monotonic() + 30
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        gc.collect()  # the error's frames hold the loader
+        time.sleep(0.1)
     assert multiprocessing.active_children() == []
 
 
