@@ -85,6 +85,40 @@ def test_branch_coverage_below_the_least_fails(covered: int, code: int, tmp_path
     assert ("below 92 %" in printed.err) == bool(code)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One can not.", ["b.md:3: 'can not' (1, was 0). Write: cannot"]),
+        ("It can NOT, and can not.", ["b.md:3 b.md:3: 'can not' (2, was 0). Write: cannot"]),
+        ("One cannot. Data besides_ that.", []),
+    ],
+)
+def test_a_new_phrase_of_the_word_list_is_an_error_with_its_line(text: str, expected: list[str]) -> None:
+    messages, _ = script("prose").check({"a.py": "can", "b.md": f"#\n\n{text}\n"}, {})
+    assert messages == expected
+
+
+def test_a_phrase_of_the_word_list_may_move_and_become_rarer_but_not_more_frequent() -> None:
+    check = script("prose").check
+    before = {"can not": {"a.py": 2}}
+    assert check({"b.py": "can not\ncan not"}, before)[0] == []
+    messages, counts = check({"a.py": "can not"}, before)
+    assert messages == []
+    assert counts["can not"] == {"a.py": 1}
+    assert [message.split(": ")[0] for message in check({"a.py": "can not", "b.py": "can not\n" * 2}, before)[0]] == [
+        "b.py:1 b.py:2"
+    ]
+
+
+def test_the_word_list_is_checked_in_all_tracked_files() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("the source distribution has no git")
+    prose = script("prose")
+    texts = prose.tracked()
+    assert {"README.md", "pyproject.toml", "tests/integration/test_release.py"} <= set(texts)
+    assert prose.occurrences("Nothing, in the place of\nx") == [(r"in (?:the )?place of", 1)]
+
+
 def test_workflows_name_steps_that_exist() -> None:
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     functions = set(re.findall(r"^(\w+)\(\) \{", text, re.MULTILINE))
