@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from lit_tricks import __version__
 from lit_tricks.cli.catalog import LIGHT_COMMANDS, commands
 from lit_tricks.utils.config_files import among, nearest
+from lit_tricks.utils.parent_process import end_with_parent
 
 __all__ = ["main"]
 
@@ -27,6 +28,7 @@ def main(args: list[str] | None = None) -> None:
             outside of the training (1 in it, by Lightning), 1 for all other errors. One message names the error;
             ``--debug`` shows the traceback too.
     """
+    end_with_parent()
     words = sys.argv[1:] if args is None else list(args)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -23,7 +23,8 @@ class Sleeper(Cell):
     def words(self) -> list[str]:
         pid, done = f"{self.folder}.pid", str(self.folder / "v0")
         script = (
-            f"import json, os, pathlib, time; pathlib.Path({pid!r}).write_text(str(os.getpid())); "
+            "import json, os, pathlib, time; from lit_tricks.utils.parent_process import end_with_parent; "
+            f"end_with_parent(); pathlib.Path({pid!r}).write_text(str(os.getpid())); "
             f"start = time.time(); time.sleep({self.settings[0]}); assert {self.seed} % 2 == 0, 'odd'; "
             f"folder = pathlib.Path({done!r}); folder.mkdir(parents=True); "
             "told = {'start': start, 'end': time.time(), 'environment': dict(os.environ), 'cwd': os.getcwd()}; "

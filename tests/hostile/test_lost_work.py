@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +22,11 @@ from helpers.sleepers import alive, sleepers, wait_for
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_tricks.commands.ablation.cells import Cell, run_here
+from lit_tricks.commands.ablation.exclusive import alone_in
+from lit_tricks.commands.racing.race import _Budget, _Runs
 from lit_tricks.run.checkpoint_io import WholeCheckpointIO, use_whole_checkpoints
 from lit_tricks.utils.checkpoint_files import read_checkpoint, write_checkpoint
+from lit_tricks.utils.parent_process import held_pipe
 
 resource = pytest.importorskip("resource")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and processes as Linux has them")
@@ -231,11 +235,43 @@ def test_a_second_ablation_in_a_folder_is_one_clear_line(tmp_path: Path) -> None
         assert not Path("ablation/runs").exists()
 
 
+def test_a_second_race_in_a_folder_is_one_clear_line(tmp_path: Path) -> None:
+    with workplace(tmp_path):
+        Path("race").mkdir()
+        with FileLock("race/.lock"):
+            outcome = cli("race", "--config", "tiny.yaml", "--candidates", "tricks/ema", "--budget", "9")
+        assert outcome.code == 1
+        assert "--out" in outcome.err
+        assert outcome.err.count("\n") == 1
+        assert [path.name for path in Path("race").iterdir()] == [".lock"]
+
+
+def test_an_ablation_in_the_folder_of_a_race_is_kept_out(tmp_path: Path) -> None:
+    with workplace(tmp_path):
+        Path("both").mkdir()
+        with FileLock("both/.lock"):
+            assert "--out" in cli(*GRID, "--out", "both").err
+
+
+def test_a_folder_is_free_again_after_its_race(tmp_path: Path) -> None:
+    with alone_in(tmp_path, "race"), pytest.raises(RuntimeError, match="race"), alone_in(tmp_path, "race"):
+        pass
+    with alone_in(tmp_path, "ablate"):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"base-seed0": "x", "base-seed1": NaN, "base-seed2": -1, "y": 2}'])
+def test_a_damaged_clock_of_a_race_is_read_as_far_as_it_goes(content: str, tmp_path: Path) -> None:
+    (tmp_path / "clock.json").write_text(content)
+    runs = _Runs(tmp_path, [], [], 1, {}, None, _Budget.parse("9"), 1)
+    assert runs.spent == ({"y": 2.0} if content.startswith("{") else {})
+
+
 def ablate_sleepers(folder: Path) -> None:
     list(run_here(sleepers(folder, 60, (0, 2)), jobs=2, environment={}))
 
 
-@linux
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
 def test_the_runs_end_with_a_killed_ablation(tmp_path: Path) -> None:
     child = multiprocessing.get_context("fork").Process(target=ablate_sleepers, args=(tmp_path,))
     child.start()
@@ -244,6 +280,27 @@ def test_the_runs_end_with_a_killed_ablation(tmp_path: Path) -> None:
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     wait_for(lambda: not alive(tmp_path), seconds=10)
+
+
+ENDS_WITH_PARENT = (
+    "from lit_tricks.cli.entry import main; import time; time.sleep(0.3); main(['--version']); time.sleep(60)"
+)
+
+
+def test_a_run_ends_though_its_parent_ended_before_it_began_to_watch() -> None:
+    with held_pipe() as (pipe, variable):
+        run = subprocess.Popen([sys.executable, "-c", ENDS_WITH_PARENT], stdin=pipe, env=os.environ | variable)
+    assert run.wait(20) in (-signal.SIGTERM, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stdin", ["another pipe", "null"])
+def test_a_process_that_inherits_the_variable_only_goes_on(stdin: str) -> None:
+    script = (
+        "from lit_tricks.utils.parent_process import end_with_parent; end_with_parent(); import time; time.sleep(.2)"
+    )
+    kind: Any = {"input": b""} if stdin == "another pipe" else {"stdin": subprocess.DEVNULL}
+    with held_pipe() as (_, variable):
+        subprocess.run([sys.executable, "-c", script], env=os.environ | variable, check=True, timeout=20, **kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

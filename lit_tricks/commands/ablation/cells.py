@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import queue
 import signal
@@ -25,6 +24,7 @@ from lit_tricks.commands.ablation.exclusive import read_object
 from lit_tricks.run.report.ablation_table import read_run
 from lit_tricks.utils.checkpoint_files import read_checkpoint, require_resumable
 from lit_tricks.utils.log import log
+from lit_tricks.utils.parent_process import held_pipe
 
 __all__ = ["Cell", "run_all", "run_here"]
 
@@ -138,14 +138,15 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
         share = slots.get()
         try:
             cell.state = "resumes" if cell.checkpoint else "runs"
-            with cell.log.open("ab") as stream:
-                # a session of its own: Ctrl-C is for this process, which then ends the others
-                process = subprocess.Popen(
-                    [sys.executable, *cell.words], stdout=stream, stderr=stream, env=share, start_new_session=True,
-                    preexec_fn=_end_with_parent,
-                )  # fmt: skip
-            running.add(process)
-            process.wait()
+            with held_pipe() as (pipe, variable):
+                with cell.log.open("ab") as stream:
+                    # a session of its own: Ctrl-C is for this process, which then ends the others
+                    process = subprocess.Popen(
+                        [sys.executable, *cell.words], stdin=pipe, stdout=stream, stderr=stream, env=share | variable,
+                        start_new_session=True,
+                    )  # fmt: skip
+                running.add(process)
+                process.wait()
             running.discard(process)
         finally:
             slots.put(share)
@@ -160,16 +161,6 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.terminate()
-
-
-def _set_parent_death_signal() -> None:
-    """Ask Linux to end this process with SIGTERM when the thread that started it ends, also by SIGKILL."""
-    assert _LIBC is not None
-    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before a fork, where little is allowed
-_end_with_parent = None if _LIBC is None else _set_parent_death_signal
 
 
 @contextlib.contextmanager
@@ -193,7 +184,8 @@ def _shares(jobs: int) -> list[dict[str, str]]:
         return [dict(os.environ)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    cores = max(1, len(os.sched_getaffinity(0)) // jobs)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, usable // jobs)
     shares = [{"OMP_NUM_THREADS": str(cores)} | dict(os.environ) for _ in range(jobs)]
     for i, share in enumerate(shares):
         if gpus:

@@ -1,4 +1,4 @@
-"""The folder of an ablation: used by one process at a time, and judged by what its files hold."""
+"""The folder of an ablation or a race: used by one process at a time, and judged by the content of its files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MOST_BYTES = 2**28
 
 @contextlib.contextmanager
 def alone_in(folder: Path, command: str) -> Iterator[None]:
-    """Keep other processes out of a folder. The lock ends with the process, however that ends.
+    """Keep other ablations and races out of a folder. The lock ends with the process, even at SIGKILL.
 
     Args:
-        folder: is made if it is not there.
-        command: that uses it, for messages.
+        folder: created if it does not exist.
+        command: name of the command that uses the folder, for messages.
 
     Raises:
         RuntimeError: if another process uses the folder.
@@ -34,7 +34,7 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RuntimeError(
-            f"another lit-tricks {command} uses {folder}: wait until it has ended, or choose another folder with --out."
+            f"{command}: another ablation or race uses {folder}. Wait for its end, or choose another folder with --out."
         ) from None
     try:
         yield

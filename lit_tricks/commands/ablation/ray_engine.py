@@ -77,22 +77,26 @@ def _task() -> Any:
         import sys
         import time
 
-        with open(log, "ab") as stream:
-            process = subprocess.Popen(
-                [sys.executable, *words],
-                stdout=stream,
-                stderr=stream,
-                cwd=folder,
-                env=os.environ | environment,
-                start_new_session=True,
-            )
-        try:
-            while process.poll() is None:  # a task that waits in the system can not be cancelled
-                time.sleep(0.2)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        from lit_tricks.utils.parent_process import held_pipe
+
+        with held_pipe() as (pipe, variable):
+            with open(log, "ab") as stream:
+                process = subprocess.Popen(
+                    [sys.executable, *words],
+                    stdin=pipe,
+                    stdout=stream,
+                    stderr=stream,
+                    cwd=folder,
+                    env=os.environ | environment | variable,
+                    start_new_session=True,
+                )
+            try:
+                while process.poll() is None:  # a task that waits in the system cannot be cancelled
+                    time.sleep(0.2)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
         return process.returncode
 
     return fit

@@ -21,6 +21,7 @@ import yaml
 
 from lit_tricks.commands.ablation.ablate import settings_of
 from lit_tricks.commands.ablation.cells import Cell, run_all, run_here
+from lit_tricks.commands.ablation.exclusive import alone_in, read_object
 from lit_tricks.commands.ablation.ray_engine import run_on_ray
 from lit_tricks.commands.racing.decisions import Outcome, OutOfBudget, Settings, Trial, Verdict, decide
 from lit_tricks.run.reading.scores import scores_in
@@ -106,18 +107,23 @@ def race(
     epochs = _epochs(paths, words)
     plan: dict[str, Any] = {"config": config, "candidates": candidates, "fit_args": words, "score": score}
     plan |= {"min_gain": min_gain, "max_seeds": max_seeds, "short": short}
-    _write_plan(folder, plan)
     environment = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
     environment.setdefault("WANDB_RUN_GROUP", folder.resolve().name)
     if engine == "ray":
         run = partial(run_on_ray, cpus=1 if cpus is None else cpus, gpus=gpus, environment=environment)
     else:
         run = partial(run_here, jobs=jobs, environment=environment)
-    runs = _Runs(folder, paths, words, epochs, names, run, limit, jobs)
     settings = Settings(max_seeds=max_seeds, min_gain=min_gain, equal_cost=score == "per-cost", short=short)
+    with alone_in(folder, "race"):
+        _write_plan(folder, plan)
+        return _race(_Runs(folder, paths, words, epochs, names, run, limit, jobs), groups, settings)
+
+
+def _race(runs: _Runs, groups: Sequence[Sequence[str]], settings: Settings) -> Path:
+    """Decide, confirm and report. Return the recipe."""
     verdict = Verdict()
     runs.require_one()
-    exclusive = [frozenset(name for name, stem in names.items() if stem in group) for group in EXCLUSIVE]
+    exclusive = [frozenset(name for name, stem in runs.names.items() if stem in group) for group in EXCLUSIVE]
     deciding = decide(groups, exclusive, settings, verdict)
     try:
         asked = next(deciding)
@@ -135,7 +141,7 @@ def race(
     confirmed = _confirm(runs, verdict, settings)
     runs.write(verdict, settings, confirmed)
     recipe = runs.recipe(verdict.kept)
-    report_race(folder)
+    report_race(runs.folder)
     return recipe
 
 
@@ -199,7 +205,10 @@ class _Runs:
         self.folder, self.configs, self.fit_args, self.epochs = folder, configs, fit_args, epochs
         self.names, self.engine, self.budget, self.jobs = names, engine, budget, jobs
         self.clock = folder / "clock.json"
-        self.spent: dict[str, float] = json.loads(self.clock.read_text()) if self.clock.is_file() else {}
+        spent = read_object(self.clock) or {}  # without a clock, the finished runs are free
+        self.spent = {
+            key: float(value) for key, value in spent.items() if isinstance(value, int | float) and value >= 0
+        }
 
     def make(self, trials: Sequence[Trial], reserve: int) -> dict[Trial, Outcome]:
         """Run what is missing, and return all outcomes.
@@ -258,7 +267,7 @@ class _Runs:
         run = self._cell(trial).finished
         if not run:
             return {}
-        content = json.loads((run / "results.json").read_text())
+        content = read_object(run / "results.json") or {}
         metrics = content.get("averaged") or content.get("raw") or {}
         return {
             split: found[scores_in(found)[0]]
@@ -317,7 +326,7 @@ class _Runs:
         score = self.results(trial).get("val", math.nan)
         if not cell.finished:
             return Outcome(math.nan)
-        seconds = json.loads((cell.finished / "results.json").read_text()).get("seconds")
+        seconds = (read_object(cell.finished / "results.json") or {}).get("seconds")
         return Outcome(100 * score if score is not None else math.nan, seconds if seconds else math.nan)
 
     def _key(self, trial: Trial) -> str:
@@ -389,14 +398,10 @@ def _epochs(configs: Iterable[Path], fit_args: Sequence[str]) -> int:
 
 def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     path = folder / "plan.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            before = None
-        if before is not None and before != plan:
-            changed = ", ".join(key for key in plan if before.get(key) != plan[key])
-            raise ValueError(f"{folder} holds another race ({changed} differs): choose another folder with --out.")
+    before = read_object(path)
+    if before is not None and before != plan:
+        changed = ", ".join(key for key in plan if before.get(key) != plan[key])
+        raise ValueError(f"{folder} holds another race ({changed} differs): choose another folder with --out.")
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
