@@ -1,9 +1,9 @@
 #!/bin/bash
 # Two machines with eight GPUs each, on SLURM: sbatch configs/cluster/slurm.sh, with your own paths and numbers.
 #
-# srun starts one process for each GPU, and Lightning finds them. All machines share the folder that this is called in.
-# A minute and a half before its time is over the job saves a checkpoint and queues again, and then goes on from there,
-# in the middle of an epoch too. That checkpoint lies in default_root_dir, so each job has one of its own.
+# srun starts one process per GPU, and Lightning finds the processes. All machines must share the current folder. 90
+# seconds before its time limit, the job saves a checkpoint in default_root_dir and queues again. The next job resumes
+# from this checkpoint, also in the middle of an epoch. Give each job its own default_root_dir.
 #
 #SBATCH --job-name=lit-tricks
 #SBATCH --nodes=2

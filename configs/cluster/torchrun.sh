@@ -1,10 +1,11 @@
 #!/bin/bash
-# Machines without a scheduler: the same line on each of them, with the address of one of them, and your own paths.
+# Machines without a scheduler. Run the same command on each machine, with the address of the first machine and your
+# paths.
 #
 #   MACHINES=2 FIRST=10.0.0.1 bash configs/cluster/torchrun.sh
 #
-# torchrun starts one process for each GPU, and Lightning finds them. All machines share the folder that this is called
-# in. What is added goes to lit-tricks: bash configs/cluster/torchrun.sh --ckpt_path runs/.../last.ckpt
+# torchrun starts one process per GPU, and Lightning finds the processes. All machines must share the current folder.
+# Further options are passed to lit-tricks: bash configs/cluster/torchrun.sh --ckpt_path runs/.../last.ckpt
 set -euo pipefail
 
 torchrun --nnodes "$MACHINES" --nproc-per-node 8 \
