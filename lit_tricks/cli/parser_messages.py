@@ -147,7 +147,7 @@ def _other_type(problem: Problem, match: re.Match[str]) -> str | None:
 
 
 class Rule(NamedTuple):
-    """How one kind of message is shortened.
+    """One kind of message, and its short form.
 
     Args:
         pattern: a regular expression that finds the kind.
