@@ -38,6 +38,7 @@ from lit_tricks.commands.checkpoints import (
     run_settings,
 )
 from lit_tricks.run.checkpoint_io import use_whole_checkpoints
+from lit_tricks.run.cpu_time import CPUTimer
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder
@@ -184,8 +185,8 @@ class TricksCLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks.append(FiniteLoss(self.config_init.fit.on_nan))
         if self.run.path:
-            self.timer, self.evidence = Timer(), Evidence()
-            callbacks += [self.timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
+            self.timer, self.cpu_timer, self.evidence = Timer(), CPUTimer(), Evidence()
+            callbacks += [self.timer, self.cpu_timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
             if config.profiler is None:
                 kwargs["profiler"] = TimeSplit()
             # saved as it was asked for: who repeats the configuration wants another W&B run
@@ -234,7 +235,8 @@ class TricksCLI(LightningCLI):
         if self.run.path is None:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        seconds = self.timer.time_elapsed("train")  # before the test, whose checkpoint would put the timer forward
+        # before the test, whose checkpoint would put the timers forward
+        seconds, cpu = self.timer.time_elapsed("train"), self.cpu_timer.seconds
         best = best if Path(best).is_file() else ""  # a resumed run that had nothing left to do knows the old run's
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
@@ -243,7 +245,7 @@ class TricksCLI(LightningCLI):
         if trainer.is_global_zero:
             profiler = trainer.profiler  # type: ignore[attr-defined]
             split = profiler.result() if isinstance(profiler, TimeSplit) else None
-            report_fit(self.run.path, best, seconds, split, self.memory.read())
+            report_fit(self.run.path, best, seconds, split, self.memory.read(), cpu)
             send_predictions(self.run.path, trainer.loggers)
 
 

@@ -68,7 +68,14 @@ def test_results_at_the_best_checkpoint(run: Path, capsys: pytest.CaptureFixture
     torch.save({"epoch": 1, "state_dict": {"w": torch.zeros(3)}}, best)
     found = report_fit(run, str(best), seconds=12.5, memory=1000)
     assert found.pop("peak_memory") == 1000
-    assert found == {"best_checkpoint": str(best), "epoch": 1, "raw": OF_EPOCH[1] | TEST, "seconds": 12.5, "time": None}
+    assert found == {
+        "best_checkpoint": str(best),
+        "epoch": 1,
+        "raw": OF_EPOCH[1] | TEST,
+        "seconds": 12.5,
+        "cpu_seconds": None,
+        "time": None,
+    }
     assert json.loads((run / "results.json").read_text()).items() > found.items()
     out = capsys.readouterr().out
     assert out.startswith("epoch 1, raw weights")

@@ -6,7 +6,6 @@ One caveat: on a CPU that trains, loader and model share the cores: each alone i
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from lit_tricks._compat import callbacks_of
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import tensors_in
+from lit_tricks.utils.cpu_time import cpu_seconds
 from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 
@@ -85,7 +85,7 @@ def _loader_alone(
     batches = _endless(loader)
     batch_size = _size(next(batches))  # until here workers start
     _wait(device)
-    start, cpu, images = time.perf_counter(), _cpu_seconds(), 0
+    start, cpu, images = time.perf_counter(), cpu_seconds(), 0
     last = start
     while last - start < seconds:
         images += _size(next(batches))
@@ -93,7 +93,7 @@ def _loader_alone(
         advance(now - last)
         last = now
     _wait(device)
-    last, used = time.perf_counter(), _cpu_seconds() - cpu
+    last, used = time.perf_counter(), cpu_seconds() - cpu
     return {
         "batch_size": batch_size,
         "num_workers": getattr(loader, "num_workers", 0),
@@ -117,19 +117,6 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 def _size(batch: Any) -> int:
     return next((len(tensor) for _, tensor in tensors_in(batch)), 1)
-
-
-def _cpu_seconds() -> float:
-    """Of this process and its workers, all their threads."""
-    total = time.process_time()
-    for worker in multiprocessing.active_children():
-        try:
-            fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # not on Linux: a worker is taken to be busy all the time
-            total += time.perf_counter()
-        else:
-            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
 
 
 class _DoneError(Exception):

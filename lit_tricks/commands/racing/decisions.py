@@ -47,7 +47,7 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a trial gave: its score in per cent, NaN for a failed or diverged run, and its training seconds."""
+    """What a trial gave: its score in per cent, NaN for a failed or diverged run, and the seconds that it cost."""
 
     score: float
     seconds: float = math.nan
@@ -71,6 +71,7 @@ class Settings:
         min_gain: points; a candidate is out for good once its interval excludes a gain of this size.
         equal_cost: whether the cheaper side of a comparison trains for longer, so that both cost the same time.
         short: length of the screening runs, as a part of a full run, in (0, 1].
+        epochs: of a full run, 1 or more. All runs have whole epochs.
     """
 
     alpha: float = 0.05
@@ -78,6 +79,11 @@ class Settings:
     min_gain: float = 0.0
     equal_cost: bool = True
     short: float = 1.0
+    epochs: int = 100
+
+    def whole(self, length: float) -> float:
+        """Return a length that is a whole number of epochs, as a multiple of a full run."""
+        return max(1, round(length * self.epochs)) / self.epochs
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -290,12 +296,12 @@ def _trials(pairs: Iterable[Pair], seeds: Sequence[int]) -> list[Trial]:
 
 def _pair(leader: tuple[str, ...], arm: Comparison, settings: Settings, length: float) -> Pair:
     """Return tricks and length of both sides of a comparison: the cheaper one trains for longer."""
-    own = (*leader, arm.candidate)
+    own, length = (*leader, arm.candidate), settings.whole(length)
     if not settings.equal_cost or math.isnan(arm.cost) or abs(arm.cost - 1) <= COST_TOLERANCE:
         return (own, length), (leader, length)
     if arm.cost > 1:
-        return (own, length), (leader, round(length * arm.cost, 2))
-    return (own, round(length / arm.cost, 2)), (leader, length)
+        return (own, length), (leader, settings.whole(length * arm.cost))
+    return (own, settings.whole(length / arm.cost)), (leader, length)
 
 
 def _cost(each: Comparison) -> float:

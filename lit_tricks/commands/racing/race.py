@@ -113,7 +113,9 @@ def race(
         run = partial(run_on_ray, cpus=1 if cpus is None else cpus, gpus=gpus, environment=environment)
     else:
         run = partial(run_here, jobs=jobs, environment=environment)
-    settings = Settings(max_seeds=max_seeds, min_gain=min_gain, equal_cost=score == "per-cost", short=short)
+    settings = Settings(
+        max_seeds=max_seeds, min_gain=min_gain, equal_cost=score == "per-cost", short=short, epochs=epochs
+    )
     with alone_in(folder, "race"):
         _write_plan(folder, plan)
         return _race(_Runs(folder, paths, words, epochs, names, run, limit, jobs), groups, settings)
@@ -326,7 +328,8 @@ class _Runs:
         score = self.results(trial).get("val", math.nan)
         if not cell.finished:
             return Outcome(math.nan)
-        seconds = (read_object(cell.finished / "results.json") or {}).get("seconds")
+        content = read_object(cell.finished / "results.json") or {}
+        seconds = content.get("cpu_seconds") or content.get("seconds")  # of a GPU the clock's
         return Outcome(100 * score if score is not None else math.nan, seconds if seconds else math.nan)
 
     def _key(self, trial: Trial) -> str:

@@ -16,7 +16,7 @@ def check_results(content: dict[str, Any]) -> None:
     """Raise ValueError unless ``results.json`` holds metrics, times and sizes as ``report_fit`` writes them."""
     _require(content, "best_checkpoint", str | None)
     _require(content, "epoch", int | None)
-    for key in ("seconds", "peak_memory"):
+    for key in ("seconds", "cpu_seconds", "peak_memory"):
         _require_number(content.get(key), key)
     for kind in WEIGHTS:
         for split, metrics in _dict(content.get(kind) or {}, kind).items():

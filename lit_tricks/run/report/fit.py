@@ -28,6 +28,7 @@ def report_fit(
     seconds: float | None = None,
     time: dict[str, Any] | None = None,
     memory: int | None = None,
+    cpu_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Sum up a finished fit: print the table, write ``results.json``, ``curves.png`` and the short ``report.md``.
 
@@ -37,11 +38,12 @@ def report_fit(
         seconds: that the training took, with the runs that it resumes.
         time: what this training's seconds went into, see ``TimeSplit.result``.
         memory: bytes that the run took at most.
+        cpu_seconds: CPU time of the training, with the runs that it resumes; None where a GPU trained.
 
     Returns:
         What ``results.json`` holds: the best checkpoint, its epoch, the metrics of ``train``, ``val`` and ``test``
         there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of the
-        average that the checkpoint has), the seconds, the time, and the peak memory.
+        average that the checkpoint has), the seconds, the CPU seconds, the time, and the peak memory.
     """
     read = read_run_folder(run)
     rows = read.rows
@@ -49,7 +51,7 @@ def report_fit(
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
-    results |= {"seconds": seconds, "time": time, "peak_memory": memory}
+    results |= {"seconds": seconds, "cpu_seconds": cpu_seconds, "time": time, "peak_memory": memory}
     write_whole(run / "results.json", to_json(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png", read.starts)
     read = read_run_folder(run)
