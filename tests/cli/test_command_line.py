@@ -123,6 +123,7 @@ def test_results_are_those_of_the_best_epoch_in_metrics_csv(trained: Path) -> No
         }
     assert content["raw"].keys() == {"train", "val", "test"}
     assert 0.1 < content["seconds"] < 60
+    assert 0.1 < content["cpu_seconds"] < 60
     assert 0 <= content["peak_memory"] < 1e9  # 0: earlier runs of this process have left enough to use again
 
 
