@@ -12,7 +12,17 @@ from pathlib import Path
 
 from lit_tricks.utils.config_files import CONFIGS
 
-__all__ = ["LIGHT_COMMANDS", "TRAINER_COMMANDS", "Entry", "commands", "configs", "definition", "plain", "public_names"]
+__all__ = [
+    "LIGHT_COMMANDS",
+    "TRAINER_COMMANDS",
+    "Argument",
+    "Entry",
+    "commands",
+    "configs",
+    "definition",
+    "plain",
+    "public_names",
+]
 
 PACKAGE = Path(__file__).parents[1]
 TRAINER_COMMANDS = {
@@ -28,20 +38,44 @@ LIGHT_COMMANDS = {
 
 
 @dataclass(frozen=True)
+class Argument:
+    """An argument of a class or a function.
+
+    Args:
+        name: of the argument.
+        kind: its type, as in Python; empty if it has none.
+        default: its default, as in Python; None if it must be given.
+        keyword_only: whether it cannot be positional.
+    """
+
+    name: str
+    kind: str
+    default: str | None
+    keyword_only: bool = False
+
+
+@dataclass(frozen=True)
 class Entry:
     """A class, a function or a configuration.
 
     Args:
         name: as it is given on the command line.
         text: its docstring, or the comment at the top of the file.
-        signature: its arguments with their defaults, as in Python; empty for a configuration.
+        arguments: of the class or function.
         file: where it is defined.
     """
 
     name: str
     text: str
-    signature: str
+    arguments: tuple[Argument, ...]
     file: Path
+
+    @property
+    def signature(self) -> str:
+        """The arguments with their defaults, as in Python."""
+        parts = [each.name if each.default is None else f"{each.name}={each.default}" for each in self.arguments]
+        keywords = [place for place, each in enumerate(self.arguments) if each.keyword_only]
+        return ", ".join([*parts[: keywords[0]], "*", *parts[keywords[0] :]] if keywords else parts)
 
     @property
     def summary(self) -> str:
@@ -61,14 +95,19 @@ def public_names(package: str) -> dict[str, Entry]:
         package: name below ``lit_tricks``, such as "callbacks".
     """
     tree = _tree(PACKAGE / package / "__init__.py")
-    origins = {
+    origins = _origins(tree)
+    found = (definition(name, *origins[name]) for name in _all(tree) if name in origins)
+    return {entry.name: entry for entry in found if entry}
+
+
+def _origins(tree: ast.Module) -> dict[str, tuple[str, str]]:
+    """Return module and name of what a module imports from others."""
+    return {
         alias.asname or alias.name: (node.module, alias.name)
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    found = (definition(name, *origins[name]) for name in _all(tree) if name in origins)
-    return {entry.name: entry for entry in found if entry}
 
 
 def commands() -> dict[str, str]:
@@ -89,7 +128,7 @@ def _config(name: str, file: Path) -> Entry:
     """Take the first sentence of the comment at the top as the first line."""
     lines = file.read_text(encoding="utf-8").splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in _until_blank(lines))
-    return Entry(name, re.split(r"(?<=[.]) (?=[A-Z])", comment)[0].rstrip(":"), "", file)
+    return Entry(name, re.split(r"(?<=[.]) (?=[A-Z])", comment)[0].rstrip(":"), (), file)
 
 
 def _until_blank(lines: list[str]) -> Iterator[str]:
@@ -104,26 +143,51 @@ def definition(name: str, module: str, original: str = "") -> Entry | None:
     parts, original = module.split(".")[1:], original or name
     group = PACKAGE.joinpath(*parts, original, "__init__.py")
     if group.is_file():
-        return Entry(name, cleandoc(ast.get_docstring(_tree(group)) or ""), "", group)
+        return Entry(name, cleandoc(ast.get_docstring(_tree(group)) or ""), (), group)
     file = PACKAGE.joinpath(*parts).with_suffix(".py")
     file = file if file.is_file() else PACKAGE.joinpath(*parts, "__init__.py")
     for node in _tree(file).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == original:
-            return Entry(name, cleandoc(ast.get_docstring(node) or ""), _signature(node), file)
+            function = node if isinstance(node, ast.FunctionDef) else _init(node)
+            arguments = tuple(_arguments(function, _literals(_tree(file)))) if function else _inherited(node, file)
+            return Entry(name, cleandoc(ast.get_docstring(node) or ""), arguments, file)
     return None
 
 
-def _signature(node: ast.ClassDef | ast.FunctionDef) -> str:
-    """Return the arguments with their defaults, without types."""
-    inits = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
-    function = node if isinstance(node, ast.FunctionDef) else next(iter(inits), None)
-    if function is None:
-        return ""
-    arguments = function.args
-    for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
-        each.annotation = None
-    arguments.args = [each for each in arguments.args if each.arg != "self"]
-    return ast.unparse(arguments)
+def _literals(tree: ast.Module) -> dict[str, str]:
+    """Return the types that a module defines as a ``Literal``, by name."""
+    found = {
+        node.targets[0].id: ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    return {name: text for name, text in found.items() if text.startswith("Literal[")}
+
+
+def _init(node: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
+
+
+def _inherited(node: ast.ClassDef | ast.FunctionDef, file: Path) -> tuple[Argument, ...]:
+    """Return the arguments of the first base class of ours."""
+    here = ".".join(("lit_tricks", *file.relative_to(PACKAGE).with_suffix("").parts))
+    for base in node.bases if isinstance(node, ast.ClassDef) else ():
+        module, name = _origins(_tree(file)).get(ast.unparse(base), (here, ast.unparse(base)))
+        if module.startswith("lit_tricks.") and (found := definition(name, module)):
+            return found.arguments
+    return ()
+
+
+def _arguments(function: ast.FunctionDef, literals: dict[str, str]) -> Iterator[Argument]:
+    found = function.args
+    free = [*found.posonlyargs, *found.args]
+    defaults: list[ast.expr | None] = [None] * (len(free) - len(found.defaults)) + found.defaults
+    pairs = [*zip(free, defaults, strict=True), *zip(found.kwonlyargs, found.kw_defaults, strict=True)]
+    for each, default in pairs:
+        if each.arg != "self":
+            kind = ast.unparse(each.annotation) if each.annotation else ""
+            kind = re.sub(r"\w+", lambda word: literals.get(word[0], word[0]), kind)
+            yield Argument(each.arg, kind, ast.unparse(default) if default else None, each in found.kwonlyargs)
 
 
 def _all(tree: ast.Module) -> list[str]:

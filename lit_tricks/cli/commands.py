@@ -1,4 +1,4 @@
-"""From the words of a command line to the call of a function, by its signature and docstring."""
+"""From the words of a command line to the call of a function, by its signature."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 
 from lit_tricks.commands.checkpoints import checkpoint_at, data_settings
 from lit_tricks.commands.predicting.loading import accelerator_of
+from lit_tricks.utils.config_files import among, nearest
 from lit_tricks.utils.config_files import given as given_value
 
 __all__ = ["find_command", "own_arguments", "run_command", "summary"]
@@ -39,7 +39,6 @@ def find_command(commands: ModuleType, words: list[str], name: str = "") -> tupl
 
     Raises:
         argparse.ArgumentError: where a group has no such command.
-        SystemExit: after the help of a group.
     """
     if words and words[0] in commands.__all__:
         found = getattr(commands, words[0])
@@ -51,15 +50,12 @@ def find_command(commands: ModuleType, words: list[str], name: str = "") -> tupl
 
 
 def _refuse(group: ModuleType, words: list[str], name: str) -> None:
+    known = [*group.__all__]
     if not words:
-        text = f"say what to do: {', '.join(f'{name} {each}' for each in group.__all__)}."
+        text = f"say what to do: {', '.join(f'{name} {each}' for each in known)}."
         raise argparse.ArgumentError(None, f"{text} `lit-tricks {name} --help` explains them.")
-    parser = ArgumentParser(prog=f"lit-tricks {name}", description=inspect.getdoc(group), exit_on_error=False)
-    subcommands = parser.add_subcommands()
-    for each in group.__all__:
-        text = summary(getattr(group, each))
-        subcommands.add_subcommand(each, ArgumentParser(description=text), help=text)
-    parser.parse_args(words)
+    close = nearest(words[0], known) or among([f"{name} {each}" for each in known])
+    raise argparse.ArgumentError(None, f"there is no command {words[0]!r}{close}")
 
 
 def run_command(function: Callable[..., Any], words: list[str], name: str, build: Build) -> None:
@@ -203,27 +199,19 @@ def _reduced(words: list[str], known: set[str], folder: str) -> list[str]:
 
 
 def _parser(function: Callable[..., Any], name: str) -> ArgumentParser:
-    docstring = docstring_parser.parse(inspect.getdoc(function) or "")
-    helps = {param.arg_name: param.description for param in docstring.params}
-    description = "\n\n".join(filter(None, (docstring.short_description, docstring.long_description)))
-    parser = ArgumentParser(prog=f"lit-tricks {name}", description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=f"lit-tricks {name}", exit_on_error=False)
     types = typing.get_type_hints(function)
     parameters = {name: inspect.signature(function).parameters[name] for name in own_arguments(function)}
-    if "trainer" in types:
-        images = "IMAGES ... " if "images" in types else ""
-        parser.usage = f"%(prog)s {images}[options] [--config NAME] [--data NAME] [what else `lit-tricks fit` takes]"
-    elif "config" not in parameters:
-        parser.add_argument(
-            "-c", "--config", action="config", help="Configuration, by name or file; what else it holds is ignored."
-        )
+    if not {"trainer", "config"} & {*types, *parameters}:
+        parser.add_argument("-c", "--config", action="config")
     simple = []
     for argument, parameter in parameters.items():
         required, item = parameter.default is parameter.empty, _item(types[argument])
-        kind: dict[str, Any] = {"type": item or types[argument], "help": helps[argument]}
+        kind: dict[str, Any] = {"type": item or types[argument]}
         kind |= {"nargs": "+"} if item else {}
         flag = not required or parameter.kind is parameter.KEYWORD_ONLY
         if argument == "config":
-            parser.add_argument("-c", "--config", action="append", required=required, help=helps[argument])
+            parser.add_argument("-c", "--config", action="append", required=required)
         elif argument == "output":
             parser.add_argument(
                 "-o", "--output", required=required, default=None if required else parameter.default, **kind

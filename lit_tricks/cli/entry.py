@@ -71,7 +71,12 @@ def _light(words: list[str]) -> bool:
         known = list(commands())
         raise argparse.ArgumentError(None, f"there is no command {first!r}{nearest(first, known) or among(known)}")
     else:
-        return False
+        from lit_tricks.cli.help import help_asked_for
+
+        page = help_asked_for(words)
+        if page is None:
+            return False
+        print(page)  # noqa: T201
     return True
 
 

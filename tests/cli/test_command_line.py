@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import re
@@ -42,7 +41,7 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 import lit_tricks
 from lit_tricks import Classifier, WarmupCosine, WarmupStep
-from lit_tricks.data import CIFAR10, Digits, ImageFolder
+from lit_tricks.data import CIFAR10, Digits
 from lit_tricks.run.reading.predictions import Predictions
 
 SUBCOMMANDS = ("fit", "validate", "test")
@@ -489,39 +488,6 @@ def test_help_of_the_commands() -> None:
     assert out.startswith("usage: lit-tricks [")
     for command in SUBCOMMANDS:
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", SUBCOMMANDS)
-def test_help_explains_every_argument(command: str) -> None:
-    out = done(command, "--help").out
-    blocks = [" ".join(block.split()) for block in re.split(r"\n  (?=-)", out)[1:]]
-    names = {block.split()[0] for block in blocks}
-    assert {"--trainer.max_epochs", "--model", "--data", "--ckpt_path", "--seed_everything"} <= names
-    assert ("--name" in names) == (command == "fit")
-    usage = re.compile(r"^((-\S+|\.?[A-Z_]+,?(?= |$)|[\[{]\S+|\|) ?)*")
-    assert [block for block in blocks if re.match(r"\(|$", usage.sub("", block))] == []
-
-
-@pytest.mark.parametrize(
-    ("flag", "cls"),
-    [
-        ("--model.help", Classifier),
-        ("--data.help", Digits),
-        ("--data.help", CIFAR10),
-        ("--data.help", ImageFolder),
-        *(("--trainer.callbacks.help", getattr(lit_tricks.callbacks, name)) for name in lit_tricks.callbacks.__all__),
-    ],
-)
-def test_help_of_a_class_is_its_docstring(flag: str, cls: type) -> None:
-    out = "".join(done("fit", flag, cls.__name__).out.split())
-    first_line, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
-    assert "".join(first_line.rstrip(".").split()) in out
-    section = re.search(r"^Args:\n((?:    .*\n|\n)+)", rest, re.MULTILINE)
-    assert section
-    documented = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1], re.MULTILINE))
-    assert documented.keys() == inspect.signature(cls).parameters.keys()
-    for text in documented.values():
-        assert "".join(text.split()) in out
 
 
 def test_short_class_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,5 +312,5 @@ def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
 def test_help():
     assert "average" in done("--help").out
     text = done("average", "--help").out
-    for word in ("checkpoints", "-o OUTPUT", "--greedy", "--data", "Wortsman"):
+    for word in ("CHECKPOINTS", "-o, --output", "--greedy", "--data", "Wortsman"):
         assert word in text

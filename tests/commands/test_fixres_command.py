@@ -340,5 +340,5 @@ def test_a_network_without_batchnorm(tmp_path):
 def test_help():
     assert "fixres" in done("--help").out
     text = done("fixres", "--help").out
-    for word in ("--ckpt", "--test_size", "-o OUTPUT", "--crop_ratio", "--train_bn", "Touvron"):
+    for word in ("--ckpt", "--test-size", "-o, --output", "--crop-ratio", "--train-bn", "Touvron"):
         assert word in text

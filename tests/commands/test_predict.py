@@ -250,7 +250,7 @@ def test_predict_without_checkpoint_is_rejected(folder: Path) -> None:
 
 def test_help_is_about_predicting(folder: Path) -> None:
     out = done("predict", "--help").out
-    assert all(flag in out for flag in ("IMAGES", "--ckpt", "--top_k", "--device", "--batch_size", "--output"))
+    assert all(flag in out for flag in ("IMAGES", "--ckpt", "--top-k", "--device", "--batch-size", "--output"))
     assert len(out.splitlines()) < 80
 
 

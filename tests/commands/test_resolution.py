@@ -341,5 +341,5 @@ def test_a_layer_of_one_size_and_a_map_that_vanishes(tmp_path):
 def test_help():
     assert "resolution" in done("--help").out
     text = done("resolution", "--help").out
-    for word in ("--ckpt", "--sizes", "--crop_ratio", "--wandb", "Touvron"):
+    for word in ("--ckpt", "--sizes", "--crop-ratio", "--wandb", "Touvron"):
         assert word in text
