@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from lit_tricks import callbacks, data, functional, models
     from lit_tricks.callbacks import *  # noqa: F403  (its __all__ is the registry)
     from lit_tricks.callbacks.base import Trick
+    from lit_tricks.commands.predicting.in_memory import predict
     from lit_tricks.tasks.classification import Classifier
     from lit_tricks.tasks.detection import Detector
     from lit_tricks.tasks.segmentation import Segmenter
 
-    __all__ = ["Classifier", "Detector", "Segmenter", "Trick", "callbacks", "data", "functional", "models"]
+    __all__ = ["Classifier", "Detector", "Segmenter", "Trick", "callbacks", "data", "functional", "models", "predict"]
     __all__ += callbacks.__all__
 
 __version__ = version("lit-tricks")
@@ -30,24 +31,25 @@ __version__ = version("lit-tricks")
 _PACKAGES = ("callbacks", "data", "functional", "models")
 
 
-def __getattr__(name: str) -> Any:
-    """Import what a name stands for: a package, a task, the base class of tricks, or a trick."""
-    if name in _PACKAGES:
-        return import_module(f"lit_tricks.{name}")
-    if name in TASKS:
-        return getattr(import_module(TASKS[name]), name)
-    if name == "Trick":
-        return import_module("lit_tricks.callbacks.base").Trick
-    if name == "predict":
-        return import_module("lit_tricks.commands.predicting.in_memory").predict
-    if name == "__all__":
-        return sorted([*_PACKAGES, *TASKS, "Trick", *import_module("lit_tricks.callbacks").__all__])
-    if not name.startswith("_"):
-        callbacks = import_module("lit_tricks.callbacks")
-        if name in callbacks.__all__:
-            return getattr(callbacks, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers go by the imports above, and find a misspelt name
 
+    def __getattr__(name: str) -> Any:
+        """Import what a name stands for: a package, a task, the base class of tricks, or a trick."""
+        if name in _PACKAGES:
+            return import_module(f"lit_tricks.{name}")
+        if name in TASKS:
+            return getattr(import_module(TASKS[name]), name)
+        if name == "Trick":
+            return import_module("lit_tricks.callbacks.base").Trick
+        if name == "predict":
+            return import_module("lit_tricks.commands.predicting.in_memory").predict
+        if name == "__all__":
+            return sorted([*_PACKAGES, *TASKS, "Trick", "predict", *import_module("lit_tricks.callbacks").__all__])
+        if not name.startswith("_"):
+            callbacks = import_module("lit_tricks.callbacks")
+            if name in callbacks.__all__:
+                return getattr(callbacks, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__"), "predict"})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

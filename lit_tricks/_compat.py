@@ -24,9 +24,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
-    from lightning.pytorch import LightningModule, Trainer
+    import lightning.pytorch
+    import pytorch_lightning
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
+
+    Callback = lightning.pytorch.Callback | pytorch_lightning.Callback
+    LightningModule = lightning.pytorch.LightningModule | pytorch_lightning.LightningModule
+    Trainer = lightning.pytorch.Trainer | pytorch_lightning.Trainer
 
 __all__ = [
     "CLASS_PATH_KEY",
@@ -167,7 +172,7 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
 
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/callback_connector.py#L68
     """
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+    return trainer.callbacks  # type: ignore[union-attr, no-any-return]
 
 
 def should_update_logs(trainer: Trainer) -> bool:

@@ -17,8 +17,13 @@ from lit_tricks.utils.log import log, show_lines
 __all__ = ["Trick", "paused"]
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback as _Callback
-    from lightning.pytorch import LightningModule, Trainer
+    import lightning.pytorch
+    import pytorch_lightning
+
+    class _Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+        """Both packages' callback."""
+
+    from lit_tricks._compat import LightningModule, Trainer
 else:
     # `lightning` and `pytorch_lightning` are two packages with two `Callback` classes; each one's Trainer and CLI take
     # only their own, so a trick is both.
@@ -87,7 +92,7 @@ class Trick(_Callback):
         fine_tunes: whether the trick starts from trained weights, which tricks for a run from scratch then leave alone.
     """
 
-    effect = ""
+    effect: str = ""
     is_paused = False
     transient: ClassVar[tuple[str, ...]] = ()
     conflict_with_frozen = ""

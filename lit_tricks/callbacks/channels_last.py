@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from lit_tricks.utils.dtensor import is_sharded, to_local
 from lit_tricks.utils.modules import own_parameter, require_initialized
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["ChannelsLast"]
 
@@ -47,11 +47,11 @@ class ChannelsLast(Trick):
         ``- {class_path: ChannelsLast}``
     """
 
-    transient = ("_laid_out",)
+    transient: ClassVar[tuple[str, ...]] = ("_laid_out",)
     _laid_out: tuple[Any, ...] = ()  # weights
 
     def __init__(self, weights: bool = True) -> None:
-        self.weights = flag(self, "weights", weights)
+        self.weights: bool = flag(self, "weights", weights)
         self._count = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

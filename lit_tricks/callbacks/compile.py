@@ -18,7 +18,7 @@ from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, flag, invalid, text, texts
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Compile"]
 
@@ -62,11 +62,13 @@ class Compile(Trick):
         dynamic: bool | None = None,
         fullgraph: bool = False,
     ) -> None:
-        self.mode = choice(self, "mode", mode, get_args(Mode))
-        self.layers = texts(self, "layers", layers, "Name modules by patterns, as ['model'].", or_none="all networks")
-        self.backend = text(self, "backend", backend, "Name a backend of torch.compile, such as 'inductor'.")
-        self.dynamic = None if dynamic is None else flag(self, "dynamic", dynamic)
-        self.fullgraph = flag(self, "fullgraph", fullgraph)
+        self.mode: str = choice(self, "mode", mode, get_args(Mode))
+        self.layers: list[str] | None = texts(
+            self, "layers", layers, "Name modules by patterns, as ['model'].", or_none="all networks"
+        )
+        self.backend: str = text(self, "backend", backend, "Name a backend of torch.compile, such as 'inductor'.")
+        self.dynamic: bool | None = None if dynamic is None else flag(self, "dynamic", dynamic)
+        self.fullgraph: bool = flag(self, "fullgraph", fullgraph)
         self._count = 0
         self._ran = False
 

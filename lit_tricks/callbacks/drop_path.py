@@ -21,7 +21,7 @@ from lit_tricks.utils.batch import tensors_in
 from lit_tricks.utils.residual import is_drop_path, residual_branches
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["DropPath", "drop_path", "drop_path_rates"]
 
@@ -124,9 +124,11 @@ class DropPath(Trick):
         mode: Literal["linear", "constant"] = "linear",
         layers: Sequence[str] | None = None,
     ) -> None:
-        self.rate = number(self, "rate", rate, "[0, 1)", "Give a probability; 0.05 to 0.2 are usual.")
-        self.mode = choice(self, "mode", mode, ("linear", "constant"))
-        self.layers = texts(self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search")
+        self.rate: float = number(self, "rate", rate, "[0, 1)", "Give a probability; 0.05 to 0.2 are usual.")
+        self.mode: Literal["linear", "constant"] = choice(self, "mode", mode, ("linear", "constant"))
+        self.layers: list[str] | None = texts(
+            self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search"
+        )
         self._seeds, self._draws = Generator(), Generator()
         self._forget()
 

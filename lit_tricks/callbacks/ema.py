@@ -14,7 +14,7 @@ from lit_tricks.utils.arguments import choice, flag, integer, invalid, number
 from lit_tricks.utils.training_length import TrainingLength
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["EMA", "ema_decay", "ema_decay_of_half_life"]
 
@@ -113,16 +113,20 @@ class EMA(Averaging):
             raise invalid(
                 self, "decay and half_life set the same quantity. Give one of them.", decay=decay, half_life=half_life
             )
-        self.device = choice(self, "device", device, (None, "cpu"), "None keeps the average where the weights are.")
+        self.device: str | None = choice(
+            self, "device", device, (None, "cpu"), "None keeps the average where the weights are."
+        )
         super().__init__(buffers, validate, name, on_cpu=device == "cpu")
         decay = 0.9999 if decay is None and half_life is None else decay
-        self.decay = number(
+        self.decay: float | None = number(
             self, "decay", decay, "[0, 1)", "Give the share of the old average, such as 0.9999.", or_none="half_life"
         )
-        self.warmup = flag(self, "warmup", warmup)
-        self.every_n_steps = integer(self, "every_n_steps", every_n_steps, 1, "1 updates the average after every step.")
-        self.start_step = integer(self, "start_step", start_step, 0, "0 starts with the first step.")
-        self.half_life = number(
+        self.warmup: bool = flag(self, "warmup", warmup)
+        self.every_n_steps: int = integer(
+            self, "every_n_steps", every_n_steps, 1, "1 updates the average after every step."
+        )
+        self.start_step: int = integer(self, "start_step", start_step, 0, "0 starts with the first step.")
+        self.half_life: float | None = number(
             self, "half_life", half_life, "[0.001, 1e6]", "Give a number of epochs.", or_none="decay"
         )
         self._decay = self.decay

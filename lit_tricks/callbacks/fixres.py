@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -27,8 +27,9 @@ from lit_tricks.utils.modes import changed_in_evaluation
 from lit_tricks.utils.modules import find_classifier, find_norms, is_norm, require_initialized
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
+
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["FixRes"]
 
@@ -70,7 +71,7 @@ class FixRes(Trick):
     """
 
     fine_tunes = True
-    transient = ("_run",)
+    transient: ClassVar[tuple[str, ...]] = ("_run",)
     _run: _Run | None = None
 
     def __init__(
@@ -83,21 +84,23 @@ class FixRes(Trick):
         classifier: str | None = None,
         batch_norm: str | None = None,
     ) -> None:
-        self.test_size = integer(
+        self.test_size: int | None = integer(
             self, "test_size", test_size, 1, "Give a number of pixels.", most=MAX_SIDE, or_none="the loaders' size"
         )
         fix = "0.008 is the paper's."
-        self.lr = number(self, "lr", lr, "(0, 1e6]", fix, or_none="the module's own learning rate")
-        self.train_bn = choice(self, "train_bn", train_bn, ("last", "none", "all"))
-        self.train_affine = flag(self, "train_affine", train_affine)
+        self.lr: float | None = number(self, "lr", lr, "(0, 1e6]", fix, or_none="the module's own learning rate")
+        self.train_bn: str = choice(self, "train_bn", train_bn, ("last", "none", "all"))
+        self.train_affine: bool = flag(self, "train_affine", train_affine)
         fix = "A function of an image is legal too."
-        self.transform = (
+        self.transform: Callable[[Any], Any] | str = (
             transform if callable(transform) else choice(self, "transform", transform, ("test", "test+flip"), fix)
         )
         fix = "Name a module, such as 'model.fc'."
-        self.classifier = text(self, "classifier", classifier, fix, or_none="the last layer with a weight")
+        self.classifier: str | None = text(self, "classifier", classifier, fix, or_none="the last layer with a weight")
         fix = "Name a module, such as 'model.bn2'."
-        self.batch_norm = text(self, "batch_norm", batch_norm, fix, or_none="the last one before the classifier")
+        self.batch_norm: str | None = text(
+            self, "batch_norm", batch_norm, fix, or_none="the last one before the classifier"
+        )
         if test_size is None and transform != "test":
             raise invalid(
                 self,

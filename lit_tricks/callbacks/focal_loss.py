@@ -20,7 +20,7 @@ from lit_tricks.utils.arguments import number, numbers
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["FocalLoss", "class_weights", "focal_factor", "focal_target"]
 
@@ -114,7 +114,7 @@ class FocalLoss(LossTrick):
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float | Sequence[float] | None = None) -> None:
-        self.gamma = number(self, "gamma", gamma, "[0, 100]", "2 is usual, and 0 is cross entropy.")
+        self.gamma: float = number(self, "gamma", gamma, "[0, 100]", "2 is usual, and 0 is cross entropy.")
         self.alpha: float | list[float] | None
         if hasattr(alpha, "__len__"):
             self.alpha = numbers(self, "alpha", alpha, "(0, 1e6]", "Give one number per class.")

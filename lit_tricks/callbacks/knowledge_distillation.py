@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from lit_tricks.utils.batch import Path
 from lit_tricks.utils.class_names import names_of, require_same_classes
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["KnowledgeDistillation", "distillation_divergence"]
 
@@ -92,7 +92,7 @@ class KnowledgeDistillation(LossTrick):
     """
 
     stage = 2
-    transient = (*LossTrick.transient, "_teacher")
+    transient: ClassVar[tuple[str, ...]] = (*LossTrick.transient, "_teacher")
 
     _teacher: nn.Module | None = None  # at work in a fit
     _name = ""
@@ -111,20 +111,26 @@ class KnowledgeDistillation(LossTrick):
         compiled: bool = False,
     ) -> None:
         fix = "Give a module, the path of a checkpoint, or the name of a pretrained model of timm."
-        self.teacher = teacher if isinstance(teacher, nn.Module) else text(self, "teacher", teacher, fix)
+        self.teacher: nn.Module | str = (
+            teacher if isinstance(teacher, nn.Module) else text(self, "teacher", teacher, fix)
+        )
         if isinstance(teacher, nn.Module) and getattr(teacher.forward, "__func__", None) is nn.Module.forward:
             raise invalid(self, "the teacher has no `forward`. Give a network that returns logits.", teacher=teacher)
-        self.temperature = number(self, "temperature", temperature, "[0.01, 1000]", "4 and 20 are usual.")
+        self.temperature: float = number(self, "temperature", temperature, "[0.01, 1000]", "4 and 20 are usual.")
         fix = "Give the weight of the teacher."
-        self.alpha = number(self, "alpha", alpha, "(0, 1]", fix, or_none="the sum of both losses")
-        self.loss = choice(self, "loss", loss, ("kl", "ce"))
-        self.channels_last = flag(self, "channels_last", channels_last)
-        self.compiled = flag(self, "compiled", compiled)
+        self.alpha: float | None = number(self, "alpha", alpha, "(0, 1]", fix, or_none="the sum of both losses")
+        self.loss: Literal["kl", "ce"] = choice(self, "loss", loss, ("kl", "ce"))
+        self.channels_last: bool = flag(self, "channels_last", channels_last)
+        self.compiled: bool = flag(self, "compiled", compiled)
         fix = "Give one number per channel."
-        self.mean = numbers(self, "mean", mean, "[-1e6, 1e6]", fix, or_none="no normalization")
-        self.std = numbers(self, "std", std, "[1e-6, 1e6]", fix, or_none="no normalization")
-        self.input_mean = numbers(self, "input_mean", input_mean, "[-1e6, 1e6]", fix, or_none="images in [0, 1]")
-        self.input_std = numbers(self, "input_std", input_std, "[1e-6, 1e6]", fix, or_none="images in [0, 1]")
+        self.mean: list[float] | None = numbers(self, "mean", mean, "[-1e6, 1e6]", fix, or_none="no normalization")
+        self.std: list[float] | None = numbers(self, "std", std, "[1e-6, 1e6]", fix, or_none="no normalization")
+        self.input_mean: list[float] | None = numbers(
+            self, "input_mean", input_mean, "[-1e6, 1e6]", fix, or_none="images in [0, 1]"
+        )
+        self.input_std: list[float] | None = numbers(
+            self, "input_std", input_std, "[1e-6, 1e6]", fix, or_none="images in [0, 1]"
+        )
         self._to = self._normalization("mean", "std")
         self._was = self._normalization("input_mean", "input_std")
         if self._was and len(self._was[0]) != len(self._to[0] if self._to else ()):

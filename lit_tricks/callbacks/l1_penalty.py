@@ -18,8 +18,9 @@ from lit_tricks.utils.dtensor import to_local
 from lit_tricks.utils.modules import check_shapes, kinds
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
+
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["L1Penalty", "add_l1_gradient", "sparsity"]
 
@@ -89,8 +90,8 @@ class L1Penalty(Trick):
     _weights: dict[Tensor, None]  # in the order of the module
 
     def __init__(self, strength: float = 1e-5, threshold: float = 1e-3) -> None:
-        self.strength = number(self, "strength", strength, "[0, 1000]", "1e-5 is usual, and 0 changes nothing.")
-        self.threshold = number(self, "threshold", threshold, "(0, 1000]", "1e-3 is usual.")
+        self.strength: float = number(self, "strength", strength, "[0, 1000]", "1e-5 is usual, and 0 changes nothing.")
+        self.threshold: float = number(self, "threshold", threshold, "(0, 1000]", "1e-3 is usual.")
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,7 @@ from lit_tricks.utils.arguments import choice, number
 from lit_tricks.utils.batch import Path
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["LabelSmoothing", "label_smoothing_for_torch"]
 
@@ -78,8 +78,8 @@ class LabelSmoothing(LossTrick):
     """
 
     def __init__(self, smoothing: float = 0.1, convention: Literal["torch", "paper"] = "torch") -> None:
-        self.smoothing = number(self, "smoothing", smoothing, "[0, 1)", "Give a probability, such as 0.1.")
-        self.convention = choice(self, "convention", convention, ("torch", "paper"))
+        self.smoothing: float = number(self, "smoothing", smoothing, "[0, 1)", "Give a probability, such as 0.1.")
+        self.convention: Literal["torch", "paper"] = choice(self, "convention", convention, ("torch", "paper"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it to work, and say so."""

@@ -19,8 +19,9 @@ from lit_tricks.utils.arguments import choice, integer
 from lit_tricks.utils.batch import describe, images_in_list
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
+
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["EffectiveBatchSize", "LinearScaling", "effective_batch_size", "lr_scaling_factor"]
 
@@ -84,9 +85,13 @@ class LinearScaling(Trick):
         batch_size: int | None = None,
     ) -> None:
         fix = "Give a number of samples."
-        self.base_batch_size = integer(self, "base_batch_size", base_batch_size, 1, fix)
-        self.rule = choice(self, "rule", rule, ("linear", "sqrt"), "'sqrt' is for adaptive optimizers.")
-        self.batch_size = integer(self, "batch_size", batch_size, 1, fix, or_none="the batch size of the loader")
+        self.base_batch_size: int = integer(self, "base_batch_size", base_batch_size, 1, fix)
+        self.rule: Literal["linear", "sqrt"] = choice(
+            self, "rule", rule, ("linear", "sqrt"), "'sqrt' is for adaptive optimizers."
+        )
+        self.batch_size: int | None = integer(
+            self, "batch_size", batch_size, 1, fix, or_none="the batch size of the loader"
+        )
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -262,7 +267,7 @@ def _configured(trainer: Trainer, pl_module: LightningModule) -> int | None:
     """Batch size of the training loader, without building it: that early, it would not be restored on resume."""
     # where the Trainer takes the loader from: the object itself, or the module or datamodule that will make it
     source = training_source(trainer)
-    if source is trainer.datamodule or source is pl_module:  # type: ignore[attr-defined]  # a connector sets it
+    if source is trainer.datamodule or source is pl_module:  # type: ignore[union-attr]  # a connector sets it
         sizes = [getattr(source, "batch_size", None), saved_hparams(source).get("batch_size")]
     else:
         sizes = [getattr(loader, "batch_size", None) for loader in (source, getattr(source, "batch_sampler", None))]

@@ -78,7 +78,7 @@ class MixUp(Mixing):
         inputs: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__(alpha, off_epochs, prob, inputs)
-        self.per_sample = flag(self, "per_sample", per_sample)
+        self.per_sample: bool = flag(self, "per_sample", per_sample)
 
     def mix(
         self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator

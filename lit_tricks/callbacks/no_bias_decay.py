@@ -17,8 +17,9 @@ from lit_tricks.utils.arguments import invalid, texts
 from lit_tricks.utils.modules import Kind, check_shapes, kinds
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
+
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["NoBiasDecay"]
 
@@ -54,7 +55,7 @@ class NoBiasDecay(Trick):
 
     def __init__(self, skip: Sequence[Kind] = ("bias", "norm")) -> None:
         fix = "Choose one or more of 'bias', 'norm' and 'embedding'."
-        self.skip = texts(self, "skip", skip, fix)
+        self.skip: list[str] = texts(self, "skip", skip, fix)
         if unknown := set(self.skip) - {"bias", "norm", "embedding"}:
             raise invalid(self, f"there is no kind {min(unknown)!r}. {fix}", skip=skip)
         self._forget()

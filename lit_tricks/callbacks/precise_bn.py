@@ -20,7 +20,7 @@ from lit_tricks.utils.batch import inputs_of
 from lit_tricks.utils.modules import batchnorms_of
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["PreciseBN"]
 
@@ -66,14 +66,14 @@ class PreciseBN(Estimating):
         transform: Literal["train", "eval"] = "train",
         restore: bool = True,
     ) -> None:
-        self.num_samples = integer(self, "num_samples", num_samples, 1, "8192 are usual.")
+        self.num_samples: int = integer(self, "num_samples", num_samples, 1, "8192 are usual.")
         self.when: str | int
         if isinstance(when, str):
             self.when = choice(self, "when", when, ("validation", "end"), "A number of epochs is legal too.")
         else:
             self.when = integer(self, "when", when, 1, "Give a number of epochs, or 'validation', or 'end'.")
-        self.transform = choice(self, "transform", transform, ("train", "eval"))
-        self.restore = flag(self, "restore", restore)
+        self.transform: str = choice(self, "transform", transform, ("train", "eval"))
+        self.restore: bool = flag(self, "restore", restore)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the brackets around validation: outside of those of averages, which are made earlier."""

@@ -19,7 +19,7 @@ from lit_tricks.utils.image_size import require_fit, resize, resize_nearest
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["ProgressiveResizing", "progressive_side"]
 
@@ -86,17 +86,17 @@ class ProgressiveResizing(Trick):
         mode: Literal["resize", "crop"] = "resize",
         total_steps: int | None = None,
     ) -> None:
-        self.start_scale = number(self, "start_scale", start_scale, "(0, 1)", "0.5 begins with half the side.")
+        self.start_scale: float = number(self, "start_scale", start_scale, "(0, 1)", "0.5 begins with half the side.")
         fix = "Give a share of the run, such as 0.8."
-        self.start = number(self, "start", start, "[0, 1)", fix)
-        self.end = number(self, "end", end, "(0, 1]", fix)
+        self.start: float = number(self, "start", start, "[0, 1)", fix)
+        self.end: float = number(self, "end", end, "(0, 1]", fix)
         if not self.start < self.end:
             raise invalid(self, "images grow from `start` to `end`. Give an `end` above `start`.", start=start, end=end)
         fix = "Give a number of pixels."
-        self.multiple_of = integer(self, "multiple_of", multiple_of, 1, fix, most=MAX_SIDE)
-        self.mode = choice(self, "mode", mode, ("resize", "crop"))
+        self.multiple_of: int = integer(self, "multiple_of", multiple_of, 1, fix, most=MAX_SIDE)
+        self.mode: str = choice(self, "mode", mode, ("resize", "crop"))
         fix = "Give the number of steps of the whole run."
-        self.total_steps = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
+        self.total_steps: int | None = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
         self._seeds, self._draws = Generator(), Generator()
         self._clock = TrainingLength(
             "ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", self.total_steps

@@ -22,8 +22,9 @@ from lit_tricks.utils.modules import batchnorms_of
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
+
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["SWA", "swa_ends_cycle", "swa_lr_share"]
 
@@ -122,15 +123,15 @@ class SWA(Averaging):
         name: str | None = None,
     ) -> None:
         super().__init__(buffers, validate, name)
-        self.lr = number(self, "lr", lr, "(0, 1e6]", "Give the learning rate from `start` on, such as 0.05.")
-        self.start = number(self, "start", start, "[0, 1)", "Give a share of the run: for 75 % write 0.75.")
-        self.anneal_epochs = number(
+        self.lr: float = number(self, "lr", lr, "(0, 1e6]", "Give the learning rate from `start` on, such as 0.05.")
+        self.start: float = number(self, "start", start, "[0, 1)", "Give a share of the run: for 75 % write 0.75.")
+        self.anneal_epochs: float = number(
             self, "anneal_epochs", anneal_epochs, "[0, 1e6]", "0 changes to `lr` in a single step."
         )
-        self.anneal = choice(self, "anneal", anneal, ("cos", "linear"))
+        self.anneal: Literal["cos", "linear"] = choice(self, "anneal", anneal, ("cos", "linear"))
         fix = "Give the length of a cycle."
-        self.every_n_epochs = integer(self, "every_n_epochs", every_n_epochs, 1, fix)
-        self.every_n_steps = integer(self, "every_n_steps", every_n_steps, 1, fix, or_none="every_n_epochs")
+        self.every_n_epochs: int = integer(self, "every_n_epochs", every_n_epochs, 1, fix)
+        self.every_n_steps: int | None = integer(self, "every_n_steps", every_n_steps, 1, fix, or_none="every_n_epochs")
         if self.every_n_steps is not None and self.every_n_epochs != 1:
             both = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
             raise invalid(self, "both set the length of a cycle. Give one of them.", **both)
@@ -177,7 +178,7 @@ class SWA(Averaging):
         start = min(round(self.start * end), end - 1)
         every = self.every_n_steps or self.every_n_epochs * self._clock.epoch
         length = round(self.anneal_epochs * self._clock.epoch) if self.anneal_epochs else 0
-        if length > start and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if length > start and not trainer.fast_dev_run:  # type: ignore[union-attr]
             raise RuntimeError(
                 f"SWA(anneal_epochs={self.anneal_epochs}) glides for {length} steps, and there are {start} before "
                 f"start={self.start}. Lower anneal_epochs, or raise start."

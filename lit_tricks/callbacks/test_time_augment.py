@@ -22,7 +22,7 @@ from lit_tricks.utils.batch import describe, images_in_list
 from lit_tricks.utils.image_size import resize
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["TestTimeAugment", "mean_logits", "tta_views"]
 
@@ -119,13 +119,13 @@ class TestTimeAugment(Trick):
         activation: Literal["softmax", "sigmoid"] = "softmax",
         layer: str | None = None,
     ) -> None:
-        self.flip = flag(self, "flip", flip)
-        self.crops = choice(self, "crops", crops, (1, 5, 10))
-        self.scales = numbers(self, "scales", scales, "[0.1, 10]", "Give factors on the sides, as [1.0].")
-        self.activation = choice(self, "activation", activation, ("softmax", "sigmoid"))
+        self.flip: bool = flag(self, "flip", flip)
+        self.crops: Literal[1, 5, 10] = choice(self, "crops", crops, (1, 5, 10))
+        self.scales: list[float] = numbers(self, "scales", scales, "[0.1, 10]", "Give factors on the sides, as [1.0].")
+        self.activation: Literal["softmax", "sigmoid"] = choice(self, "activation", activation, ("softmax", "sigmoid"))
         fix = "Name a module, such as 'model'."
-        self.layer = text(self, "layer", layer, fix, or_none="the LightningModule")
-        self.number = len(self.scales) * (self.crops if self.crops == 10 else self.crops * (1 + self.flip))
+        self.layer: str | None = text(self, "layer", layer, fix, or_none="the LightningModule")
+        self.number: int = len(self.scales) * (self.crops if self.crops == 10 else self.crops * (1 + self.flip))
         if self.number == 1 and self.scales == [1.0]:
             raise invalid(
                 self,

@@ -63,7 +63,7 @@ class WarmupCosine(Schedule):
 
     def __init__(self, warmup_epochs: float = 5, min_lr: float = 0.0, total_steps: int | None = None) -> None:
         super().__init__(warmup_epochs, total_steps)
-        self.min_lr = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
+        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
 
     def plan(self) -> str:
         """Find the end of the cosine."""

@@ -65,9 +65,9 @@ class WarmupExponential(Schedule):
     ) -> None:
         super().__init__(warmup_epochs, total_steps)
         fix = "The learning rate is multiplied by it, and 1 keeps it constant."
-        self.gamma = number(self, "gamma", gamma, "(0, 1]", fix)
+        self.gamma: float = number(self, "gamma", gamma, "(0, 1]", fix)
         fix = "Give the number of epochs between two falls."
-        self.every_n_epochs = number(self, "every_n_epochs", every_n_epochs, "[0.001, 1e6]", fix)
+        self.every_n_epochs: float = number(self, "every_n_epochs", every_n_epochs, "[0.001, 1e6]", fix)
         self._every_n_steps = 1.0
 
     def plan(self) -> str:

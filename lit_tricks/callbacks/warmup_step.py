@@ -66,9 +66,9 @@ class WarmupStep(Schedule):
     ) -> None:
         super().__init__(warmup_epochs, total_steps)
         fix = "The learning rate is multiplied by it, and 1 keeps it constant."
-        self.gamma = number(self, "gamma", gamma, "(0, 1]", fix)
+        self.gamma: float = number(self, "gamma", gamma, "(0, 1]", fix)
         fix = "Give epochs, in rising order."
-        self.milestones = integers(self, "milestones", milestones, 1, fix, empty=True)
+        self.milestones: list[int] = integers(self, "milestones", milestones, 1, fix, empty=True)
         if self.milestones != sorted(set(self.milestones)):
             raise invalid(self, "milestones must rise. Give each epoch once, in order.", milestones=milestones)
         if self.milestones and self.milestones[0] < self.warmup_epochs:

@@ -18,7 +18,7 @@ from lit_tricks.utils.dtensor import part_for, to_local
 from lit_tricks.utils.modules import check_shapes, has_matrix, own_parameter
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["XavierInit", "xavier_uniform"]
 
@@ -65,7 +65,9 @@ class XavierInit(Initializer):
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
         fix = "Another seed gives other weights."
-        self.seed = integer(self, "seed", seed, 0, fix, most=MAX_SEED, or_none="the seed of seed_everything")
+        self.seed: int | None = integer(
+            self, "seed", seed, 0, fix, most=MAX_SEED, or_none="the seed of seed_everything"
+        )
         self._weights: list[str] = []
         self._biases: list[str] = []
         self._expected = 0.0

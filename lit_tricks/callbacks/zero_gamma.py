@@ -21,7 +21,7 @@ from lit_tricks.utils.modules import is_norm, own_parameter
 from lit_tricks.utils.residual import last_norms
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["ZeroGamma"]
 
@@ -52,7 +52,9 @@ class ZeroGamma(Initializer):
 
     def __init__(self, layers: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.layers = texts(self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search")
+        self.layers: list[str] | None = texts(
+            self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search"
+        )
         self._names: list[str] = []  # of the scales
         self._zeroed: list[str] = []  # names of those that this object has set to 0, in this run or one before
 

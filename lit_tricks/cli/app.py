@@ -74,7 +74,7 @@ class TricksCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: RunFolder) -> None:
         self.run = run
-        self.wanted = next((arg for arg in args if arg in self.subcommands()), None)
+        self.wanted: str | None = next((arg for arg in args if arg in self.subcommands()), None)
         self.parsers: dict[str, LightningArgumentParser] = {}  # of the subcommands
         super().__init__(
             LightningModule,
@@ -164,11 +164,11 @@ class TricksCLI(LightningCLI):
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             config.name = config.name or self.run.name
             self.run.create(config.trainer.default_root_dir or "runs", config.name)
-            self.logger_config = copy.deepcopy(config.trainer.logger)
+            self.logger_config: Any = copy.deepcopy(config.trainer.logger)
             prepare_wandb(config.trainer.logger, self.run, config.ckpt_path, config.watch)
-            self.memory = PeakMemory()
+            self.memory: PeakMemory = PeakMemory()
             return
-        self.save_config_callback = None
+        self.save_config_callback: None = None
         warnings.filterwarnings("ignore", message="The dirpath has changed from")  # of what is not trained here
         if config.trainer.logger in (None, True):
             config.trainer.logger = False
@@ -185,7 +185,9 @@ class TricksCLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks.append(FiniteLoss(self.config_init.fit.on_nan))
         if self.run.path:
-            self.timer, self.cpu_timer, self.evidence = Timer(), CPUTimer(), Evidence()
+            self.timer: Timer = Timer()
+            self.cpu_timer: CPUTimer = CPUTimer()
+            self.evidence: Evidence = Evidence()
             callbacks += [self.timer, self.cpu_timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
             if config.profiler is None:
                 kwargs["profiler"] = TimeSplit()

@@ -105,24 +105,28 @@ class Facts:
 
     def __init__(self, path: Path, content: dict[str, Any], run: Run) -> None:
         run = replace(run, config=_without_places(run.config), tricks=_without_places(run.tricks))
-        self.path, self.content, self.run = path, content, run
+        self.path = path
+        self.content = content
+        self.run = run
         hparams = _without_places(content.get("hyper_parameters", {}))
         data = _without_places(content.get("datamodule_hyper_parameters", {}))
         model = run.config.get("model", {}).get("init_args", {}) | hparams
         self.settings: dict[str, Any] = model
         made = model.get("model", hparams.get(CLASS_PATH_KEY, ""))
-        self.is_module = isinstance(made, dict)  # a network of the user, by its class path
-        self.model = str(made.get("class_path", "") if self.is_module else made).rpartition(".")[2] or "model"
-        self.model_args = (made.get("init_args") if self.is_module else model.get("model_args")) or {}
-        self.module = str(hparams.get(CLASS_PATH_KEY) or run.config.get("model", {}).get("class_path", ""))
+        self.is_module: bool = isinstance(made, dict)  # a network of the user, by its class path
+        self.model: str = str(made.get("class_path", "") if self.is_module else made).rpartition(".")[2] or "model"
+        self.model_args: dict[str, Any] = (made.get("init_args") if self.is_module else model.get("model_args")) or {}
+        self.module: str = str(hparams.get(CLASS_PATH_KEY) or run.config.get("model", {}).get("class_path", ""))
         self.classes: list[str] = model.get("class_names") or []
         settings = run.config.get("data") or {}
-        self.data = str(data.get(CLASS_PATH_KEY) or settings.get("class_path", "")).rpartition(".")[2]
-        self.data_settings = settings.get("init_args", {}) | {k: v for k, v in data.items() if not k.startswith("_")}
+        self.data: str = str(data.get(CLASS_PATH_KEY) or settings.get("class_path", "")).rpartition(".")[2]
+        self.data_settings: dict[str, Any] = settings.get("init_args", {}) | {
+            k: v for k, v in data.items() if not k.startswith("_")
+        }
         optimizer = model.get("optimizer") or {}
-        self.optimizer = str(optimizer.get("class_path", "")) or ", ".join(content.get("optimizers", []))
+        self.optimizer: str = str(optimizer.get("class_path", "")) or ", ".join(content.get("optimizers", []))
         self.optimizer_settings: dict[str, Any] = optimizer.get("init_args", {})
-        self.is_best = Path(run.results.get("best_checkpoint") or "-").name == path.name
+        self.is_best: bool = Path(run.results.get("best_checkpoint") or "-").name == path.name
         self.tricks: dict[str, dict[str, Any]] = run.tricks or {
             name: {"arguments": {}, "effect": ""}
             for key in content.get("callbacks", {})

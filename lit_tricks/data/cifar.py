@@ -161,8 +161,8 @@ class CIFAR10(MemoryDataModule):
         self.download = download
         self.val_size = val_size
         self.split_seed = split_seed
-        self.classes = self._class_names.split()
-        self.input_size = (3, image_size, image_size)
+        self.classes: list[str] = self._class_names.split()
+        self.input_size: tuple[int, int, int] = (3, image_size, image_size)
         self.mean, self.std = (tuple(255 * share for share in shares) for shares in (self._mean, self._std))
         if translate is None:
             translate = 0 if crop_scale else round(image_size / 8)

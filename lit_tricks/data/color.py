@@ -25,7 +25,7 @@ from lit_tricks.data.transforms import EIGENVALUES, EIGENVECTORS
 
 __all__ = ["MEAN", "STD", "Jitter", "Triple", "apply_matrices", "normalisation"]
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
 
@@ -49,8 +49,10 @@ class Jitter:
     """
 
     def __init__(self, mean: Triple, std: Triple, strength: float = 0.4, noise: float = 0.1) -> None:
-        self.mean, self.std = mean, std
-        self.strength, self.noise = strength, noise
+        self.mean = mean
+        self.std = std
+        self.strength = strength
+        self.noise = noise
 
     def __repr__(self) -> str:
         return f"Jitter(strength={self.strength}, noise={self.noise})"

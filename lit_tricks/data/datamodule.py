@@ -86,7 +86,7 @@ class ImageDataModule(LightningDataModule, ABC):
     thread_workers = False  # threads of one process, or processes
     on_bad_image: OnBadImage = "raise"
     exif = False  # whether images are turned as their EXIF orientation says
-    crop_ratio = 1.0
+    crop_ratio: float = 1.0
     crop_mode: Literal["center", "squash"] = "center"
 
     classes: list[str]

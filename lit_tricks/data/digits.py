@@ -72,7 +72,7 @@ class Digits(MemoryDataModule):
         ``data: {class_path: Digits, init_args: {batch_size: 128}}``
     """
 
-    crop_mode = "squash"
+    crop_mode: Literal["center", "squash"] = "squash"
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class Digits(MemoryDataModule):
         check_at_least_one("image_size", image_size)
         self.save_hyperparameters()
         self.split_seed = split_seed
-        self.classes = [str(digit) for digit in range(10)]
-        self.input_size = (1, image_size, image_size)
+        self.classes: list[str] = [str(digit) for digit in range(10)]
+        self.input_size: tuple[int, int, int] = (1, image_size, image_size)
         self.mean, self.std = (MEAN * INK,), (STD * INK,)
         # 0, which comes in at the sides, is the ground that the digits are written on.
         shift = round(image_size / SIZE)

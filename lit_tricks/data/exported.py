@@ -46,7 +46,8 @@ class ExportedData(PhotoDataModule):
     ) -> None:
         super().__init__(batch_size=64, num_workers="auto", predict_dir=tempfile.gettempdir())
         channels, _, size = self.input_size = input_size
-        self.classes, self.exif = classes, exif
+        self.classes = classes
+        self.exif = exif
         self.mean, self.std = tuple(mean), tuple(std)  # type: ignore[assignment]  # one channel has one of each
         if channels == 3 and crop_mode == "center":
             self.eval_transform = CentreCrop(size, resize_size)
@@ -80,7 +81,8 @@ class ExportedDetectionData(DetectionDataModule):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], classes: list[str], exif: bool) -> None:
         super().__init__(batch_size=8, num_workers="auto", predict_dir=tempfile.gettempdir())
-        self.classes, self.exif = classes, exif
+        self.classes = classes
+        self.exif = exif
         self.mean, self.std = tuple(mean), tuple(std)
         self.input_size = (len(mean), 224, 224)
         self.eval_transform = BoxTransform(mean, std)

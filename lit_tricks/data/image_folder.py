@@ -158,16 +158,22 @@ class ImageFolder(PhotoDataModule):
             raise ValueError(f'augmentation="none" erases nothing, and random_erasing={random_erasing}: use "basic"')
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction={val_fraction!r} must be above 0 and below 1: 0.2 holds out a fifth")
-        self.root, self.val_fraction, self.split_seed = root, val_fraction, split_seed
+        self.root = root
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
         found = self._read_classes()
-        self.classes = list(classes) if classes else found
+        self.classes: list[str] = list(classes) if classes else found
         self._order = permutation(found, self.classes) if classes and found else None
-        self.input_size = (3, image_size, image_size)
-        self.crop_ratio = image_size / resize_size
+        self.input_size: tuple[int, int, int] = (3, image_size, image_size)
+        self.crop_ratio: float = image_size / resize_size
         self._short_side = resize_size  # of images in the cache
         self.mean, self.std = mean, std
-        self.repeats, self.decode, self.thread_workers = repeats, decode, workers == "thread"
-        self.on_bad_image, self.exif, self.cache = on_bad_image, exif, cache
+        self.repeats = repeats
+        self.decode = decode
+        self.thread_workers = workers == "thread"
+        self.on_bad_image = on_bad_image
+        self.exif = exif
+        self.cache = cache
         self.eval_transform = CentreCrop(image_size, resize_size)
         self.train_transform = self.eval_transform
         if eval_size is not None:

@@ -24,7 +24,7 @@ __all__ = ["AUGMENTATIONS", "Augmentation", "PhotoDataModule", "random_crop"]
 Augmentation = Literal["paper", "basic", "none", "trivial", "rand", "augmix"]
 
 # On uint8 crops, as torchvision's recipes have them, with bilinear interpolation.
-BILINEAR = v2.InterpolationMode.BILINEAR
+BILINEAR: v2.InterpolationMode = v2.InterpolationMode.BILINEAR
 AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
     "trivial": lambda: v2.TrivialAugmentWide(interpolation=BILINEAR),
     "rand": lambda: v2.RandAugment(interpolation=BILINEAR),
@@ -62,7 +62,7 @@ class PhotoInput(InputTransform):
 
     def __init__(self, transform: Transform, read: Reader, exif: bool, mean: Triple, std: Triple) -> None:
         super().__init__(transform, read, exif)
-        self.matrix = normalisation(mean, std)
+        self.matrix: Tensor = normalisation(mean, std)
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
         """Transform a PIL image, or the image in a file."""

@@ -16,7 +16,11 @@ from lit_tricks.utils.files import written_whole
 
 __all__ = ["held_out", "split_folder"]
 
-NAMES = {"train": ("train",), "val": ("val", "valid", "validation", "eval", "dev"), "test": ("test",)}
+NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "val": ("val", "valid", "validation", "eval", "dev"),
+    "test": ("test",),
+}
 
 
 def split_folder(root: str, split: str) -> str:

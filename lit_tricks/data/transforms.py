@@ -83,7 +83,9 @@ class InputTransform:
     """
 
     def __init__(self, transform: Transform, read: Callable[[str], Image.Image], exif: bool) -> None:
-        self.transform, self.read, self.exif = transform, read, exif
+        self.transform = transform
+        self.read = read
+        self.exif = exif
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
         """Transform a PIL image, or the image in a file."""

@@ -62,8 +62,8 @@ class Backbone(nn.Module):
         if weights:
             load_weights(net, weights)
         self.levels = chosen
-        self.channels = [int(info[level]["num_chs"]) for level in chosen]
-        self.strides = [int(info[level]["reduction"]) for level in chosen]
+        self.channels: list[int] = [int(info[level]["num_chs"]) for level in chosen]
+        self.strides: list[int] = [int(info[level]["reduction"]) for level in chosen]
         net.prune_intermediate_layers(
             chosen, prune_norm=True, prune_head=True
         )  # what is not used would get no gradient

@@ -60,10 +60,10 @@ class Pyramid(nn.Module):
                 "pyramid must rise: give levels=1, or a backbone that shrinks its maps, such as resnet or convnext_tiny"
             )
         self.body = body
-        self.fpn = FeaturePyramidNetwork(body.channels, channels, extra_blocks=extra)
+        self.fpn: nn.Module = FeaturePyramidNetwork(body.channels, channels, extra_blocks=extra)
         self.out_channels = channels
         last = body.strides[-1]
-        self.strides = [*body.strides, *(last * 2**i for i in range(1, extra_maps + 1))]
+        self.strides: list[int] = [*body.strides, *(last * 2**i for i in range(1, extra_maps + 1))]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """The maps ``(N, channels, H / stride, W / stride)`` of images, fine to coarse, by name."""

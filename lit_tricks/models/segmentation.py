@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
 
 from lit_tricks.models.backbone import Backbone
-from lit_tricks.models.decoders import DecoderName, create_decoder
+from lit_tricks.models.decoders import Decoder, DecoderName, create_decoder
 
 __all__ = ["SegmentationNet"]
 
@@ -36,8 +36,8 @@ class SegmentationNet(nn.Module):
         if aux and len(channels) < 2:
             raise ValueError("an auxiliary head needs a second feature map, and the backbone gives one")
         self.backbone = backbone
-        self.aux = FCNHead(channels[-2], num_classes) if aux else None
-        self.decoder = create_decoder(decoder, channels, backbone.strides, num_classes)
+        self.aux: nn.Module | None = FCNHead(channels[-2], num_classes) if aux else None
+        self.decoder: Decoder = create_decoder(decoder, channels, backbone.strides, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits ``(N, num_classes, H, W)`` of images ``(N, C, H, W)``; in training the auxiliary head's, too."""

@@ -30,7 +30,7 @@ class SpatialPyramidPool2d(nn.Module):
         super().__init__()
         if not bins or any(not isinstance(side, int) or side < 1 for side in bins):
             raise ValueError(f"bins={bins!r} must be one or more integers of at least 1, such as (1, 2, 3, 6)")
-        self.bins = tuple(bins)
+        self.bins: tuple[int, ...] = tuple(bins)
 
     def feat_mult(self) -> int:
         """How many features each channel becomes (timm's name for it)."""

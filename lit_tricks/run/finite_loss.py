@@ -39,7 +39,7 @@ class FiniteLoss(Callback):
     _pending: deque[tuple[int, Tensor, Any]]
 
     def __init__(self, on_nan: Literal["warn", "stop"] = "warn") -> None:
-        self.on_nan = choice(self, "on_nan", on_nan, ("warn", "stop"))
+        self.on_nan: str = choice(self, "on_nan", on_nan, ("warn", "stop"))
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

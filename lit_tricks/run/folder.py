@@ -21,8 +21,9 @@ class RunFolder:
     """
 
     def __init__(self) -> None:
-        self.name = "run"
-        self.root = self.version = ""
+        self.name: str = "run"
+        self.root: str = ""
+        self.version: str = ""
         self.path: Path | None = None
 
     def create(self, root: str, name: str) -> None:
@@ -35,7 +36,8 @@ class RunFolder:
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or Path(name).drive or ".." in parts or "\0" in name or "\\" in name:
             raise ValueError(f"--name {name!r} must be a name in the folder of runs, {root}, without .. and \\.")
-        self.root, self.name = root, name
+        self.root = root
+        self.name = name
         taken = [int(p.name[1:]) for p in Path(root, name).glob("v*") if p.name[1:].isdecimal()]
         number = max(taken, default=-1) + 1
         while True:

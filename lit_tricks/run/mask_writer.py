@@ -34,7 +34,8 @@ class MaskWriter(Callback):
     """
 
     def __init__(self, folder: str | Path, roots: dict[str, str]) -> None:
-        self.folder, self.roots = Path(folder), roots
+        self.folder: Path = Path(folder)
+        self.roots = roots
         self.columns: dict[str, str] = {}
         self.rows: dict[str, list[list[Any]]] = {}
         self.paths: dict[str, Path] = {}  # of the masks, by file

@@ -50,7 +50,7 @@ class TimeSplit(Profiler):
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, event: Callable[[], Any] | None = None) -> None:
         super().__init__()
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._clock = clock
         self._event = event
         self._parts: dict[str, str] = {}  # of the actions seen so far

@@ -18,7 +18,7 @@ from lit_tricks._compat import callbacks_of
 
 __all__ = ["BestSoFar"]
 
-log = logging.getLogger("lit_tricks")
+log: logging.Logger = logging.getLogger("lit_tricks")
 
 # What a ModelCheckpoint knows of its files, when there are none yet.
 NOTHING_YET: dict[str, Any] = {

@@ -23,7 +23,7 @@ from lit_tricks.utils.class_names import apart, names_of, require_same_classes
 
 __all__ = ["Task"]
 
-log = logging.getLogger("lit_tricks")
+log: logging.Logger = logging.getLogger("lit_tricks")
 
 TOO_HIGH = 10  # a loss over that of guessing, to warn of
 
@@ -80,7 +80,7 @@ class Task(LightningModule):
             )
         layer_decay = number(self, "layer_decay", layer_decay, "(0, 1]", "1 is one learning rate for all layers.")
         self.num_classes = num_classes
-        self.class_names = class_names or [str(i) for i in range(num_classes)]
+        self.class_names: list[str] = class_names or [str(i) for i in range(num_classes)]
         self.optimizer = optimizer
         self.layer_decay = layer_decay
         self.lr: float | None = None

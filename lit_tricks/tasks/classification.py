@@ -74,14 +74,14 @@ class Classifier(Task):
             load_weights(model, weights)
         self.model = model
         self.example_input_array = torch.zeros(2, *input_size)
-        self.criterion = nn.CrossEntropyLoss()
+        self.criterion: nn.CrossEntropyLoss = nn.CrossEntropyLoss()
         metrics = MetricCollection({"top1": MulticlassAccuracy(num_classes, average="micro")})
-        self.train_metrics = metrics.clone(prefix="train/")
+        self.train_metrics: MetricCollection = metrics.clone(prefix="train/")
         if num_classes > 5:
             metrics.add_metrics({"top5": MulticlassAccuracy(num_classes, top_k=5, average="micro")})
         metrics.add_metrics({"ece": MulticlassCalibrationError(num_classes, n_bins=15)})
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
+        self.val_metrics: MetricCollection = metrics.clone(prefix="val/")
+        self.test_metrics: MetricCollection = metrics.clone(prefix="test/")
         self._freeze(freeze)
 
     def _network(self) -> nn.Module:

@@ -154,9 +154,8 @@ class Detector(Task):
                 f"precision {self.trainer.precision} would round the corners of boxes to several pixels: use {mixed}."
             )
         if stage != "predict":
-            self.val_metrics, self.test_metrics = (
-                MetricCollection({"map": _AveragePrecision()}, prefix=f"{split}/") for split in ("val", "test")
-            )
+            self.val_metrics: MetricCollection = MetricCollection({"map": _AveragePrecision()}, prefix="val/")
+            self.test_metrics: MetricCollection = MetricCollection({"map": _AveragePrecision()}, prefix="test/")
 
     def on_fit_start(self) -> None:
         """Take the seed of the process, or that of the run that is resumed."""

@@ -97,12 +97,14 @@ class Segmenter(Task):
         whole = weights is not None and _is_segmenter(weights)
         levels = max(levels_of(decoder), 2 if aux_weight else 1)
         backbone = Backbone(model, levels, input_size[0], None if whole else weights, **(model_args or {}))
-        self.model = SegmentationNet(backbone, decoder, num_classes, aux_weight > 0)
+        self.model: SegmentationNet = SegmentationNet(backbone, decoder, num_classes, aux_weight > 0)
         if weights is not None and whole:
             load_weights(self.model, weights)
-        self.aux_weight, self.gamma, self.ignore_index = aux_weight, gamma if loss == "focal" else 0.0, ignore_index
+        self.aux_weight = aux_weight
+        self.gamma: float = gamma if loss == "focal" else 0.0
+        self.ignore_index = ignore_index
         self.example_input_array = torch.zeros(2, *input_size)
-        self.criterion = nn.CrossEntropyLoss(ignore_index=ignore_index)
+        self.criterion: nn.CrossEntropyLoss = nn.CrossEntropyLoss(ignore_index=ignore_index)
         # arguments are not validated, which would look for all labels of each batch
         known: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
         metrics = MetricCollection(
@@ -111,9 +113,9 @@ class Segmenter(Task):
                 "pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", **known),
             }
         )
-        self.train_metrics = metrics.clone(prefix="train/")
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
+        self.train_metrics: MetricCollection = metrics.clone(prefix="train/")
+        self.val_metrics: MetricCollection = metrics.clone(prefix="val/")
+        self.test_metrics: MetricCollection = metrics.clone(prefix="test/")
         self._freeze(freeze)
 
     def _network(self) -> nn.Module:

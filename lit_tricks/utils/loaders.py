@@ -13,7 +13,7 @@ from lit_tricks._compat import combined_loader, reset_iterator
 from lit_tricks.utils.dataset_transforms import changed, nested
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lit_tricks._compat import Trainer
 
 __all__ = ["fresh_loader"]
 

@@ -7,7 +7,7 @@ import sys
 
 __all__ = ["log", "show_lines"]
 
-log = logging.getLogger("lit_tricks")
+log: logging.Logger = logging.getLogger("lit_tricks")
 
 
 class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 cannot subscript it

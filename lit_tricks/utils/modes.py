@@ -29,8 +29,10 @@ class Modes:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.parts = [part for part in module.modules() if _has_own_mode(part)]
-        self.params = list(dict.fromkeys(param for part in self.parts for param in part.parameters()))
+        self.parts: list[nn.Module] = [part for part in module.modules() if _has_own_mode(part)]
+        self.params: list[nn.Parameter] = list(
+            dict.fromkeys(param for part in self.parts for param in part.parameters())
+        )
         self.note()
 
     def note(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lit_tricks._compat import callbacks_of, lightning_classes
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["TrainingLength", "steps_done"]
 
@@ -21,7 +21,7 @@ def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
     """Steps that are over, in this run and the runs it resumes."""
     if pl_module.automatic_optimization:
         return trainer.global_step
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined, no-any-return]
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[union-attr, no-any-return]
 
 
 class TrainingLength:

@@ -19,7 +19,7 @@ from lit_tricks.utils.arguments import choice
 from lit_tricks.utils.modes import modes_kept
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Averaging"]
 
@@ -112,7 +112,7 @@ class Averaging(KeptAverage):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there is no average."""
-        if not self._updates and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self._updates and not trainer.fast_dev_run:  # type: ignore[union-attr]
             rank_zero_only(warnings.warn)(
                 f"{self.state_key} averaged nothing in {self._steps} steps: the model keeps the weights it was "
                 f"trained to. {self._why_nothing()}",

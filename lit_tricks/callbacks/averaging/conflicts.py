@@ -9,7 +9,7 @@ from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.utils.modules import is_flattened, require_initialized
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["refuse_hidden_steps", "refuse_hidden_weights", "refuse_rivals"]
 

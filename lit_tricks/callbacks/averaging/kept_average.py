@@ -15,8 +15,9 @@ from lit_tricks.utils.arguments import choice, text
 from lit_tricks.utils.dtensor import read, write
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
+
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["KeptAverage"]
 
@@ -41,9 +42,11 @@ class KeptAverage(Trick):
     _updates: int
 
     def __init__(self, buffers: str, validate: bool | str, name: str | None) -> None:
-        self.buffers = choice(self, "buffers", buffers, ("statistics", "average", "copy"))
+        self.buffers: str = choice(self, "buffers", buffers, ("statistics", "average", "copy"))
         self.validate = validate
-        self.name = text(self, "name", name, "Leave it out for the only average of a run.", or_none="no name")
+        self.name: str | None = text(
+            self, "name", name, "Leave it out for the only average of a run.", or_none="no name"
+        )
         self._forget()
 
     @abstractmethod

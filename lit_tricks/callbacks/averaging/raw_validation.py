@@ -20,7 +20,7 @@ from lit_tricks.callbacks.base import paused
 from lit_tricks.utils.rng import isolated_random_state
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["validate_aside"]
 
@@ -35,19 +35,19 @@ def validate_aside(trainer: Trainer, pl_module: LightningModule, run: Callable[[
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()  # it may load the data set
-    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[union-attr]
     counts = loop.batch_progress.state_dict()
     results = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
     # PreciseBN passes training batches through, and finds the tricks that change them among the callbacks
     untouched = paused(trainer)
     states = isolated_random_state(trainer.strategy.root_device, leaves(trainer.val_dataloaders))
     with _kept(*map(vars, pl_module.modules()), vars(loop), *results), states, untouched:
-        trainer.callbacks = []  # type: ignore[attr-defined]
+        trainer.callbacks = []  # type: ignore[union-attr]
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         try:
             outputs = run()
         finally:
-            trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+            trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[union-attr]
     loop.batch_progress.load_state_dict(counts)
     return {name: float(value) for output in outputs for name, value in output.items()}
 

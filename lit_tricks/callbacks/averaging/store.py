@@ -60,14 +60,14 @@ class AveragedWeights:
         ]
         self._buffers = {name: floating[name] for name in averaged}
         self._buffers |= {name: buffer for name, buffer in floating.items() if buffer in vectors}
-        self.names = [*self._params, *self._buffers]
+        self.names: list[str] = [*self._params, *self._buffers]
         self._others = [self.names.index(name) for name in averaged if not is_statistics[name]]
         self._first_vector = len(self._params) + len(averaged)
         self._copied = [name for name in is_statistics if name not in self._buffers]
         self._modes = Modes(module)
         mergeable = set(self._modes.params)
         self._mergeable = {i for i, param in enumerate(self._params.values()) if param in mergeable}
-        self.swapped = False
+        self.swapped: bool = False
         self._stale = True  # the vectors are not those of the average
         self._sharded = any(map(is_sharded, self._params.values()))
         self._raw: list[Tensor] = []  # the module's own, while it shows the average

@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.batchnorm.buffers import BufferOverride
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Estimating"]
 
@@ -26,7 +26,7 @@ class Estimating(Trick):
         restore: False: training goes on from the estimate.
     """
 
-    transient = ("_fit",)
+    transient: ClassVar[tuple[str, ...]] = ("_fit",)
 
     restore: bool
     _fit: _Fit | None = None

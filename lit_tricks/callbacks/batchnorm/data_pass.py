@@ -27,7 +27,7 @@ from lit_tricks.utils.modules import is_flattened
 from lit_tricks.utils.rng import isolated_random_state
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Found", "Watch", "check", "go_through", "norms"]
 

@@ -11,7 +11,7 @@ from lit_tricks._compat import callbacks_of, lightning_classes
 from lit_tricks.callbacks.base import Trick
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lit_tricks._compat import Trainer
 
 __all__ = ["Frozen", "refuse_rivals"]
 

@@ -17,7 +17,7 @@ from lit_tricks.utils.dtensor import full_tensor
 from lit_tricks.utils.modules import is_norm, own_parameter, require_initialized
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Initializer", "sign_of_training"]
 

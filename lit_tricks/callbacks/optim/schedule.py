@@ -15,7 +15,7 @@ from lit_tricks.utils.arguments import integer, number
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Schedule", "warmup"]
 
@@ -44,9 +44,9 @@ class Schedule(Trick):
 
     def __init__(self, warmup_epochs: float, total_steps: int | None) -> None:
         fix = "0 starts at the full learning rate."
-        self.warmup_epochs = number(self, "warmup_epochs", warmup_epochs, "[0, 1e6]", fix)
+        self.warmup_epochs: float = number(self, "warmup_epochs", warmup_epochs, "[0, 1e6]", fix)
         fix = "Give the number of steps of the whole run."
-        self.total_steps = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
+        self.total_steps: int | None = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
         self._base_lrs: list[list[float]] = []
         self._warmup_steps = 0
         run_remedy = f"{type(self).__name__}(total_steps=...)"
@@ -95,7 +95,7 @@ class Schedule(Trick):
             for group, lr in zip(optimizer.param_groups, lrs, strict=False):
                 group["initial_lr"] = lr  # torch's name for it; a checkpoint may have brought that of another run
         is_whole = not self._clock.knows_run or self._warmup_steps <= self._clock.run
-        if not is_whole and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not is_whole and not trainer.fast_dev_run:  # type: ignore[union-attr]
             warnings.warn(
                 f"{type(self).__name__}: the run ends after {self._clock.run} of {self._warmup_steps} warm-up "
                 f"steps, before its full learning rate; lower warmup_epochs={self.warmup_epochs}.",

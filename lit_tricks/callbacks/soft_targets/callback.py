@@ -15,7 +15,7 @@ from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.utils.batch import Path, find, replace, tensors_in
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["LossTrick"]
 

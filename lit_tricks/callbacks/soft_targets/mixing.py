@@ -20,7 +20,7 @@ from lit_tricks.utils.batch import Path, describe
 from lit_tricks.utils.log import log
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lit_tricks._compat import LightningModule, Trainer
 
 __all__ = ["Mixing", "beta"]
 
@@ -42,12 +42,12 @@ class Mixing(LossTrick):
 
     def __init__(self, alpha: float, off_epochs: int, prob: float, inputs: Sequence[str | int] | None = None) -> None:
         # below 0.001 the draws underflow, and every lambda becomes 0.5
-        self.alpha = number(self, "alpha", alpha, "[0.001, 1000]", "0.2 and 1 are usual.")
+        self.alpha: float = number(self, "alpha", alpha, "[0.001, 1000]", "0.2 and 1 are usual.")
         fix = "Give the number of last epochs without mixing."
-        self.off_epochs = integer(self, "off_epochs", off_epochs, 0, fix)
-        self.prob = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
+        self.off_epochs: int = integer(self, "off_epochs", off_epochs, 0, fix)
+        self.prob: float = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
         fix = "Name the tensors of a batch, as ['image', 'depth'], or give their places, as [0, 1]."
-        self.inputs = names(self, "inputs", inputs, fix, or_none="all images")
+        self.inputs: list[str] | None = names(self, "inputs", inputs, fix, or_none="all images")
         self._seeds, self._draws = Generator(), Generator()
         self.turn = False  # it mixes this batch, and not the other trick
         self._lambda = 1.0
@@ -78,7 +78,7 @@ class Mixing(LossTrick):
             raise RuntimeError(
                 f"{name}(off_epochs={self.off_epochs}) must know the last epoch: give Trainer(max_epochs=...)."
             )
-        if epochs is not None and 0 <= epochs <= self.off_epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if epochs is not None and 0 <= epochs <= self.off_epochs and not trainer.fast_dev_run:  # type: ignore[union-attr]
             raise RuntimeError(
                 f"{name}(off_epochs={self.off_epochs}) leaves all of max_epochs={epochs} epochs unmixed: lower it."
             )
@@ -142,7 +142,7 @@ class Mixing(LossTrick):
 
     def is_on(self, trainer: Trainer) -> bool:
         """Whether this is not one of the last epochs."""
-        if not self.off_epochs or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.off_epochs or trainer.fast_dev_run:  # type: ignore[union-attr]
             return True
         return trainer.current_epoch < (trainer.max_epochs or 0) - self.off_epochs
 

@@ -40,7 +40,8 @@ class DetectorNetwork(nn.Module):
 
     def __init__(self, module: Detector) -> None:
         super().__init__()
-        self.model, self.offset = module.model, module.label_offset
+        self.model: nn.Module = module.model
+        self.offset: int = module.label_offset
 
     def forward(self, image: Tensor) -> Objects:
         """Return boxes, scores and labels."""

@@ -38,7 +38,7 @@ class ONNXNetwork(LightningModule):
         import onnxruntime
 
         try:
-            self.session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+            self.session: Any = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
         except Exception as error:  # of damaged files, in classes of its own
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path} is not a file that ONNX Runtime reads ({reason}). Export it again.") from error
@@ -50,7 +50,8 @@ class ONNXNetwork(LightningModule):
             )
         self.class_names: list[str] = json.loads(self.metadata["label_names"])
         task = self.metadata.get("task")
-        self.is_dense, self.finds_objects = task == "image-segmentation", task == "object-detection"
+        self.is_dense: bool = task == "image-segmentation"
+        self.finds_objects: bool = task == "object-detection"
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of normalised images (N, C, H, W)."""

@@ -37,7 +37,9 @@ class FeatureFile:
     """
 
     def __init__(self, folder: Path, key: str, samples: int) -> None:
-        self.folder, self.samples, self.done = folder, samples, 0
+        self.folder = folder
+        self.samples = samples
+        self.done: int = 0
         self.state: dict[str, Any] = {"key": key, "samples": samples}
         self.maps: tuple[Tensor, Tensor] | None = None
         folder.mkdir(parents=True, exist_ok=True)

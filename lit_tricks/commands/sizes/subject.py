@@ -33,7 +33,7 @@ class Views:
     """
 
     def __init__(self, transforms: Sequence[Any]) -> None:
-        self.transforms = list(transforms)
+        self.transforms: list[Any] = list(transforms)
 
     def __call__(self, image: Any) -> list[Tensor]:
         """Transform an image in each way."""
@@ -67,13 +67,15 @@ class Subject:
         if not is_overridden("forward", module, parent=LightningModule):
             raise ValueError(f"{type(module).__name__} has no `forward`: give it one, from images to logits.")
         on_gpu = torch.cuda.is_available()
-        self.trainer = Trainer(
+        self.trainer: Trainer = Trainer(
             devices=1, precision="bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true",
             logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         )  # fmt: skip
-        self.device = self.trainer.strategy.root_device
-        self.module, self.data = module.to(self.device).eval(), data
-        self.train_size, self.crop_ratio = train_size, crop_ratio
+        self.device: torch.device = self.trainer.strategy.root_device
+        self.module: LightningModule = module.to(self.device).eval()
+        self.data = data
+        self.train_size = train_size
+        self.crop_ratio = crop_ratio
         self.checkpoint = checkpoint
         module.trainer = data.trainer = self.trainer  # hooks look at the stage
         self.trainer.validating = True

@@ -14,7 +14,7 @@ from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.detection.boxes import Target
-from lit_tricks.data.samples import JointSamples
+from lit_tricks.data.samples import JointSamples, Samples
 from lit_tricks.data.transforms import to_rgb
 
 __all__ = ["BoxTransform", "DetectionDataModule", "zoom"]
@@ -33,7 +33,7 @@ class DetectionDataModule(ImageDataModule):
     Images are not resized here: the model does so, and gives its boxes in the pixels of the image.
     """
 
-    sample_type = JointSamples
+    sample_type: type[Samples] = JointSamples
     eval_transform: Any
     train_transform: Any
 
@@ -71,7 +71,7 @@ class DetectionDataModule(ImageDataModule):
         if on_bad_box not in ("raise", "skip"):
             raise ValueError(f'on_bad_box must be "raise" or "skip", got {on_bad_box!r}')
         self.mean, self.std = tuple(mean), tuple(std)
-        self.input_size = (len(mean), 224, 224)  # any; the model resizes
+        self.input_size: tuple[int, int, int] = (len(mean), 224, 224)  # any; the model resizes
         self.eval_transform = BoxTransform(mean, std)
         self.train_transform = BoxTransform(mean, std, flip, (float(scale[0]), float(scale[1])))
 
@@ -90,7 +90,10 @@ class BoxTransform:
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], flip: float = 0.0, scale: tuple[float, float] = (1.0, 1.0)
     ) -> None:
-        self.mean, self.std, self.flip, self.scale = list(mean), list(std), flip, scale
+        self.mean: list[float] = list(mean)
+        self.std: list[float] = list(std)
+        self.flip = flip
+        self.scale = scale
 
     def __call__(self, image: Image.Image, target: Target | None = None) -> Any:
         """Transform an image, or an image and its target."""

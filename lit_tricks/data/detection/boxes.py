@@ -93,8 +93,9 @@ class BoxFiles:
     def __init__(
         self, pictures: Sequence[Picture], read: Callable[[str], Image.Image], train: bool, on_bad_box: OnBadBox
     ) -> None:
-        self.paths = Paths("", (os.fsencode(picture.path) for picture in pictures))
-        self.read, self.on_bad_box = read, on_bad_box
+        self.paths: Paths = Paths("", (os.fsencode(picture.path) for picture in pictures))
+        self.read = read
+        self.on_bad_box = on_bad_box
         kept = [
             (box, label, ignored)
             for picture in pictures
@@ -102,10 +103,10 @@ class BoxFiles:
             if not (train and ignored)
         ]
         counts = [len(p.boxes) - (sum(p.ignored) if train else 0) for p in pictures]
-        self.boxes = torch.tensor([box for box, _, _ in kept], dtype=torch.float32).reshape(-1, 4)
-        self.labels = torch.tensor([label for _, label, _ in kept], dtype=torch.int64)
-        self.iscrowd = torch.tensor([int(ignored) for _, _, ignored in kept], dtype=torch.int64)
-        self.ends = torch.tensor(counts, dtype=torch.int64).cumsum(0)
+        self.boxes: Tensor = torch.tensor([box for box, _, _ in kept], dtype=torch.float32).reshape(-1, 4)
+        self.labels: Tensor = torch.tensor([label for _, label, _ in kept], dtype=torch.int64)
+        self.iscrowd: Tensor = torch.tensor([int(ignored) for _, _, ignored in kept], dtype=torch.int64)
+        self.ends: Tensor = torch.tensor(counts, dtype=torch.int64).cumsum(0)
 
     def __len__(self) -> int:
         return len(self.paths)

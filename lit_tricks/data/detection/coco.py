@@ -80,7 +80,10 @@ class CocoDetection(DetectionDataModule):
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self._set_transforms(mean, std, flip, scale, on_bad_box)
-        self.root, self.images, self.annotations, self.on_bad_box = root, images, annotations, on_bad_box
+        self.root = root
+        self.images = images
+        self.annotations = annotations
+        self.on_bad_box = on_bad_box
         self._order = list(classes) if classes else None
         self.classes: list[str] = []
         if predict_dir is None or os.path.isdir(root):  # to predict, the data need not be there

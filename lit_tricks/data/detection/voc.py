@@ -86,14 +86,15 @@ class VOCDetection(DetectionDataModule):
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self._set_transforms(mean, std, flip, scale, on_bad_box)
-        self.root, self.on_bad_box = root, on_bad_box
+        self.root = root
+        self.on_bad_box = on_bad_box
         self.lists: dict[Split, list[str]] = {"train": list(train), "val": list(val)}
         if test is not None:
             self.lists["test"] = list(test)
         for split, lists in self.lists.items():
             if not lists or not all(isinstance(each, str) for each in lists):
                 raise ValueError(f"{split}={lists!r} must be lists of images, as ['VOC2007/trainval']")
-        self.classes = list(VOC_CLASSES if classes is None else classes)
+        self.classes: list[str] = list(VOC_CLASSES if classes is None else classes)
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes={self.classes!r} must be names, each once")
         if predict_dir is None and not os.path.isdir(root):

@@ -35,7 +35,9 @@ class BadImages:
     """
 
     def __init__(self, source: Any, name: str, replace: bool) -> None:
-        self.source, self.name, self.replace = source, name, replace
+        self.source = source
+        self.name = name
+        self.replace = replace
         self.marks: Tensor = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         self.told: list[int] = []
 

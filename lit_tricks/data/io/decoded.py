@@ -62,8 +62,9 @@ class Store:
     """
 
     def __init__(self, shapes: Shapes, pixels: Pixels) -> None:
-        self.shapes, self.pixels = shapes, pixels
-        self.ends = np.cumsum(_sizes(shapes))
+        self.shapes = shapes
+        self.pixels = pixels
+        self.ends: npt.NDArray[np.int64] = np.cumsum(_sizes(shapes))
 
 
 class DecodedFiles(Files):
@@ -84,7 +85,9 @@ class DecodedFiles(Files):
 
     def __init__(self, files: Files, short_side: int, cache: Cache, owner: str) -> None:
         super().__init__(files.paths, files.read, files.labels)
-        self.short_side, self.cache, self.owner = short_side, cache, owner
+        self.short_side = short_side
+        self.cache = cache
+        self.owner = owner
         self._store: Store | None = None
         self._open()
 

@@ -33,7 +33,7 @@ class MemoryDataModule(ImageDataModule, ABC):
             room on the device, they stay in the host's memory.
     """
 
-    sample_type = MemorySamples
+    sample_type: type[Samples] = MemorySamples
     train_loader_type = MemoryTrainLoader
     eval_loader_type = MemoryEvalLoader
 

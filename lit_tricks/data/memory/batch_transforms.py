@@ -41,7 +41,8 @@ class BatchTransform(ABC):
 
     def __init__(self, to_pixels: Callable[[Image.Image], Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
         self.to_pixels = to_pixels
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean: tuple[float, ...] = tuple(mean)
+        self.std: tuple[float, ...] = tuple(std)
         self._constants: dict[Any, Tensor] = {}  # by device and name
 
     def batch(self, images: Tensor, rows: Tensor | None, key: Key) -> Tensor:
@@ -124,7 +125,8 @@ class EvalBatch(BatchTransform):
         squash: bool = False,
     ) -> None:
         super().__init__(to_pixels, mean, std)
-        self.crop_size, self.resize_size = crop_size, resize_size
+        self.crop_size = crop_size
+        self.resize_size = resize_size
         self.squash = squash
 
     def __repr__(self) -> str:
@@ -174,7 +176,8 @@ class TrainBatch(BatchTransform):
     ) -> None:
         super().__init__(to_pixels, mean, std)
         self.size = size
-        self.translate, self.padding = translate, padding
+        self.translate = translate
+        self.padding = padding
         self.flip = flip
         self.cutout = cutout
         self.crop_scale = crop_scale

@@ -33,7 +33,7 @@ class MemorySamples(Samples):
 
     source: MemorySource
     device = CPU
-    share = 0.0
+    share: float = 0.0
 
     def place(self) -> Place:
         """Return images and labels on the device if there is room, or in the host's memory."""

@@ -33,7 +33,8 @@ class Stored:
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+        self.images = images
+        self.labels = labels
         self._on: dict[torch.device, tuple[Tensor, Tensor] | None] = {}
 
     def on(self, device: torch.device, share: float) -> tuple[Tensor, Tensor] | None:
@@ -101,7 +102,7 @@ class MemorySource:
     def __init__(self, recipe: Recipe, rows: list[int] | None = None) -> None:
         self.recipe = recipe
         self._stored: Stored | None = stored(recipe)
-        self.rows = torch.arange(len(self.stored.labels)) if rows is None else torch.tensor(rows)
+        self.rows: Tensor = torch.arange(len(self.stored.labels)) if rows is None else torch.tensor(rows)
 
     @property
     def stored(self) -> Stored:

@@ -63,8 +63,8 @@ class ADE20KSegmentation(MaskFolders):
         root = os.fspath(root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
-        self.root = Path(root)
-        self.classes = _read_classes(self.root / "objectInfo150.txt")
+        self.root: Path = Path(root)
+        self.classes: list[str] = _read_classes(self.root / "objectInfo150.txt")
         self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
     @property

@@ -15,7 +15,7 @@ from lit_tricks.data.datamodule import ImageDataModule, check_at_least_one, resi
 from lit_tricks.data.io.file_index import Paths, find_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.worker_errors import EvalLoader
-from lit_tricks.data.samples import JointSamples
+from lit_tricks.data.samples import JointSamples, Samples
 from lit_tricks.data.segmentation.pairs import EvalPair, Pairs, RandomPair
 from lit_tricks.data.transforms import Transform
 
@@ -32,7 +32,7 @@ class MaskDataModule(ImageDataModule, ABC):
     prediction is resized, not cropped, and a batch of its own, as sizes differ.
     """
 
-    sample_type = JointSamples
+    sample_type: type[Samples] = JointSamples
     ignore_index = 255
 
     def _set_transforms(
@@ -52,7 +52,7 @@ class MaskDataModule(ImageDataModule, ABC):
             raise ValueError(f"scale must be the least and the greatest factor, above 0, got {scale}")
         if len(mean) != len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
             raise ValueError(f"mean and std must be a number for each channel, those of std above 0, got {mean}, {std}")
-        self.input_size = (len(mean), size, size)
+        self.input_size: tuple[int, int, int] = (len(mean), size, size)
         self.mean, self.std = mean, std
         self.eval_transform = self.eval_transform_at(size if eval_size is None else eval_size)
         least, most = (max(1, int(base_size * factor)) for factor in scale)

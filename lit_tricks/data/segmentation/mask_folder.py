@@ -79,9 +79,9 @@ class SegmentationFolder(MaskFolders):
         root = os.fspath(root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
-        self.root = Path(root)
+        self.root: Path = Path(root)
         self.ignore_index = ignore_index
-        self.classes = list(classes) if classes else self._read_classes()
+        self.classes: list[str] = list(classes) if classes else self._read_classes()
         self._order = self._order_of_labels() if classes else None
         if 0 <= ignore_index < len(self.classes):
             raise ValueError(f"ignore_index={ignore_index} is one of the {len(self.classes)} classes: take another one")

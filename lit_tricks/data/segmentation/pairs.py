@@ -51,8 +51,12 @@ class Pairs:
         offset: int = 0,
         order: Sequence[int] | None = None,
     ) -> None:
-        self.paths, self.masks = paths, masks
-        self.num_classes, self.ignore_index, self.offset, self.order = num_classes, ignore_index, offset, order
+        self.paths = paths
+        self.masks = masks
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.offset = offset
+        self.order = order
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -139,8 +143,10 @@ class EvalPair:
     """
 
     def __init__(self, size: int, resize_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.size, self.resize_size = size, resize_size
-        self.mean, self.std = mean, std
+        self.size = size
+        self.resize_size = resize_size
+        self.mean = mean
+        self.std = std
 
     def __call__(self, image: Image.Image, mask: Tensor | None = None) -> Any:
         """Float32 image (C, H, W), and int64 mask (H, W) where there is one."""
@@ -178,8 +184,11 @@ class RandomPair:
         std: Sequence[float],
         ignore_index: int,
     ) -> None:
-        self.size, self.sides, self.flip = size, sides, flip
-        self.mean, self.std = mean, std
+        self.size = size
+        self.sides = sides
+        self.flip = flip
+        self.mean = mean
+        self.std = std
         self.ignore_index = ignore_index
 
     def __call__(self, image: Image.Image, mask: Tensor) -> tuple[Tensor, Tensor]:

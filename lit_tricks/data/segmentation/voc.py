@@ -69,9 +69,10 @@ class VOCSegmentation(MaskFolders):
         root = os.fspath(root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
-        self.root, self.masks = Path(root), masks
-        self.sets = {"train": train_set, "val": val_set}
-        self.classes = ["background", *VOC_CLASSES]
+        self.root: Path = Path(root)
+        self.masks = masks
+        self.sets: dict[str, str] = {"train": train_set, "val": val_set}
+        self.classes: list[str] = ["background", *VOC_CLASSES]
         self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
     @property

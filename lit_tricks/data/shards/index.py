@@ -53,11 +53,13 @@ class Shards:
     """
 
     def __init__(self, split: Split, url: str, index: dict[str, Any], cache_dir: str | None) -> None:
-        self.split, self.url, self.cache_dir = split, url, cache_dir
+        self.split = split
+        self.url = url
+        self.cache_dir = cache_dir
         self.index = index
         self.classes: list[str] = list(index["classes"])
         self.order: list[int] | None = None  # new label of each label
-        self.files = [shard["filename"] for shard in index["chunks"]]
+        self.files: list[Any] = [shard["filename"] for shard in index["chunks"]]
         self.ends: list[int] = list(accumulate(shard["chunk_size"] for shard in index["chunks"]))
         self._dataset: Any = None
 

@@ -17,8 +17,11 @@ MOST_BYTES = 2**28  # of an index
 SCHEMES = ("s3://", "gs://")
 
 LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
-SAMPLE = [1, {"type": "builtins.tuple", "context": "null", "children_spec": [LEAF, LEAF, LEAF]}]  # of litdata's pytree
-FORMAT = {"data_format": ["bytes", "int", "str"], "item_loader": "PyTreeLoader", "types": "json"}
+SAMPLE: list[Any] = [
+    1,
+    {"type": "builtins.tuple", "context": "null", "children_spec": [LEAF, LEAF, LEAF]},
+]  # of litdata's pytree
+FORMAT: dict[str, Any] = {"data_format": ["bytes", "int", "str"], "item_loader": "PyTreeLoader", "types": "json"}
 SIZES = ("chunk_bytes", "chunk_size")
 
 

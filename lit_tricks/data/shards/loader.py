@@ -52,10 +52,12 @@ class ShardSamples(CheckedDataset):
         whole = {"item_shuffle_window": 0, "batch_decode": 0}  # and samples read one by one
         super().__init__(shards.url, shards.index, shards.cache_dir, shuffle=shuffle, seed=order, **whole)
         self.set_drop_last(shuffle)
-        self.distributed_env = streaming_environment(num_replicas, rank)
+        self.distributed_env: Any = streaming_environment(num_replicas, rank)
         if self.posix_fast is not None:  # one order on every file system
             self.posix_fast = dataclasses.replace(self.posix_fast, kind="posix")
-        self.shards, self.samples, self.decode = shards, samples, decode
+        self.shards = shards
+        self.samples = samples
+        self.decode = decode
         self.transform = samples.transform  # may be replaced at any time before the workers start
 
     def __getitem__(self, index: ChunkedIndex) -> Any:
@@ -157,8 +159,8 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
     def __init__(self, dataset: ShardSamples, epoch: Callable[[], int] | None, **kwargs: Any) -> None:
         super().__init__(dataset, **kwargs)
         self.epoch = epoch
-        self.is_foreign = False  # the state that was loaded is of other shards
-        self.begun_with = 1, 1  # processes and batch size of that state
+        self.is_foreign: bool = False  # the state that was loaded is of other shards
+        self.begun_with: tuple[Any, Any] = 1, 1  # processes and batch size of that state
 
     def __iter__(self) -> Iterator[Any]:
         """Load an epoch, or what is left of it.
@@ -185,7 +187,10 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
         """Go on after the batches that were handed out, wherever the shards are now."""
         state, dataset = dict(obj["dataset"]), self.dataset
         shards = [state["subsampled_files"], [list(part) for part in state["region_of_interest"]]]
-        self.is_foreign = shards != [dataset.subsampled_files, [list(part) for part in dataset.region_of_interest]]
+        self.is_foreign = shards != [
+            dataset.subsampled_files,
+            [list(part) for part in dataset.region_of_interest],
+        ]
         self.begun_with = state["world_size"], state["batch_size"]
         state.update(input_dir_path=dataset.input_dir.path, input_dir_url=dataset.input_dir.url)
         state.update(cache_dir_path=dataset.cache_dir.path)

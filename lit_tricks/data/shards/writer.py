@@ -29,7 +29,7 @@ from lit_tricks.data.shards.index_format import INDEX
 from lit_tricks.data.transforms import to_rgb
 from lit_tricks.utils.files import abandoned, printable, read_regular, write_whole
 
-log = logging.getLogger("lit_tricks")
+log: logging.Logger = logging.getLogger("lit_tricks")
 
 __all__ = ["CHUNK_BYTES", "image_bytes", "replaced_whole", "write_shards"]
 

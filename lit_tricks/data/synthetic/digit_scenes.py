@@ -49,8 +49,9 @@ class DigitScenes:
 
     def __init__(self, split: Split, split_seed: int = 0, size: int = 64) -> None:
         self.images, self.labels = split_digits(split_seed)[split]
-        self.key = (split_seed, list(COUNTS).index(split))
-        self.count, self.size = COUNTS[split], size
+        self.key: tuple[int, int] = (split_seed, list(COUNTS).index(split))
+        self.count: int = COUNTS[split]
+        self.size = size
 
     def __len__(self) -> int:
         return self.count
@@ -126,7 +127,7 @@ class DigitSegmentation(MaskDataModule):
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self.split_seed = split_seed
-        self.classes = ["ground", *map(str, range(10))]
+        self.classes: list[str] = ["ground", *map(str, range(10))]
         self._set_transforms(SIZE, SIZE, (0.8, 1.25), False, (MEAN,), (STD,), eval_size)
 
     def auto_workers(self) -> int:
@@ -192,9 +193,10 @@ class DigitDetection(DetectionDataModule):
         if size < 32:
             raise ValueError(f"size={size} leaves no room for digits: give at least 32 pixels")
         self._set_transforms((MEAN,), (STD,), 0.0, scale, "raise")
-        self.classes = [str(digit) for digit in range(10)]
-        self.size, self.split_seed = size, split_seed
-        self.input_size = (1, size, size)
+        self.classes: list[str] = [str(digit) for digit in range(10)]
+        self.size = size
+        self.split_seed = split_seed
+        self.input_size: tuple[int, int, int] = (1, size, size)
 
     def auto_workers(self) -> int:
         """Return 0: the images are in memory."""

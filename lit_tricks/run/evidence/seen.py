@@ -23,7 +23,9 @@ class Seen:
     """
 
     def __init__(self, dataset: Any, rank: int, replicas: int) -> None:
-        self.dataset, self.rank, self.replicas = dataset, rank, replicas
+        self.dataset = dataset
+        self.rank = rank
+        self.replicas = replicas
         self.places = 0  # images that were seen
         self.low: Tensor | None = None  # of each channel, over all images
         self.high: Tensor | None = None

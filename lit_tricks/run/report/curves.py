@@ -18,7 +18,7 @@ __all__ = ["draw_curves", "draw_panel", "lacking", "panels_of"]
 # Of each panel the lines and their metrics. What is validated as "raw" beside an average are the trained weights.
 LOSS, RATE = "Loss", "Learning rate"
 SCORED = {"Top-1 accuracy": "top1", "Mean IoU": "miou", "Mean average precision": "map"}  # a task has one of these
-PANELS = {
+PANELS: dict[str, dict[str, str]] = {
     LOSS: {"train": "train/loss_epoch", "val": "val/loss", "val, trained weights": "raw/val/loss"},
     **{
         title: {"train": f"train/{name}", "val": f"val/{name}", "val, trained weights": f"raw/val/{name}"}
@@ -28,7 +28,11 @@ PANELS = {
 }
 UNITS = {LOSS: "loss (log scale)", "Top-1 accuracy": "right in %", RATE: "learning rate"}
 WIDTHS = {"train": 1.0, "val": 1.9, "val, trained weights": 1.3}
-DASHES = {"train": (0, (1, 1)), "val": (0, ()), "val, trained weights": (0, (4, 1.5))}
+DASHES: dict[str, tuple[int, tuple[float, ...]]] = {
+    "train": (0, (1, 1)),
+    "val": (0, ()),
+    "val, trained weights": (0, (4, 1.5)),
+}
 MOST = 2000  # points of a line; more are not seen
 
 
