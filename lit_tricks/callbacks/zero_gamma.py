@@ -56,42 +56,59 @@ class ZeroGamma(Initializer):
             self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search"
         )
         self._names: list[str] = []  # of the scales
-        self._zeroed: list[str] = []  # names of those that this object has set to 0, in this run or one before
+        self._zeroed: list[str] = []  # names of the scales that this object has set to 0, in this run or an earlier one
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be there when the module builds its optimizers.
+        """Wrap the creation of the optimizers.
 
         Raises:
-            RuntimeError: if another one is, too.
+            RuntimeError: if the list has another ZeroGamma.
         """
         if any(isinstance(c, ZeroGamma) and c is not self for c in callbacks_of(trainer)):
             raise RuntimeError("ZeroGamma is in the list of callbacks twice: keep one, with all layers.")
         super().setup(trainer, pl_module, stage)
 
     def find(self, pl_module: LightningModule) -> list[nn.Module]:
-        """Find the layers while they are whole: of shards nothing can be traced."""
+        """Return the last norm layers of residual branches. Shards could not be traced later."""
         parts = [] if self.layers else pl_module.children()  # the module's own forward need not be the network's
         return [norm for part in parts for norm in last_norms(part).values()]
 
     def select(self, pl_module: LightningModule, trained: set[Tensor], found: list[nn.Module]) -> None:
-        """Choose the layers: those that were found, or that the patterns name."""
-        modules = {name: part for name, part in pl_module.named_modules() if _scale(part) in trained}
-        matches = {pattern: fnmatch.filter(modules, pattern) for pattern in self.layers or []}
-        norms = {id(norm) for norm in found}
-        if self.layers is None and norms.isdisjoint(map(id, modules.values())):  # built meanwhile, in configure_model
-            norms = {id(norm) for norm in self.find(pl_module)}
-        named = {name for names in matches.values() for name in names}
-        chosen = [name for name, part in modules.items() if id(part) in norms or name in named]
-        missed = [pattern for pattern, names in matches.items() if not names]
-        if missed or not chosen:
-            what = f"layers like {missed}" if missed else "residual branches that end with a norm layer"
-            there = [name for name, part in modules.items() if is_norm(part)]
-            raise RuntimeError(
-                f"ZeroGamma found no {what} in {type(pl_module).__name__}. Name the last norm layer of each residual "
-                "block, as ZeroGamma(layers=['*.bn2']), or remove ZeroGamma: transformers and blocks with "
-                f"pre-activation have none. The norm layers that are trained: {_few(there)}."
-            )
+        """Select the layers that the patterns name, or that were found.
+
+        Raises:
+            RuntimeError: if there are none.
+        """
+        candidates = {name: part for name, part in pl_module.named_modules() if _scale(part) in trained}
+        missed = [pattern for pattern in self.layers or () if not fnmatch.filter(candidates, pattern)]
+        if missed:
+            raise self._not_found(f"layers like {missed}", pl_module, candidates)
+        chosen = self._named(candidates) if self.layers else self._traced(pl_module, candidates, found)
+        if not chosen:
+            raise self._not_found("residual branches that end with a norm layer", pl_module, candidates)
         self._names = [f"{name}.weight" for name in chosen]
+
+    def _named(self, candidates: dict[str, nn.Module]) -> list[str]:
+        """Return the candidates that a pattern matches, in the order of the module."""
+        matched = {name for pattern in self.layers or () for name in fnmatch.filter(candidates, pattern)}
+        return [name for name in candidates if name in matched]
+
+    def _traced(
+        self, pl_module: LightningModule, candidates: dict[str, nn.Module], found: list[nn.Module]
+    ) -> list[str]:
+        """Return the candidates at the ends of residual branches."""
+        norms = {id(norm) for norm in found}
+        if norms.isdisjoint(map(id, candidates.values())):  # configure_model has built the network after the search
+            norms = {id(norm) for norm in self.find(pl_module)}
+        return [name for name, part in candidates.items() if id(part) in norms]
+
+    def _not_found(self, what: str, pl_module: LightningModule, candidates: dict[str, nn.Module]) -> RuntimeError:
+        norms = [name for name, part in candidates.items() if is_norm(part)]
+        return RuntimeError(
+            f"ZeroGamma found no {what} in {type(pl_module).__name__}. Name the last norm layer of each residual "
+            "block, as ZeroGamma(layers=['*.bn2']), or remove ZeroGamma: transformers and blocks with "
+            f"pre-activation have none. The norm layers that are trained: {_few(norms)}."
+        )
 
     def initialize(self, pl_module: LightningModule) -> str:
         """Set the scales to 0."""

@@ -37,7 +37,7 @@ from helpers.modules import (
 from torch import nn
 
 from lit_tricks.callbacks import EMA, SWA
-from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
+from lit_tricks.callbacks.averaging.bf16_split import join, remainder_of, round_to
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.ema import ema_decay, ema_decay_of_half_life
 
@@ -274,14 +274,14 @@ def test_bf16_true_checkpoint_is_as_small_as_can_be(optimizer, size, tmp_path):
     assert sizes[1] / sizes[0] == pytest.approx(size, rel=0.02)
 
 
-def test_halves_of_any_number():
+def test_join_of_rounding_and_remainder_is_exact():
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (100_000,), generator=generator)
     ties = (torch.arange(-(2**15), 2**15) << 16) + 2**15
     whole = torch.cat([bits, ties, torch.tensor([0, 0x7F7FFFFF, -1])]).to(torch.int32).view(torch.float32)
     whole = whole[whole.isfinite()]
     rounded = round_to(whole, torch.bfloat16)
-    assert torch.equal(join(rounded, rest_of(whole)).view(torch.int32), whole.view(torch.int32))
+    assert torch.equal(join(rounded, remainder_of(whole)).view(torch.int32), whole.view(torch.int32))
     apart = rounded != whole.to(torch.bfloat16)  # at ties only
     assert ((whole.view(torch.int32)[apart] & 0xFFFF) == 2**15).all()
     strange = torch.tensor([math.inf, -math.inf, math.nan])
