@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe, tensors_in
+from lit_tricks.utils.modes import eval_mode
 
 __all__ = ["require_fit", "require_size", "resize", "resize_nearest", "stride_of"]
 
@@ -111,7 +111,7 @@ def _try(module: Any, image: Tensor) -> tuple[Exception | None, str]:
     ]
     try:
         eager, precision = torch.compiler.set_stance("force_eager"), module.trainer.precision_plugin
-        with torch.no_grad(), eager, _evaluating(module), precision.forward_context():
+        with torch.no_grad(), eager, eval_mode(module), precision.forward_context():
             module(image)
         return None, vanished[0] if vanished else ""
     except Exception as error:  # whatever a network says
@@ -126,15 +126,3 @@ def stride_of(layer: nn.Module) -> int:
     stride = getattr(layer, "stride", 1)
     sides = stride if isinstance(stride, Sequence) else [stride]
     return max((int(side) for side in sides if isinstance(side, Integral)), default=1)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    try:
-        for part in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

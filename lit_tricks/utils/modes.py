@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_tricks.utils.dtensor import to_local
 
-__all__ = ["Modes", "changed_in_evaluation", "in_evaluation", "modes_kept"]
+__all__ = ["Modes", "changed_in_evaluation", "eval_mode", "modes_kept"]
 
 
 class Modes:
@@ -66,20 +66,27 @@ def modes_kept(module: nn.Module) -> Iterator[Modes]:
 
 
 @contextlib.contextmanager
-def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Bring the parts that have a ``train()`` or ``eval()`` of their own into evaluation mode for a while."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Set a module to evaluation mode for a while. Restore all modes afterwards, and the weights bit by bit."""
+    flags = {part: part.training for part in module.modules()}
     with modes_kept(module) as modes:
         modes.restore()  # drops caches of other weights
         for part in modes.parts:
             part.eval()
-        yield
+        for part in flags:
+            part.training = False
+        try:
+            yield
+        finally:
+            for part, training in flags.items():
+                part.training = training
 
 
 def changed_in_evaluation(module: nn.Module) -> str | None:
     """Return the name of a parameter that has another value in evaluation mode, if there is one."""
     names = {param: name for name, param in module.named_parameters()}
     before = {param: to_local(param.detach()).clone() for param in Modes(module).params}
-    with in_evaluation(module):
+    with eval_mode(module):
         changed = [param for param, value in before.items() if not torch.equal(to_local(param.detach()), value)]
         return next((names[param] for param in changed), None)
 

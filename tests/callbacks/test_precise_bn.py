@@ -188,7 +188,7 @@ def test_layers_of_all_kinds(kind):
 
 def test_synchronised_layers_count_the_batches_of_their_own_process(monkeypatch):
     """What they track is of all processes, who each would count it as theirs."""
-    monkeypatch.setattr("lit_tricks.callbacks.batchnorm.statistics._world_size", lambda: 2)
+    monkeypatch.setattr("lit_tricks.callbacks.batchnorm.statistics.world_size", lambda: 2)
 
     class Synchronised(nn.SyncBatchNorm):
         def forward(self, image: torch.Tensor) -> torch.Tensor:

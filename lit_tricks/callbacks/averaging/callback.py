@@ -17,6 +17,7 @@ from lit_tricks.callbacks.averaging.raw_validation import validate_aside
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.utils.arguments import choice
 from lit_tricks.utils.modes import modes_kept
+from lit_tricks.utils.processes import broadcasts_buffers
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -181,12 +182,10 @@ class Averaging(KeptAverage):
         return on_exception(exception)
 
     def _sync(self) -> None:
-        # DDP spreads the buffers of the first process in its next forward pass, and then not before training: while the
-        # average is shown, the module's own are not there to be spread
-        ddp = self._trainer.strategy.model if self._trainer else None
-        own = getattr(ddp, "broadcast_buffers", False) and getattr(ddp, "require_forward_param_sync", False)
-        if self._weights:
-            self._weights.sync(own)
+        # DDP would broadcast in the next forward pass, and not again before training. While the average is shown, this
+        # would miss the module's own buffers.
+        if self._weights and self._trainer:
+            self._weights.sync(own=broadcasts_buffers(self._trainer))
 
     def _end_fit(self) -> None:
         for handle in self._handles:

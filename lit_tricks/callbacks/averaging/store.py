@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks._compat import foreach_copy_, foreach_lerp_
-from lit_tricks.callbacks.averaging.bf16_split import join, rest_of, round_to
+from lit_tricks.callbacks.averaging.bf16_split import join, remainder_of, round_to
 from lit_tricks.utils.dtensor import full_tensor, is_sharded, part_for, shard_like, to_local
 from lit_tricks.utils.modes import Modes
 from lit_tricks.utils.modules import is_statistic, some_of
+from lit_tricks.utils.processes import world_size
 from lit_tricks.utils.spectral_norm import spectral_norms
 
 __all__ = ["AveragedWeights"]
@@ -143,8 +144,7 @@ class AveragedWeights:
         Args:
             own: do it with the module's own buffers too.
         """
-        dist = torch.distributed
-        if not self._buffers or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self._buffers or world_size() == 1:
             return
         self.finish()
         first = len(self._params)
@@ -153,7 +153,7 @@ class AveragedWeights:
         for dtype in {buffer.dtype for buffer in buffers}:
             same = [buffer for buffer in buffers if buffer.dtype == dtype]
             flat = torch.cat([buffer.reshape(-1).to(live[0].device) for buffer in same])
-            dist.broadcast(flat, 0)
+            torch.distributed.broadcast(flat, 0)
             parts = torch.split(flat, [buffer.numel() for buffer in same])
             for buffer, part in zip(same, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
@@ -223,35 +223,51 @@ class AveragedWeights:
 
     @torch.no_grad()
     def state(self, shown: bool, saved: Collection[str], whole: bool = True) -> dict[str, dict[str, Tensor]]:
-        """The module's own weights, and the average, as far as the module's state_dict does not tell them.
+        """Return the own weights ``raw`` and the ``average``, as far as the module's state_dict does not contain them.
+
+        | the state_dict contains | ``raw`` contains | ``average`` contains |
+        |---|---|---|
+        | own weights | nothing | all averages that differ from the own weights |
+        | the average (``shown``) | own weights that differ from their average | averages that the state_dict rounds: of
+          bf16 weights, the remainder in 16 bits; averages that it lacks |
 
         Args:
-            shown: whether the state_dict beside it will hold the average.
-            saved: names in that state_dict.
-            whole: gather shards, into the first process. It is left out by the other ones.
+            shown: whether the state_dict contains the average.
+            saved: names in the state_dict.
+            whole: gather shards into the first process; the other processes return nothing.
         """
         self.finish()
+        self._update_vectors()
+        with self.showing(False):
+            pairs = {
+                name: (own, mean)
+                for name, own, mean in zip(self.names, self._live(), self._average, strict=True)
+                if is_sharded(own) or not torch.equal(own.to(mean), mean)
+            }
+            # the swap copies shards, so a view of a shard would change with it
+            raw = {
+                n: own.detach().clone() if is_sharded(own) else own.detach() for n, (own, _) in pairs.items() if shown
+            }
+            average = {
+                name: shard_like(own, mean.to(own.device)) if is_sharded(own) else mean
+                for name, (own, mean) in pairs.items()
+                if not shown or own.dtype != mean.dtype or name not in saved
+            }
+            if self._sharded:
+                return (
+                    {"raw": _gathered(raw), "average": _gathered(average)}
+                    if whole
+                    else {"raw": raw, "average": average}
+                )
+            if shown:
+                average = {n: _unsaved(mean, pairs[n][0].dtype) if n in saved else mean for n, mean in average.items()}
+        return {"raw": raw, "average": average}
+
+    def _update_vectors(self) -> None:
+        """Compute the vectors of spectral norms for the average, unless they are up to date."""
         if self._norms and self._stale:
             with self.showing(True):
-                pass  # which computes their vectors
-        raw: dict[str, Tensor] = {}
-        average: dict[str, Tensor] = {}
-        with self.showing(False):
-            live = dict(zip(self.names, self._live(), strict=True))
-            for name, tensor, mean in zip(self.names, self._live(), self._average, strict=True):
-                if not is_sharded(tensor) and torch.equal(tensor.to(mean), mean):
-                    continue
-                if shown:  # a shard is swapped by copying, so a view of it would not stay what it is
-                    raw[name] = tensor.detach().clone() if is_sharded(tensor) else tensor.detach()
-                if not shown or tensor.dtype != mean.dtype or name not in saved:
-                    average[name] = shard_like(tensor, mean.to(tensor.device)) if is_sharded(tensor) else mean
-            if whole and self._sharded:
-                raw, average = ({k: full_tensor(v) for k, v in part.items()} for part in (raw, average))
-                if torch.distributed.get_rank():
-                    raw, average = {}, {}
-            if shown and not self._sharded:  # the state_dict tells the one half of an average of bf16 weights
-                average = {k: _half(v, live[k].dtype) if k in saved else v for k, v in average.items()}
-        return {"raw": raw, "average": average}
+                pass  # the swap computes them
 
     @torch.no_grad()
     def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -386,10 +402,16 @@ def _precise(tensor: Tensor, on_cpu: bool) -> Tensor:
     return _on_cpu(tensor.detach(), dtype) if on_cpu else tensor.detach().to(dtype, copy=True)
 
 
-def _half(average: Tensor, dtype: torch.dtype) -> Tensor:
-    """The half that bf16 weights lack, if it is the average of such, and all of it otherwise."""
-    halves = (average.dtype, dtype) == (torch.float32, torch.bfloat16) and bool(average.isfinite().all())
-    return rest_of(average) if halves else average
+def _unsaved(average: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what an average's rounding to the type of the weights lacks: a remainder of 16 bits, or the average."""
+    is_split = (average.dtype, dtype) == (torch.float32, torch.bfloat16) and bool(average.isfinite().all())
+    return remainder_of(average) if is_split else average
+
+
+def _gathered(shards: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole tensors in the first process, and nothing in the other ones."""
+    whole = {name: full_tensor(shard) for name, shard in shards.items()}  # all processes take part
+    return {} if torch.distributed.get_rank() else whole
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

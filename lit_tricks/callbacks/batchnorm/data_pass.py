@@ -19,27 +19,28 @@ from lit_tricks._compat import (
     lightning_classes,
 )
 from lit_tricks.callbacks.base import Trick, paused
-from lit_tricks.callbacks.batchnorm.statistics import estimate, shift
+from lit_tricks.callbacks.batchnorm.statistics import Statistics, estimate, shift
 from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.utils.dtensor import is_sharded, to_local
 from lit_tricks.utils.loaders import fresh_loader
 from lit_tricks.utils.modules import is_flattened
+from lit_tricks.utils.processes import broadcasts_buffers
 from lit_tricks.utils.rng import isolated_random_state
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["Found", "Watch", "check", "go_through", "norms"]
+__all__ = ["Found", "TrainingDataPass", "Watch", "check", "norms"]
 
 
 @dataclass
 class Found:
-    """What a pass has found.
+    """The result of a pass.
 
     Args:
         values: the statistics, by their names in the ``state_dict``.
-        shift: how far they are from those that the layers had.
-        samples: what they are from, in all processes together.
+        shift: distance of the statistics from the former ones.
+        samples: number of samples, in all processes together.
     """
 
     values: dict[str, Tensor]
@@ -48,7 +49,7 @@ class Found:
 
 
 class Watch:
-    """Watches what ``forward`` is given: the inputs of a batch, or others."""
+    """Compares the arguments of ``forward`` with the inputs of a batch."""
 
     def __init__(self, pl_module: LightningModule, inputs: Sequence[Tensor]) -> None:
         self.inputs = inputs
@@ -58,13 +59,13 @@ class Watch:
         self.handle = None if compiled else pl_module.register_forward_pre_hook(self.compare)
 
     def compare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Compare the arguments of a call; one without tensors is that of a strategy."""
+        """Compare the arguments of a call. Calls without tensors come from a strategy."""
         tensors = [arg.detach() for arg in args if isinstance(arg, Tensor)]
         if tensors:
             self.given.add(all(map(_same, tensors, self.inputs)))
 
     def remove(self) -> bool:
-        """End it, and tell whether ``forward`` was called, and each time with other inputs."""
+        """Remove the hook. Return whether ``forward`` was called, and each time with other inputs."""
         if self.handle:
             self.handle.remove()
         return self.given == {False}
@@ -75,10 +76,10 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform: str) -> None:
-    """Check, before anything is trained, that such a pass is possible.
+    """Raise before training if a pass is not possible.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: for a conflicting callback, a strategy that hides the weights, or data that cannot be read twice.
     """
     others = [callback for callback in callbacks_of(trainer) if callback is not trick]
     if any(isinstance(other, type(trick)) for other in others):
@@ -101,103 +102,119 @@ def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform:
     fresh_loader(trainer, "PreciseBN", transform == "eval")
 
 
-def go_through(
-    trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
-) -> Found:
-    """Estimate the statistics of layers from training data. Everything else is as before.
+class TrainingDataPass:
+    """A pass over training data that estimates the statistics of BatchNorm, and leaves everything else as it is.
 
     Args:
         trainer: in a fit.
-        pl_module: its module, showing the weights.
+        pl_module: the Trainer's module, with the weights that the statistics are for.
         layers: BatchNorm layers to estimate, by name.
-        num_samples: how many samples to go through, in all processes together.
+        num_samples: how many samples to pass, in all processes together.
         transform: "train" or "eval".
     """
-    sharded = any(map(is_sharded, pl_module.parameters()))
-    in_step = sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers.values())
-    channels_last = any(_is_channels_last(to_local(param.detach())) for param in pl_module.parameters())
-    wanted = math.ceil(num_samples / trainer.world_size)
-    seen = 0
 
-    def inputs() -> Generator[list[Any]]:
-        nonlocal seen
-        for batch in _batches(trainer, loader, in_step):
-            tensors = _inputs(trainer, pl_module, batch)
-            if channels_last:
-                tensors = [
-                    t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.dim() == 4 else t
-                    for t in tensors
-                ]
-            yield tensors
-            seen += len(tensors[0])
-            if seen >= wanted:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
+    ) -> None:
+        self.trainer, self.pl_module, self.layers = trainer, pl_module, layers
+        self.transform = transform
+        self.samples_per_process = math.ceil(num_samples / trainer.world_size)
+        self.samples = 0  # of this process
+        parameters = list(pl_module.parameters())
+        self.is_sharded = any(map(is_sharded, parameters))
+        self.is_channels_last = any(_is_channels_last(to_local(param.detach())) for param in parameters)
+
+    def run(self) -> Found:
+        """Pass the data through the network."""
+        _broadcast_as_ddp(self.trainer, self.layers)
+        loader = fresh_loader(self.trainer, "PreciseBN", self.transform == "eval")
+        device = self.trainer.strategy.root_device
+        with isolated_random_state(device, loader.flattened), paused(self.trainer), self._stage():
+            try:
+                with contextlib.closing(self._inputs(loader)) as inputs:
+                    # an exception in the middle of a forward pass would leave FSDP2's shards gathered
+                    stop = not self.is_sharded
+                    statistics = estimate(self.pl_module, self.layers, inputs, self._forward, stop, self._sum)
+            finally:
+                loader.reset()
+        samples = int(self._sum(torch.tensor(float(self.samples), device=device)))
+        return self._found(statistics, samples)
+
+    @contextlib.contextmanager
+    def _stage(self) -> Iterator[None]:
+        """Set the Trainer's stage for a while: hooks that augment on the device depend on it."""
+        stage = self.trainer.state.stage
+        if self.transform == "train":
+            self.trainer.training = True
+        else:
+            self.trainer.validating = True
+        try:
+            yield
+        finally:
+            self.trainer.state.stage = stage
+
+    def _inputs(self, loader: Any) -> Generator[list[Any]]:
+        """Yield the inputs of batches until this process has its samples."""
+        # processes wait for each other within a batch if they exchange weights or statistics
+        in_step = self.is_sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in self.layers.values())
+        for batch in _batches(self.trainer, loader, in_step):
+            inputs = _inputs(self.trainer, self.pl_module, batch)
+            if self.is_channels_last:
+                inputs = [_to_channels_last(each) for each in inputs]
+            yield inputs
+            self.samples += len(inputs[0])
+            if self.samples >= self.samples_per_process:
                 return
 
-    def forward(tensors: Sequence[Any]) -> None:
+    def _forward(self, inputs: Sequence[Any]) -> None:
         try:
-            with trainer.precision_plugin.forward_context():
-                pl_module(*tensors)
+            with self.trainer.precision_plugin.forward_context():
+                self.pl_module(*inputs)
         except Exception as error:
-            shapes = ", ".join(map(describe, tensors))
+            shapes = ", ".join(map(describe, inputs))
             raise RuntimeError(
-                f"PreciseBN runs `forward` of {type(pl_module).__name__} on the inputs of training batches, here "
+                f"PreciseBN runs `forward` of {type(self.pl_module).__name__} on the inputs of training batches, here "
                 f"{shapes}, and it failed ({type(error).__name__}: {error}). Let it take these, in their order, and "
                 "nothing else that has no default."
             ) from error
 
-    _spread_as_ddp(trainer, layers)
-    stage = trainer.state.stage
-    loader = fresh_loader(trainer, "PreciseBN", transform == "eval")
-    device = trainer.strategy.root_device
-    with isolated_random_state(device, loader.flattened), paused(trainer):
-        try:
-            if transform == "train":  # hooks that augment on the device go by this
-                trainer.training = True
-            else:
-                trainer.validating = True
-            with contextlib.closing(inputs()) as batches:
-                # an exception in the middle of a forward pass would leave FSDP2's shards gathered
-                statistics = estimate(pl_module, layers, batches, forward, stop=not sharded, reduce=_sum(trainer))
-        finally:
-            trainer.state.stage = stage
-            loader.reset()
-    total = int(trainer.strategy.reduce(torch.tensor(float(seen), device=device), reduce_op="sum"))
-    kinds = ("running_mean", "running_var")
-    buffers = {name: [getattr(layers[name], kind) for kind in kinds] for name in statistics}
-    values = {
-        f"{name}.{kind}": value.to(buffer.dtype)
-        for name, pair in statistics.items()
-        for kind, value, buffer in zip(kinds, pair, buffers[name], strict=True)
-    }
-    return Found(values, shift(buffers, statistics), total)
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        total: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        return total
+
+    def _found(self, statistics: Statistics, samples: int) -> Found:
+        kinds = ("running_mean", "running_var")
+        buffers = {name: [getattr(self.layers[name], kind) for kind in kinds] for name in statistics}
+        values = {
+            f"{name}.{kind}": value.to(buffer.dtype)
+            for name, pair in statistics.items()
+            for kind, value, buffer in zip(kinds, pair, buffers[name], strict=True)
+        }
+        return Found(values, shift(buffers, statistics), samples)
 
 
 def norms(pl_module: LightningModule) -> list[float]:
-    """Of the parameters, to tell whether they are still the same."""
+    """Return the norms of the parameters, by which a change is noticed."""
     params = [to_local(param.detach()) for param in pl_module.parameters() if param.is_floating_point()]
     return [float(torch.linalg.vector_norm(param)) for param in params]
 
 
-def _spread_as_ddp(trainer: Trainer, layers: dict[str, Any]) -> None:
-    """Give every process the buffers of the first, if DDP would in its next forward pass: training has them then."""
-    ddp = trainer.strategy.model
-    if getattr(ddp, "broadcast_buffers", False) and getattr(ddp, "require_forward_param_sync", False):
+def _broadcast_as_ddp(trainer: Trainer, layers: dict[str, Any]) -> None:
+    """Copy the buffers of the first process to the others, if DDP would do so in its next forward pass."""
+    if broadcasts_buffers(trainer):
         with torch.inference_mode(False), torch.no_grad():
             for buffer in [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]:
                 torch.distributed.broadcast(buffer, 0)
 
 
-def _sum(trainer: Trainer) -> Any:
-    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="sum")
-
-
 def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
-    """The batches of an epoch.
+    """Yield the batches of an epoch.
 
     Args:
-        trainer: whose loader it is a copy of.
-        loader: a CombinedLoader.
-        in_step: end when that of any process has come to its end, because processes wait for each other in a batch.
+        trainer: the Trainer whose loader was copied.
+        loader: the copy, a CombinedLoader.
+        in_step: end in all processes with the first loader that ends.
     """
     expected = trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 1
     for _ in range(2):  # a loader that was resumed has the rest of its epoch to give first
@@ -216,11 +233,16 @@ def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
 
 
 def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Any]:
-    """Let a batch go the way of those of training, and take its inputs; images in a list are one."""
+    """Transfer a batch to the device as in training, and return its inputs. A list of images is one input."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = apply_before_transfer_hook(pl_module, batch)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     return arguments_of(batch, "PreciseBN")
+
+
+def _to_channels_last(value: Any) -> Any:
+    is_map = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_map else value
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks._compat import BatchNorm
-from lit_tricks.utils.modes import in_evaluation
+from lit_tricks.utils.modes import eval_mode
+from lit_tricks.utils.processes import world_size
 
-__all__ = ["estimate", "pooled", "shift"]
+__all__ = ["Statistics", "estimate", "pooled", "shift"]
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # mean and variance of a layer, in float64
 
@@ -81,8 +82,8 @@ def estimate(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        stack.enter_context(in_evaluation(module))
-        stack.enter_context(_at_work(module, found))
+        stack.enter_context(eval_mode(module))
+        stack.enter_context(_tracking(found))
         stack.enter_context(population.listening())
         for batch in batches:
             with contextlib.suppress(_Seen):
@@ -162,7 +163,7 @@ def _of_batch(layer: Any, batch: Tensor, device: torch.device) -> tuple[int, Ten
     """Number of values, mean and variance of a channel, after the layer was called."""
     size = batch.numel() // batch.size(1)
     mean, variance = layer.running_mean, layer.running_var
-    of_all_ranks = isinstance(layer, nn.SyncBatchNorm) and _world_size() > 1
+    of_all_ranks = isinstance(layer, nn.SyncBatchNorm) and world_size() > 1
     if not of_all_ranks and torch.finfo(mean.dtype).bits >= 32:  # with momentum 1 it has tracked just this batch
         return size, mean.to(device).double(), variance.to(device).double() * ((size - 1) / size)
     dims = [0, *range(2, batch.dim())]
@@ -182,27 +183,17 @@ def _moments(sums: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _at_work(module: nn.Module, layers: Sequence[BatchNorm]) -> Iterator[None]:
-    """Let layers, and nothing else, be in training mode and track the last batch alone. Puts all of it back."""
-    modes = {part: part.training for part in module.modules()}
+def _tracking(layers: Sequence[BatchNorm]) -> Iterator[None]:
+    """Set layers to training mode and momentum 1 for a while. Restore momenta and statistics afterwards."""
     momenta = [layer.momentum for layer in layers]
     buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
     values = [buffer.clone() for buffer in buffers]
     try:
-        for part in modes:
-            part.training = False
         for layer in layers:
             layer.training, layer.momentum = True, 1.0
         yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for buffer, value in zip(buffers, values, strict=True):
             buffer.copy_(value)
-
-
-def _world_size() -> int:
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
