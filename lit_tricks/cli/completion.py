@@ -172,4 +172,5 @@ def _choices(kind: Any) -> list[str] | None:
 
 def _arguments(classes: Iterable[type]) -> list[str]:
     """Return the names of the arguments of classes, each once."""
-    return list(dict.fromkeys(name for cls in classes for name in inspect.signature(cls).parameters))
+    found = (name for cls in classes for name in inspect.signature(cls).parameters if name != "kwargs")
+    return list(dict.fromkeys(found))

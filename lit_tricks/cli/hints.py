@@ -110,6 +110,10 @@ def _require_class(words: list[str]) -> None:
         raise argparse.ArgumentError(
             None, f"--data: {data!r} is a folder; did you mean --data ImageFolder --data.root {data}?"
         )
+    if data and Path(data).is_file():
+        raise argparse.ArgumentError(
+            None, f"--data: {data!r} is a file; did you mean --data ImageTable --data.table {data}?"
+        )
 
 
 def _is_network(name: str) -> bool:

@@ -244,7 +244,10 @@ def _parameters(class_path: str) -> list[str]:
         cls: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return []
-    return [p for p in inspect.signature(cls).parameters if p not in ("args", "kwargs")]
+    names = list(inspect.signature(cls).parameters)
+    if "kwargs" in names and isinstance(cls, type):  # the class that it is made of takes them
+        names += inspect.signature(cls.__base__ or object).parameters
+    return [name for name in dict.fromkeys(names) if name not in ("args", "kwargs")]
 
 
 def _arguments() -> list[str]:

@@ -144,9 +144,10 @@ class Facts:
 
     @property
     def dataset(self) -> str:
-        """A short name of the data: of a folder of images it is that of the folder."""
-        root = str(self.data_settings.get("root", "")) if self.data == "ImageFolder" else ""
-        return re.sub(r"[^\w.-]+", "-", Path(root).name if root else self.data).lower()
+        """A short name of the data: the name of the folder or the table, where the images are in one."""
+        place = {"ImageFolder": "root", "ImageTable": "table"}.get(self.data, "")
+        root = str(self.data_settings.get(place, ""))
+        return re.sub(r"[^\w.-]+", "-", Path(root).name.removesuffix(".csv") if root else self.data).lower()
 
     def citations(self) -> list[str]:
         """BibTeX entries of the methods used."""

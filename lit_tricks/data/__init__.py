@@ -5,6 +5,7 @@ from lit_tricks.data.detection.coco import CocoDetection
 from lit_tricks.data.detection.voc import VOCDetection
 from lit_tricks.data.digits import Digits
 from lit_tricks.data.image_folder import ImageFolder
+from lit_tricks.data.image_table import ImageTable
 from lit_tricks.data.segmentation.ade20k import ADE20KSegmentation
 from lit_tricks.data.segmentation.mask_folder import SegmentationFolder
 from lit_tricks.data.segmentation.voc import VOCSegmentation
@@ -20,6 +21,7 @@ __all__ = [
     "DigitSegmentation",
     "Digits",
     "ImageFolder",
+    "ImageTable",
     "SegmentationFolder",
     "Streaming",
     "VOCDetection",

@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.crops import CentreCrop
@@ -21,7 +23,7 @@ from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data.samples import Files, Reader, Source
-from lit_tricks.data.splits import held_out, split_folder
+from lit_tricks.data.splits import held_out, split_folder, split_name
 from lit_tricks.data.transforms import Transform
 from lit_tricks.utils.arguments import choice
 from lit_tricks.utils.class_names import permutation
@@ -208,9 +210,30 @@ class ImageFolder(PhotoDataModule):
             return folder
         return self.root if split == "train" else self._folder("train")
 
+    def _holds_out(self) -> bool:
+        """Return whether validation images are taken from the training images."""
+        return self.val_fraction is not None and self._folder("train") == self._folder("val")
+
+    def _split_file(self) -> Path:
+        """Return the file that keeps which images are held out."""
+        return Path(self._folder("train"), split_name(self.val_fraction or 0, self.split_seed))
+
     def _load(self, split: Split) -> dict[Split, Source]:
         if split == "test" and not self.has_test:
             raise self._no_test(self.root, "Add ROOT/test/CLASS/*.jpg")
+        paths, labels = self._listed(split)
+        read = self._file_reader()
+        if split == "test" or self.val_fraction is None or not self._holds_out():
+            return {split: self._kept(Files(paths, read, labels))}
+        chosen = held_out(paths.root, paths, labels.tolist(), self.val_fraction, self.split_seed, self._split_file())
+        parts: dict[Split, Source] = {}
+        for name, mask in (("train", ~chosen), ("val", chosen)):
+            names = (os.fsencode(paths[index]) for index in np.flatnonzero(mask).tolist())
+            parts[name] = self._kept(Files(Paths("", names), read, labels[torch.from_numpy(mask)]))  # type: ignore[index]
+        return parts
+
+    def _listed(self, split: Split) -> tuple[Paths, Tensor]:
+        """Return the files of a split, and their labels; of both splits where validation images are held out."""
         folder = self._folder(split)
         paths, labels, folders = list_images(folder)
         classes = map(printable, folders)
@@ -221,17 +244,7 @@ class ImageFolder(PhotoDataModule):
                 f"no image in {len(empty)} of the {self.num_classes} class folders of {folder!r}: {_some(empty)}; "
                 f"files must end in {' '.join(ENDINGS)}"
             )
-        if self._order is not None:
-            labels = torch.tensor(self._order)[labels]
-        read = self._file_reader()
-        if split == "test" or self.val_fraction is None or self._folder("train") != self._folder("val"):
-            return {split: self._kept(Files(paths, read, labels))}
-        chosen = held_out(folder, paths, labels.tolist(), self.val_fraction, self.split_seed)
-        parts: dict[Split, Source] = {}
-        for name, mask in (("train", ~chosen), ("val", chosen)):
-            names = (os.fsencode(paths[index]) for index in np.flatnonzero(mask).tolist())
-            parts[name] = self._kept(Files(Paths("", names), read, labels[torch.from_numpy(mask)]))  # type: ignore[index]
-        return parts
+        return paths, labels if self._order is None else torch.tensor(self._order)[labels]
 
     def _kept(self, files: Files) -> Source:
         """Return the files, or their decoded pixels where they are kept."""

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, r
 
 from lit_tricks.utils.files import written_whole
 
-__all__ = ["held_out", "split_folder"]
+__all__ = ["held_out", "split_folder", "split_name"]
 
 NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -35,13 +35,18 @@ def split_folder(root: str, split: str) -> str:
     return os.path.join(root, found[0] if found else split)
 
 
+def split_name(fraction: float, seed: int) -> str:
+    """Return the name of the file that keeps which images are held out."""
+    return f"split_{fraction:g}_{seed}.csv"
+
+
 def held_out(
-    folder: str, paths: Sequence[str], labels: Sequence[int], fraction: float, seed: int
+    folder: str, paths: Sequence[str], labels: Sequence[int], fraction: float, seed: int, file: Path
 ) -> npt.NDArray[np.bool_]:
     """Decide which images are for validation, in proportion to the classes.
 
-    The decision is kept in a file in the folder: images that are added later do not move others. The names of the files
-    and the seed alone decide where new images go.
+    The decision is kept in a file: images that are added later do not move others. Only the names of the files and the
+    seed decide where new images go.
 
     Args:
         folder: that the images lie in.
@@ -49,11 +54,11 @@ def held_out(
         labels: their classes.
         fraction: part of each class that is held out, above 0 and below 1; at least one image, and never all.
         seed: of the decision.
+        file: that keeps the decision.
 
     Raises:
         ValueError: if a class has a single image.
     """
-    file = Path(folder, f"split_{fraction:g}_{seed}.csv")
     names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
     known = _read(file)
     chosen = np.array([known.get(name) == "val" for name in names], dtype=bool)

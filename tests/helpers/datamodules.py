@@ -52,6 +52,9 @@ def write_data(root: Path, cifar: Path) -> dict[str, dict[str, Any]]:
         write_images(photos / "test" / name, 2)
     shard(str(photos), str(root / "shards"), shard_mb=0.004)
     write_images(root / "new", 2)
+    rows = [f"{path.relative_to(photos)},{path.parent.name}" for path in sorted(photos.rglob("*.jpg"))]
+    table = photos / "labels.csv"
+    table.write_text("\n".join(["file,label", *rows]))
     segmentation = {"crop_size": 16, "base_size": 20}
     known: dict[str, dict[str, Any]] = {
         "Digits": {"batch_size": 500},
@@ -60,6 +63,7 @@ def write_data(root: Path, cifar: Path) -> dict[str, dict[str, Any]]:
         "CIFAR10": {"root": cifar, "download": False, "val_size": 20},
         "CIFAR100": {"root": cifar, "download": False, "val_size": 100},
         "ImageFolder": {"root": photos, "image_size": 16},
+        "ImageTable": {"table": table, "image_size": 16},
         "Streaming": {"root": root / "shards", "image_size": 16},
         "SegmentationFolder": {"root": masks.write_folder(root / "masks")} | segmentation,
         "VOCSegmentation": {"root": masks.write_voc(root / "voc masks")} | segmentation,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_tricks.commands.progress import progress
-from lit_tricks.data import ImageFolder
-from lit_tricks.data.io.file_index import list_images
+from lit_tricks.data.image_table import images_at
 from lit_tricks.data.shards.index import SPLITS, import_litdata
 from lit_tricks.data.shards.writer import replaced_whole, write_shards
-from lit_tricks.data.splits import split_folder
 from lit_tricks.utils.log import log
 
 __all__ = ["shard"]
@@ -25,6 +22,7 @@ def shard(
     num_workers: int | Literal["auto"] = "auto",
     shard_mb: float = 64,
     overwrite: bool = False,
+    val_fraction: float | None = None,
 ) -> Path:
     """Write the images of a folder as shards, large files that stream from a disk or a bucket.
 
@@ -34,13 +32,15 @@ def shard(
     bucket, copy it there as it is: ``aws s3 sync OUT s3://BUCKET/NAME``, or ``gcloud storage rsync -r``.
 
     Args:
-        folder: images as ``ImageFolder`` takes them, FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg.
+        folder: images as ``ImageFolder`` takes them, FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg; or a table of
+            ``ImageTable``, a CSV file or a folder with metadata.
         out: folder to write, with ``train``, ``val`` and, if there is one, ``test``.
         short_side: shrink images whose short side is longer to this many pixels, as JPEG of quality 95; faster to load,
             but other data. By default the files stay as they are.
         num_workers: threads that read and shrink; "auto" is one for each core, 16 at most.
         shard_mb: size of a shard in MiB, above 0. Below 16, buckets get slow.
         overwrite: replace the shards that are in ``out``.
+        val_fraction: part of each class that is held out for validation, where there are no validation images.
 
     Returns:
         The path of the shards.
@@ -61,19 +61,18 @@ def shard(
         raise ValueError(f'num_workers must be "auto" or at least 1, got {num_workers}')
     if not shard_mb > 0:
         raise ValueError(f"shard_mb must be above 0, got {shard_mb}: 64 is usual")
-    data = ImageFolder(folder)
+    data = images_at(folder, val_fraction)
     workers = data.auto_workers() if num_workers == "auto" else num_workers
     with replaced_whole(out, overwrite) as part:
         for split in SPLITS:
-            if not os.path.isdir(split_folder(folder, split)):
+            if split == "test" and not data.has_test:
                 continue
-            data.source(split)  # complains of classes without images
-            paths, labels, _ = list_images(split_folder(folder, split))
-            files = list(zip(paths, labels.tolist(), strict=True))
+            source: Any = data.source(split)
+            root = source.paths.root or data.root
+            files = list(zip(source.paths, source.labels.tolist(), strict=True))
             if split == "train":
                 random.Random(0).shuffle(files)
             with progress(split, len(files)) as advance:
-                root = split_folder(folder, split)
                 target, size = str(part / split), round(shard_mb * 2**20)
                 write_shards(files, data.classes, root, target, short_side, workers, size, lambda: advance(1))
             log.info("%s: %d images of %d classes", split, len(files), data.num_classes)
