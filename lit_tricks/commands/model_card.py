@@ -74,7 +74,7 @@ def card(
     return target
 
 
-def text_of(facts: Facts, license_id: str, timm_folder: str = "", mode: str = "RGB") -> str:
+def text_of(facts: Facts, license_id: str, timm_folder: str = "", mode: str = "RGB", exif: bool = False) -> str:
     """The card of a checkpoint, or of a folder of timm's that was made of it.
 
     Args:
@@ -82,8 +82,9 @@ def text_of(facts: Facts, license_id: str, timm_folder: str = "", mode: str = "R
         license_id: identifier of the licence.
         timm_folder: name of the folder; empty for the checkpoint itself.
         mode: of the images, as PIL calls it.
+        exif: whether images are turned as their EXIF orientation says.
     """
-    use = _use_of_folder(timm_folder, mode) if timm_folder else _use_of_checkpoint(facts)
+    use = _use_of_folder(timm_folder, mode, exif) if timm_folder else _use_of_checkpoint(facts)
     library = "timm" if timm_folder else "lit-tricks"
     return f"---\n{_front_matter(facts, license_id, library)}---\n\n{_text(facts, use)}"
 
@@ -239,15 +240,16 @@ def _use_of_checkpoint(facts: Facts) -> list[str]:
     ]
 
 
-def _use_of_folder(folder: str, mode: str) -> list[str]:
+def _use_of_folder(folder: str, mode: str, exif: bool) -> list[str]:
+    opened = 'ImageOps.exif_transpose(Image.open("image.png"))' if exif else 'Image.open("image.png")'
     return [
         "import timm",
-        "from PIL import Image",
+        f"from PIL import Image{', ImageOps' if exif else ''}",
         "",
         f"model = timm.create_model({json.dumps(f'local-dir:{printable(folder)}')}, pretrained=True).eval()",
         '# on the Hub: "hf-hub:USER/NAME"',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-        f'image = Image.open("image.png").convert("{mode}")',
+        f'image = {opened}.convert("{mode}")',
         "probabilities = model(transform(image)[None]).softmax(dim=1)[0]",
         'print(model.pretrained_cfg["label_names"][int(probabilities.argmax())])',
     ]

@@ -91,7 +91,7 @@ class ImageFolder(PhotoDataModule):
             ``bad_images.csv`` in the folder of the run.
         exif: turn images as their EXIF orientation says, in every split, in prediction and in ``input_transform``. Give
             true for photos of phones and cameras. The default is false, as in torchvision and timm: published figures
-            and weights are for images that are not turned.
+            and weights are for images that are not turned. HEIC files are always turned. Exported models keep the rule.
         cache: decode the images once, and keep their pixels at the short side that evaluation needs: ``resize_size``,
             or more with ``eval_size``. "memory" keeps them in memory, "disk" in one file per split in the cache folder,
             which all processes share. Evaluation stays as it is. Random crops come from the smaller image, so that

@@ -50,6 +50,8 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small files of all data sets that configurations name."""
     root = tmp_path_factory.mktemp("datasets")
     shard(str(write_image_folder(root / "imagenet")), str(root / "shards"))
+    rows = [f"{path.relative_to(root)},{path.parent.name}" for path in sorted(root.rglob("*.jpg"))]
+    (root / "labels.csv").write_text("\n".join(["file,label", *rows]))
     write_coco(root / "coco")
     write_voc(root / "VOCdevkit", ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"), VOC_CLASSES)
     return root

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.cli import FIT, QUIET, Outcome, cli, done, logits_of, workplace, write_image_folder
+from lightning.pytorch import Trainer
 from PIL import Image, ImageOps
 
 import lit_tricks
 from lit_tricks.commands import predict
+from lit_tricks.commands.predicting.loading import load
 from lit_tricks.data import Digits, ImageFolder
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.run.tables import check_table, write_table
@@ -182,7 +185,8 @@ def test_standard_output_has_nothing_but_the_table(folder: Path) -> None:
 
 
 def test_parquet(folder: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import parquet  # here, as its import takes a while
+
     cli("predict", "broken", "images", "--ckpt=runs/tiny/v0", "-o=out.parquet")
     found = parquet.read_table("out.parquet").to_pylist()
     predicted("-o=out.jsonl")
@@ -266,6 +270,31 @@ def test_an_exported_file_predicts_the_same(folder: Path) -> None:
             assert {**theirs, **dict.fromkeys(numbers)} == {**ours, **dict.fromkeys(numbers)}
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_exports_keep_the_orientation_rule(folder: Path, turned: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(32 * 20 * 3, dtype=np.uint32).reshape(20, 32, 3) % 251
+    Image.fromarray(pixels.astype(np.uint8)).save("phone.png", exif=exif)
+    model = lit_tricks.Classifier(model_args={"depth": 18, "width": 0.125}, num_classes=2, class_names=["a", "b"])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.trainer = trainer
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint("turned.ckpt", weights_only=True)
+    content = torch.load("turned.ckpt", weights_only=True)
+    settings = {"_class_path": "lit_tricks.data.ImageFolder", "root": "gone", "image_size": 32, "exif": turned}
+    torch.save(content | {"datamodule_hyper_parameters": settings}, "turned.ckpt")
+    done("export", "turned.ckpt", "--format=onnx", "-o=turned.onnx")
+    [ours], [theirs] = (lit_tricks.predict(file, "phone.png") for file in ("turned.ckpt", "turned.onnx"))
+    assert theirs.names == ours.names
+    assert theirs.probabilities == pytest.approx(ours.probabilities, abs=1e-4)
+    assert [load(file)[1].exif for file in ("turned.ckpt", "turned.onnx")] == [turned, turned]
+    done("export", "turned.ckpt", "--format=timm", "-o=turned")
+    assert json.loads(Path("turned", "config.json").read_text())["exif"] is turned
+    assert ("exif_transpose" in Path("turned", "README.md").read_text()) is turned
+    shutil.rmtree("turned")
+
+
 def test_files_that_are_no_exported_network(folder: Path) -> None:
     Path("text.onnx").write_text("no network")
     assert "text.onnx is not a file that ONNX Runtime reads" in cli("predict", "images", "--ckpt=text.onnx").err
@@ -276,6 +305,21 @@ def test_heic_names_its_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     predicted("-o=out.csv", "phone.heic")
     assert "lit-tricks[heic]" in table("out.csv")[-1]["error"]
+
+
+def test_heic_is_read(folder: Path) -> None:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 64), (200, 10, 10)).save("phone.heic", exif=exif, quality=95)
+    predicted("-o=out.csv", "phone.heic", images="images/b.png")
+    assert [row["error"] for row in table("out.csv")] == ["", ""]
+    for turned in (False, True):  # HEIC has a field of its own, which the decoder obeys. EXIF does not count.
+        image = read_image("phone.heic", exif=turned)
+        assert (image.mode, image.size) == ("RGB", (96, 64))
+        assert np.abs(np.asarray(image).mean((0, 1)) - [200, 10, 10]).max() < 5
 
 
 def test_avif_and_webp(folder: Path) -> None:

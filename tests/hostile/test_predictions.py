@@ -99,8 +99,6 @@ def test_masks_replace_no_file_and_follow_no_link(there: str, photos: Path) -> N
     ],
 )
 def test_a_table_replaces_only_tables_of_predictions(name: str, text: str, tmp_path: Path) -> None:
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
     path = tmp_path / name
     path.write_text(text, encoding="latin-1")
     with pytest.raises(FileExistsError, match="not a table of predictions"):
@@ -110,8 +108,6 @@ def test_a_table_replaces_only_tables_of_predictions(name: str, text: str, tmp_p
 
 @pytest.mark.parametrize("name", ["p.csv", "p.json", "p.jsonl", "p.parquet", "p"])
 def test_a_table_of_an_earlier_run_is_replaced(name: str, tmp_path: Path) -> None:
-    if name.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
     path = str(tmp_path / name)
     for probability in (0.5, 0.25):
         check_table(path)
@@ -142,7 +138,8 @@ def test_a_name_without_an_encoding_loses_no_predictions(name: str, tmp_path: Pa
     rows = [[file, "cat", 0.5, None] for file in ("a.jpg", os.fsdecode(b"z\xff\xfe.jpg"), "b.jpg")]
     path = tmp_path / name
     if name.endswith(".parquet"):
-        parquet = pytest.importorskip("pyarrow.parquet")
+        from pyarrow import parquet
+
         write_table(str(path), COLUMNS, rows)
         assert parquet.read_table(path).column("file").to_pylist() == ["a.jpg", "z\\xff\\xfe.jpg", "b.jpg"]
         return

@@ -127,7 +127,13 @@ def _write_folder(exported: Exported, facts: Facts, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.resolve().parent) as part:
         write_timm(exported, Path(part))
         channels = exported.preprocessing.input_size[0]
-        text = text_of(facts, exported.license, timm_folder=target.name, mode="L" if channels == 1 else "RGB")
+        text = text_of(
+            facts,
+            exported.license,
+            timm_folder=target.name,
+            mode="L" if channels == 1 else "RGB",
+            exif=exported.preprocessing.exif,
+        )
         Path(part, "README.md").write_text(text, encoding="utf-8")
         target.mkdir(exist_ok=True)
         for file in FILES:

@@ -37,7 +37,7 @@ BATCH_SIZES = (1, 2, 5)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the input of a network; the fields are those of timm's ``pretrained_cfg``.
+    """From an image to the input of a network; the fields except ``exif`` are those of timm's ``pretrained_cfg``.
 
     Args:
         input_size: channels, height and width.
@@ -46,6 +46,7 @@ class Preprocessing:
         crop_pct: side over the short side before the centre crop, in (0, 1].
         crop_mode: "center" keeps the aspect ratio, "squash" makes the image a square.
         interpolation: of the resizing, antialiased.
+        exif: whether images are turned as their EXIF orientation says.
     """
 
     input_size: tuple[int, int, int]
@@ -54,6 +55,7 @@ class Preprocessing:
     crop_pct: float
     crop_mode: str = "center"
     interpolation: str = "bilinear"
+    exif: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,11 @@ def preprocessing_of(
     data = _data_of(path, needed=mean is None or std is None)
     channels, *_, trained = module.hparams.get("input_size") or (3, 224, 224)
     shortest = module.hparams["min_size"] if isinstance(module, Detector) else None
-    mode, ratio = "center", 0.875  # timm's
+    mode, ratio, exif = "center", 0.875, False  # timm's
     if data is not None:
         channels, *_, trained = data.input_size
         trained = data.hparams.get("eval_size") or trained
-        mode, ratio = data.crop_mode, data.crop_ratio
+        mode, ratio, exif = data.crop_mode, data.crop_ratio, data.exif
         mean = [value / 255 for value in data.mean] if mean is None else mean
         std = [value / 255 for value in data.std] if std is None else std
     if mean is None or std is None:
@@ -218,7 +220,7 @@ def preprocessing_of(
                 f"--{name} {' '.join(map(str, values))}: on the scale from 0 to 1 it is 1/255 of that on 0-255."
             )
     resize_size = resize_size_for(size, crop_ratio, default=ratio)
-    return Preprocessing((channels, size, size), tuple(mean), tuple(std), crop_pct(size, resize_size), mode)
+    return Preprocessing((channels, size, size), tuple(mean), tuple(std), crop_pct(size, resize_size), mode, exif=exif)
 
 
 def crop_pct(size: int, resize_size: int) -> float:

@@ -46,12 +46,14 @@ def write_timm(exported: Exported, folder: Path) -> None:
     kept = {
         key: known[key] for key in ("fixed_input_size", "min_input_size", "first_conv", "classifier") if key in known
     }
-    pretrained_cfg = asdict(exported.preprocessing) | kept | {"num_classes": num_classes, "pool_size": None}
+    preprocessing = asdict(exported.preprocessing)
+    exif = preprocessing.pop("exif")  # timm knows no such field
+    pretrained_cfg = preprocessing | kept | {"num_classes": num_classes, "pool_size": None}
     if exported.license != "unknown":
         pretrained_cfg["license"] = exported.license
     config = {
         "architecture": architecture, "num_classes": num_classes, "num_features": network.num_features,
-        "label_names": exported.label_names, "model_args": model_args, "pretrained_cfg": pretrained_cfg,
+        "label_names": exported.label_names, "model_args": model_args, "pretrained_cfg": pretrained_cfg, "exif": exif,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_safetensors(exported, folder / "model.safetensors")
