@@ -1,4 +1,4 @@
-"""What the tricks make of the loss of a batch: written by them, read by the losses of ``_loss.py``."""
+"""The specification of a batch's loss: tricks write it, and the losses in ``losses.py`` read it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["LossSpec"]
 
 @dataclass
 class LossSpec:
-    """What the tricks make of the loss of one batch. One for the target and all that is derived from it.
+    """The loss of one batch. The target of the batch and all targets derived from it share the spec.
 
-    The meaning does not depend on the order of the tricks: the labels are mixed, then smoothed; the loss under this
-    distribution is modulated; what a teacher says comes on top, untouched by all that.
+    The meaning does not depend on the order of the tricks. The labels are mixed, then smoothed. The loss under this
+    distribution is modulated. The divergence from a teacher is added last.
     """
 
     tricks: tuple[str, ...]
@@ -32,22 +32,26 @@ class LossSpec:
 
     @property
     def modulates(self) -> bool:
-        """Whether the loss of the labels is more than cross entropy with a distribution of the target."""
+        """Return whether the loss of the labels is more than cross entropy with a distribution."""
         return any(part is not None for part in (self.factor, self.class_weight, self.positive_weight))
 
     def names(self) -> str:
-        """The tricks, for messages."""
+        """Return the names of the tricks, for messages."""
         return " and ".join(self.tricks)
 
     def require(self, kept: bool, function: str) -> None:
-        """Refuse a function between the target of the batch and its loss that the recipe can not follow.
+        """Raise if a function between the target of the batch and its loss lost what the loss needs.
+
+        Args:
+            kept: whether the function kept everything.
+            function: name of the function.
 
         Raises:
-            RuntimeError: if it was not ``kept``.
+            RuntimeError: if not.
         """
         if not kept:
             raise RuntimeError(
-                f"{self.names()} can not follow the target of the batch through `{function}`. Give it to "
+                f"{self.names()} cannot follow the target of the batch through `{function}`. Give it to "
                 "F.cross_entropy or nn.CrossEntropyLoss as it is, reshaped or indexed (for binary losses as "
                 "F.one_hot(target, num_classes).float()), and change labels in the dataset or the collate_fn."
             )

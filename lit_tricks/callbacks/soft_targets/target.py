@@ -54,7 +54,7 @@ class SoftTarget(Tensor):
         return self.parts["value"].__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-if torch.__version__ < "2.15":  # torch.compile can not trace it there: the graph breaks, and the loss runs in between
+if torch.__version__ < "2.15":  # torch.compile cannot trace it there: the graph breaks, and the loss runs in between
     SoftTarget.__torch_function__ = classmethod(torch.compiler.disable(SoftTarget.__torch_function__.__func__))  # type: ignore
 
 
@@ -91,7 +91,7 @@ def _second(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _move(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: Any) -> Any:
-    """What only moves elements: all parts go along."""
+    """Call a function that only moves elements on all parts."""
     moved = {name: func(part, *args, **kwargs) for name, part in target.parts.items()}
     if isinstance(moved["value"], Tensor):
         return _target(moved, target.spec, target.kind, target.lost)
@@ -100,7 +100,7 @@ def _move(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: An
 
 
 def _cast(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: Any) -> Any:
-    """What changes dtype or device: labels change both, shares the device only."""
+    """Change dtype or device: of labels both, of shares the device only."""
     value = func(target.parts["value"], *args, **kwargs)
     if not isinstance(value, Tensor):
         return value  # the name of its type
@@ -149,28 +149,38 @@ def _join(func: Callable[..., Any], tensors: Sequence[Tensor], *args: Any, **kwa
 
 
 def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Any other function sees plain tensors. Where its result may still be meant for a loss, it is a target, too."""
+    """Call any other function on plain tensors. Its result stays a target where a loss may still get it.
+
+    The first row that applies decides.
+
+    | result | becomes |
+    |---|---|
+    | no tensor, or an attribute such as ``.grad`` | itself |
+    | a tensor made from several labels per item | see ``_of_several`` |
+    | the target, changed in place | the same target, marked with ``_lost_by`` |
+    | a tensor with gradient: part of a loss that the user has written out | itself; the spec counts as used, or an
+      error is raised if the loss would lack something, see ``_require_known_loss`` |
+    | a tensor of the target's shape, not boolean: changed labels | a target of the result only, marked likewise |
+    | any other tensor, such as a mask or a count | itself |
+    """
     result = func(*args, **kwargs)
-    several = next((x for x in (*args, *kwargs.values()) if isinstance(x, SoftTarget) and x.kind == "binary"), None)
-    if several is not None and isinstance(result, Tensor) and _name(func) != "__get__":
-        return _of_several(func, args, kwargs, several, result)
+    targets = [each for each in (*args, *kwargs.values()) if isinstance(each, SoftTarget)]
     if func is Tensor.__setitem__ and isinstance(args[0], SoftTarget):
         result = args[0]
-    if not isinstance(result, Tensor) or _name(func) == "__get__":  # of an attribute
+    elif isinstance(result, Tensor) and _name(func) != "__get__":
+        several = next((target for target in targets if target.kind == "binary"), None)
+        if several is not None:
+            return _of_several(func, args, kwargs, several, result)
+    else:
         return result
-    target = next((each for each in (*args, *kwargs.values()) if isinstance(each, SoftTarget)), None)
-    if target is None:
+    if not targets:
         return result
-    whole = target.kind == "soft" or len(target.parts) == 1  # a new value is as good as the old one
-    if target.kind == "soft" and (target.spec.modulates or target.spec.teacher is not None):
-        whole = False  # but a factor, or a teacher, is for a loss that is known
-    lost = target.lost or ("" if whole else _name(func))
-    if result is target:  # in place
+    target = targets[0]
+    lost = _lost_by(func, target)
+    if result is target:
         target.lost = lost
-    elif result.requires_grad:  # it met the network, in a loss that is written out
-        if target.kind == "soft" or (target.kind == "one-hot" and target.lost):
-            target.spec.require(not lost, lost)
-            target.spec.used = True
+    elif result.requires_grad:
+        _require_known_loss(target, lost)
     elif result.shape == target.shape and result.dtype != torch.bool:
         if target.kind == "labels" and result.is_floating_point():
             lost = lost or _name(func)
@@ -178,10 +188,33 @@ def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
     return result
 
 
+def _lost_by(func: Callable[..., Any], target: SoftTarget) -> str:
+    """Return the name of the first function that lost something that the loss needs, or an empty text."""
+    if target.kind == "soft":  # a changed distribution is as good, but a factor or a teacher needs a loss that is known
+        is_lost = target.spec.modulates or target.spec.teacher is not None
+    else:
+        is_lost = len(target.parts) > 1
+    return target.lost or (_name(func) if is_lost else "")
+
+
+def _require_known_loss(target: SoftTarget, lost: str) -> None:
+    """Note that a loss that is written out has used a soft distribution, unless it would lack something.
+
+    Raises:
+        RuntimeError: if it would.
+    """
+    if target.kind == "soft" or (target.kind == "one-hot" and target.lost):
+        target.spec.require(not lost, lost)
+        target.spec.used = True
+
+
 def _of_several(
     func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], target: SoftTarget, result: Tensor
 ) -> Any:
-    """A function of several labels is also one of the mixed labels; where it meets the network, of these alone."""
+    """Call a function on several labels per item, and on the mixed labels.
+
+    A loss that the user has written out gets the mixed labels only.
+    """
     spec, name = target.spec, _name(func)
 
     def mixed(value: Any) -> Any:
@@ -191,7 +224,7 @@ def _of_several(
         of: Tensor = func(*map(mixed, args), **{key: mixed(value) for key, value in kwargs.items()})
         return of
 
-    if result is target or func is Tensor.__setitem__:  # in place
+    if result is target:  # in place
         target.lost = target.lost or name
         return result
     if result.requires_grad:
@@ -203,7 +236,7 @@ def _of_several(
         return result
     try:
         return _target({"value": result, "soft": of_mixed()}, spec, "binary", target.lost)
-    except (RuntimeError, TypeError):  # integers may do what floats can not
+    except (RuntimeError, TypeError):  # integers support functions that floats do not
         return _target({"value": result}, spec, "binary", target.lost or name)
 
 
