@@ -39,38 +39,16 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
     """
     refuse_boxes(batch, trick, "a label of each image, or of each pixel")
     tensors = dict(tensors_in(batch))
-    bytes_ = {path: t for path, t in tensors.items() if t.dtype == torch.uint8}
-    images = {path: t for path, t in tensors.items() if t.dim() >= 3 and (t.is_floating_point() or path in bytes_)}
-    targets = {path: t for path, t in tensors.items() if _is_integer(t) and _has_target_shape(t)}
-    if not targets:
-        targets = {path: t for path, t in bytes_.items() if _has_target_shape(t)}
-        if targets.keys() == images.keys():  # images, unless they are called otherwise
-            targets = {path: t for path, t in targets.items() if _is_named(path)}
-    if not targets:
-        targets = _several_labels(tensors, images)
+    images = {path: t for path, t in tensors.items() if _is_images(t)}
+    targets = _integer_targets(tensors) or _byte_targets(tensors, images) or _several_labels(tensors, images)
     if len(targets) > 1:
         targets = {path: t for path, t in targets.items() if _is_named(path)} or targets
     if len(targets) != 1:
-        found = "no target" if not targets else f"{len(targets)} tensors that could be the target"
-        remedy = (
-            "Name it 'label', 'target' or 'mask': let the collate_fn of the loader return a dict, or a NamedTuple "
-            "(which unpacks as the tuple before)."
-        )
-        if not targets and any(t.is_floating_point() and t.dim() == 1 for t in tensors.values()):
-            remedy = (
-                "Floats of shape (N,) are no class indices: let the dataset return integers, as `label.long()`. For "
-                f"regression leave {trick} out."
-            )
-        raise RuntimeError(
-            f"{trick} found {found} in the training batch: {describe(batch)}. It looks for one tensor of integer class "
-            "indices, of shape (N,) or (N, H, W), or of several labels an item, of shape (N, K) with values from 0 to "
-            f"1. {remedy}"
-        )
+        raise _no_single_target(batch, trick, tensors, len(targets))
     [(where, target)] = targets.items()
     n = target.size(0)
     inputs = {path: t for path, t in images.items() if path != where and t.size(0) == n}
-    if not inputs:
-        inputs = {path: t for path, t in tensors.items() if t.is_floating_point() and t.dim() == 2 and t.size(0) == n}
+    inputs = inputs or {path: t for path, t in tensors.items() if _is_float_matrix(t) and t.size(0) == n}
     return inputs, where, target
 
 
@@ -85,8 +63,8 @@ def inputs_of(batch: Any, trick: str) -> list[Tensor]:
     try:
         inputs = list(find(batch, trick)[0].values())
     except RuntimeError:
-        floats = [t for _, t in tensors_in(batch) if t.is_floating_point() or (t.dtype == torch.uint8 and t.dim() >= 3)]
-        inputs = [t for t in floats if t.dim() >= 3] or [t for t in floats if t.dim() == 2]
+        tensors = [t for _, t in tensors_in(batch)]
+        inputs = [t for t in tensors if _is_images(t)] or [t for t in tensors if _is_float_matrix(t)]
     if not inputs:
         raise RuntimeError(
             f"{trick} found no inputs in the training batch: {describe(batch)}. It looks for tensors of floats, or "
@@ -183,12 +161,56 @@ def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from tensors_in(child, (*path, key))
 
 
+def _no_single_target(batch: Any, trick: str, tensors: dict[Path, Tensor], number: int) -> RuntimeError:
+    """Return the error for a batch that has several tensors that could be the target, or none."""
+    found = f"{number} tensors that could be the target" if number else "no target"
+    if not number and any(t.is_floating_point() and t.dim() == 1 for t in tensors.values()):
+        remedy = (
+            "Floats of shape (N,) are no class indices: let the dataset return integers, as `label.long()`. For "
+            f"regression leave {trick} out."
+        )
+    else:
+        remedy = (
+            "Name it 'label', 'target' or 'mask': let the collate_fn of the loader return a dict, or a NamedTuple "
+            "(which unpacks as the tuple before)."
+        )
+    return RuntimeError(
+        f"{trick} found {found} in the training batch: {describe(batch)}. It looks for one tensor of integer class "
+        "indices, of shape (N,) or (N, H, W), or of several labels an item, of shape (N, K) with values from 0 to "
+        f"1. {remedy}"
+    )
+
+
 def _is_integer(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def _is_bytes(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.uint8
+
+
+def _is_images(tensor: Tensor) -> bool:
+    return tensor.dim() >= 3 and (tensor.is_floating_point() or _is_bytes(tensor))
+
+
+def _is_float_matrix(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.is_floating_point()
+
+
 def _has_target_shape(tensor: Tensor) -> bool:
     return tensor.dim() in (1, 3) or (tensor.dim() in (2, 4) and tensor.size(1) == 1)
+
+
+def _integer_targets(tensors: dict[Path, Tensor]) -> dict[Path, Tensor]:
+    return {path: t for path, t in tensors.items() if _is_integer(t) and _has_target_shape(t)}
+
+
+def _byte_targets(tensors: dict[Path, Tensor], images: dict[Path, Tensor]) -> dict[Path, Tensor]:
+    """Return uint8 tensors that may be targets: if these are all the images there are, only those with such a name."""
+    targets = {path: t for path, t in tensors.items() if _is_bytes(t) and _has_target_shape(t)}
+    if targets.keys() != images.keys():
+        return targets
+    return {path: t for path, t in targets.items() if _is_named(path)}
 
 
 def _several_labels(tensors: dict[Path, Tensor], images: dict[Path, Tensor]) -> dict[Path, Tensor]:
