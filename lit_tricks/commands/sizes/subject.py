@@ -166,25 +166,19 @@ def subject_of(
         raise ValueError("give --ckpt, a checkpoint, or the name of one of timm's models.")
     path = _checkpoint(ckpt) if ckpt else None
     data = data_of(path) if data is None and path else data
+    name = ckpt or type(module).__name__
     if data is None:
         raise ValueError(
-            f"{ckpt or type(module).__name__} does not say what data it was trained on: give --data, such as --data "
+            f"{name} does not say what data it was trained on: give --data, such as --data "
             "ImageFolder --data.root FOLDER, or the --config of a run."
         )
-    if module is not None:
-        if path:
-            fill(module, path)
-        _check_classes(module, data, ckpt or type(module).__name__)
-        return Subject(module, data, _side(module, data), None, path)
-    assert ckpt is not None
-    if path is None:
-        return _timm(ckpt, data, weights, model_args)
-    hparams = read_checkpoint(path).get("hyper_parameters", {})
-    changes = {"model_args": (hparams.get("model_args") or {}) | model_args} if model_args else {}
-    module = module_of(path, **changes)
-    if getattr(module, "score", "top1") != "top1":
-        raise ValueError(f"{ckpt} is of a {type(module).__name__}, and this is for classifiers of whole images.")
-    _check_classes(module, data, ckpt)
+    if module is None:
+        if path is None:
+            return _of_timm(name, data, weights, model_args)
+        module = _of_checkpoint(path, name, model_args)
+    elif path:
+        fill(module, path)
+    _check_classes(module, data, name)
     return Subject(module, data, _side(module, data), None, path)
 
 
@@ -197,7 +191,17 @@ def _checkpoint(ckpt: str) -> Path | None:
     return checkpoint_at(path, "--ckpt") if is_path else None
 
 
-def _timm(name: str, data: LightningDataModule, weights: str | None, model_args: dict[str, Any] | None) -> Subject:
+def _of_checkpoint(path: Path, name: str, model_args: dict[str, Any] | None) -> LightningModule:
+    """Return the module of a checkpoint, with some arguments of its model replaced."""
+    hparams = read_checkpoint(path).get("hyper_parameters", {})
+    changes = {"model_args": (hparams.get("model_args") or {}) | model_args} if model_args else {}
+    module = module_of(path, **changes)
+    if getattr(module, "score", "top1") != "top1":
+        raise ValueError(f"{name} is of a {type(module).__name__}, and this is for classifiers of whole images.")
+    return module
+
+
+def _of_timm(name: str, data: LightningDataModule, weights: str | None, model_args: dict[str, Any] | None) -> Subject:
     """A model of timm's, with its own normalisation, size and crop ratio."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):

@@ -11,6 +11,7 @@ from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.detection.boxes import (
+    Box,
     BoxFiles,
     OnBadBox,
     Picture,
@@ -140,6 +141,25 @@ def read_coco(file: str, folder: str, on_bad_box: OnBadBox) -> tuple[list[str], 
         FileNotFoundError: if the file, the folder or an image is not there.
         ValueError: for a damaged file, or an annotation that can not be right; it names the file and the image.
     """
+    categories, pictures, objects = _content(file, folder)
+    require_files(pictures.values(), folder)
+    labels = {category: label for label, category in enumerate(sorted(categories), start=1)}
+    skipped: Counter[str] = Counter()
+    for each in objects:
+        key, category, box = _object(each, file)
+        number = f"annotation {each.get('id')!r} in {file!r}"
+        if key not in pictures:
+            raise ValueError(f"{number} is of image {key!r}, which it does not have")
+        where = f"{number}, of {pictures[key].path!r}"
+        if category not in labels:
+            raise ValueError(f"{where}, has category {category!r}, and there are {some_of(sorted(categories))}")
+        add_object(pictures[key], box, labels[category], bool(each.get("iscrowd")), where, on_bad_box, skipped)
+    warn_of_skipped(skipped, file)
+    return [categories[category] for category in sorted(categories)], list(pictures.values())
+
+
+def _content(file: str, folder: str) -> tuple[dict[int, str], dict[int, Picture], list[dict[str, Any]]]:
+    """Return the names of the categories by id, the images by id, and the annotations."""
     content = _json(file)
     try:
         categories = {int(each["id"]): str(each["name"]) for each in content["categories"]}
@@ -155,35 +175,24 @@ def read_coco(file: str, folder: str, on_bad_box: OnBadBox) -> tuple[list[str], 
         raise ValueError(f"{file!r} has {len(images)} images and {len(categories)} categories: there must be some")
     if len(images) != len(content["images"]):
         raise ValueError(f"{file!r} gives {len(content['images'])} images {len(images)} ids: each needs one of its own")
-    label_of = {category: label for label, category in enumerate(sorted(categories), start=1)}
     pictures = {
         key: Picture(os.path.join(folder, name), file, (int(width), int(height)) if width and height else None)
         for key, (name, width, height) in zip(images, entries, strict=True)
     }
-    require_files(pictures.values(), folder)
-    skipped: Counter[str] = Counter()
-    for each in objects:
-        try:
-            key, category, bbox = each["image_id"], each["category_id"], each["bbox"]
-            x, y, width, height = map(float, bbox)
-        except (KeyError, TypeError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            which = each.get("id") if isinstance(each, dict) else each
-            raise ValueError(
-                f"annotation {which!r} in {file!r} needs an image_id, a category_id and a bbox of four numbers ({told})"
-            ) from error
-        if key not in pictures:
-            raise ValueError(f"annotation {each.get('id')!r} in {file!r} is of image {key!r}, which it does not have")
-        picture = pictures[key]
-        if category not in label_of:
-            raise ValueError(
-                f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}, has category {category!r}, and there "
-                f"are {some_of(sorted(categories))}"
-            )
-        where, box = f"annotation {each.get('id')!r} in {file!r}, of {picture.path!r}", (x, y, x + width, y + height)
-        add_object(picture, box, label_of[category], bool(each.get("iscrowd")), where, on_bad_box, skipped)
-    warn_of_skipped(skipped, file)
-    return [categories[category] for category in sorted(categories)], list(pictures.values())
+    return categories, pictures, objects
+
+
+def _object(annotation: Any, file: str) -> tuple[Any, Any, Box]:
+    """Return the image, the category and the box of an annotation."""
+    try:
+        x, y, width, height = map(float, annotation["bbox"])
+        return annotation["image_id"], annotation["category_id"], (x, y, x + width, y + height)
+    except (KeyError, TypeError, ValueError) as error:
+        which = annotation.get("id") if isinstance(annotation, dict) else annotation
+        raise ValueError(
+            f"annotation {which!r} in {file!r} needs an image_id, a category_id and a bbox of four numbers "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _json(file: str) -> dict[str, Any]:

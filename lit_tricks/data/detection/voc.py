@@ -12,6 +12,7 @@ from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.detection.boxes import (
+    Box,
     BoxFiles,
     OnBadBox,
     Picture,
@@ -135,7 +136,34 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
         FileNotFoundError: if a folder, the list, an annotation or an image is not there.
         ValueError: for an empty list, a damaged annotation, or one that can not be right; it names the file.
     """
-    label_of = {each: label for label, each in enumerate(classes, start=1)}
+    stems = _listed(folder, name)
+    images = os.path.join(folder, "JPEGImages")
+    if not os.path.isdir(images):
+        raise FileNotFoundError(f"there is no folder {images!r} for the images that the list {name!r} names")
+    known = {os.path.splitext(file)[0]: file for file in find_images(images)}
+    labels = {each: label for label, each in enumerate(classes, start=1)}
+    pictures = []
+    skipped: Counter[str] = Counter()
+    for stem in stems:
+        file = os.path.join(folder, "Annotations", f"{stem}.xml")
+        root = _xml(file)
+        picture = Picture(os.path.join(images, known.get(stem, f"{stem}.jpg")), file, _size(root))
+        for each in root.findall("object"):
+            kind, box, difficult = _object(each, file)
+            if kind not in labels:
+                raise ValueError(
+                    f"{file!r} has an object {kind!r}, which is not among the {len(classes)} classes, "
+                    f"{some_of(list(classes))}: give all of them as `classes`"
+                )
+            add_object(picture, box, labels[kind], difficult, file, on_bad_box, skipped)
+        pictures.append(picture)
+    require_files(pictures, images)
+    warn_of_skipped(skipped, folder)
+    return pictures
+
+
+def _listed(folder: str, name: str) -> list[str]:
+    """Return the names of the images in a list, without extension."""
     listing = os.path.join(folder, "ImageSets", "Main", f"{name}.txt")
     if not os.path.isfile(listing):
         there = os.path.dirname(listing)
@@ -145,39 +173,22 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
             "expected are FOLDER/ImageSets/Main/SET.txt, FOLDER/Annotations/*.xml and FOLDER/JPEGImages/*.jpg"
         )
     lines = read_regular(listing).decode("utf-8").splitlines()
-    stems = [line.split()[0] for line in lines if line.strip()]
+    stems = [line.split()[0] for line in lines if line.strip()]  # some lists have a second column
     if not stems:
         raise ValueError(f"{listing!r} names no image")
-    images = os.path.join(folder, "JPEGImages")
-    if not os.path.isdir(images):
-        raise FileNotFoundError(f"there is no folder {images!r} for the images that {listing!r} names")
-    known = {os.path.splitext(file)[0]: file for file in find_images(images)}
-    pictures = []
-    skipped: Counter[str] = Counter()
-    for stem in stems:
-        file = os.path.join(folder, "Annotations", f"{stem}.xml")
-        picture = Picture(os.path.join(images, known.get(stem, f"{stem}.jpg")), file, None)
-        root = _xml(file)
-        picture.size = _size(root)
-        for each in root.findall("object"):
-            kind = (each.findtext("name") or "").strip()
-            if kind not in label_of:
-                raise ValueError(
-                    f"{file!r} has an object {kind!r}, which is not among the {len(classes)} classes, "
-                    f"{some_of(list(classes))}: give all of them as `classes`"
-                )
-            box = each.find("bndbox")
-            try:
-                sides = [float((box.findtext(side) if box is not None else None) or "") for side in SIDES]
-            except ValueError as error:
-                raise ValueError(f"{file!r} has an object {kind!r} whose bndbox lacks {', '.join(SIDES)}") from error
-            inside = (sides[0] - 1, sides[1] - 1, sides[2], sides[3])
-            difficult = (each.findtext("difficult") or "0").strip() == "1"
-            add_object(picture, inside, label_of[kind], difficult, file, on_bad_box, skipped)
-        pictures.append(picture)
-    require_files(pictures, images)
-    warn_of_skipped(skipped, folder)
-    return pictures
+    return stems
+
+
+def _object(element: Any, file: str) -> tuple[str, Box, bool]:
+    """Return the class of an object, its box counted from 0, and whether it is difficult."""
+    kind = (element.findtext("name") or "").strip()
+    box = element.find("bndbox")
+    try:
+        left, top, right, bottom = (float((box.findtext(s) if box is not None else None) or "") for s in SIDES)
+    except ValueError as error:
+        raise ValueError(f"{file!r} has an object {kind!r} whose bndbox lacks {', '.join(SIDES)}") from error
+    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    return kind, (left - 1, top - 1, right, bottom), difficult
 
 
 def _xml(file: str) -> Any:

@@ -66,31 +66,46 @@ def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "fir
     """
     found = {name: {s: read_run(run) for s, run in seeds.items() if run} for name, seeds in runs.items()}
     scores = scores_in(key for seeds in found.values() for values in seeds.values() for key in values) or ["top1"]
-    with written_whole(folder / "ablation.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+    header, rows = _table(found, scores, relative_to)
+    _write_csv(folder / "ablation.csv", found, runs, scores)
+    _write_markdown(folder / "ablation.md", header, rows, _legend(runs, relative_to, SCORES[scores[0]]))
+    _draw(found, scores[0], folder / "ablation.png")
+    _show(header, rows, folder)
+    return [header, *rows]
+
+
+def _table(
+    found: Mapping[str, Mapping[int, Any]], scores: Sequence[str], relative_to: str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows, as text."""
+    header = ("", *(SCORES[score] for score in scores), "change", "time", "memory")
+    seeds = list(found.values())
+    references = [None, *(seeds[:-1] if relative_to == "above" else [seeds[0]] * (len(seeds) - 1))]
+    rows = [
+        _row(name, own, reference, seeds[0], scores)
+        for (name, own), reference in zip(found.items(), references, strict=True)
+    ]
+    return header, rows
+
+
+def _write_csv(path: Path, found: Mapping[str, Mapping[int, Any]], runs: Runs, scores: Sequence[str]) -> None:
+    with written_whole(path) as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["row", "seed", *scores, "seconds", "memory", "run"])
         for name, seeds in found.items():
             for seed, values in seeds.items():
-                costs = (values["seconds"], values["memory"])
-                writer.writerow(
-                    [row_cell(name), seed, *(values.get(score, math.nan) for score in scores), *costs, runs[name][seed]]
-                )
-    names = list(found)
-    header = ("", *(SCORES[score] for score in scores), "change", "time", "memory")
-    rows = [
-        _row(
-            name,
-            found[name],
-            found[names[i - 1] if relative_to == "above" else names[0]] if i else None,
-            found[names[0]],
-            scores,
-        )
-        for i, name in enumerate(names)
-    ]
-    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in (header, ("---",) * len(header), *rows)]
-    legend = escape_markdown(_legend(runs, relative_to, SCORES[scores[0]]))
-    write_whole(folder / "ablation.md", "\n".join([*lines, "", legend, ""]))
-    _draw(found, scores[0], folder / "ablation.png")
+                numbers = [values.get(score, math.nan) for score in scores] + [values["seconds"], values["memory"]]
+                writer.writerow([row_cell(name), seed, *numbers, runs[name][seed]])
+
+
+def _write_markdown(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], legend: str) -> None:
+    table = (header, ("---",) * len(header), *rows)
+    lines = ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in table]
+    write_whole(path, "\n".join([*lines, "", escape_markdown(legend), ""]))
+
+
+def _show(header: Sequence[str], rows: Sequence[Sequence[str]], folder: Path) -> None:
+    """Print the table."""
     table = Table(box=None, pad_edge=False)
     for i, title in enumerate(header):
         table.add_column(title, justify="right" if i else "left", no_wrap=True)
@@ -99,7 +114,6 @@ def report_ablation(folder: Path, runs: Runs, relative_to: Literal["above", "fir
     console = Console()
     console.print(table)
     console.print(f"table and plot  {folder}", highlight=False, soft_wrap=True)
-    return [header, *rows]
 
 
 def _row(
