@@ -17,6 +17,7 @@ Random draws are arguments, so that every function returns the same for the same
 | SWA | ``swa_lr_share``, ``swa_ends_cycle`` |
 | TestTimeAugment | ``tta_views``, ``mean_logits`` |
 | WarmupCosine, WarmupExponential, WarmupStep | ``warmup``, ``warmup_cosine``, ``warmup_exponential``, ``warmup_step`` |
+| WarmupLinear, WarmupPoly, WarmupStableDecay | ``warmup_linear``, ``warmup_poly``, ``warmup_stable_decay`` |
 | XavierInit | ``xavier_uniform`` |
 """
 
@@ -35,6 +36,9 @@ from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
 from lit_tricks.callbacks.test_time_augment import mean_logits, tta_views
 from lit_tricks.callbacks.warmup_cosine import warmup_cosine
 from lit_tricks.callbacks.warmup_exponential import warmup_exponential
+from lit_tricks.callbacks.warmup_linear import warmup_linear
+from lit_tricks.callbacks.warmup_poly import warmup_poly
+from lit_tricks.callbacks.warmup_stable_decay import warmup_stable_decay
 from lit_tricks.callbacks.warmup_step import warmup_step
 from lit_tricks.callbacks.xavier_init import xavier_uniform
 
@@ -61,6 +65,9 @@ __all__ = [
     "warmup",
     "warmup_cosine",
     "warmup_exponential",
+    "warmup_linear",
+    "warmup_poly",
+    "warmup_stable_decay",
     "warmup_step",
     "xavier_uniform",
 ]

@@ -27,6 +27,9 @@ from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
 from lit_tricks.callbacks.test_time_augment import mean_logits, tta_views
 from lit_tricks.callbacks.warmup_cosine import warmup_cosine
 from lit_tricks.callbacks.warmup_exponential import warmup_exponential
+from lit_tricks.callbacks.warmup_linear import warmup_linear
+from lit_tricks.callbacks.warmup_poly import warmup_poly
+from lit_tricks.callbacks.warmup_stable_decay import warmup_stable_decay
 from lit_tricks.callbacks.warmup_step import warmup_step
 from lit_tricks.callbacks.xavier_init import xavier_uniform
 from lit_tricks.models import resnet
@@ -204,6 +207,37 @@ def draw_cosine(theme: Theme) -> Figure:
 def draw_step(theme: Theme) -> Figure:
     marks = [30 * EPOCH, 60 * EPOCH, 90 * EPOCH]
     return schedule(theme, "", ("30, 60, 90", lambda step: warmup_step(step, 0.1, marks, 0.1, 5 * EPOCH)))
+
+
+@figure_of("WarmupLinear", "Linear warm-up, then a line.")
+def draw_linear(theme: Theme) -> Figure:
+    return schedule(
+        theme,
+        "",
+        ("warmup_epochs 5", lambda step: warmup_linear(step, 0.1, STEPS, 5 * EPOCH)),
+        ("warmup_epochs 20, min_lr 0.02", lambda step: warmup_linear(step, 0.1, STEPS, 20 * EPOCH, 0.02)),
+    )
+
+
+@figure_of("WarmupPoly", "A power of the share of the run that is left.")
+def draw_poly(theme: Theme) -> Figure:
+    return schedule(
+        theme,
+        "",
+        ("power 0.9", lambda step: warmup_poly(step, 0.1, STEPS, 0.9)),
+        ("power 2, warmup_epochs 5", lambda step: warmup_poly(step, 0.1, STEPS, 2, 5 * EPOCH)),
+    )
+
+
+@figure_of("WarmupStableDecay", "Linear warm-up, a constant rate, and a decay at the end.")
+def draw_stable_decay(theme: Theme) -> Figure:
+    fifth, warm = STEPS // 5, 5 * EPOCH
+    return schedule(
+        theme,
+        "",
+        ("decay 0.2", lambda step: warmup_stable_decay(step, 0.1, STEPS, fifth, warm)),
+        ('decay 0.2, shape "linear"', lambda step: warmup_stable_decay(step, 0.1, STEPS, fifth, warm, 0, "linear")),
+    )
 
 
 @figure_of("WarmupExponential", "Linear warm-up, then a factor of 0.94 every two epochs.")

@@ -19,6 +19,9 @@ from lit_tricks.callbacks.swa import SWA
 from lit_tricks.callbacks.test_time_augment import TestTimeAugment
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
 from lit_tricks.callbacks.warmup_exponential import WarmupExponential
+from lit_tricks.callbacks.warmup_linear import WarmupLinear
+from lit_tricks.callbacks.warmup_poly import WarmupPoly
+from lit_tricks.callbacks.warmup_stable_decay import WarmupStableDecay
 from lit_tricks.callbacks.warmup_step import WarmupStep
 from lit_tricks.callbacks.xavier_init import XavierInit
 from lit_tricks.callbacks.zero_gamma import ZeroGamma
@@ -43,6 +46,9 @@ __all__ = [
     "TestTimeAugment",
     "WarmupCosine",
     "WarmupExponential",
+    "WarmupLinear",
+    "WarmupPoly",
+    "WarmupStableDecay",
     "WarmupStep",
     "XavierInit",
     "ZeroGamma",

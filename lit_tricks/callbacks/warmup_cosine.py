@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from lit_tricks.callbacks.optim.schedule import Schedule, warmup
-from lit_tricks.utils.arguments import invalid, number
+from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
+from lit_tricks.utils.arguments import number
 
 __all__ = ["WarmupCosine", "warmup_cosine"]
 
@@ -67,11 +67,7 @@ class WarmupCosine(Schedule):
 
     def plan(self) -> str:
         """Find the end of the cosine."""
-        lowest = min(lr for lrs in self._base_lrs for lr in lrs)
-        if self.min_lr > lowest:
-            raise invalid(
-                self, f"the run starts at learning rate {lowest:g}, and ends higher. Lower min_lr.", min_lr=self.min_lr
-            )
+        require_falling(self, self.min_lr, self._base_lrs)
         return f"half a cosine to {self.min_lr:g} at step {self._clock.run}"
 
     def lr(self, step: int, base_lr: float) -> float:

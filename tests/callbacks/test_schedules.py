@@ -1,4 +1,4 @@
-"""The numbers of WarmupCosine, WarmupStep and WarmupExponential, and what they find in a run."""
+"""The numbers of the schedules, and what they find in a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ import torch
 from helpers.fits import Saver, differences, make_trainer, run
 from helpers.modules import BATCHES, eval_loader, lightning, module_class, train_loader
 from helpers.tricks import TRICKS
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, MultiStepLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    PolynomialLR,
+    SequentialLR,
+    StepLR,
+)
 
-from lit_tricks.callbacks import WarmupCosine, WarmupExponential, WarmupStep
+from lit_tricks.callbacks import (
+    WarmupCosine,
+    WarmupExponential,
+    WarmupLinear,
+    WarmupPoly,
+    WarmupStableDecay,
+    WarmupStep,
+)
 from lit_tricks.callbacks.warmup_cosine import warmup_cosine
 from lit_tricks.callbacks.warmup_exponential import warmup_exponential
+from lit_tricks.callbacks.warmup_linear import warmup_linear
+from lit_tricks.callbacks.warmup_poly import warmup_poly
+from lit_tricks.callbacks.warmup_stable_decay import warmup_stable_decay
 from lit_tricks.callbacks.warmup_step import warmup_step
 
 STEPS = 3 * BATCHES  # of a run of ``_fits.run``
@@ -77,7 +95,7 @@ def scheduled(make_scheduler: Any, *callbacks: Any, **kwargs: Any) -> tuple[list
 # The closed forms
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step", "exponential"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "exponential", "linear", "poly", "stable"])
 def test_batch_i_of_m_of_the_warm_up_has_i_times_lr_over_m(schedule):
     """He et al., 2019, section 3.1."""
     eta, m = 0.4, 7
@@ -85,6 +103,9 @@ def test_batch_i_of_m_of_the_warm_up_has_i_times_lr_over_m(schedule):
         "cosine": lambda step: warmup_cosine(step, eta, total_steps=50, warmup_steps=m),
         "step": lambda step: warmup_step(step, eta, milestones=[20], warmup_steps=m),
         "exponential": lambda step: warmup_exponential(step, eta, every_n_steps=5, warmup_steps=m),
+        "linear": lambda step: warmup_linear(step, eta, total_steps=50, warmup_steps=m),
+        "poly": lambda step: warmup_poly(step, eta, total_steps=50, warmup_steps=m),
+        "stable": lambda step: warmup_stable_decay(step, eta, total_steps=50, decay_steps=10, warmup_steps=m),
     }[schedule]
     assert [lr(i - 1) for i in range(1, m + 1)] == [i * eta / m for i in range(1, m + 1)]
     assert lr(m) == eta
@@ -127,6 +148,34 @@ def test_exponential_falls_every_two_epochs():
         assert warmup_exponential(10 * epoch + step, lr, 20, warmup_steps=10) == pytest.approx(expected, rel=1e-15)
 
 
+@pytest.mark.parametrize("power", [0.5, 0.9, 1.0, 2.0])
+def test_poly_of_deeplab(power):
+    """Chen et al., 2016: ``lr * (1 - iter / max_iter) ** power``; here down to ``min_lr``."""
+    share = torch.arange(100, dtype=torch.float64) / 100
+    for min_lr in (0.0, 0.05):
+        expected = min_lr + (0.4 - min_lr) * (1 - share) ** power
+        ours = [warmup_poly(step, 0.4, 100, power, min_lr=min_lr) for step in range(100)]
+        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), expected, rtol=0, atol=1e-15)
+    assert warmup_poly(100, 0.4, 100, power, min_lr=0.05) == warmup_poly(900, 0.4, 100, power, min_lr=0.05) == 0.05
+
+
+def test_linear_is_a_poly_of_power_one():
+    ours = [warmup_linear(step, 0.3, 70, 9, 0.01) for step in range(75)]
+    assert ours == [warmup_poly(step, 0.3, 70, 1.0, 9, 0.01) for step in range(75)]
+
+
+@pytest.mark.parametrize("shape", ["1-sqrt", "linear"])
+def test_stable_decay_of_the_paper(shape):
+    """Hägele et al., 2024, section 3: ``f(n, N, N_decay) = 1 - sqrt((n - (N - N_decay)) / N_decay)``, or a line."""
+    n = torch.arange(120, dtype=torch.float64)
+    progress = ((n - (120 - 30)) / 30).clamp(min=0)
+    expected = 0.02 + (0.4 - 0.02) * (1 - (progress.sqrt() if shape == "1-sqrt" else progress))
+    expected[:8] = 0.4 * (n[:8] + 1) / 8
+    ours = [warmup_stable_decay(step, 0.4, 120, 30, 8, 0.02, shape) for step in range(120)]
+    torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), expected, rtol=0, atol=1e-15)
+    assert warmup_stable_decay(120, 0.4, 120, 30, 8, 0.02, shape) == 0.02
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Against torch's schedulers, in runs
 
@@ -164,6 +213,48 @@ def test_steps_are_a_multi_step_lr_bit_by_bit():
 def test_exponential_is_a_step_lr_bit_by_bit():
     expected, _ = scheduled(lambda optimizer: StepLR(optimizer, step_size=6, gamma=0.5))
     assert rates(WarmupExponential(gamma=0.5, every_n_epochs=1.5, warmup_epochs=0)) == expected
+
+
+@pytest.mark.parametrize("power", [0.9, 2.0])
+def test_poly_is_a_polynomial_lr(power):
+    expected, _ = scheduled(lambda optimizer: PolynomialLR(optimizer, total_iters=STEPS, power=power))
+    assert rates(WarmupPoly(power=power)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_linear_is_a_sequential_lr():
+    def sequence(optimizer: Any) -> Any:
+        up = LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
+        down = LinearLR(optimizer, start_factor=1.0, end_factor=0.2, total_iters=STEPS - 4)
+        return SequentialLR(optimizer, [up, down], milestones=[4])
+
+    expected, _ = scheduled(sequence)
+    assert rates(WarmupLinear(warmup_epochs=1, min_lr=0.05)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_stable_decay_extended_before_the_decay_is_the_longer_run(tmp_path):
+    """A checkpoint from before the decay belongs to runs of every length, bit by bit."""
+    saver = Saver(tmp_path, steps=(BATCHES,))
+    run(WarmupStableDecay(decay=0.5, warmup_epochs=0.5), saver, optimizers=sgds(0.25), max_epochs=2)
+    recorder = Recorder(sgds(0.25))
+    whole = run(WarmupStableDecay(decay=0.5, warmup_epochs=0.5), optimizers=recorder, max_epochs=6)
+    longer = run(
+        WarmupStableDecay(decay=0.5, warmup_epochs=0.5), optimizers=sgds(0.25), max_epochs=6, ckpt_path=saver.paths[0]
+    )
+    assert [lr for [lr] in recorder.lrs[0]] == [
+        warmup_stable_decay(step, 0.25, 6 * BATCHES, 3 * BATCHES, 2) for step in range(6 * BATCHES)
+    ]
+    assert not differences(longer.weights, whole.weights)
+
+
+def test_stable_decay_in_the_warm_up_is_refused():
+    with pytest.raises(ValueError, match=r"decay=0.9, warmup_epochs=1.*step 1 of 12"):
+        run(WarmupStableDecay(decay=0.9, warmup_epochs=1))
+
+
+@pytest.mark.parametrize("trick", [WarmupCosine, WarmupLinear, WarmupPoly, WarmupStableDecay])
+def test_end_above_the_configured_rate_is_refused(trick):
+    with pytest.raises(ValueError, match=rf"{trick.__name__}\(min_lr=0.5\).*0.25"):
+        run(trick(min_lr=0.5, warmup_epochs=0), optimizers=sgds(0.25))
 
 
 def test_every_group_keeps_its_own_rate():

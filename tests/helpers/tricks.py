@@ -161,6 +161,21 @@ TRICKS = {
         tests="test_schedules.py",
         logs=("lr-SGD",),
     ),
+    "WarmupLinear": Row(
+        make=lambda: callbacks.WarmupLinear(warmup_epochs=1),
+        tests="test_schedules.py",
+        logs=("lr-SGD",),
+    ),
+    "WarmupPoly": Row(
+        make=callbacks.WarmupPoly,
+        tests="test_schedules.py",
+        logs=("lr-SGD",),
+    ),
+    "WarmupStableDecay": Row(
+        make=lambda: callbacks.WarmupStableDecay(decay=0.5, warmup_epochs=1),
+        tests="test_schedules.py",
+        logs=("lr-SGD",),
+    ),
     "WarmupStep": Row(
         make=lambda: callbacks.WarmupStep(milestones=[1, 2], gamma=0.5, warmup_epochs=0.5),
         tests="test_schedules.py",

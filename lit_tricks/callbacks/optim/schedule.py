@@ -11,13 +11,13 @@ import torch
 from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
-from lit_tricks.utils.arguments import integer, number
+from lit_tricks.utils.arguments import integer, invalid, number
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["Schedule", "warmup"]
+__all__ = ["Schedule", "require_falling", "warmup"]
 
 
 def warmup(step: int, lr: float, warmup_steps: int) -> float:
@@ -33,6 +33,23 @@ def warmup(step: int, lr: float, warmup_steps: int) -> float:
         [0.1, 0.2, 0.30000000000000004, 0.4]
     """
     return (step + 1) * lr / warmup_steps
+
+
+def require_falling(schedule: Schedule, min_lr: float, base_lrs: list[list[float]]) -> None:
+    """Require that no parameter group ends with a higher rate than it is configured with.
+
+    Args:
+        schedule: that ends at ``min_lr``.
+        min_lr: rate at the end of the run.
+        base_lrs: configured rates, of each optimizer and group.
+
+    Raises:
+        ValueError: if ``min_lr`` is above the lowest of the rates.
+    """
+    lowest = min(lr for lrs in base_lrs for lr in lrs)
+    if min_lr > lowest:
+        fault = f"the run starts at learning rate {lowest:g}, and ends higher. Lower min_lr."
+        raise invalid(schedule, fault, min_lr=min_lr)
 
 
 class Schedule(Trick):

@@ -1,0 +1,73 @@
+"""Linear warm-up, then a line down to the end of the run.
+
+One caveat: a line is tied to the length of the run. A run that is resumed to train longer takes up the longer line
+where it stands, with a higher learning rate than it stopped with.
+"""
+
+from __future__ import annotations
+
+from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
+from lit_tricks.utils.arguments import number
+
+__all__ = ["WarmupLinear", "warmup_linear"]
+
+
+def warmup_linear(step: int, lr: float, total_steps: int, warmup_steps: int = 0, min_lr: float = 0.0) -> float:
+    """Return the learning rate of a step: linear from 0 to ``lr``, then linear from ``lr`` to ``min_lr``.
+
+    Args:
+        step: number of earlier steps.
+        lr: the full learning rate.
+        total_steps: steps of the run, the warm-up included. From here on the rate is ``min_lr``.
+        warmup_steps: steps of the warm-up. The last of them has the full rate, and so has the first of the decay.
+        min_lr: rate at the end of the decay.
+
+    Example:
+        >>> [round(warmup_linear(step, 0.1, total_steps=12, warmup_steps=4), 4) for step in (0, 3, 4, 8, 12)]
+        [0.025, 0.1, 0.1, 0.05, 0.0]
+    """
+    if step < warmup_steps:
+        return warmup(step, lr, warmup_steps)
+    if step >= total_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * (1 - progress)
+
+
+class WarmupLinear(Schedule):
+    """Warm the learning rate up, then decay it along a line ([Li et al., 2020](https://arxiv.org/abs/1905.04753)).
+
+    Step ``i`` of the ``m`` warm-up steps has the rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` steps after it
+    has ``min_lr + (lr - min_lr) * (1 - t / T)``. Every parameter group uses its own ``lr``.
+
+    Cost: none measurable. Use it for short runs, in which a line is robust, and for recipes that ask for it. In long
+    runs a cosine, which keeps the rate high for longer, is as good or better. Leave it out if the end of the run is
+    unknown.
+
+    Args:
+        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
+        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
+            constant.
+        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if the Trainer does
+            not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
+
+    Raises:
+        ValueError: for an argument out of its range.
+        RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
+
+    Example:
+        ``- {class_path: WarmupLinear, init_args: {warmup_epochs: 2}}``
+    """
+
+    def __init__(self, warmup_epochs: float = 5, min_lr: float = 0.0, total_steps: int | None = None) -> None:
+        super().__init__(warmup_epochs, total_steps)
+        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
+
+    def plan(self) -> str:
+        """Find the end of the line."""
+        require_falling(self, self.min_lr, self._base_lrs)
+        return f"linear to {self.min_lr:g} at step {self._clock.run}"
+
+    def lr(self, step: int, base_lr: float) -> float:
+        """Learning rate of a step, see ``warmup_linear``."""
+        return warmup_linear(step, base_lr, self._clock.run, self._warmup_steps, self.min_lr)

@@ -1,0 +1,114 @@
+"""Linear warm-up, a constant learning rate, and a decay in the last part of the run: a trapezoid.
+
+One caveat: only a checkpoint from before the decay is a place to train longer from. Keep one, for example with
+``ModelCheckpoint(every_n_epochs=1, save_top_k=-1)``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
+from lit_tricks.utils.arguments import choice, invalid, number
+
+__all__ = ["WarmupStableDecay", "warmup_stable_decay"]
+
+
+def warmup_stable_decay(
+    step: int,
+    lr: float,
+    total_steps: int,
+    decay_steps: int,
+    warmup_steps: int = 0,
+    min_lr: float = 0.0,
+    shape: Literal["1-sqrt", "linear"] = "1-sqrt",
+) -> float:
+    """Return the learning rate of a step: linear from 0 to ``lr``, constant, then down to ``min_lr``.
+
+    Args:
+        step: number of earlier steps.
+        lr: the full learning rate.
+        total_steps: steps of the run, with warm-up and decay. From here on the rate is ``min_lr``.
+        decay_steps: steps of the decay. The first of them still has the full rate.
+        warmup_steps: steps of the warm-up. The last of them has the full rate.
+        min_lr: rate at the end of the decay.
+        shape: of the decay at the share ``p`` of it: ``1 - sqrt(p)``, or ``1 - p`` for "linear".
+
+    Example:
+        >>> [round(warmup_stable_decay(step, 0.1, 12, 4, warmup_steps=4), 4) for step in (0, 3, 8, 9, 12)]
+        [0.025, 0.1, 0.1, 0.05, 0.0]
+    """
+    if step < warmup_steps:
+        return warmup(step, lr, warmup_steps)
+    if step >= total_steps:
+        return min_lr
+    if step < total_steps - decay_steps:
+        return lr
+    progress = (step - (total_steps - decay_steps)) / decay_steps
+    return min_lr + (lr - min_lr) * (1 - (math.sqrt(progress) if shape == "1-sqrt" else progress))
+
+
+class WarmupStableDecay(Schedule):
+    """Hold the learning rate, and decay it in the last part of the run ([Hägele et al., 2024](https://arxiv.org/abs/2405.18392)).
+
+    After the warm-up the rate is constant. In the last ``decay`` of the run it falls from ``lr`` to ``min_lr``. Up to
+    the decay, a step does not depend on the length of the run. A checkpoint from there can be resumed with more
+    epochs, and the run is the same as one that was longer from the start.
+
+    Cost: none measurable. Use it if the length of the run is not decided yet, or for runs of several lengths from one
+    trunk. Leave it out for a run of known length: a cosine has nothing to tune, and is about as good.
+
+    Args:
+        decay: share of the run in which the rate falls, in (0, 1]. Below 0.1 the network has no time to settle, and 1
+            is a run without constant part.
+        shape: "1-sqrt" falls fast at first and was better in the paper; "linear" is the classical trapezoid.
+        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
+        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
+            constant.
+        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if the Trainer does
+            not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
+
+    Raises:
+        ValueError: for an argument out of its range, or if the decay begins in the warm-up.
+        RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
+
+    Example:
+        ``- {class_path: WarmupStableDecay, init_args: {decay: 0.2}}``
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.2,
+        shape: Literal["1-sqrt", "linear"] = "1-sqrt",
+        warmup_epochs: float = 5,
+        min_lr: float = 0.0,
+        total_steps: int | None = None,
+    ) -> None:
+        super().__init__(warmup_epochs, total_steps)
+        self.decay: float = number(self, "decay", decay, "(0, 1]", "Give a share of the run: for 20 % write 0.2.")
+        self.shape: Literal["1-sqrt", "linear"] = choice(self, "shape", shape, ("1-sqrt", "linear"))
+        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
+        self._decay_steps = 1
+
+    def plan(self) -> str:
+        """Find the first step of the decay."""
+        require_falling(self, self.min_lr, self._base_lrs)
+        run = self._clock.run
+        self._decay_steps = max(1, round(self.decay * run))
+        start = run - self._decay_steps
+        if start < self._warmup_steps <= run:
+            raise invalid(
+                self,
+                f"the decay begins at step {start} of {run}, within the {self._warmup_steps} warm-up steps. "
+                "Lower decay or warmup_epochs.",
+                decay=self.decay,
+                warmup_epochs=self.warmup_epochs,
+            )
+        return f"constant to step {start}, then {self.shape} to {self.min_lr:g} at step {run}"
+
+    def lr(self, step: int, base_lr: float) -> float:
+        """Learning rate of a step, see ``warmup_stable_decay``."""
+        return warmup_stable_decay(
+            step, base_lr, self._clock.run, self._decay_steps, self._warmup_steps, self.min_lr, self.shape
+        )
