@@ -273,7 +273,7 @@ ENDS = {
         "blocks.5.0.bn1",
     ),
     "timm densenet121": (lambda: timm.create_model("densenet121"), "classifier", "features.norm5"),
-    "timm regnety_002": (lambda: timm.create_model("regnety_002"), "head.fc", "s4.b7.conv3.bn"),
+    "timm resnetv2_18": (lambda: timm.create_model("resnetv2_18"), "head.fc", "norm"),
     "resnet18": (models.resnet18, "fc", "layer4.1.bn2"),
     "efficientnet_b0": (models.efficientnet_b0, "classifier.1", "features.8.1"),
     "mobilenet_v2": (models.mobilenet_v2, "classifier.1", "features.18.1"),

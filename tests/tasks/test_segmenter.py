@@ -50,7 +50,7 @@ def miou(matrix: npt.NDArray[np.float64]) -> float:
 def mean_loss(logits: Tensor, masks: Tensor, gamma: float = 0.0) -> float:
     """In float64, pixel by pixel."""
     p = logits.double().softmax(1).movedim(1, -1)[masks != IGNORED]
-    p = p.gather(1, masks[masks != IGNORED, None]).squeeze(1)
+    p = p.gather(1, masks[masks != IGNORED][:, None]).squeeze(1)
     return float(((1 - p) ** gamma * -p.log()).mean())
 
 

@@ -209,7 +209,7 @@ def test_arguments_that_are_wrong(arguments: dict[str, Any], message: str) -> No
         ("resnet", {"depth": 50, "width": 1 / 32, "variant": "A", "output_stride": 8}),
         ("resnet", {"depth": 18, "width": 1 / 32, "small_input": True, "output_stride": 16, "pool": "spp"}),
         ("mobilenetv3_small_050", {}),
-        ("convnext_atto", {}),
+        ("regnetx_002", {}),
         ("vit_tiny_patch16_224", {"img_size": 64}),
     ],
 )
