@@ -122,7 +122,7 @@ class Compile(Trick):
 
 
 def _call_of(layer: nn.Module) -> Callable[..., Any]:
-    """Return a function that calls the layer: older versions of torch do not compile a call that stays within torch.nn."""
+    """Return a function that calls the layer: older torch does not compile a call that stays within torch.nn."""
     call_impl = call_of(layer)
 
     def call(*args: Any, **kwargs: Any) -> Any:
