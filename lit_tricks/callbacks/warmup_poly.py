@@ -34,7 +34,8 @@ def warmup_poly(
     if step >= total_steps:
         return min_lr
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 - progress) ** power
+    share: float = (1 - progress) ** power
+    return min_lr + (lr - min_lr) * share
 
 
 class WarmupPoly(Schedule):
