@@ -38,7 +38,7 @@ from lit_tricks.commands.checkpoints import (
     run_settings,
 )
 from lit_tricks.run.checkpoint_io import use_whole_checkpoints
-from lit_tricks.run.cpu_time import CPUTimer
+from lit_tricks.run.cpu_timer import CPUTimer
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.image_folder import ImageFolder
 from lit_tricks.data.io.file_index import THREADS, Paths
-from lit_tricks.data.io.tables import AUTO, SHOWN, Entry, ImageList, is_table, read_list
+from lit_tricks.data.io.label_tables import AUTO, SHOWN, Entry, ImageList, is_table, read_list
 from lit_tricks.utils.arguments import invalid
 from lit_tricks.utils.arguments import path as path_argument
 from lit_tricks.utils.arguments import text as text_argument

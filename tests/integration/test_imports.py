@@ -131,7 +131,7 @@ ALLOWED: dict[str, set[str]] = {
     "segmenter": {"tasks"},
     "functional": {"callbacks"},
     "run": {"_compat", "callbacks", "run", "tasks", "utils"},
-    "__init__": {"callbacks", "data", "functional", "models", "tasks"},
+    "__init__": {"callbacks", "commands", "data", "functional", "models", "tasks"},
 }
 # What a teacher is built with where it is given by name or file; the tests above see that it is not imported before.
 LAZY = {"teacher.py": {"timm", "lit_tricks.tasks.classification", "lit_tricks.tasks.segmentation"}}

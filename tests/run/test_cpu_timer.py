@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_tricks.run.cpu_time import CPUTimer
+from lit_tricks.run.cpu_timer import CPUTimer
 
 
 def on(device: str) -> Any:
@@ -17,7 +17,7 @@ def on(device: str) -> Any:
 
 def test_seconds_of_a_resumed_run_are_of_both_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("lit_tricks.run.cpu_time.cpu_seconds", lambda: now[0])
+    monkeypatch.setattr("lit_tricks.run.cpu_timer.cpu_seconds", lambda: now[0])
     first: Any = CPUTimer()
     first.on_train_start(on("cpu"), None)
     now[0] += 7

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lit_tricks.utils.cpu_time import cpu_seconds
+from lit_tricks.utils.cpu_seconds import cpu_seconds
 
 
 def spin(seconds: float) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lit_tricks._compat import callbacks_of
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import tensors_in
-from lit_tricks.utils.cpu_time import cpu_seconds
+from lit_tricks.utils.cpu_seconds import cpu_seconds
 from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 

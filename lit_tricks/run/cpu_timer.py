@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_tricks.utils.cpu_time import cpu_seconds
+from lit_tricks.utils.cpu_seconds import cpu_seconds
 
 __all__ = ["CPUTimer"]
 
