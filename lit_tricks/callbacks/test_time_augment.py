@@ -19,6 +19,7 @@ from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, flag, invalid, numbers, text
 from lit_tricks.utils.batch import describe, images_in_list
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.image_size import resize
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class TestTimeAugment(Trick):
             try:
                 output = forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})
             except Exception as error:
-                if view.shape == images.shape:
+                if view.shape == images.shape or not is_about_input(error):
                     raise
                 raise RuntimeError(
                     f"TestTimeAugment: `forward` failed for a view of {view.size(2)} x {view.size(3)} pixels "

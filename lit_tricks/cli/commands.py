@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from lit_tricks.commands.checkpoints import checkpoint_at, data_settings
 from lit_tricks.commands.predicting.loading import accelerator_of
+from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.config_files import among, nearest
 from lit_tricks.utils.config_files import given as given_value
 
@@ -191,7 +192,7 @@ def _reduced(words: list[str], known: set[str], folder: str) -> list[str]:
             reduced.append(word)
     for i, (flag, path) in enumerate(itertools.pairwise(reduced)):
         if flag in _CONFIG:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            settings = read_yaml(path)
             part = Path(folder, f"{i}.yaml")
             part.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key in known}))
             reduced[i + 1] = str(part)

@@ -15,6 +15,7 @@ from lit_tricks._compat import CLASS_PATH_KEY, INSTANTIATOR_KEY
 from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.checkpoint_files import check_classes, class_of, read_checkpoint, require_resumable
 from lit_tricks.utils.class_names import require_same_classes
+from lit_tricks.utils.files import read_regular
 from lit_tricks.utils.finite import first_not_finite, not_finite, weights_in
 
 __all__ = [
@@ -78,7 +79,7 @@ def checkpoint_at(path: str | Path, flag: str = "", prefer: Literal["best", "las
 def _best_of(run: Path) -> str:
     """Name of the best checkpoint, which the configuration of a run can change."""
     try:
-        found = json.loads((run / "results.json").read_text(encoding="utf-8")).get("best_checkpoint")
+        found = json.loads(read_regular(run / "results.json")).get("best_checkpoint")
     except (OSError, ValueError, AttributeError):  # an interrupted run has no results
         found = None
     return Path(str(found)).name if found else "best.ckpt"

@@ -21,11 +21,15 @@ from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Source
 from lit_tricks.data.transforms import Transform, to_rgb
 from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, numbers
+from lit_tricks.utils.files import open_regular
 
 __all__ = ["CIFAR10", "CIFAR100"]
 
 SIZE = 32
 ROOM = "An eighth of the side is usual."
+
+
+MOST_BYTES = 2**30  # of the archive, or a file in it
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,7 @@ class CIFAR10(MemoryDataModule):
         name, folder = type(self).__name__, os.path.join(self.root, self._reader.base_folder)
         by_hand = f"or unpack {self._reader.url} in root={self.root!r} yourself"
         try:
+            self._require_regular_files(folder)
             yield
         except RuntimeError as error:  # what torchvision raises for missing and for damaged files
             remedy = "try again" if download else "call prepare_data()" if self.download else "set download=True"
@@ -220,6 +225,14 @@ class CIFAR10(MemoryDataModule):
             ) from error
         except OSError as error:
             raise OSError(f"{name} cannot be downloaded or read ({error}): try again, {by_hand}") from error
+
+    def _require_regular_files(self, folder: str) -> None:
+        """Raise an error for files that torchvision's reader would wait for, or read without an end."""
+        reader = self._reader
+        files = [*reader.train_list, *reader.test_list, (reader.meta["filename"],)]
+        for path in (os.path.join(self.root, reader.filename), *(os.path.join(folder, name) for name, *_ in files)):
+            if os.path.exists(path):
+                open_regular(path, MOST_BYTES).close()
 
 
 class CIFAR100(CIFAR10):

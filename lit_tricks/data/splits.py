@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from lit_tricks.utils.files import written_whole
+from lit_tricks.utils.files import MOST_RESULTS, read_regular, written_whole
 
 __all__ = ["held_out", "split_folder", "split_name"]
 
@@ -84,8 +85,8 @@ def held_out(
 
 def _read(file: Path) -> dict[str, str]:
     try:
-        with file.open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            return {row["file"]: row["split"] for row in csv.DictReader(stream)}
+        text = read_regular(file, MOST_RESULTS).decode("utf-8", "surrogateescape")
+        return {row["file"]: row["split"] for row in csv.DictReader(io.StringIO(text, newline=""))}
     except FileNotFoundError:
         return {}
     except (OSError, KeyError, csv.Error) as error:

@@ -39,6 +39,15 @@ class SegmentationNet(nn.Module):
         self.aux: nn.Module | None = FCNHead(channels[-2], num_classes) if aux else None
         self.decoder: Decoder = create_decoder(decoder, channels, backbone.strides, num_classes)
 
+    @property
+    def classifiers(self) -> list[str]:
+        """Names of the layers that compute the logits: the last convolution of each head."""
+        return [
+            [f"{head}.{name}" for name, layer in part.named_modules() if isinstance(layer, nn.Conv2d)][-1]
+            for head, part in (("aux", self.aux), ("decoder", self.decoder))
+            if part is not None
+        ]
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits ``(N, num_classes, H, W)`` of images ``(N, C, H, W)``; in training the auxiliary head's, too."""
         height, width = images.shape[-2:]

@@ -6,33 +6,40 @@ here can tell them apart.
 
 import argparse
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.checkpoint_files import check_archive
+from lit_tricks.utils.class_names import apart, names_of, require_same_classes
+from lit_tricks.utils.files import open_regular
 from lit_tricks.utils.finite import first_not_finite, not_finite
 from lit_tricks.utils.log import log
 
 __all__ = ["load_weights"]
 
 
-# The averaged weights come first: whoever saved them did so because they are the better ones.
+# The averaged weights come first: they were saved because they are better.
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
 _FILE_ENDINGS = (".pth", ".pt", ".ckpt", ".safetensors", ".tar", ".bin")
 
 
-def load_weights(model: nn.Module, weights: str) -> None:
+def load_weights(
+    model: nn.Module, weights: str, class_names: Sequence[str] | None = None, classifiers: Sequence[str] = ()
+) -> None:
     """Copy weights into a model, all of them or none.
 
-    Two differences are bridged, each with a line at INFO of the logger ``lit_tricks``. If only the number of classes
-    differs, all classifiers keep their initialization. If the images have another number of channels than the 3 of the
-    weights, timm's rule adapts the first convolution (sum for 1 channel, else repeat and scale).
+    Two differences are bridged, each with a line in the logger ``lit_tricks``. If the classes differ in number or name,
+    all classifiers keep their initialization. If the images have another number of channels than the 3 of the weights,
+    timm's rule adapts the first convolution (sum for 1 channel, else repeat and scale).
 
     Args:
         model: the network to fill, in place.
@@ -40,10 +47,14 @@ def load_weights(model: nn.Module, weights: str) -> None:
             whose module holds the network as ``self.model``; or a name with pretrained weights in timm, as "resnet50"
             or "resnet50d.ra2_in1k", which is downloaded and cached. Averaged weights are preferred where a file
             holds them. Files are read with ``weights_only=True``: nothing in them is executed.
+        class_names: names of the model's classes by label. They are compared with the names in the file, if it has
+            names: a checkpoint of this package, or its export to safetensors. None compares the number only.
+        classifiers: names of the layers with outputs per class. By default those that timm knows, and the last layer.
 
     Raises:
         FileNotFoundError: if ``weights`` looks like a file and none is there.
-        ValueError: if it is neither a file nor a name known to timm; the nearest names are told.
+        ValueError: if it is neither a file nor a name known to timm; the nearest names are given. Or if the file has
+            the same classes in another order.
         ConnectionError: if the download fails.
         RuntimeError: if the file cannot be read, or belongs to another architecture; the model is left as it was.
 
@@ -51,8 +62,9 @@ def load_weights(model: nn.Module, weights: str) -> None:
         ``load_weights(resnet(50, "D", num_classes=10), "resnet50d.ra2_in1k")``
     """
     path = Path(weights).expanduser()
+    theirs: list[str] | None = None
     if path.is_file():
-        state = _read(path)
+        state, theirs = _read(path)
     elif path.suffix in _FILE_ENDINGS or len(path.parts) > 1:
         raise FileNotFoundError(f"weights={weights!r}: no such file (seen from {Path.cwd()}); correct the path")
     elif timm.is_model_pretrained(weights):
@@ -63,11 +75,16 @@ def load_weights(model: nn.Module, weights: str) -> None:
 
     if name := first_not_finite(state):
         raise RuntimeError(not_finite(name, f"weights={weights!r}"))
+    ours = names_of(class_names)
+    if ours and theirs and sorted(ours) == sorted(theirs):
+        require_same_classes(theirs, ours, f"weights={weights!r}", "the model")
     own = model.state_dict()
     state = _strip_prefixes(state, own)
     # The model is not touched before all of it is known to fit.
     _bridge_in_chans(model, state, weights)
-    _bridge_num_classes(model, own, state, weights)
+    heads = classifiers or _classifiers(model, own)
+    difference = apart(theirs, ours, "the weights", "the model") if ours and theirs else ""
+    _bridge_classes(heads, own, state, weights, difference)
     _require_same(own, state, weights)
     model.load_state_dict(state)
 
@@ -78,20 +95,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str] | None]:
+    """Return the tensors of a file, and the names of the classes if the file has them."""
     try:
         check_archive(path)
     except ValueError as error:
         raise RuntimeError(f"weights={str(path)!r}: {error}") from error
+    names: list[str] | None = None
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            open_regular(path).close()
+            with safe_open(path, "pt") as file:
+                names = _label_names(file.metadata())
+            return load_file(path), names
         # timm's training script stores its arguments, a plain Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file fails in a dozen ways
+    except Exception as error:  # torch and safetensors have no error of their own for a damaged file
+        if isinstance(error, OSError) or not is_about_input(error):
+            raise
         raise RuntimeError(
             f"{path} is no readable checkpoint of tensors ({type(error).__name__}): copy it again. If it is whole, and "
             "holds pickled objects that you trust, save its state_dict alone with torch.save and load that"
@@ -103,7 +125,15 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise RuntimeError(
             f"{path} holds no tensors at its top nor under {', '.join(_NESTED)}: save model.state_dict()"
         )
-    return state
+    return state, names_of(content)
+
+
+def _label_names(metadata: dict[str, str] | None) -> list[str] | None:
+    """Return the names of the classes that the export writes into the header of safetensors."""
+    try:
+        return names_of(json.loads((metadata or {}).get("label_names", "null")))
+    except (ValueError, RecursionError):  # the header is of another program
+        return None
 
 
 def _download(name: str) -> dict[str, torch.Tensor]:
@@ -136,16 +166,22 @@ def _bridge_in_chans(model: nn.Module, state: dict[str, torch.Tensor], weights: 
         log.info("weights=%r: %s adapted from 3 to %d input channels", weights, key, want[1])
 
 
-def _bridge_num_classes(
-    model: nn.Module, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str
+def _bridge_classes(
+    heads: Iterable[str],
+    own: dict[str, torch.Tensor],
+    state: dict[str, torch.Tensor],
+    weights: str,
+    difference: str,
 ) -> None:
-    for layer in _classifiers(model, own):
+    for layer in dict.fromkeys(heads):
         want, found = (_shape(tensors.get(f"{layer}.weight")) for tensors in (own, state))
-        # Fewer than two dimensions is a norm, not a classifier.
-        if len(want) >= 2 and len(found) >= 2 and want[0] != found[0] and want[1:] == found[1:]:
+        if len(want) < 2 or len(found) < 2 or want[1:] != found[1:]:  # fewer than two dimensions are a norm
+            continue
+        if want[0] != found[0] or difference:
             state.update({key: own[key] for key in (f"{layer}.weight", f"{layer}.bias") if key in own and key in state})
-            text = "weights=%r: classifier %r keeps its initialization, for %d classes there and %d here"
-            log.info(text, weights, layer, found[0], want[0])
+            numbers = f"for {found[0]} classes there and {want[0]} here" if want[0] != found[0] else "for other classes"
+            text = "weights=%r: classifier %r keeps its initialization, %s%s"
+            log.info(text, weights, layer, numbers, f" ({difference})" if difference else "")
 
 
 def _classifiers(model: nn.Module, own: dict[str, torch.Tensor]) -> list[str]:
@@ -156,7 +192,7 @@ def _classifiers(model: nn.Module, own: dict[str, torch.Tensor]) -> list[str]:
     heads = get_classifier() if callable(get_classifier) else ()
     heads = heads if isinstance(heads, tuple | list | nn.ModuleList) else (heads,)
     names += [name for name, part in model.named_modules() if any(part is head for head in heads)]
-    return list(dict.fromkeys([*names, list(own)[-1].rpartition(".")[0]]))
+    return [*names, list(own)[-1].rpartition(".")[0]]
 
 
 def _require_same(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], weights: str) -> None:

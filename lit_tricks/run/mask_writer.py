@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_tricks.run.reading.mask_predictions import palette
-from lit_tricks.utils.files import written_whole
+from lit_tricks.utils.files import read_regular, written_whole
 
 __all__ = ["MaskWriter"]
 
@@ -76,7 +77,7 @@ class MaskWriter(Callback):
         for file, labels in zip(files, outputs.cpu().numpy(), strict=True):
             if not file:  # the black image of a batch that could not be read
                 continue
-            with Image.open(file) as image:
+            with Image.open(io.BytesIO(read_regular(file))) as image:
                 size = image.size
             mask = Image.fromarray(labels.astype(np.uint8 if labels.dtype == np.uint8 else np.uint16))
             mask = mask.resize(size, Image.Resampling.NEAREST)

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lit_tricks._compat import callbacks_of
+from lit_tricks.utils.checkpoint_files import read_checkpoint
 
 __all__ = ["BestSoFar"]
 
@@ -49,9 +49,24 @@ class BestSoFar(Callback):
         _tell_what_is_left_out(trainer, states)
         for callback in trainer.checkpoint_callbacks:
             state = states.get(callback.state_key)
-            if isinstance(callback, ModelCheckpoint) and state and not _is_in_place(callback, state):
+            if (
+                isinstance(callback, ModelCheckpoint)
+                and state
+                and _is_state(state)
+                and not _is_in_place(callback, state)
+            ):
                 states[callback.state_key] = _carried_over(trainer, callback, state, checkpoint["global_step"])
         trainer.strategy.barrier()
+
+
+def _is_state(state: Any) -> bool:
+    """Return whether a checkpoint has the state of a ModelCheckpoint, as far as it is used here."""
+    return (
+        isinstance(state, dict)
+        and isinstance(state.get("best_model_path"), str)
+        and isinstance(state.get("best_k_models"), dict)
+        and all(isinstance(path, str) for path in state["best_k_models"])
+    )
 
 
 def _is_in_place(callback: ModelCheckpoint, state: dict[str, Any]) -> bool:
@@ -94,8 +109,12 @@ def _copied(paths: Iterable[str], trainer: Trainer, folder: Path, step: int) -> 
     found: dict[str, str] = {}
     for path in paths:
         # beside the resumed checkpoint, as a run folder may have been moved
-        file = next((each for each in (source / Path(path).name, Path(path)) if each.exists()), None)
-        if file is None or _step_of(file) > step:
+        file = next((each for each in (source / Path(path).name, Path(path)) if _is_checkpoint(each)), None)
+        try:
+            if file is None or _step_of(file) > step:
+                continue
+        except (OSError, ValueError) as error:
+            log.warning("%s: the file is left out", error)
             continue
         target = folder / file.name
         found[path] = str(target)
@@ -105,11 +124,16 @@ def _copied(paths: Iterable[str], trainer: Trainer, folder: Path, step: int) -> 
     return found
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a path that a checkpoint names can be copied: a file, or a distributed checkpoint."""
+    return path.is_file() or (path / ".metadata").is_file()
+
+
 def _step_of(file: Path) -> int:
     """Return the step of a checkpoint; -1 for a distributed one, which is a folder."""
     if file.is_dir():
         return -1
-    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return int(read_checkpoint(file).get("global_step", 0))
 
 
 def _tell_what_is_left_out(trainer: Trainer, states: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def _is_table(path: Path) -> bool:
             from pyarrow import parquet
 
             return bool(parquet.read_schema(path).names[:1] == ["file"])
-    except Exception:  # not a file, or not Parquet
+    except (OSError, ValueError):  # not a regular file, or not Parquet
         return False
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         return start in (b"", b"[]") or re.match(rb'(\[\s*)?\{\s*"file":', start) is not None

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -18,10 +19,11 @@ from torchmetrics import MetricCollection
 from lit_tricks._compat import is_built_by_command_line
 from lit_tricks.models import freeze, layer_scales
 from lit_tricks.tasks.input_transform import InputTransform, input_transform
-from lit_tricks.utils.arguments import integer, number
+from lit_tricks.utils.arguments import integer, invalid, number
+from lit_tricks.utils.checkpoint_files import read_checkpoint
 from lit_tricks.utils.class_names import apart, names_of, require_same_classes
 
-__all__ = ["Task"]
+__all__ = ["Task", "is_of_module"]
 
 log: logging.Logger = logging.getLogger("lit_tricks")
 
@@ -133,8 +135,12 @@ class Task(LightningModule):
         return input_transform(self, self._data_settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizers."""
+        """Name the optimizers, and the classes of the data where the module has no names."""
         checkpoint["optimizers"] = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
+        names = names_of(getattr(self.trainer, "datamodule", None))
+        settings = checkpoint.get("hyper_parameters", {})
+        if names_of(self) is None and names is not None and "class_names" in settings:
+            settings["class_names"] = names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the names of the optimizers, and compare the classes.
@@ -142,10 +148,12 @@ class Task(LightningModule):
         Raises:
             ValueError: if the checkpoint has other classes.
         """
-        data = getattr(self._trainer, "datamodule", None)
+        trainer = self._trainer
+        data = None if trainer is None or trainer.predicting else getattr(trainer, "datamodule", None)
         other = "the data" if names_of(data) == names_of(self) else "the model"
         remedy = "Use data of the same classes, or start a new run from the weights, with --model.weights."
         require_same_classes(checkpoint, self, "the checkpoint", other, remedy)
+        require_same_classes(checkpoint, data, "the checkpoint", "the data", remedy)
         self._resumed_optimizers = checkpoint.get("optimizers")
         self._data_settings = checkpoint.get("datamodule_hyper_parameters", {})
         self._resumed_states = len(checkpoint.get("optimizer_states", []))
@@ -250,6 +258,14 @@ class Task(LightningModule):
         for name in self._frozen:
             self._network().get_submodule(name).train(training)
 
+    def _weights_in(self, weights: str | None, arguments: dict[str, Any] | None) -> tuple[str | None, dict[str, Any]]:
+        """Return the weights to start from, and the other arguments of a network."""
+        others = dict(arguments or {})
+        inner = others.pop("weights", None)
+        if weights and inner:
+            raise invalid(self, "weights are given twice. Keep weights only.", weights=weights, model_args=arguments)
+        return weights or inner, others
+
     def _freeze(self, names: list[str] | None) -> None:
         """Stop the training of parts of the network."""
         if names:
@@ -286,6 +302,17 @@ class Task(LightningModule):
         for name, value in metrics.compute().items():  # over all ranks
             self.log(name, value, prog_bar=name == f"val/{self.score}", sync_dist=True)
         metrics.reset()
+
+
+def is_of_module(weights: str | None, argument: str) -> bool:
+    """Return whether weights are a checkpoint of a module that has this argument."""
+    path = Path(weights or "").expanduser()
+    if path.suffix != ".ckpt" or not path.is_file():
+        return False
+    try:
+        return argument in read_checkpoint(path).get("hyper_parameters", {})
+    except (OSError, ValueError):  # what is wrong with the file is reported where its weights are loaded
+        return False
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Classifier(Task):
         num_classes: number of classes, at least 2. The command line takes it from the data.
         model_args: further arguments of a model given by name, such as ``{depth: 18, variant: D}``.
         weights: weights to start from: a file (timm's, or a checkpoint of a Classifier) or the name of pretrained
-            weights of timm. They are not looked for again when a checkpoint of this module is loaded.
+            weights of timm. They are not looked for again when a checkpoint of this module is loaded. Where the
+            weights are for other classes, by number or by name, the classifier is initialized anew.
         class_names: one name a class, for predictions. The command line takes them from the data.
         input_size: channels, height and width of an image. The command line takes it from the data.
         optimizer: from parameters to optimizer; in YAML a class with its arguments.
@@ -68,10 +69,11 @@ class Classifier(Task):
         if isinstance(model, nn.Module) and model_args:
             raise ValueError(f"model_args={model_args} are for a model given by name; {type(model).__name__} is built.")
         self.save_hyperparameters(ignore=["weights", *self._objects(model=model)])
+        weights, arguments = self._weights_in(weights, model_args)
         if isinstance(model, str):
-            model = create_model(model, num_classes, in_chans=input_size[0], **(model_args or {}))
+            model = create_model(model, num_classes, in_chans=input_size[0], **arguments)
         if weights:
-            load_weights(model, weights)
+            load_weights(model, weights, class_names)
         self.model = model
         self.example_input_array = torch.zeros(2, *input_size)
         self.criterion: nn.CrossEntropyLoss = nn.CrossEntropyLoss()

@@ -15,11 +15,17 @@ from torchmetrics import MetricCollection
 from torchmetrics.detection import MeanAveragePrecision
 
 from lit_tricks._compat import overrides
-from lit_tricks.models import Backbone
+from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.detectors import faster_rcnn, retinanet
-from lit_tricks.tasks.base import Task
+from lit_tricks.tasks.base import Task, is_of_module
 
 __all__ = ["Detector"]
+
+CLASSIFIERS = (
+    "roi_heads.box_predictor.cls_score",
+    "roi_heads.box_predictor.bbox_pred",
+    "head.classification_head.cls_logits",
+)  # the layers with outputs per class, of Faster R-CNN and RetinaNet
 
 
 class Detector(Task):
@@ -46,8 +52,9 @@ class Detector(Task):
             the data.
         backbone: ``resnet`` (see ``lit_tricks.models.resnet``), or the name of a timm model with feature maps.
         backbone_args: its further arguments, such as ``{depth: 50, variant: D, norm: frozen_batch}``.
-        weights: of a classifier that the backbone starts from: a file (timm's, or a checkpoint of a Classifier) or the
-            name of pretrained weights of timm. They are not looked for again when a checkpoint is loaded.
+        weights: to start from: of the backbone, a file (timm's, or a checkpoint of a Classifier) or the name of
+            pretrained weights of timm; or of the whole network, a checkpoint of a Detector. They are not looked for
+            again when a checkpoint of this module is loaded.
         levels: how many feature maps of the backbone are used, from the coarsest; None is 4 for Faster R-CNN and 3 for
             RetinaNet. The pyramid adds one, or two, that are coarser.
         channels: of the feature pyramid, and of RetinaNet's heads.
@@ -131,12 +138,16 @@ class Detector(Task):
         if anchor_scale is not None:
             args["anchor_scale"] = anchor_scale
         chosen = (4 if two_stages else 3) if levels is None else levels
-        body = Backbone(backbone, chosen, input_size[0], weights, **(backbone_args or {}))
+        weights, arguments = self._weights_in(weights, backbone_args)
+        whole = is_of_module(weights, "backbone")
+        body = Backbone(backbone, chosen, input_size[0], None if whole else weights, **arguments)
         self.model: nn.Module = (
             faster_rcnn(body, num_classes, head_width=head_width, **args)
             if two_stages
             else retinanet(body, num_classes, **args)
         )
+        if weights is not None and whole:
+            load_weights(self.model, weights, class_names, CLASSIFIERS)
         self._seed: int | None = None  # of what torchvision draws in training
         self._resumed_seed: int | None = None
         self._freeze(freeze)

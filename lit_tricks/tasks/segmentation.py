@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from lit_tricks.callbacks.focal_loss import focal_target
 from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.decoders import DecoderName, levels_of
 from lit_tricks.models.segmentation import SegmentationNet
-from lit_tricks.tasks.base import Task
+from lit_tricks.tasks.base import Task, is_of_module
 from lit_tricks.utils.arguments import MAX_INTEGER, integer, number
 
 __all__ = ["Segmenter"]
@@ -94,12 +93,13 @@ class Segmenter(Task):
                 f"ignore_index={ignore_index} is one of the {num_classes} classes: give a label that none has, as -1."
             )
         self.save_hyperparameters(ignore=["weights", *self._objects()])
-        whole = weights is not None and _is_segmenter(weights)
+        weights, arguments = self._weights_in(weights, model_args)
+        whole = is_of_module(weights, "decoder")
         levels = max(levels_of(decoder), 2 if aux_weight else 1)
-        backbone = Backbone(model, levels, input_size[0], None if whole else weights, **(model_args or {}))
+        backbone = Backbone(model, levels, input_size[0], None if whole else weights, **arguments)
         self.model: SegmentationNet = SegmentationNet(backbone, decoder, num_classes, aux_weight > 0)
         if weights is not None and whole:
-            load_weights(self.model, weights)
+            load_weights(self.model, weights, class_names, self.model.classifiers)
         self.aux_weight = aux_weight
         self.gamma: float = gamma if loss == "focal" else 0.0
         self.ignore_index = ignore_index
@@ -172,15 +172,3 @@ class Segmenter(Task):
         loss: Tensor = self.criterion(logits, masks)
         some = (masks != self.ignore_index).any()
         return torch.where(some, loss, torch.zeros_like(loss))  # the mean over no pixel is no number
-
-
-def _is_segmenter(weights: str) -> bool:
-    """Whether a file is a checkpoint of a Segmenter."""
-    path = Path(weights).expanduser()
-    if path.suffix != ".ckpt" or not path.is_file():
-        return False
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return "decoder" in content["hyper_parameters"]
-    except Exception:  # what is wrong with it is told where it is loaded
-        return False

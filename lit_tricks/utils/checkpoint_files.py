@@ -18,6 +18,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from lit_tricks._compat import CLASS_PATH_KEY
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.files import open_regular, written_whole
 
 __all__ = [
@@ -59,7 +60,9 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
     try:
         is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # damaged files fail in many ways
+    except Exception as error:  # torch has no error of its own for a damaged file
+        if isinstance(error, OSError) or not is_about_input(error):
+            raise
         reason = "not a checkpoint of Lightning, or damaged"
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             reason = "not a checkpoint of Lightning with plain values: it holds pickled objects, which are not loaded"

@@ -21,10 +21,15 @@ def names_of(thing: Any) -> list[str] | None:
     """Return the names of the classes that a model, data module or checkpoint has; None if it has none.
 
     Args:
-        thing: a module whose ``hparams`` have ``class_names``, data with ``classes``, or the content of a checkpoint.
+        thing: a module whose ``hparams`` have ``class_names``, data with ``classes``, the content of a checkpoint, or
+            the list of names.
     """
-    if isinstance(thing, Mapping):
-        names = thing.get("hyper_parameters", {}).get("class_names")
+    names: Any
+    if isinstance(thing, list | tuple):
+        names = thing
+    elif isinstance(thing, Mapping):
+        settings = thing.get("hyper_parameters")
+        names = settings.get("class_names") if isinstance(settings, Mapping) else None
     elif hasattr(thing, "classes"):
         names = thing.classes
     else:

@@ -69,8 +69,7 @@ def model_in(args: list[str]) -> str:
     """Name of the model's class among the words of a command line and in their configurations, or nothing."""
     named: list[Any] = []
     for file in _configs_in(args):
-        text = file if file.startswith("{") else Path(file).read_text(encoding="utf-8")
-        model = parse_yaml(text).get("model") or {}
+        model = (parse_yaml(file) if file.startswith("{") else read_yaml(file)).get("model") or {}
         named.append(model.get("class_path") if isinstance(model, dict) else model)
     named += [given(args, "--model"), given(args, "--model.class_path")]
     return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")

@@ -11,9 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["abandoned", "open_regular", "printable", "read_regular", "text_cell", "write_whole", "written_whole"]
+__all__ = [
+    "MOST_RESULTS",
+    "abandoned",
+    "open_regular",
+    "printable",
+    "read_regular",
+    "text_cell",
+    "write_whole",
+    "written_whole",
+]
 
 LIMIT = 2**31  # bytes of a file that is read at once
+MOST_RESULTS = 2**28  # bytes of a table, or of a file of results
 
 
 def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> BinaryIO:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe, tensors_in
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.modes import eval_mode
 
 __all__ = ["require_fit", "require_size", "resize", "resize_nearest", "stride_of"]
@@ -114,7 +115,9 @@ def _try(module: Any, image: Tensor) -> tuple[Exception | None, str]:
         with torch.no_grad(), eager, eval_mode(module), precision.forward_context():
             module(image)
         return None, vanished[0] if vanished else ""
-    except Exception as error:  # whatever a network says
+    except Exception as error:  # a network that does not fit fails with any type
+        if not is_about_input(error):
+            raise
         return error, ""
     finally:
         for handle in handles:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_tricks._compat import combined_loader, reset_iterator
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.dataset_transforms import changed, nested
 
 if TYPE_CHECKING:
@@ -66,11 +67,13 @@ def _copied(loader: Any, trick: str) -> Any:
         shared = [value for value in getattr(loader, "__dict__", {}).values() if isinstance(value, Tensor | Dataset)]
     try:
         return copy.deepcopy(twin, {id(thing): thing for thing in shared if thing is not None})
-    except Exception as error:  # whatever an object says that can not be copied
+    except Exception as error:  # an object that cannot be copied fails with any type
+        if not is_about_input(error):
+            raise
         what = type(loader.dataset if isinstance(loader, DataLoader) and not loader.num_workers else loader).__name__
         raise RuntimeError(
-            f"{trick} reads training data a second time, through a copy of the {type(loader).__name__}, and that can "
-            f"not be copied ({type(error).__name__}: {error}): keep what is open (files, connections, locks) out of "
+            f"{trick} reads training data a second time, through a copy of the {type(loader).__name__}, and that "
+            f"cannot be copied ({type(error).__name__}: {error}): keep what is open (files, connections, locks) out of "
             f"the attributes of {what} and its samplers, or give them a __deepcopy__; or load with num_workers=1."
         ) from error
 

@@ -304,9 +304,7 @@ def test_arguments_that_timm_names_otherwise() -> None:
 
 def test_groups_that_timm_makes_otherwise() -> None:
     model = Classifier(model_args={"depth": 18, "width": 0.125, "norm": "group"}, num_classes=3, input_size=(1, 8, 8))
-    message = (
-        r"timm can not build this network \(num_channels.* must be divisible by num_groups.*\): choose --format .*"
-    )
+    message = r"timm cannot build this network \(num_channels.* must be divisible by num_groups.*\): choose --format .*"
     refused(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
 
 
@@ -315,10 +313,10 @@ def test_network_that_timm_builds_differently_is_rejected(monkeypatch: pytest.Mo
         return lambda model, model_args: ("resnet18d", given)
 
     for given, reason in (
-        ({"stem_width": 4, "channels": [8, 16, 32, 64], "avg_down": False}, "can not build .*Missing key"),
+        ({"stem_width": 4, "channels": [8, 16, 32, 64], "avg_down": False}, "cannot build .*Missing key"),
         ({"stem_width": 4, "channels": [8, 16, 32, 64], "output_stride": 8}, "gives other logits .* no arguments for"),
         ({"stem_width": 4, "channels": [8, 16, 32, 64], "act_layer": "silu"}, "gives other logits .* no arguments for"),
-        ({"no": 1}, r"can not build .*'no'"),
+        ({"no": 1}, r"cannot build .*'no'"),
     ):
         monkeypatch.setattr("lit_tricks.commands.exporting.timm_folder.timm_arguments", lying(given))
         refused(rf".*{reason}.*: choose --format onnx, torch-export or safetensors, .*", BEST, "--format=timm")
@@ -706,7 +704,7 @@ class Branching(nn.Module):
 def test_a_network_that_can_not_be_traced(kind: Any) -> None:
     module = Classifier(Branching(), num_classes=3, input_size=(3, 2, 2))
     refusal = (
-        r"Branching can not be written by .*: choose another --format\.$|onnxruntime gives other logits"  # torch 2.7
+        r"Branching cannot be written by .*: choose another --format\.$|onnxruntime gives other logits"  # torch 2.7
     )
     with pytest.raises(ValueError, match=refusal) as error:
         export(saved(module), format=kind, module=module, mean=[0.5] * 3, std=[0.5] * 3)

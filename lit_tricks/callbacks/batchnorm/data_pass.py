@@ -21,6 +21,7 @@ from lit_tricks._compat import (
 from lit_tricks.callbacks.base import Trick, paused
 from lit_tricks.callbacks.batchnorm.statistics import Statistics, estimate, shift
 from lit_tricks.utils.batch import arguments_of, describe
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.dtensor import is_sharded, to_local
 from lit_tricks.utils.loaders import fresh_loader
 from lit_tricks.utils.modules import is_flattened
@@ -171,6 +172,8 @@ class TrainingDataPass:
             with self.trainer.precision_plugin.forward_context():
                 self.pl_module(*inputs)
         except Exception as error:
+            if not is_about_input(error):
+                raise
             shapes = ", ".join(map(describe, inputs))
             raise RuntimeError(
                 f"PreciseBN runs `forward` of {type(self.pl_module).__name__} on the inputs of training batches, here "

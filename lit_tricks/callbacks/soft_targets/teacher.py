@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.utils.batch import describe
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.checkpoint_files import check_classes, read_checkpoint
 from lit_tricks.utils.finite import first_not_finite_in, not_finite
 from lit_tricks.utils.modules import require_initialized
@@ -101,10 +102,13 @@ class Renormalized(nn.Module):
             images: (N, C, H, W), floats, or uint8, which are divided by 255 first.
 
         Raises:
-            ValueError: for other channels than there are means.
+            RuntimeError: if the images have another number of channels than mean.
         """
         if images.dim() != 4 or images.size(1) != len(self.scale):
-            raise ValueError(f"mean has {len(self.scale)} numbers, one for each channel of (N, C, H, W)")
+            raise RuntimeError(
+                f"KnowledgeDistillation: mean has {len(self.scale)} numbers, and the images are {describe(images)}. "
+                "Give one number for each channel of (N, C, H, W)."
+            )
         images = images if images.is_floating_point() else images / 255
         return self.teacher(images.to(self.scale) * self.scale + self.shift)
 
@@ -124,9 +128,9 @@ def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor, name: str) -> 
     who = f"KnowledgeDistillation: the teacher, {name},"
     try:
         output: Any = teacher(images)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a network raises when it does not fit
+    except Exception as error:  # a network that does not fit fails with any type
+        if not is_about_input(error):
+            raise
         raise RuntimeError(
             f"{who} fails on the images of the batch, {describe(images)}: {error}. It sees what the student is given, "
             "mixed or not: take one for this size and these channels, or wrap it in a module that resizes."
@@ -183,7 +187,7 @@ def _checkpoint(path: Path) -> nn.Module:
         check_classes(settings, path)
         module = Segmenter if "decoder" in settings else Classifier
         return module.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another kind fails in a dozen ways
+    except (ValueError, RuntimeError) as error:  # damage, arguments that do not fit, and weights of another network
         reason = str(error).partition("\n")[0]
         raise RuntimeError(
             f"KnowledgeDistillation(teacher={str(path)!r}): it is no checkpoint of a Classifier or Segmenter that was "

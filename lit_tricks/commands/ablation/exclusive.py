@@ -10,11 +10,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.files import MOST_RESULTS, read_regular
 
 __all__ = ["alone_in", "read_object"]
-
-MOST_BYTES = 2**28
 
 
 @contextlib.contextmanager
@@ -45,7 +43,7 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
 def read_object(path: Path) -> dict[str, Any] | None:
     """Return the content of a JSON file; None if it is not there, cut off, or not an object."""
     try:
-        content = json.loads(read_regular(path, MOST_BYTES))
+        content = json.loads(read_regular(path, MOST_RESULTS))
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch.export import Dim
 
 from lit_tricks.commands.exporting.network import Exported
+from lit_tricks.utils.blame import is_about_input
 
 __all__ = [
     "OPSET",
@@ -105,9 +106,15 @@ def write_safetensors(exported: Exported, path: Path) -> None:
 
 
 def refused(exported: Exported, what: str, error: Exception) -> ValueError:
-    """Make the error of a network that a format cannot hold."""
+    """Return the error for a network that a format cannot hold.
+
+    Raises:
+        Exception: the error itself, if the code of this package made it.
+    """
+    if not is_about_input(error):
+        raise error
     name = type(exported.network).__name__
     reason = textwrap.shorten(str(error.__cause__ or error), 160, placeholder=" ...")
     return ValueError(
-        f"{name} can not be written by {what} ({type(error).__name__}: {reason}): choose another --format."
+        f"{name} cannot be written by {what} ({type(error).__name__}: {reason}): choose another --format."
     )

@@ -16,6 +16,7 @@ import torch
 
 from lit_tricks.commands.exporting.file_formats import write_safetensors
 from lit_tricks.commands.exporting.network import Exported
+from lit_tricks.utils.blame import is_about_input
 
 __all__ = ["FILES", "timm_arguments", "write_timm"]
 
@@ -60,9 +61,11 @@ def write_timm(exported: Exported, folder: Path) -> None:
     try:
         rebuilt = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         same_keys = rebuilt.state_dict().keys() == network.state_dict().keys()
-    except Exception as error:
+    except Exception as error:  # timm's networks fail with any type
+        if not is_about_input(error):
+            raise
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
-        raise ValueError(f"timm can not build this network ({reason}): {OTHERS}.") from error
+        raise ValueError(f"timm cannot build this network ({reason}): {OTHERS}.") from error
     if not same_keys:
         raise ValueError(f"timm builds another network than this {architecture}: {OTHERS}.")
     try:

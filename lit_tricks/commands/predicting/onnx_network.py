@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.exported import ExportedData, ExportedDetectionData
+from lit_tricks.utils.blame import is_about_input
 
 __all__ = ["ONNXNetwork", "load_onnx"]
 
@@ -39,7 +40,9 @@ class ONNXNetwork(LightningModule):
 
         try:
             self.session: Any = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
-        except Exception as error:  # of damaged files, in classes of its own
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            if not is_about_input(error):
+                raise
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path} is not a file that ONNX Runtime reads ({reason}). Export it again.") from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map

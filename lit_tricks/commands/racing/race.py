@@ -26,6 +26,7 @@ from lit_tricks.commands.ablation.ray_engine import run_on_ray
 from lit_tricks.commands.racing.decisions import Outcome, OutOfBudget, Settings, Trial, Verdict, decide
 from lit_tricks.run.reading.scores import scores_in
 from lit_tricks.run.report.race_page import report_race
+from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.config_files import find_config, given
 from lit_tricks.utils.files import written_whole
 from lit_tricks.utils.log import log
@@ -281,7 +282,7 @@ class _Runs:
         """Write the configuration of a stack that has run, for ``lit-tricks fit``."""
         runs = (self._cell(Trial(kept, seed)).finished for seed in range(1000))
         run = next(run for run in runs if run)
-        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        content = read_yaml(run / "config.yaml")
         for key in ("name", "ckpt_path"):
             content.pop(key, None)
         content["seed_everything"] = 0
@@ -388,7 +389,7 @@ def _epochs(configs: Iterable[Path], fit_args: Sequence[str]) -> int:
     found = given(list(fit_args), "--trainer.max_epochs")
     if found is None:
         for path in configs:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = read_yaml(path) or {}
             found = (content.get("trainer") or {}).get("max_epochs", found)
     try:
         epochs = int(found)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_tricks.utils.dataset_transforms import nested
-from lit_tricks.utils.files import abandoned, write_whole
+from lit_tricks.utils.files import abandoned, read_regular, write_whole
 
 __all__ = ["FeatureFile", "digest_of_data", "digest_of_weights", "input_of"]
 
@@ -44,7 +44,7 @@ class FeatureFile:
         self.maps: tuple[Tensor, Tensor] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            state = json.loads((folder / "state.json").read_text())
+            state = json.loads(read_regular(folder / "state.json"))
         except (OSError, ValueError):
             state = {}
         if state.get("key") == key and state.get("samples") == samples:

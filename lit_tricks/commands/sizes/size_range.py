@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_tricks.commands.sizes.subject import Subject
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.image_size import stride_of
 
 __all__ = ["default_sizes", "macs", "parse_sizes"]
@@ -73,11 +74,14 @@ def _forward(subject: Subject, size: int, channels: int) -> Tensor:
 def _fault(subject: Subject, size: int, channels: int) -> str | Exception | None:
     """What goes wrong at a size: an error, or the layer that has nothing to shrink."""
     starved: list[str] = []
-    try:
-        with _watched(subject.module, starved):
-            _forward(subject, size, channels)
-    except Exception as error:  # networks say in many ways that they do not take a size
-        return starved[0] if starved else error
+    images = torch.zeros(1, channels, size, size, device=subject.device)
+    with _watched(subject.module, starved):
+        try:
+            subject.logits(images)
+        except Exception as error:  # a network that does not take a size fails with any type
+            if not is_about_input(error):
+                raise
+            return starved[0] if starved else error
     return starved[0] if starved else None
 
 

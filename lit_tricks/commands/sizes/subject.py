@@ -216,9 +216,12 @@ def _of_timm(name: str, data: LightningDataModule, weights: str | None, model_ar
     module = Classifier(architecture, num_classes, model_args, None, names, (channels, size, size))
     heads: Any = find_classifier(module).values()
     before = [head.weight.clone() for head in heads]
-    load_weights(module.model, weights or name)
-    if any(torch.equal(head.weight, old) for head, old in zip(heads, before, strict=True)):  # none of that number there
-        raise ValueError(f"{weights or name} is of another number of classes than the {num_classes} of the data.")
+    load_weights(module.model, weights or name, names)
+    if any(torch.equal(head.weight, old) for head, old in zip(heads, before, strict=True)):  # kept initialization
+        raise ValueError(
+            f"{weights or name} is for other classes than the {num_classes} of the data: the log names the difference. "
+            "Give data of the same classes."
+        )
     if hasattr(data, "mean") and hasattr(data, "std"):
         statistics = {key: tuple(255 * value for value in getattr(known, key)) for key in ("mean", "std")}
         log.info("%s: images are normalised by its mean %s and std %s", name, *statistics.values())

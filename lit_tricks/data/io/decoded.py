@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 from lightning_utilities.core.rank_zero import rank_zero_info
 from PIL import Image
 
 from lit_tricks.data.io.file_index import cache_folder
 from lit_tricks.data.io.jpeg import BadImageError, Box, Pixels, pixels_of
 from lit_tricks.data.samples import Files
+from lit_tricks.utils.files import open_regular
 
 __all__ = ["Cache", "DecodedFiles"]
 
@@ -140,10 +142,10 @@ class DecodedFiles(Files):
             raise ValueError(f'{self.owner}(cache="disk"): LIT_TRICKS_CACHE is empty. Name a folder in it.')
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{key}.pixels"
-        with _alone(folder / f"{key}.lock"):
-            if not target.exists():
-                self._write(target)
         count = len(self.paths)
+        with FileLock(folder / f"{key}.lock"):
+            if not _is_whole(target, count):
+                self._write(target)
         shapes = np.fromfile(target, np.int64, 2 * count).reshape(count, 2)
         size = int(_sizes(shapes).sum())
         # Copy on write: nothing writes, and torch warns of arrays that cannot be written.
@@ -225,17 +227,16 @@ def _sizes(shapes: Shapes) -> Shapes:
     return sizes
 
 
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process; where there are none, two processes may write the same."""
+def _is_whole(target: Path, count: int) -> bool:
+    """Return whether a file holds the shapes of so many images and their pixels."""
     try:
-        import fcntl
-    except ImportError:  # on Windows
-        yield
-        return
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        with open_regular(target) as file:
+            shapes = np.frombuffer(file.read(16 * count), np.int64)
+            return (
+                len(shapes) == 2 * count and target.stat().st_size == 16 * count + _sizes(shapes.reshape(-1, 2)).sum()
+            )
+    except (OSError, ValueError):  # there is none, or the file is damaged
+        return False
 
 
 def _free_memory() -> int | None:

@@ -26,6 +26,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_tricks.data.io.formats import is_image
+from lit_tricks.utils.files import read_regular
 
 __all__ = ["Paths", "cache_folder", "class_folders", "find_images", "is_hidden", "list_images"]
 
@@ -243,9 +244,8 @@ def _cache_file(root: str) -> Path | None:
 def _read_cache(cache: Path, root: str) -> dict[str, _Folder]:
     """A line of JSON, then the names of the files."""
     try:
-        with cache.open("rb") as stream:
-            head = json.loads(stream.readline())
-            text = stream.read()
+        line, _, text = read_regular(cache).partition(b"\n")
+        head = json.loads(line)
         if head["version"] != VERSION or head["root"] != os.path.realpath(root) or head["size"] != len(text):
             return {}
         parts = _parts(text, [size for *_, size in head["folders"]])

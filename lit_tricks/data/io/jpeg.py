@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from lit_tricks.data.io.formats import prepare_reader
 from lit_tricks.data.io.turbojpeg import decode_region
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.files import read_regular
 
 __all__ = ["JPEG", "BadImageError", "Box", "Pixels", "decode_image", "pixels_of", "read_image"]
@@ -54,6 +55,8 @@ def read_image(path: str, exact: bool = False, exif: bool = False) -> Image.Imag
     try:
         data = read_regular(path)
     except OSError as error:
+        if not is_about_input(error):  # such as too many open files: a skipped image would be lost without a word
+            raise
         raise _unreadable(path, error) from error
     return decode_image(data, path, exact, exif)
 
@@ -79,7 +82,9 @@ def _orientation(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # EXIF of cameras is broken in many ways, and the image may be whole
+    except Exception as error:  # EXIF of cameras is often broken, and the image may be whole
+        if not is_about_input(error):
+            raise
         return 1
 
 
@@ -230,10 +235,16 @@ def _decode_any(data: bytes, name: str, exif: bool = False) -> Image.Image:
         prepare_reader(data)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            if image.format == "PPM" and image.mode == "I":  # 16 bits, which PIL gives in 32
-                return to_rgb(Image.fromarray(np.asarray(image).astype(np.uint16)))
-            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
-    except Exception as error:  # PIL's decoders fail in many ways: OSError, SyntaxError, ValueError, struct.error, ...
+            turned = ImageOps.exif_transpose(image) if exif else image
+    except Exception as error:  # PIL's decoders fail with any type: OSError, SyntaxError, ValueError, struct.error, ...
+        if not is_about_input(error) and not isinstance(error, ValueError):  # a format that lacks its package
+            raise
+        raise _unreadable(name, error) from error
+    if image.format == "PPM" and image.mode == "I":  # 16 bits, which PIL gives in 32
+        turned = Image.fromarray(np.asarray(turned).astype(np.uint16))
+    try:
+        return to_rgb(turned)
+    except (ValueError, OSError) as error:  # a mode without a fixed range, and what PIL cannot convert
         raise _unreadable(name, error) from error
 
 

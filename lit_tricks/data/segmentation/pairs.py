@@ -22,6 +22,7 @@ from lit_tricks.data.crops import resize
 from lit_tricks.data.io.file_index import Paths
 from lit_tricks.data.io.jpeg import pixels_of, read_image
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.files import read_regular
 
 __all__ = ["EvalPair", "Pairs", "RandomPair", "read_mask", "scaled"]
@@ -102,15 +103,15 @@ def read_mask(path: str) -> Labels:
     """Read the labels of an image file, (H, W): of a palette the indices, whatever their colours.
 
     Raises:
-        ValueError: if it can not be read, or has colours and no labels; it names the file.
+        ValueError: if it cannot be read, or has colours and no labels; it names the file.
     """
     try:
         data = read_regular(path)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # PIL's decoders fail in many ways
+    except Exception as error:  # PIL's decoders fail with any type
+        if isinstance(error, FileNotFoundError) or not is_about_input(error):
+            raise
         raise ValueError(f"cannot read the mask {path!r} ({error}): replace the file or remove it") from error
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise ValueError(

@@ -21,6 +21,7 @@ from lit_tricks.data.samples import Samples, derive_seed
 from lit_tricks.data.samples import collate as collate_samples
 from lit_tricks.data.shards.checked import CheckedDataset
 from lit_tricks.data.shards.index import Shards
+from lit_tricks.utils.blame import is_about_input
 
 __all__ = ["ShardSamples", "StreamLoader", "collate"]
 
@@ -62,12 +63,16 @@ class ShardSamples(CheckedDataset):
 
     def __getitem__(self, index: ChunkedIndex) -> Any:
         try:
-            return _Sample(self, int(index.index), *self.shards.sample(*self.cache[index]))
-        except Exception as error:  # damage shows in many ways
+            data, label, name = self.cache[index]
+            sample = self.shards.sample(data, label, name)
+        except Exception as error:  # litdata fails with any type on damaged files
+            if not is_about_input(error) and not isinstance(error, ValueError):  # an unknown label
+                raise
             place = self.shards.place(index.index)
             raise RuntimeError(
                 f"cannot read {place} ({error}): write the shards again, or copy this one anew"
             ) from error
+        return _Sample(self, int(index.index), *sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardSamples:
         twin = copy.copy(self)

@@ -27,6 +27,7 @@ from lit_tricks._compat import merge_shards
 from lit_tricks.data.shards.index import SPLITS, import_litdata
 from lit_tricks.data.shards.index_format import INDEX
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.files import abandoned, printable, read_regular, write_whole
 
 log: logging.Logger = logging.getLogger("lit_tricks")
@@ -56,7 +57,9 @@ def image_bytes(path: str, short_side: int | None) -> bytes:
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", **QUALITY)
         return buffer.getvalue()
-    except Exception as error:  # PIL's decoders fail in many ways
+    except Exception as error:  # PIL's decoders fail with any type
+        if not is_about_input(error) and not isinstance(error, ValueError):  # to_rgb rejects some modes
+            raise
         raise RuntimeError(f"cannot read the image {path!r} ({error}): replace the file or remove it") from error
 
 

@@ -16,12 +16,11 @@ from lit_tricks.run.reading.checks import check_config, check_results, check_tri
 from lit_tricks.run.reading.mask_predictions import MaskPredictions
 from lit_tricks.run.reading.predictions import Predictions, clean
 from lit_tricks.utils.bounded import read_arrays, read_yaml
-from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.files import MOST_RESULTS, read_regular
 
 __all__ = ["Row", "Run", "read_run_folder", "read_runs"]
 
 Row = dict[str, float]
-MOST_BYTES = 2**28  # of a file of metrics or results
 MOST_RESUMED = 1000  # runs that resume each other
 FILES = ("results.json", "metrics.csv", "config.yaml")  # a folder with one of these is a run's
 
@@ -187,7 +186,7 @@ def _parent_folder(run: Run) -> Path | None:
 
 
 def _read_metrics(path: Path) -> list[Row]:
-    text = read_regular(path, MOST_BYTES).decode("utf-8")
+    text = read_regular(path, MOST_RESULTS).decode("utf-8")
     if not text.endswith("\n"):  # the process was killed while it wrote the last line
         text = text[: text.rfind("\n") + 1]
     rows = csv.DictReader(io.StringIO(text, newline=""))
@@ -200,7 +199,7 @@ def points(rows: list[Row], key: str) -> list[tuple[float, float]]:
 
 
 def _read_json(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    content = _cleaned(json.loads(read_regular(path, MOST_BYTES)))
+    content = _cleaned(json.loads(read_regular(path, MOST_RESULTS)))
     if not isinstance(content, dict):
         raise ValueError(f"it holds {type(content).__name__}, not an object")
     check(content)

@@ -19,7 +19,7 @@ from scipy.special import stdtrit
 from lit_tricks.run.reading.scores import SCORES, scores_in
 from lit_tricks.run.report.escaping import escape_markdown, row_cell
 from lit_tricks.run.report.style import PLAIN_TEXT
-from lit_tricks.utils.files import write_whole, written_whole
+from lit_tricks.utils.files import MOST_RESULTS, read_regular, write_whole, written_whole
 
 __all__ = ["paired_change", "read_run", "report_ablation"]
 
@@ -44,7 +44,7 @@ def read_run(run: Path) -> dict[str, float]:
 
     Scores are those of the test data, or without any of the validation data. A run without any has top-1, not a number.
     """
-    results: dict[str, Any] = json.loads((run / "results.json").read_text())
+    results: dict[str, Any] = json.loads(read_regular(run / "results.json", MOST_RESULTS))
     metrics = results.get("averaged") or results.get("raw") or {}
     found = metrics.get("test") or metrics.get("val") or {}
     found = {name: math.nan if value is None else value for name, value in found.items()}

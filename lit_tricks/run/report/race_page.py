@@ -18,7 +18,7 @@ from lit_tricks.run.report.content import Picture, Section, Table
 from lit_tricks.run.report.escaping import row_cell
 from lit_tricks.run.report.page import write
 from lit_tricks.run.report.style import DARK, LIGHT, Theme, draw, duration, new_figure, tidy
-from lit_tricks.utils.files import text_cell, written_whole
+from lit_tricks.utils.files import MOST_RESULTS, read_regular, text_cell, written_whole
 
 __all__ = ["race_sections", "report_race"]
 
@@ -32,7 +32,7 @@ def report_race(folder: Path) -> Path:
     Returns:
         The page.
     """
-    race = json.loads((folder / "race.json").read_text(encoding="utf-8"))
+    race = json.loads(read_regular(folder / "race.json", MOST_RESULTS))
     sections = race_sections(race)
     write(folder, "Race", sections)
     (folder / "report.md").replace(folder / "race.md")
