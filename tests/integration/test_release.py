@@ -124,7 +124,9 @@ def test_workflows_name_steps_that_exist() -> None:
     functions = set(re.findall(r"^(\w+)\(\) \{", text, re.MULTILINE))
     [steps] = re.findall(r"^STEPS=\((.+)\)$", text, re.MULTILINE)
     assert set(steps.split()) <= functions
-    used = set()
+    [pairs] = re.findall(r"^  printf '%s\\n' (.+) \| xargs", text, re.MULTILINE)
+    used = set(pairs.split())
+    assert used <= functions
     for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
         for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
             for step in job["steps"]:
