@@ -14,13 +14,14 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from lit_tricks.data.arguments import check_eval_size, check_root, check_seed
 from lit_tricks.data.datamodule import Split, resize_size_for, stratified_split
 from lit_tricks.data.memory.base import ImagesOn, MemoryDataModule
 from lit_tricks.data.memory.batch_transforms import EvalBatch, Flip, Padding, TrainBatch
 from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Source
 from lit_tricks.data.transforms import Transform, to_rgb
-from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, numbers
+from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, numbers
 from lit_tricks.utils.files import open_regular
 
 __all__ = ["CIFAR10", "CIFAR100"]
@@ -143,7 +144,7 @@ class CIFAR10(MemoryDataModule):
         crop_scale: tuple[float, float] | None = None,
         images_on: ImagesOn = "auto",
     ) -> None:
-        root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir, images_on)
         image_size = integer(self, "image_size", image_size, 1, "32 keeps the images as they are.", MAX_SIDE)
         if crop_scale is not None:
@@ -158,9 +159,10 @@ class CIFAR10(MemoryDataModule):
         cutout = integer(self, "cutout", cutout, 0, "Half the side or less is usual.", image_size)
         choice(self, "padding", padding, get_args(Padding))
         choice(self, "flip", flip, get_args(Flip))
+        val_size = integer(self, "val_size", val_size, 0, "5000 is usual; 0 validates on the test images.", 50_000)
+        download, split_seed = flag(self, "download", download), check_seed(self, split_seed)
+        eval_size = check_eval_size(self, eval_size)
         self.save_hyperparameters()
-        if not isinstance(val_size, int) or val_size < 0:
-            raise ValueError(f"val_size must be an integer of at least 0, got {val_size!r}")
         self.root = root
         self.download = download
         self.val_size = val_size

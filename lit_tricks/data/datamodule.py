@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import partial
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -22,9 +24,9 @@ from lit_tricks.data.io.worker_errors import EvalLoader, explain_death
 from lit_tricks.data.loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
 from lit_tricks.data.samples import Files, PredictSamples, Reader, Samples, Source, collate, find_images
 from lit_tricks.data.transforms import InputTransform, Transform
-from lit_tricks.utils.arguments import MAX_INTEGER
+from lit_tricks.utils.arguments import MAX_SIDE, integer, path
 
-__all__ = ["ImageDataModule", "Split", "check_at_least_one", "resize_size_for", "stratified_split"]
+__all__ = ["ImageDataModule", "Split", "resize_size_for", "stratified_split"]
 
 Split = Literal["train", "val", "test"]
 
@@ -98,11 +100,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def __init__(self, batch_size: int, num_workers: int | Literal["auto"], predict_dir: str | None) -> None:
         super().__init__()
-        check_at_least_one("batch_size", batch_size)
-        if num_workers != "auto" and (
-            isinstance(num_workers, bool) or not isinstance(num_workers, int) or not 0 <= num_workers <= MAX_INTEGER
-        ):
-            raise ValueError(f'num_workers must be "auto" or an integer of at least 0, got {num_workers!r}')
+        batch_size = integer(self, "batch_size", batch_size, 1, "32 to 256 is usual.")
+        if not isinstance(num_workers, str) or num_workers != "auto":
+            num_workers = integer(self, "num_workers", num_workers, 0, 'Or write "auto".', 2**16)
+        predict_dir = path(self, "predict_dir", predict_dir, "Give a folder of images.", "no prediction")
         if predict_dir is not None and not os.path.isdir(predict_dir):
             raise FileNotFoundError(f"predict_dir={predict_dir!r} is not a folder: give a folder of images")
         self.batch_size = self._given_batch_size = batch_size
@@ -114,6 +115,16 @@ class ImageDataModule(LightningDataModule, ABC):
         self._bad: dict[str, BadImages] = {}
         self._report = Report(None)
         self._seed: int | None = None
+
+    def save_hyperparameters(self, *args: Any, frame: FrameType | None = None, **kwargs: Any) -> None:
+        """Save the arguments of ``__init__`` as plain values. A Path would keep a checkpoint from loading safely."""
+        caller = inspect.currentframe()
+        super().save_hyperparameters(*args, frame=frame or (caller and caller.f_back), **kwargs)
+        for name, value in self.hparams.items():
+            if isinstance(value, os.PathLike):
+                self.hparams[name] = os.fspath(value)
+            elif callable(getattr(value, "tolist", None)):  # a scalar of NumPy or torch
+                self.hparams[name] = value.tolist()
 
     @property
     def num_classes(self) -> int:
@@ -325,14 +336,8 @@ def resize_size_for(image_size: int, crop_ratio: float | None, default: float = 
     Raises:
         ValueError: for an argument out of its range.
     """
-    check_at_least_one("image_size", image_size)
+    image_size = integer("eval_transform_at", "image_size", image_size, 1, "Give a number of pixels.", MAX_SIDE)
     crop_ratio = default if crop_ratio is None else crop_ratio
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio must be above 0 and at most 1, got {crop_ratio!r}: 0.875 is 224 of 256 pixels")
     return round(image_size / crop_ratio)
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    """Raise ValueError unless the argument is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_INTEGER:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for, stratified_split
+from lit_tricks.data.arguments import check_eval_size, check_seed, check_side
+from lit_tricks.data.datamodule import Split, resize_size_for, stratified_split
 from lit_tricks.data.memory.base import ImagesOn, MemoryDataModule
 from lit_tricks.data.memory.batch_transforms import EvalBatch, TrainBatch
 from lit_tricks.data.memory.stored import MemorySource
@@ -85,7 +86,8 @@ class Digits(MemoryDataModule):
         images_on: ImagesOn = "auto",
     ) -> None:
         super().__init__(batch_size, num_workers, predict_dir, images_on)
-        check_at_least_one("image_size", image_size)
+        image_size, eval_size = check_side(self, "image_size", image_size), check_eval_size(self, eval_size)
+        split_seed = check_seed(self, split_seed)
         self.save_hyperparameters()
         self.split_seed = split_seed
         self.classes: list[str] = [str(digit) for digit in range(10)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,9 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_tricks.data.arguments import (
+    check_classes,
+    check_eval_size,
+    check_root,
+    check_seed,
+    check_side,
+    check_statistics,
+)
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.crops import CentreCrop
-from lit_tricks.data.datamodule import Split, check_at_least_one, resize_size_for
+from lit_tricks.data.datamodule import Split, resize_size_for
 from lit_tricks.data.io.bad_images import OnBadImage
 from lit_tricks.data.io.decoded import Cache, DecodedFiles
 from lit_tricks.data.io.file_index import Paths, class_folders, list_images
@@ -25,7 +32,7 @@ from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data.samples import Files, Reader, Source
 from lit_tricks.data.splits import held_out, split_folder, split_name
 from lit_tricks.data.transforms import Transform
-from lit_tricks.utils.arguments import choice
+from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number
 from lit_tricks.utils.class_names import permutation
 from lit_tricks.utils.files import printable
 
@@ -139,27 +146,34 @@ class ImageFolder(PhotoDataModule):
         split_seed: int = 0,
         classes: list[str] | None = None,
     ) -> None:
-        root = os.fspath(root)  # a Path among the hyper-parameters would keep checkpoints from loading safely
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir)
+        image_size = check_side(self, "image_size", image_size)
+        repeats = integer(self, "repeats", repeats, 1, "1 is usual.")
+        least = f"{image_size}, which is image_size, leaves the crop as large as the image."
+        resize_size = integer(self, "resize_size", resize_size, 1, least, MAX_SIDE, "256/224 of image_size")
+        random_erasing = number(self, "random_erasing", random_erasing, "[0, 1]", "It is a probability.")
+        val_fraction = number(
+            self, "val_fraction", val_fraction, "(0, 1)", "0.2 holds out a fifth.", "a folder of validation images"
+        )
+        split_seed = check_seed(self, split_seed)
+        exif = flag(self, "exif", exif)
+        eval_size = check_eval_size(self, eval_size)
+        mean, std = check_statistics(self, mean, std)
+        if len(mean) != 3:
+            raise invalid(self, "the images have three channels. Give three numbers.", mean=mean, std=std)
+        classes = check_classes(self, classes, "the names of the folders")
         self.save_hyperparameters()
-        check_at_least_one("image_size", image_size)
-        check_at_least_one("repeats", repeats)
         resize_size = round(image_size * 256 / 224) if resize_size is None else resize_size
         if resize_size < image_size:
             raise ValueError(f"resize_size={resize_size} is less than image_size={image_size}: the crop would not fit")
-        _check_one_of("augmentation", augmentation, get_args(Augmentation))
-        _check_one_of("decode", decode, ("auto", "exact"))
-        _check_one_of("workers", workers, ("process", "thread"))
-        _check_one_of("on_bad_image", on_bad_image, get_args(OnBadImage))
+        choice(self, "augmentation", augmentation, get_args(Augmentation))
+        choice(self, "decode", decode, ("auto", "exact"))
+        choice(self, "workers", workers, ("process", "thread"))
+        choice(self, "on_bad_image", on_bad_image, get_args(OnBadImage))
         choice(self, "cache", cache, (*get_args(Cache), None))
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
-            raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
-        if not 0 <= random_erasing <= 1:
-            raise ValueError(f"random_erasing must be a probability, from 0 to 1, got {random_erasing!r}")
         if augmentation == "none" and random_erasing:
             raise ValueError(f'augmentation="none" erases nothing, and random_erasing={random_erasing}: use "basic"')
-        if val_fraction is not None and not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction!r} must be above 0 and below 1: 0.2 holds out a fifth")
         self.root = root
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -301,11 +315,6 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str, root: st
             if not only_train and not only_here:
                 found = "they are in another order"
             raise ValueError(f"{what} of train and {split} in root={root!r} differ: {found}")
-
-
-def _check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _some(names: list[str]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_tricks.models.factory import create_model
 from lit_tricks.models.weights import load_weights
+from lit_tricks.utils.arguments import integer, integers, path
 
 __all__ = ["Backbone"]
 
@@ -45,6 +46,12 @@ class Backbone(nn.Module):
         **model_args: Any,
     ) -> None:
         super().__init__()
+        weights = path(self, "weights", weights, "Give a file, or a name of timm.", "a random start")
+        fix = "Give the number of maps from the coarsest, or a list of maps."
+        if isinstance(levels, Sequence):
+            integers(self, "levels", levels, 0, fix)
+        else:
+            integer(self, "levels", levels, 1, fix, 100)
         # with a classifier, as weights have one, whatever its classes
         net: Any = create_model(name, 1000, in_chans=in_chans, **model_args)
         info = getattr(net, "feature_info", None)

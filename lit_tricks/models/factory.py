@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from lit_tricks.models.resnet import require_positive, resnet
 from lit_tricks.models.weights import load_weights, nearest
+from lit_tricks.utils.arguments import path, text
 
 __all__ = ["create_model"]
 
@@ -34,7 +35,9 @@ def create_model(
     Example:
         ``create_model("resnet", 10, depth=18, variant="D", small_input=True)``
     """
-    require_positive(num_classes=num_classes, in_chans=in_chans)
+    name = text("create_model", "name", name, 'Give "resnet", or a name of timm.')
+    weights = path("create_model", "weights", weights, "Give a file, or a name of timm.", "a random start")
+    require_positive("create_model", num_classes=num_classes, in_chans=in_chans)
     if name == "resnet":
         valid = list(inspect.signature(resnet).parameters)
         for key in model_args:

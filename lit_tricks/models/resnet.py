@@ -14,8 +14,11 @@ from lit_tricks.models.norms import NORMS, Norm
 from lit_tricks.models.separable import make_separable
 from lit_tricks.models.spp import SpatialPyramidPool2d
 from lit_tricks.models.weights import load_weights
+from lit_tricks.utils.arguments import choice, flag, integer, number, path
 
 __all__ = ["resnet"]
+
+MOST_CHANNELS = 10**7  # of images, or classes
 
 _STAGES: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
@@ -99,16 +102,21 @@ def resnet(
     Example:
         ``resnet(50, "D", num_classes=10, small_input=True)`` for CIFAR-10.
     """
-    _require_one_of("depth", depth, tuple(_STAGES))
-    _require_one_of("variant", variant, ("A", "B", "C", "D"))
-    _require_one_of("output_stride", output_stride, (8, 16, 32))
-    _require_one_of("norm", norm, tuple(NORMS))
-    _require_one_of("pool", pool, ("avg", "max", "avgmax", "spp"))
-    _require_one_of("init", init, ("timm", "xavier"))
-    for name, rate in {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name}={rate!r} must be in [0, 1): 0 drops nothing, 1 would drop everything")
-    require_positive(num_classes=num_classes, in_chans=in_chans)
+    choice("resnet", "depth", depth, tuple(_STAGES))
+    choice("resnet", "variant", variant, ("A", "B", "C", "D"))
+    choice("resnet", "output_stride", output_stride, (8, 16, 32))
+    choice("resnet", "norm", norm, tuple(NORMS))
+    choice("resnet", "pool", pool, ("avg", "max", "avgmax", "spp"))
+    choice("resnet", "init", init, ("timm", "xavier"))
+    fix = "0 drops nothing."
+    drop_rate = number("resnet", "drop_rate", drop_rate, "[0, 1)", fix)
+    drop_path_rate = number("resnet", "drop_path_rate", drop_path_rate, "[0, 1)", fix)
+    flag("resnet", "small_input", small_input)
+    flag("resnet", "separable", separable)
+    flag("resnet", "zero_init_last", zero_init_last)
+    weights = path("resnet", "weights", weights, "Give a file, or a name of timm.", "a random start")
+    require_positive("resnet", num_classes=num_classes, in_chans=in_chans)
+    width = number("resnet", "width", width, "(0, 64]", "Give a multiple of 1/32, as 0.125, 0.5 or 2.")
     stem_width = _stem_width(width)
 
     block, layers = _STAGES[depth]
@@ -156,16 +164,10 @@ def resnet(
     return model
 
 
-def require_positive(**counts: int) -> None:
+def require_positive(owner: str, **counts: int) -> None:
     """Raise ValueError for the first of the named numbers that is not an integer of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a count: give an integer of at least 1, as your data has it")
-
-
-def _require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+        integer(owner, name, value, 1, "Give the number that your data has.", MOST_CHANNELS)
 
 
 def _stem_width(width: float) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_tricks.utils.arguments import integers
+
 __all__ = ["SpatialPyramidPool2d"]
 
 
@@ -28,9 +30,8 @@ class SpatialPyramidPool2d(nn.Module):
 
     def __init__(self, bins: Sequence[int] = (1, 2, 3, 6)) -> None:
         super().__init__()
-        if not bins or any(not isinstance(side, int) or side < 1 for side in bins):
-            raise ValueError(f"bins={bins!r} must be one or more integers of at least 1, such as (1, 2, 3, 6)")
-        self.bins: tuple[int, ...] = tuple(bins)
+        fix = "(1, 2, 3, 6) is usual."
+        self.bins: tuple[int, ...] = tuple(integers(self, "bins", bins, 1, fix, 1000))
 
     def feat_mult(self) -> int:
         """How many features each channel becomes (timm's name for it)."""

@@ -8,6 +8,8 @@ from typing import Any
 from timm.models import group_parameters
 from torch import nn
 
+from lit_tricks.utils.arguments import number, texts
+
 __all__ = ["freeze", "layer_scales"]
 
 
@@ -24,6 +26,7 @@ def freeze(network: nn.Module, names: Sequence[str]) -> list[str]:
     Raises:
         ValueError: for a name that it does not have.
     """
+    names = texts("freeze", "names", names, 'Give names of parts, such as "layer1".')
     parts = {name: part for name, part in network.named_modules() if name}
     found: list[str] = []
     for name in names:
@@ -58,6 +61,7 @@ def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     Raises:
         ValueError: if it does not know them.
     """
+    decay = number("layer_scales", "decay", decay, "(0, 1]", "1 is one learning rate for all layers.")
     net: Any = network
     if not hasattr(net, "group_matcher"):
         raise ValueError(

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 
+from lit_tricks.utils.arguments import path as as_path
+from lit_tricks.utils.arguments import texts
 from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.checkpoint_files import check_archive
 from lit_tricks.utils.class_names import apart, names_of, require_same_classes
@@ -61,7 +63,8 @@ def load_weights(
     Example:
         ``load_weights(resnet(50, "D", num_classes=10), "resnet50d.ra2_in1k")``
     """
-    path = Path(weights).expanduser()
+    path = Path(as_path("load_weights", "weights", weights, "Give a file, or a name of timm.")).expanduser()
+    class_names = texts("load_weights", "class_names", class_names, "Give one name per class.", "unknown names")
     theirs: list[str] | None = None
     if path.is_file():
         state, theirs = _read(path)

@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 from lit_tricks._compat import is_built_by_command_line
 from lit_tricks.models import freeze, layer_scales
 from lit_tricks.tasks.input_transform import InputTransform, input_transform
-from lit_tricks.utils.arguments import integer, invalid, number
+from lit_tricks.utils.arguments import MAX_SIDE, integer, integers, invalid, mapping, number, path, texts
 from lit_tricks.utils.checkpoint_files import read_checkpoint
 from lit_tricks.utils.class_names import apart, names_of, require_same_classes
 
@@ -47,6 +47,8 @@ class Task(LightningModule):
         class_names: one name a class; None numbers them.
         optimizer: from parameters to optimizer.
         layer_decay: learning rate of a block over that of the next one, above 0 and at most 1.
+        input_size: channels, height and width of an image.
+        freeze: names of the parts that are not trained.
 
     Raises:
         ValueError: for numbers out of range, or that contradict each other.
@@ -73,13 +75,24 @@ class Task(LightningModule):
         class_names: list[str] | None,
         optimizer: Callable[[Iterable[Any]], Optimizer],
         layer_decay: float,
+        input_size: tuple[int, int, int],
+        freeze: list[str] | None,
     ) -> None:
         super().__init__()
         num_classes = integer(self, "num_classes", num_classes, self.least_classes, "Give the number of classes.")
+        class_names = texts(self, "class_names", class_names, "Give one name per class.", "numbers as names")
         if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(
-                f"class_names has {len(class_names)} names for num_classes={num_classes}: give one a class."
-            )
+            raise invalid(
+                self, f"class_names has {len(class_names)} names. Give one per class.",
+                class_names=class_names, num_classes=num_classes,
+            )  # fmt: skip
+        given: Any = optimizer
+        if not callable(given):
+            fix = "Give a function from parameters to an optimizer, such as partial(torch.optim.SGD, lr=0.1)."
+            raise invalid(self, f"optimizer must be callable. {fix}", optimizer=given)
+        fix = "Give channels, height and width, such as [3, 224, 224]."
+        integers(self, "input_size", input_size, 1, fix, MAX_SIDE, 3)
+        texts(self, "freeze", freeze, 'Give names of parts, such as "layer1".', "no part")
         layer_decay = number(self, "layer_decay", layer_decay, "(0, 1]", "1 is one learning rate for all layers.")
         self.num_classes = num_classes
         self.class_names: list[str] = class_names or [str(i) for i in range(num_classes)]
@@ -258,12 +271,15 @@ class Task(LightningModule):
         for name in self._frozen:
             self._network().get_submodule(name).train(training)
 
-    def _weights_in(self, weights: str | None, arguments: dict[str, Any] | None) -> tuple[str | None, dict[str, Any]]:
+    def _weights_in(
+        self, weights: str | None, name: str, arguments: dict[str, Any] | None
+    ) -> tuple[str | None, dict[str, Any]]:
         """Return the weights to start from, and the other arguments of a network."""
-        others = dict(arguments or {})
+        weights = path(self, "weights", weights, "Give a file, or a name of timm.", "a random start")
+        others = mapping(self, name, arguments, "Give arguments of the network.", "no further arguments") or {}
         inner = others.pop("weights", None)
         if weights and inner:
-            raise invalid(self, "weights are given twice. Keep weights only.", weights=weights, model_args=arguments)
+            raise invalid(self, "weights are given twice. Keep weights only.", **{"weights": weights, name: arguments})
         return weights or inner, others
 
     def _freeze(self, names: list[str] | None) -> None:

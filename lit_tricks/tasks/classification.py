@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lit_tricks.models import create_model, load_weights
 from lit_tricks.tasks.base import Task
+from lit_tricks.utils.arguments import text
 
 __all__ = ["Classifier"]
 
@@ -65,11 +66,13 @@ class Classifier(Task):
         freeze: list[str] | None = None,
         layer_decay: float = 1.0,
     ) -> None:
-        super().__init__(num_classes, class_names, optimizer, layer_decay)
+        super().__init__(num_classes, class_names, optimizer, layer_decay, input_size, freeze)
+        weights, arguments = self._weights_in(weights, "model_args", model_args)
+        if not isinstance(model, nn.Module):
+            model = text(self, "model", model, 'Give "resnet", a name of timm, or a module.')
         if isinstance(model, nn.Module) and model_args:
             raise ValueError(f"model_args={model_args} are for a model given by name; {type(model).__name__} is built.")
         self.save_hyperparameters(ignore=["weights", *self._objects(model=model)])
-        weights, arguments = self._weights_in(weights, model_args)
         if isinstance(model, str):
             model = create_model(model, num_classes, in_chans=input_size[0], **arguments)
         if weights:

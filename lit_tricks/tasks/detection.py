@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from lit_tricks._compat import overrides
 from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.detectors import faster_rcnn, retinanet
 from lit_tricks.tasks.base import Task, is_of_module
+from lit_tricks.utils.arguments import MAX_SIDE, integer, integers, mapping, number, numbers, text
 
 __all__ = ["Detector"]
 
@@ -111,25 +111,24 @@ class Detector(Task):
         freeze: list[str] | None = None,
         layer_decay: float = 1.0,
     ) -> None:
-        super().__init__(num_classes, class_names, optimizer, layer_decay)
+        super().__init__(num_classes, class_names, optimizer, layer_decay, input_size, freeze)
+        weights, arguments = self._weights_in(weights, "backbone_args", backbone_args)
+        model_args = mapping(self, "model_args", model_args, "Give arguments of torchvision's.", "no further arguments")
+        backbone = text(self, "backbone", backbone, 'Give "resnet", or a name of timm.')
+        levels = integer(self, "levels", levels, 1, "4 is usual.", 8, "the levels of the paper")
+        channels = integer(self, "channels", channels, 1, "256 is usual.", 2**16)
+        head_width = integer(self, "head_width", head_width, 1, "1024 is usual.", 2**16)
+        max_size = integer(self, "max_size", max_size, 1, "1333 is usual.", MAX_SIDE)
+        sizes = [min_size] if isinstance(min_size, int) else min_size
+        sizes = integers(self, "min_size", sizes, 1, "Give a number of pixels up to max_size, or several.", max_size)
+        anchor_scale = number(
+            self, "anchor_scale", anchor_scale, "(0, 1000]", "8 makes anchors of 32 pixels at stride 4.", "the usual"
+        )
+        aspect_ratios = numbers(self, "aspect_ratios", aspect_ratios, "(0, 1000]", "[0.5, 1, 2] is usual.")
+        beta = number(self, "beta", beta, "[0, 1000]", "0 is L1.", "torchvision's value")
         self.save_hyperparameters(ignore=["weights", *self._objects()])
         if model not in ("faster_rcnn", "retinanet"):
             raise ValueError(f"model={model!r} is unknown: write 'faster_rcnn' or 'retinanet'.")
-        sizes = [min_size] if isinstance(min_size, int) else list(min_size)
-        if not sizes or min(sizes) < 1 or max_size < max(sizes):
-            raise ValueError(f"min_size={min_size} must be at least 1, and at most max_size={max_size}.")
-        if beta is not None and not 0 <= beta < math.inf:
-            raise ValueError(f"beta={beta} must be at least 0, which is L1; None is what torchvision has.")
-        if anchor_scale is not None and not 0 < anchor_scale < math.inf:
-            raise ValueError(f"anchor_scale={anchor_scale} must be above 0: 8 makes anchors of 32 pixels at stride 4.")
-        if (
-            min(channels, head_width) < 1
-            or not aspect_ratios
-            or not all(0 < ratio < math.inf for ratio in aspect_ratios)
-        ):
-            raise ValueError(
-                f"channels={channels}, head_width={head_width} and aspect_ratios={aspect_ratios} must be above 0."
-            )
         two_stages = model == "faster_rcnn"
         # a label of RetinaNet's is the number of an output, and none of these is the background's
         self.label_offset = 0 if two_stages else 1  # from torchvision's labels to those of the data
@@ -138,7 +137,6 @@ class Detector(Task):
         if anchor_scale is not None:
             args["anchor_scale"] = anchor_scale
         chosen = (4 if two_stages else 3) if levels is None else levels
-        weights, arguments = self._weights_in(weights, backbone_args)
         whole = is_of_module(weights, "backbone")
         body = Backbone(backbone, chosen, input_size[0], None if whole else weights, **arguments)
         self.model: nn.Module = (

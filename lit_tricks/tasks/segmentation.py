@@ -16,7 +16,7 @@ from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.decoders import DecoderName, levels_of
 from lit_tricks.models.segmentation import SegmentationNet
 from lit_tricks.tasks.base import Task, is_of_module
-from lit_tricks.utils.arguments import MAX_INTEGER, integer, number
+from lit_tricks.utils.arguments import MAX_INTEGER, integer, number, text
 
 __all__ = ["Segmenter"]
 
@@ -79,7 +79,9 @@ class Segmenter(Task):
         freeze: list[str] | None = None,
         layer_decay: float = 1.0,
     ) -> None:
-        super().__init__(num_classes, class_names, optimizer, layer_decay)
+        super().__init__(num_classes, class_names, optimizer, layer_decay, input_size, freeze)
+        weights, arguments = self._weights_in(weights, "model_args", model_args)
+        model = text(self, "model", model, 'Give "resnet", or a name of timm.')
         fix = "0 builds no auxiliary head, and 0.5 is usual."
         aux_weight = number(self, "aux_weight", aux_weight, "[0, 1000]", fix)
         if loss not in ("cross_entropy", "focal"):
@@ -93,7 +95,6 @@ class Segmenter(Task):
                 f"ignore_index={ignore_index} is one of the {num_classes} classes: give a label that none has, as -1."
             )
         self.save_hyperparameters(ignore=["weights", *self._objects()])
-        weights, arguments = self._weights_in(weights, model_args)
         whole = is_of_module(weights, "decoder")
         levels = max(levels_of(decoder), 2 if aux_weight else 1)
         backbone = Backbone(model, levels, input_size[0], None if whole else weights, **arguments)

@@ -114,7 +114,7 @@ FLAGS = {
     "type of the data's argument": ((*FIT, "--data.batch_size=3.5"), r"--data\.batch_size: '3\.5' is not int\."),
     "range of the data's argument": (
         (*FIT, "--data.num_workers=-1"),
-        'num_workers must be "auto" or an integer of at least 0, got -1',
+        "num_workers must be an integer of at least 0",
     ),
     "missing argument of the data": (("fit", "--data=ImageFolder"), r"--data: ImageFolder needs root\."),
     "batch larger than the data": (

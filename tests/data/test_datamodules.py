@@ -543,13 +543,13 @@ def test_command_line_builds_every_module(folder: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"num_workers": -1}, 'num_workers must be "auto" or an integer of at least 0, got -1'),
-        ({"num_workers": "all"}, "num_workers must be .* got 'all'"),
-        ({"image_size": 0}, "image_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size=0.*at least 1"),
+        ({"num_workers": -1}, 'num_workers=-1.*"auto"'),
+        ({"num_workers": "all"}, "num_workers='all'"),
+        ({"image_size": 0}, "image_size=0"),
         ({"image_size": 32, "resize_size": 31}, "resize_size=31 is less than image_size=32"),
-        ({"augmentation": "papr"}, "augmentation must be one of paper, basic, none, trivial, rand, augmix, got 'papr'"),
-        ({"std": (1.0, 0.0, 1.0)}, "mean and std must be three numbers each, those of std above 0"),
+        ({"augmentation": "papr"}, "augmentation='papr'.*'paper', 'basic'"),
+        ({"std": (1.0, 0.0, 1.0)}, r"std=\(1\.0, 0\.0, 1\.0\)"),
     ],
 )
 def test_arguments_out_of_range(folder: Path, arguments: dict[str, Any], message: str) -> None:

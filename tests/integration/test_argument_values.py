@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from helpers.fits import Result, run
+from helpers.odd import ODD, accepted, legal, message_of
 from helpers.tricks import teacher
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_tricks import callbacks
-from lit_tricks.cli.errors import explain
-
-# The values, and how they are written in YAML
-ODD: dict[str, Any] = {
-    "null": None,
-    '""': "",
-    '"nan"': "nan",
-    "true": True,
-    "-1": -1,
-    "0": 0,
-    "1.5": 1.5,
-    "1000000000000000000000000000000": 10**30,
-    "1.0e+308": 1e308,
-    ".inf": math.inf,
-    ".nan": math.nan,
-    "[]": [],
-    "{}": {},
-}
 
 # What is legal in spite of its looks, by trick and argument; nothing else is.
 LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
@@ -108,27 +90,6 @@ NEEDED: dict[str, Callable[[], dict[str, Any]]] = {
 
 def arguments_of(cls: type) -> list[str]:
     return list(inspect.signature(cls).parameters)
-
-
-def legal(table: dict[str, dict[str, str]], owner: str, argument: str) -> set[str]:
-    return set(table[owner].get(argument, "").split())
-
-
-def message_of(make: Callable[[], Any], *errors: type[Exception]) -> str | None:
-    """The message of the error, in one line as the command line prints it. None where there is no error."""
-    try:
-        make()
-    except errors as error:
-        return explain(error)[0]
-    return None
-
-
-def accepted(make: Callable[[Any], Any], argument: str) -> set[str]:
-    """The odd values that are taken. Every other one must be rejected with an error that names the argument."""
-    messages = {written: message_of(lambda v=value: make(v), ValueError, TypeError) for written, value in ODD.items()}
-    rejected = {written: message for written, message in messages.items() if message is not None}
-    assert not [message for message in rejected.values() if f"{argument}=" not in message or "\n" in message]
-    return set(ODD) - set(rejected)
 
 
 @functools.cache

@@ -423,13 +423,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "argument of ours": ({"model_args": {"image_mean": [0]}}, "'image_mean' is no argument of FasterRCNN"),
     "classes": ({"num_classes": 0}, "num_classes=0"),
-    "names": ({"class_names": ["a"]}, "class_names has 1 names for num_classes=10"),
-    "beta": ({"beta": -1.0}, "beta=-1.0 must be at least 0"),
-    "min_size": ({"min_size": 0}, "min_size=0 must be at least 1"),
-    "max_size": ({"min_size": [64, 128]}, r"min_size=\[64, 128\] must be .* at most max_size=64"),
-    "anchor_scale": ({"anchor_scale": 0.0}, "anchor_scale=0.0 must be above 0"),
-    "channels": ({"channels": 0}, "channels=0, head_width=16 .* must be above 0"),
-    "levels": ({"levels": 0}, "levels=0 must be"),
+    "names": ({"class_names": ["a"]}, r"class_names=\['a'\], num_classes=10"),
+    "beta": ({"beta": -1.0}, "beta=-1.0"),
+    "min_size": ({"min_size": 0}, r"min_size=\[0\]"),
+    "max_size": ({"min_size": [64, 128]}, r"min_size=\[64, 128\].* to 64"),
+    "anchor_scale": ({"anchor_scale": 0.0}, "anchor_scale=0.0"),
+    "channels": ({"channels": 0}, "channels=0"),
+    "levels": ({"levels": 0}, "levels=0"),
     "backbone": ({"backbone": "resnt18"}, "'resnt18' is neither .* did you mean"),
     "maps of one size": (
         {"backbone": "mixer_s32_224", "backbone_args": {}, "input_size": (3, 224, 224)},
@@ -569,7 +569,7 @@ def test_the_preview_draws_boxes(folder: Path) -> None:
 def test_bad_flags_of_the_command_line(folder: Path) -> None:
     for words, message in (
         (("--model.model=yolo",), "yolo"),
-        (("--model.beta=-1",), "beta=-1.0 must be at least 0"),
+        (("--model.beta=-1",), "beta=-1.0"),
         (("--model.num_classes=3",), "num_classes=3 disagrees with the data, which has 10"),
         (("--trainer.callbacks+=LabelSmoothing",), "LabelSmoothing works on a label of each image, or of each pixel"),
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,10 +11,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
+from lit_tricks.data.arguments import check_range, check_statistics
 from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.detection.boxes import Target
 from lit_tricks.data.samples import JointSamples, Samples
 from lit_tricks.data.transforms import to_rgb
+from lit_tricks.utils.arguments import choice, number
 
 __all__ = ["BoxTransform", "DetectionDataModule", "zoom"]
 
@@ -62,14 +63,9 @@ class DetectionDataModule(ImageDataModule):
         on_bad_box: str,
     ) -> None:
         """Check what the data modules have in common, and set the transforms."""
-        if len(mean) != len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
-            raise ValueError(f"mean and std must be three numbers each, those of std above 0, got {mean} and {std}")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip must be a probability, from 0 to 1, got {flip!r}")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-            raise ValueError(f"scale must be two rising factors above 0, as (0.5, 2.0), got {scale!r}")
-        if on_bad_box not in ("raise", "skip"):
-            raise ValueError(f'on_bad_box must be "raise" or "skip", got {on_bad_box!r}')
+        mean, std = check_statistics(self, mean, std)
+        flip, scale = number(self, "flip", flip, "[0, 1]", "It is a probability."), check_range(self, "scale", scale)
+        choice(self, "on_bad_box", on_bad_box, ("raise", "skip"))
         self.mean, self.std = tuple(mean), tuple(std)
         self.input_size: tuple[int, int, int] = (len(mean), 224, 224)  # any; the model resizes
         self.eval_transform = BoxTransform(mean, std)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from typing import Any, Literal
 
+from lit_tricks.data.arguments import check_classes, check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
@@ -21,6 +22,7 @@ from lit_tricks.data.detection.boxes import (
     warn_of_skipped,
 )
 from lit_tricks.data.samples import Source
+from lit_tricks.utils.arguments import text
 from lit_tricks.utils.class_names import permutation
 from lit_tricks.utils.files import read_regular
 
@@ -77,15 +79,16 @@ class CocoDetection(DetectionDataModule):
         predict_dir: str | None = None,
         classes: list[str] | None = None,
     ) -> None:
-        root = os.fspath(root)
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self._set_transforms(mean, std, flip, scale, on_bad_box)
         self.root = root
-        self.images = images
-        self.annotations = annotations
+        fix = "Give a path below root; {split} stands for train, val and test."
+        self.images = text(self, "images", images, fix)
+        self.annotations = text(self, "annotations", annotations, fix)
         self.on_bad_box = on_bad_box
-        self._order = list(classes) if classes else None
+        self._order = check_classes(self, classes, "the order of the annotations")
         self.classes: list[str] = []
         if predict_dir is None or os.path.isdir(root):  # to predict, the data need not be there
             # the smaller file of the two that must agree

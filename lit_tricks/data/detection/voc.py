@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lit_tricks.data.arguments import check_classes, check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
@@ -23,6 +24,7 @@ from lit_tricks.data.detection.boxes import (
 )
 from lit_tricks.data.io.file_index import find_images
 from lit_tricks.data.samples import Source
+from lit_tricks.utils.arguments import texts
 from lit_tricks.utils.files import read_regular
 
 __all__ = ["VOC_CLASSES", "VOCDetection", "read_voc"]
@@ -83,21 +85,19 @@ class VOCDetection(DetectionDataModule):
         std: Triple = STD,
         predict_dir: str | None = None,
     ) -> None:
-        root = os.fspath(root)
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self._set_transforms(mean, std, flip, scale, on_bad_box)
         self.root = root
         self.on_bad_box = on_bad_box
-        self.lists: dict[Split, list[str]] = {"train": list(train), "val": list(val)}
-        if test is not None:
-            self.lists["test"] = list(test)
-        for split, lists in self.lists.items():
-            if not lists or not all(isinstance(each, str) for each in lists):
-                raise ValueError(f"{split}={lists!r} must be lists of images, as ['VOC2007/trainval']")
-        self.classes: list[str] = list(VOC_CLASSES if classes is None else classes)
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise ValueError(f"classes={self.classes!r} must be names, each once")
+        fix = "Give lists of images, as ['VOC2007/trainval']."
+        self.lists: dict[Split, list[str]] = {
+            "train": texts(self, "train", train, fix), "val": texts(self, "val", val, fix)
+        }  # fmt: skip
+        if (tested := texts(self, "test", test, fix, "the lists of val")) is not None:
+            self.lists["test"] = tested
+        self.classes: list[str] = check_classes(self, classes, "the classes of VOC") or list(VOC_CLASSES)
         if predict_dir is None and not os.path.isdir(root):
             raise FileNotFoundError(f"root={root!r} is not a folder: give that of VOC2007 and VOC2012, or of your own")
 

@@ -11,6 +11,7 @@ from lit_tricks.data.memory.loader import CPU, MemoryEvalLoader, MemorySamples, 
 from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Samples, Source
 from lit_tricks.data.transforms import Transform
+from lit_tricks.utils.arguments import choice
 
 __all__ = ["ImagesOn", "MemoryDataModule"]
 
@@ -45,8 +46,7 @@ class MemoryDataModule(ImageDataModule, ABC):
         images_on: ImagesOn,
     ) -> None:
         super().__init__(batch_size, num_workers, predict_dir)
-        if images_on not in get_args(ImagesOn):
-            raise ValueError(f"images_on must be one of {', '.join(get_args(ImagesOn))}, got {images_on!r}")
+        images_on = choice(self, "images_on", images_on, get_args(ImagesOn))
         if images_on == "device" and num_workers not in ("auto", 0):
             raise ValueError(
                 f'images_on="device" makes the batches in the process that trains, and num_workers={num_workers}: '

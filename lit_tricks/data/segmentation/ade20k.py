@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
+from lit_tricks.data.arguments import check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
@@ -60,7 +60,7 @@ class ADE20KSegmentation(MaskFolders):
         predict_dir: str | None = None,
         eval_size: int | None = None,
     ) -> None:
-        root = os.fspath(root)
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
         self.root: Path = Path(root)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from abc import ABC
 from collections.abc import Iterable
@@ -11,13 +10,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lit_tricks.data.datamodule import ImageDataModule, check_at_least_one, resize_size_for
+from lit_tricks.data.arguments import check_eval_size, check_range, check_side, check_statistics
+from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.data.io.file_index import Paths, find_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.worker_errors import EvalLoader
 from lit_tricks.data.samples import JointSamples, Samples
 from lit_tricks.data.segmentation.pairs import EvalPair, Pairs, RandomPair
 from lit_tricks.data.transforms import Transform
+from lit_tricks.utils.arguments import flag
 
 __all__ = ["MaskDataModule", "MaskFolders", "image_files"]
 
@@ -46,12 +47,10 @@ class MaskDataModule(ImageDataModule, ABC):
         eval_size: int | None,
     ) -> None:
         """Make the transforms (see ``SegmentationFolder`` for the arguments)."""
-        check_at_least_one("crop_size", size)
-        check_at_least_one("base_size", base_size)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < math.inf:
-            raise ValueError(f"scale must be the least and the greatest factor, above 0, got {scale}")
-        if len(mean) != len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
-            raise ValueError(f"mean and std must be a number for each channel, those of std above 0, got {mean}, {std}")
+        size, base_size = check_side(self, "crop_size", size), check_side(self, "base_size", base_size)
+        scale, flip = check_range(self, "scale", scale), flag(self, "flip", flip)
+        mean, std = check_statistics(self, mean, std)
+        eval_size = check_eval_size(self, eval_size)
         self.input_size: tuple[int, int, int] = (len(mean), size, size)
         self.mean, self.std = mean, std
         self.eval_transform = self.eval_transform_at(size if eval_size is None else eval_size)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from lit_tricks.data.arguments import check_classes, check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
 from lit_tricks.data.segmentation.pairs import Pairs
+from lit_tricks.utils.arguments import MAX_INTEGER, integer
 from lit_tricks.utils.class_names import permutation
 from lit_tricks.utils.files import read_regular
 
@@ -76,9 +77,12 @@ class SegmentationFolder(MaskFolders):
         predict_dir: str | None = None,
         eval_size: int | None = None,
     ) -> None:
-        root = os.fspath(root)
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
+        fix = "Give a label that no class has, such as 255."
+        ignore_index = integer(self, "ignore_index", ignore_index, -MAX_INTEGER, fix)
+        classes = check_classes(self, classes, "the names in classes.txt")
         self.root: Path = Path(root)
         self.ignore_index = ignore_index
         self.classes: list[str] = list(classes) if classes else self._read_classes()

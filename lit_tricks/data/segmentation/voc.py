@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
+from lit_tricks.data.arguments import check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.voc import VOC_CLASSES
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders
+from lit_tricks.utils.arguments import text
 from lit_tricks.utils.files import read_regular
 
 __all__ = ["VOCSegmentation"]
@@ -66,9 +67,12 @@ class VOCSegmentation(MaskFolders):
         predict_dir: str | None = None,
         eval_size: int | None = None,
     ) -> None:
-        root = os.fspath(root)
+        root = check_root(self, root)
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
+        fix = "Give a name of VOC's folders."
+        train_set, val_set = text(self, "train_set", train_set, fix), text(self, "val_set", val_set, fix)
+        masks = text(self, "masks", masks, fix)
         self.root: Path = Path(root)
         self.masks = masks
         self.sets: dict[str, str] = {"train": train_set, "val": val_set}

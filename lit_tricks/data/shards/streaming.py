@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
+from lit_tricks.data.arguments import check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.image_folder import ImageFolder, check_same_classes
@@ -21,6 +22,7 @@ from lit_tricks.data.samples import Source
 from lit_tricks.data.shards.index import SPLITS, import_litdata, read_shards
 from lit_tricks.data.shards.index_format import SCHEMES
 from lit_tricks.data.transforms import Transform
+from lit_tricks.utils.arguments import path
 
 __all__ = ["Streaming"]
 
@@ -106,7 +108,8 @@ class Streaming(ImageFolder):
     ) -> None:
         if predict_dir is None:  # to predict, no shard is read
             import_litdata()
-        root, cache_dir = os.fspath(root), None if cache_dir is None else os.fspath(cache_dir)
+        root = check_root(self, root)
+        cache_dir = path(self, "cache_dir", cache_dir, "Give a folder.", "the folder of litdata")
         self.cache_dir = cache_dir
         super().__init__(
             root,

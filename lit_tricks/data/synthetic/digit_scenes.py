@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_tricks.data.datamodule import Split, check_at_least_one
+from lit_tricks.data.arguments import check_seed
+from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.detection.boxes import Target, target_of
 from lit_tricks.data.digits import INK, split_digits
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskDataModule
+from lit_tricks.utils.arguments import MAX_SIDE, integer
 
 __all__ = ["DigitDetection", "DigitScenes", "DigitSegmentation", "Placed"]
 
@@ -126,7 +128,7 @@ class DigitSegmentation(MaskDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
-        self.split_seed = split_seed
+        self.split_seed = check_seed(self, split_seed)
         self.classes: list[str] = ["ground", *map(str, range(10))]
         self._set_transforms(SIZE, SIZE, (0.8, 1.25), False, (MEAN,), (STD,), eval_size)
 
@@ -189,9 +191,8 @@ class DigitDetection(DetectionDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, predict_dir)
         self.save_hyperparameters()
-        check_at_least_one("size", size)
-        if size < 32:
-            raise ValueError(f"size={size} leaves no room for digits: give at least 32 pixels")
+        size = integer(self, "size", size, 32, "Fewer pixels leave no room for digits.", MAX_SIDE)
+        split_seed = check_seed(self, split_seed)
         self._set_transforms((MEAN,), (STD,), 0.0, scale, "raise")
         self.classes: list[str] = [str(digit) for digit in range(10)]
         self.size = size
