@@ -72,10 +72,11 @@ class ChannelsLast(Trick):
         """
         require_initialized(pl_module, "ChannelsLast")
         if not (filters := _filters(pl_module)):
-            raise RuntimeError(
-                f"ChannelsLast has no effect: there is no two-dimensional convolution in {type(pl_module).__name__}. "
-                "Remove it."
-            )
+            has_layers = any(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in pl_module.modules())
+            why = "there is no two-dimensional convolution"
+            if has_layers:
+                why = "all two-dimensional convolutions are parametrized (weight or spectral norm)"
+            raise RuntimeError(f"ChannelsLast has no effect: {why} in {type(pl_module).__name__}. Remove it.")
         self._count = sum(to_local(weight).is_contiguous(memory_format=torch.channels_last) for weight in filters)
         self.announce(f"images of training batches, and {self._count} of {len(filters)} filters")
 

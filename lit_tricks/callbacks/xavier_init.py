@@ -79,7 +79,10 @@ class XavierInit(Initializer):
         names = {parameter: name for name, parameter in pl_module.named_parameters() if parameter in trained}
         for name, layer in layers.items():
             parametrized = getattr(layer, "parametrizations", {})
-            if any(parameter in trained for part in parametrized for parameter in parametrized[part].parameters()):
+            parts = [parameter for part in parametrized for parameter in parametrized[part].parameters()]
+            # torch.nn.utils.weight_norm and spectral_norm compute the weight from parameters weight_g, weight_orig, ...
+            parts += [part for key, part in layer.named_parameters(recurse=False) if key.startswith("weight_")]
+            if any(parameter in trained for parameter in parts):
                 raise RuntimeError(
                     f"XavierInit cannot set the weight of {name}: it is parametrized (weight or spectral norm). Remove "
                     "XavierInit, and draw the weights before they are parametrized."

@@ -181,7 +181,7 @@ def test_digits_of_another_size_are_the_same_scaled() -> None:
     for _ in range(10):
         result = data.train_transform(image)
         assert any(torch.allclose(result, shift, atol=1e-4) for shift in shifts)
-    with pytest.raises(ValueError, match=r"image_size .*got 0"):
+    with pytest.raises(ValueError, match=r"image_size=0"):
         Digits(image_size=0)
 
 
@@ -559,7 +559,7 @@ def test_arguments_out_of_range(folder: Path, arguments: dict[str, Any], message
         for kind in (Digits, CIFAR10, CIFAR100):
             with pytest.raises(ValueError, match=message):
                 kind(**arguments)
-    with pytest.raises(ValueError, match=r"val_size .*got -1"):
+    with pytest.raises(ValueError, match=r"val_size=-1"):
         CIFAR10(val_size=-1)
 
 

@@ -397,7 +397,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "on_bad_box": (lambda root: coco(root, on_bad_box="ignore"), "on_bad_box='ignore'"),
     "size": (lambda root: DigitDetection(size=16), "size=16.*room"),
     "classes": (lambda root: voc(root, classes=["a", "a"]), "must be names, each once"),
-    "train": (lambda root: voc(root, train=[]), r"train=\[\] must be lists"),
+    "train": (lambda root: voc(root, train=[]), r"train=\[\]"),
     "batch_size": (
         lambda root: DigitDetection(batch_size=2000).setup("fit"),
         "batch_size=2000 is larger than the 1000",

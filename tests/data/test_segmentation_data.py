@@ -301,7 +301,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "crop": ({"crop_size": 0}, "crop_size=0"),
     "scale": ({"scale": (0.0, 1.0)}, r"scale=\(0\.0, 1\.0\)"),
     "reversed": ({"scale": (2.0, 1.0)}, "scale must be two rising factors"),
-    "std": ({"std": (1.0, 1.0, 0.0)}, "those of std above 0"),
+    "std": ({"std": (1.0, 1.0, 0.0)}, "std="),
     "ignored": ({"ignore_index": 1}, "ignore_index=1 is one of the 4 classes"),
     "batch": ({"batch_size": 9}, "batch_size=9 is larger than the 4 training images"),
     "root": ({"root": "nowhere"}, "root='nowhere' is not a folder; expected are ROOT/train/images"),

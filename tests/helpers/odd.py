@@ -48,7 +48,7 @@ def accepted(make: Callable[[Any], Any], argument: str) -> set[str]:
         for written, value in ODD.items()
     }
     rejected = {written: message for written, message in messages.items() if message is not None}
-    names = (f"{argument}=", "name=", "'nan/")  # also the name of a network, and a file below a folder
+    names = (f"{argument}=", "name=", "'nan/", "/nan'")  # also the name of a network, and a file or folder
     wrong = [each for each in rejected.values() if not any(name in each for name in names) or "\n" in each]
     assert not wrong, wrong
     return set(ODD) - set(rejected)
