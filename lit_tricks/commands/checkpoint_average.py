@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
 from lit_tricks.callbacks.batchnorm.statistics import estimate
+from lit_tricks.commands.batch_transfer import transfer
 from lit_tricks.commands.checkpoints import (
     RUN,
     checkpoint_at,
@@ -145,6 +146,8 @@ class _Workshop:
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
+            assert model is not None  # data needs one
+            model.trainer = self.trainer  # hooks may depend on it
             data.prepare_data()
             require_same_classes(model, data, "the checkpoint", "the data")
         if self.copied:
@@ -199,9 +202,7 @@ class _Workshop:
     def _batches(self, loader: Any, device: torch.device, advance: Callable[[int], None]) -> Iterator[list[Any]]:
         seen = 0
         for given, *_ in loader:
-            batch = self.data.on_before_batch_transfer(given, 0)
-            batch = self.data.transfer_batch_to_device(batch, device, 0)
-            inputs = arguments_of(self.data.on_after_batch_transfer(batch, 0), "average")
+            inputs = arguments_of(transfer(given, device, self.model, self.data), "average")
             yield inputs
             seen += len(inputs[0])
             advance(len(inputs[0]))

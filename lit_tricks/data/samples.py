@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.file_index import Paths
 from lit_tricks.data.io.jpeg import BadImageError, read_image
 from lit_tricks.data.transforms import Transform
+from lit_tricks.utils.transient import Transient
 
 __all__ = [
     "Files",
@@ -58,7 +59,7 @@ def find_images(folder: str) -> Paths:
     return Paths(folder, map(os.fsencode, file_index.find_images(folder)))
 
 
-class Samples(Dataset[tuple[Any, ...]]):
+class Samples(Transient, Dataset[tuple[Any, ...]]):
     """Transformed samples; random transforms give the same for the same (seed, epoch, index), in any process.
 
     The index carries the epoch: ``index + epoch * len(samples)``, so that workers that live on from epoch to epoch
@@ -76,6 +77,8 @@ class Samples(Dataset[tuple[Any, ...]]):
         bad: where bad images are noted, which are skipped then: another sample, which (seed, epoch, index) decides as
             well, takes the place of such a one, or the batch is smaller, as it says. None raises the error.
     """
+
+    transient: ClassVar[dict[str, Any]] = {"_pool": None}
 
     def __init__(
         self, source: Source, transform: Transform, seed: int, threads: int = 1, bad: BadImages | None = None
@@ -113,9 +116,6 @@ class Samples(Dataset[tuple[Any, ...]]):
         samples = WholeBatch(zip(images, labels, *whole[2:], strict=True))
         samples.whole = whole
         return samples
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_pool": None}
 
     def _any(self, index: int, sample: tuple[Image.Image, Any], epoch: int) -> tuple[Any, ...]:
         """Transform one sample by a transform that may draw from torch's generator."""

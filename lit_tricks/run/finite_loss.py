@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lit_tricks.utils.arguments import choice
 from lit_tricks.utils.finite import all_finite, first_not_finite_in
+from lit_tricks.utils.transient import Transient
 
 __all__ = ["FiniteLoss"]
 
 PENDING = 64  # losses on their way from a GPU; it is never that far behind
 
 
-class FiniteLoss(Callback):
+class FiniteLoss(Transient, Callback):
     """Warn at the first training step whose loss is not finite, or stop there.
 
     The loss of each step is copied to the CPU, and compared once it is there: no step waits for a GPU. The weights are
@@ -35,16 +36,19 @@ class FiniteLoss(Callback):
         RuntimeError: in the step, or some steps later on a GPU, if the run is to stop.
     """
 
+    _found: bool
     _memory: Tensor | None
     _pending: deque[tuple[int, Tensor, Any]]
 
+    transient: ClassVar[dict[str, Any]] = {"_found": False, "_memory": None, "_pending": deque()}
+
     def __init__(self, on_nan: Literal["warn", "stop"] = "warn") -> None:
         self.on_nan: str = choice(self, "on_nan", on_nan, ("warn", "stop"))
-        self._forget()
+        self.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to look for the first such step of this fit."""
-        self._forget()
+        self.reset()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,11 +93,3 @@ class FiniteLoss(Callback):
         if self.on_nan == "stop":
             raise RuntimeError(f"{what}: on_nan='stop' ends the run. {remedy}.")
         rank_zero_only(warnings.warn)(f"{what}. {remedy}. on_nan='stop' ends a run here.", stacklevel=2)
-
-    def _forget(self) -> None:
-        self._found = False
-        self._memory = None
-        self._pending = deque()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"on_nan": self.on_nan, "_found": False, "_memory": None, "_pending": deque()}

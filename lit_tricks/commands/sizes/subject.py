@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lit_tricks.commands.batch_transfer import transfer
 from lit_tricks.commands.checkpoints import checkpoint_at, data_of, fill, module_of, read_checkpoint
 from lit_tricks.models import load_weights
 from lit_tricks.models.weights import nearest
@@ -121,15 +122,12 @@ class Subject:
         )  # fmt: skip
 
     def on_device(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
-        """Let a batch go the way of those of validation.
+        """Transfer a batch as in validation.
 
         Raises:
-            ValueError: if it is no pair of images and labels then.
+            ValueError: if the result is no pair of images and labels.
         """
-        batch: Any = [images, labels]
-        batch = self._hook("on_before_batch_transfer")(batch, 0)
-        batch = self._hook("transfer_batch_to_device")(batch, self.device, 0)
-        images, labels = self._hook("on_after_batch_transfer")(batch, 0)
+        images, labels = transfer([images, labels], self.device, self.module, self.data)
         return images, labels
 
     def logits(self, images: Tensor) -> Tensor:
@@ -137,9 +135,6 @@ class Subject:
         with self.trainer.precision_plugin.forward_context():
             logits: Tensor = self.module(images)
         return logits.float()
-
-    def _hook(self, name: str) -> Any:
-        return getattr(self.data if is_overridden(name, self.data) else self.module, name)
 
 
 def subject_of(

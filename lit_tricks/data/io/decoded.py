@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from lit_tricks.data.io.file_index import cache_folder
 from lit_tricks.data.io.jpeg import BadImageError, Box, Pixels, pixels_of
 from lit_tricks.data.samples import Files
 from lit_tricks.utils.files import open_regular
+from lit_tricks.utils.transient import Transient
 
 __all__ = ["Cache", "DecodedFiles"]
 
@@ -69,7 +70,7 @@ class Store:
         self.ends: npt.NDArray[np.int64] = np.cumsum(_sizes(shapes))
 
 
-class DecodedFiles(Files):
+class DecodedFiles(Transient, Files):
     """Files whose images were decoded once, resized to a short side if that was longer.
 
     Copies share the pixels. A pickle does not hold them: another process decodes anew, or opens the file of the cache.
@@ -84,6 +85,8 @@ class DecodedFiles(Files):
         ValueError: if there is no room for the pixels.
         OSError: if the file cannot be written.
     """
+
+    transient: ClassVar[dict[str, Any]] = {"_store": None}
 
     def __init__(self, files: Files, short_side: int, cache: Cache, owner: str) -> None:
         super().__init__(files.paths, files.read, files.labels)
@@ -104,9 +107,6 @@ class DecodedFiles(Files):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodedFiles:
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_store": None}
 
     def _open(self) -> Store:
         key = self._key()

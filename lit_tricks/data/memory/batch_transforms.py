@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_tricks.data.memory.draws import Key, below, draw
 from lit_tricks.utils.image_size import resize
+from lit_tricks.utils.transient import Transient
 
 __all__ = ["BatchTransform", "EvalBatch", "Flip", "Padding", "TrainBatch", "boxes"]
 
@@ -30,7 +31,7 @@ AREAS, RATIOS = 512, 64  # steps of the grid that crops are drawn from
 CHUNK = 64  # images whose pixels stay in the cache of a core
 
 
-class BatchTransform(ABC):
+class BatchTransform(Transient, ABC):
     """Base: a transform of a batch that also takes a single PIL image, for whatever expects such a transform.
 
     Args:
@@ -38,6 +39,8 @@ class BatchTransform(ABC):
         mean: of the channels, in these units.
         std: standard deviation of the channels, in these units.
     """
+
+    transient: ClassVar[dict[str, Any]] = {"_constants": {}}
 
     def __init__(self, to_pixels: Callable[[Image.Image], Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
         self.to_pixels = to_pixels
@@ -71,9 +74,6 @@ class BatchTransform(ABC):
         """Transform a PIL image; its draws come from a key that is drawn from torch's generator of the CPU."""
         zero = torch.zeros(1, dtype=torch.int64)
         return self.batch(self.to_pixels(image)[None], None, Key(int(torch.randint(2**62, ())), zero, zero))[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_constants": {}}
 
     @abstractmethod
     def _draw(self, key: Key) -> Tensor:

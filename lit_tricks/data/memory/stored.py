@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
+
+from lit_tricks.utils.transient import Transient
 
 __all__ = ["MemorySource", "Recipe", "Stored", "stored"]
 
@@ -89,7 +91,7 @@ def stored(recipe: Recipe) -> Stored:
     return found
 
 
-class MemorySource:
+class MemorySource(Transient):
     """Pairs of an image and its label, out of images that are in memory.
 
     Copies share the images. A pickle holds the recipe, and another process loads them anew.
@@ -98,6 +100,8 @@ class MemorySource:
         recipe: of the images.
         rows: which of them, sorted; None takes all.
     """
+
+    transient: ClassVar[dict[str, Any]] = {"_stored": None}
 
     def __init__(self, recipe: Recipe, rows: list[int] | None = None) -> None:
         self.recipe = recipe
@@ -125,6 +129,3 @@ class MemorySource:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemorySource:
         return self  # nothing of it changes
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_stored": None}

@@ -8,13 +8,14 @@ import tempfile
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
 
 from lit_tricks.data.io.jpeg import decode_image
 from lit_tricks.data.shards.index_format import INDEX, MOST_BYTES, SCHEMES, check_index
 from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.transient import Transient
 
 if TYPE_CHECKING:
     from lit_tricks.data.datamodule import Split
@@ -42,7 +43,7 @@ def import_litdata() -> Any:
     return litdata
 
 
-class Shards:
+class Shards(Transient):
     """The shards of a split: how many samples they hold, of what classes, and single samples of them.
 
     Args:
@@ -51,6 +52,8 @@ class Shards:
         index: what the index says, checked.
         cache_dir: where litdata keeps what it reads from a bucket; None is its own place.
     """
+
+    transient: ClassVar[dict[str, Any]] = {"_dataset": None}
 
     def __init__(self, split: Split, url: str, index: dict[str, Any], cache_dir: str | None) -> None:
         self.split = split
@@ -69,9 +72,6 @@ class Shards:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         data, label, _ = self.item(index)
         return decode_image(data, self.paths[index], exact=True), label
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_dataset": None}
 
     def item(self, index: int) -> tuple[bytes, int, str]:
         """Read a single sample, also one that is not in turn: slow from a bucket."""

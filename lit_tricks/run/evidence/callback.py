@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from lit_tricks.run.evidence.mask_split import MaskSplit, joined_masks
 from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
 from lit_tricks.utils.batch import find
 from lit_tricks.utils.files import written_whole
+from lit_tricks.utils.transient import Transient
 
 __all__ = ["Evidence"]
 
@@ -25,7 +26,7 @@ SIDE = 96  # of an image that is kept, at most, in pixels
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-class Evidence(Callback):
+class Evidence(Transient, Callback):
     """Keeps labels, most probable classes and probabilities of each image, and the images that were most wrong.
 
     It looks at what ``forward`` of the module returns in a validation or test step, which must be logits,
@@ -37,6 +38,8 @@ class Evidence(Callback):
     classes, and the 8 images with the lowest IoU, up to 160 pixels large: for 150 classes about half a megabyte. To
     count the pixels of an image waits for the GPU.
     """
+
+    transient: ClassVar[dict[str, Any]] = {"_hook": None, "_last": [], "_splits": {}, "_best": ()}
 
     def __init__(self) -> None:
         self._splits: dict[str, tuple[_Split | MaskSplit, ...]] = {}  # as one does not know yet what batches hold
@@ -154,9 +157,6 @@ class Evidence(Callback):
         if self._hook:
             self._hook.remove()
         self._hook, self._last = None, []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_hook": None, "_last": [], "_splits": {}, "_best": ()}
 
 
 class _Split(Seen):
