@@ -142,9 +142,9 @@ class EMA(Averaging):
         """Find the decay: earlier, the loaders are not there."""
         self._decay = self.decay
         if self.half_life is not None:
-            clock = TrainingLength("EMA(half_life=...)", "EMA(decay=...), or Trainer(limit_train_batches=...)")
-            clock.measure(trainer, pl_module)
-            self._decay = ema_decay_of_half_life(self.half_life, clock.epoch, self.every_n_steps)
+            length = TrainingLength("EMA(half_life=...)", "EMA(decay=...), or Trainer(limit_train_batches=...)")
+            length.measure(trainer, pl_module)
+            self._decay = ema_decay_of_half_life(self.half_life, length.epoch, self.every_n_steps)
         what = f"decay {self._decay:.6g}" + (f" (half_life={self.half_life:g} epochs)" if self.half_life else "")
         when = "every step" if self.every_n_steps == 1 else f"every {self.every_n_steps} steps"
         start = f" after step {self.start_step}" if self.start_step else ""

@@ -112,9 +112,9 @@ class LinearScaling(Trick):
         scaled = [lr * self._factor for lr in self._base]
         same = len(found) == len(scaled) and all(map(partial(math.isclose, rel_tol=1e-6), found, scaled))
         if not same and self._restored is None:  # a resumed finetuning callback has brought the rates of its checkpoint
-            rival = f"the {schedulers[0]}" if schedulers else "something else"
+            cause = f"the {schedulers[0]}" if schedulers else "something else"
             raise RuntimeError(
-                f"LinearScaling made the learning rates {_text(scaled)}, and {rival} put {_text(found)} in their "
+                f"LinearScaling made the learning rates {_text(scaled)}, and {cause} put {_text(found)} in their "
                 f"place. Multiply these by {self._factor:g} and remove LinearScaling, or take a schedule that starts "
                 "from the optimizer's rate, as WarmupCosine."
             )

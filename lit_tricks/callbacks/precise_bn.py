@@ -126,7 +126,7 @@ class PreciseBN(Estimating):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the statistics of the weights that the fit ends with, if the last validation did not."""
         fit = self._now
-        if not fit.overlay.values or fit.norms != norms(pl_module):
+        if not fit.override.values or fit.norms != norms(pl_module):
             self._estimate(trainer, pl_module)
             if fit.shift is not None and (self.when == "end" or not trainer.enable_validation):
                 for logger in trainer.loggers:
@@ -148,12 +148,12 @@ class PreciseBN(Estimating):
 
     def _estimate(self, trainer: Trainer, pl_module: LightningModule, names: set[str] | None = None) -> None:
         fit = self._now
-        fit.overlay.values = {}
+        fit.override.values = {}
         layers = {k: v for k, v in batchnorms_of(pl_module).items() if (v.training if names is None else k in names)}
         if not layers:
             return
         found = TrainingDataPass(trainer, pl_module, layers, self.num_samples, self.transform).run()
-        fit.overlay.values, fit.shift, fit.norms = found.values, found.shift, norms(pl_module)
+        fit.override.values, fit.shift, fit.norms = found.values, found.shift, norms(pl_module)
         if found.samples < self.num_samples and not fit.said:
             fit.said = True
             text = f"num_samples={self.num_samples} is more than there are; all {found.samples} are used, in one pass"

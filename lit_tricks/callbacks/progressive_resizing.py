@@ -98,7 +98,7 @@ class ProgressiveResizing(Trick):
         fix = "Give the number of steps of the whole run."
         self.total_steps: int | None = integer(self, "total_steps", total_steps, 1, fix, or_none="the Trainer's number")
         self._seeds, self._draws = Generator(), Generator()
-        self._clock = TrainingLength(
+        self._length = TrainingLength(
             "ProgressiveResizing", "", "ProgressiveResizing(total_steps=...)", self.total_steps
         )
         self._side = 0
@@ -120,11 +120,11 @@ class ProgressiveResizing(Trick):
         Raises:
             RuntimeError: if its length is unknown.
         """
-        self._clock.measure(trainer, pl_module)
-        first, full = round(self.start * self._clock.run), round(self.end * self._clock.run)
+        self._length.measure(trainer, pl_module)
+        first, full = round(self.start * self._length.run), round(self.end * self._length.run)
         self.announce(
             f"{self.mode} to {self.start_scale:g} of the side, rising from step {first}, full from step {full} of "
-            f"{self._clock.run}; for the last epochs, or after it, FixRes or PreciseBN fit the statistics to full size"
+            f"{self._length.run}; for the last epochs, or after it, FixRes or PreciseBN fit the statistics to full size"
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -136,7 +136,7 @@ class ProgressiveResizing(Trick):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """See that a batch makes as many steps as was assumed."""
-        self._clock.check(trainer)
+        self._length.check(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator of the seeds of crops."""
@@ -151,7 +151,7 @@ class ProgressiveResizing(Trick):
         height, width = images[next(iter(images))].shape[-2:]
         if not self._checked:
             self._check(trainer, next(iter(images.values())))
-        progress = steps_done(trainer, trainer.lightning_module) / self._clock.run
+        progress = steps_done(trainer, trainer.lightning_module) / self._length.run
         size = self._side_at(progress, height), self._side_at(progress, width)
         self._side = min(size)
         seed = int(torch.randint(2**62, (), generator=self._seeds)) + trainer.global_rank

@@ -141,7 +141,7 @@ class SWA(Averaging):
         if self._plan is None:
             return None
         start, end, _ = self._plan
-        every = (self.every_n_epochs, self._clock.epoch) if self.every_n_steps is None else (self.every_n_steps, 1)
+        every = (self.every_n_epochs, self._length.epoch) if self.every_n_steps is None else (self.every_n_steps, 1)
         return 1 / (updates + 1) if swa_ends_cycle(step, start, end, *every) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,11 +173,11 @@ class SWA(Averaging):
         Raises:
             RuntimeError: if that can not be, or the glide would begin before the run.
         """
-        self._clock.measure(trainer, pl_module)
-        end = self._clock.run
+        self._length.measure(trainer, pl_module)
+        end = self._length.run
         start = min(round(self.start * end), end - 1)
-        every = self.every_n_steps or self.every_n_epochs * self._clock.epoch
-        length = round(self.anneal_epochs * self._clock.epoch) if self.anneal_epochs else 0
+        every = self.every_n_steps or self.every_n_epochs * self._length.epoch
+        length = round(self.anneal_epochs * self._length.epoch) if self.anneal_epochs else 0
         if length > start and not trainer.fast_dev_run:  # type: ignore[union-attr]
             raise RuntimeError(
                 f"SWA(anneal_epochs={self.anneal_epochs}) glides for {length} steps, and there are {start} before "
@@ -203,7 +203,7 @@ class SWA(Averaging):
     ) -> None:
         """Update the average at the end of a cycle, and log how many weights are in it."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._clock.check(trainer)
+        self._length.check(trainer)
         if self._updates:
             key = f"swa/{self.name}/averaged" if self.name else "swa/averaged"
             self.log_step(pl_module, {key: float(self._updates)})
@@ -228,7 +228,7 @@ class SWA(Averaging):
         super()._forget()
         run_remedy = "Trainer(max_steps=...), or Trainer(max_epochs=...) with limit_train_batches=..."
         epoch_remedy = "SWA(every_n_steps=...) without anneal_epochs, or Trainer(limit_train_batches=...)"
-        self._clock = TrainingLength("SWA", epoch_remedy, run_remedy)
+        self._length = TrainingLength("SWA", epoch_remedy, run_remedy)
         self._plan = None
         self._rates = None
 

@@ -68,8 +68,8 @@ class WarmupCosine(Schedule):
     def plan(self) -> str:
         """Find the end of the cosine."""
         require_falling(self, self.min_lr, self._base_lrs)
-        return f"half a cosine to {self.min_lr:g} at step {self._clock.run}"
+        return f"half a cosine to {self.min_lr:g} at step {self._length.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of a step, see ``warmup_cosine``."""
-        return warmup_cosine(step, base_lr, self._clock.run, self._warmup_steps, self.min_lr)
+        return warmup_cosine(step, base_lr, self._length.run, self._warmup_steps, self.min_lr)

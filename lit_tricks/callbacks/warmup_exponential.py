@@ -72,7 +72,7 @@ class WarmupExponential(Schedule):
 
     def plan(self) -> str:
         """Turn the epochs between two falls into steps."""
-        self._every_n_steps = self.every_n_epochs * self._clock.epoch
+        self._every_n_steps = self.every_n_epochs * self._length.epoch
         return f"times {self.gamma:g} every {self._every_n_steps:g} steps"
 
     def lr(self, step: int, base_lr: float) -> float:

@@ -66,8 +66,8 @@ class WarmupLinear(Schedule):
     def plan(self) -> str:
         """Find the end of the line."""
         require_falling(self, self.min_lr, self._base_lrs)
-        return f"linear to {self.min_lr:g} at step {self._clock.run}"
+        return f"linear to {self.min_lr:g} at step {self._length.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of a step, see ``warmup_linear``."""
-        return warmup_linear(step, base_lr, self._clock.run, self._warmup_steps, self.min_lr)
+        return warmup_linear(step, base_lr, self._length.run, self._warmup_steps, self.min_lr)

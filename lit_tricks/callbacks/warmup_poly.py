@@ -74,8 +74,8 @@ class WarmupPoly(Schedule):
     def plan(self) -> str:
         """Find the end of the decay."""
         require_falling(self, self.min_lr, self._base_lrs)
-        return f"to the power {self.power:g} down to {self.min_lr:g} at step {self._clock.run}"
+        return f"to the power {self.power:g} down to {self.min_lr:g} at step {self._length.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of a step, see ``warmup_poly``."""
-        return warmup_poly(step, base_lr, self._clock.run, self.power, self._warmup_steps, self.min_lr)
+        return warmup_poly(step, base_lr, self._length.run, self.power, self._warmup_steps, self.min_lr)

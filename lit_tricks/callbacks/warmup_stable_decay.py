@@ -94,7 +94,7 @@ class WarmupStableDecay(Schedule):
     def plan(self) -> str:
         """Find the first step of the decay."""
         require_falling(self, self.min_lr, self._base_lrs)
-        run = self._clock.run
+        run = self._length.run
         self._decay_steps = max(1, round(self.decay * run))
         start = run - self._decay_steps
         if start < self._warmup_steps <= run:
@@ -110,5 +110,5 @@ class WarmupStableDecay(Schedule):
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of a step, see ``warmup_stable_decay``."""
         return warmup_stable_decay(
-            step, base_lr, self._clock.run, self._decay_steps, self._warmup_steps, self.min_lr, self.shape
+            step, base_lr, self._length.run, self._decay_steps, self._warmup_steps, self.min_lr, self.shape
         )

@@ -82,7 +82,7 @@ class WarmupStep(Schedule):
 
     def plan(self) -> str:
         """Turn the milestones into steps."""
-        self._milestone_steps = [round(m * self._clock.epoch) for m in self.milestones] if self.milestones else []
+        self._milestone_steps = [round(m * self._length.epoch) for m in self.milestones] if self.milestones else []
         if not self._milestone_steps:
             return "constant"
         return f"times {self.gamma:g} at steps {', '.join(map(str, self._milestone_steps))}"

@@ -16,10 +16,10 @@ from lit_tricks.utils.dataset_transforms import changed, nested
 if TYPE_CHECKING:
     from lit_tricks._compat import Trainer
 
-__all__ = ["fresh_loader"]
+__all__ = ["copied_train_loader"]
 
 
-def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) -> Any:
+def copied_train_loader(trainer: Trainer, trick: str, like_validation: bool = False) -> Any:
     """A copy of the training loaders that starts anew, with workers of its own.
 
     Samplers are copied with their state, and data sets are shared, except for iterable ones that the main process
@@ -34,8 +34,8 @@ def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) ->
         RuntimeError: if a loader can not be copied, or a data set has no ``transform`` to replace.
     """
     combined = combined_loader(trainer.fit_loop)
-    fresh = copy.copy(combined)
-    reset_iterator(fresh)
+    copied = copy.copy(combined)
+    reset_iterator(copied)
     loaders = [_copied(loader, trick) for loader in combined.flattened]
     if like_validation:
         transforms = _transforms_of(trainer, trick)
@@ -44,8 +44,8 @@ def fresh_loader(trainer: Trainer, trick: str, like_validation: bool = False) ->
                 vars(loader)["dataset"] = _with(transforms, loader.dataset, trick)
             else:
                 raise RuntimeError(_no_transform(trick, f"the {type(loader).__name__} of the training batches"))
-    fresh.flattened = loaders
-    return fresh
+    copied.flattened = loaders
+    return copied
 
 
 def _copied(loader: Any, trick: str) -> Any:

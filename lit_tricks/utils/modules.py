@@ -146,7 +146,7 @@ def check_shapes(module: nn.Module, trick: str) -> None:
         )
 
 
-_ASIDE = re.compile(r"downsample|shortcut|aux", re.IGNORECASE)  # beside the trunk, and defined after its last layer
+_BESIDE_TRUNK = re.compile(r"downsample|shortcut|aux", re.IGNORECASE)  # defined after the trunk's last layer
 
 
 def find_classifier(module: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
@@ -205,7 +205,7 @@ def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[s
     if name is not None:
         found = {layer: norm for layer, norm in found.items() if layer == name}
     elif which == "last":
-        trunk = {layer: norm for layer, norm in found.items() if not _ASIDE.search(layer)}
+        trunk = {layer: norm for layer, norm in found.items() if not _BESIDE_TRUNK.search(layer)}
         found = dict(list((trunk or found).items())[-1:])
     if not found:
         what = "BatchNorm with running statistics" + (f" that is called {name!r}" if name else "")

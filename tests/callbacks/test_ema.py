@@ -876,7 +876,7 @@ def test_several_averages(tmp_path):
         assert not differences(run(*reversed(make()), ckpt_path=path).weights, result.weights)
 
 
-def test_average_kept_aside_leaves_the_run_as_it_is(tmp_path):
+def test_average_only_kept_leaves_the_run_as_it_is(tmp_path):
     ema, history, saver = EMA(0.8, validate=False), History(), Saver(tmp_path, steps=(8,))
     result, plain = run(ema, history, saver), run()
     assert not differences(result.weights, plain.weights)
@@ -886,7 +886,7 @@ def test_average_kept_aside_leaves_the_run_as_it_is(tmp_path):
     assert_close(ema.state_dict()["average"], reference(history.weights, 0.8, warmup=True))
 
 
-def test_average_kept_aside_can_be_taken_up_for_validation(tmp_path):
+def test_average_only_kept_can_be_used_for_validation(tmp_path):
     saver = Saver(tmp_path, steps=(8,))
     run(EMA(0.8, validate=False), saver)
     assert not differences(run(EMA(0.8), ckpt_path=saver.paths[-1]).weights, run(EMA(0.8)).weights)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks._compat import saves_in_shards
-from lit_tricks.callbacks.averaging.conflicts import refuse_hidden_steps, refuse_hidden_weights, refuse_rivals
+from lit_tricks.callbacks.averaging.conflicts import refuse_conflicts, refuse_hidden_steps, refuse_hidden_weights
 from lit_tricks.callbacks.averaging.kept_average import KeptAverage
-from lit_tricks.callbacks.averaging.raw_validation import validate_aside
+from lit_tricks.callbacks.averaging.raw_validation import validate_trained
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.utils.arguments import choice
 from lit_tricks.utils.modes import modes_kept
@@ -71,7 +71,7 @@ class Averaging(KeptAverage):
         Raises:
             RuntimeError: if another average is validated and saved too, or weights or steps are hidden.
         """
-        refuse_rivals(self, trainer)
+        refuse_conflicts(self, trainer)
         refuse_hidden_weights(self, trainer, pl_module)
         refuse_hidden_steps(self, trainer)
         if self._weights is None or not self._weights.belongs_to(pl_module):
@@ -150,7 +150,7 @@ class Averaging(KeptAverage):
             self._showing_raw = True
             try:
                 with modes_kept(trainer.lightning_module):
-                    self._raw_metrics = validate_aside(trainer, trainer.lightning_module, run)
+                    self._raw_metrics = validate_trained(trainer, trainer.lightning_module, run)
             finally:
                 self._showing_raw = False
         result = run()
@@ -205,7 +205,7 @@ class Averaging(KeptAverage):
     def _what_for(self) -> str:
         uses = {True: "validated and saved", "both": "validated beside the trained weights, and saved"}
         buffers = self._weights.describe_buffers() if self._weights else ""
-        return uses.get(self.validate, "kept aside") + (f"; {buffers}" if buffers else "")
+        return uses.get(self.validate, "kept only") + (f"; {buffers}" if buffers else "")
 
     def _why_nothing(self) -> str:
         return ""

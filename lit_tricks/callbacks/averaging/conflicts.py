@@ -11,10 +11,10 @@ from lit_tricks.utils.modules import is_flattened, require_initialized
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["refuse_hidden_steps", "refuse_hidden_weights", "refuse_rivals"]
+__all__ = ["refuse_conflicts", "refuse_hidden_steps", "refuse_hidden_weights"]
 
 
-def refuse_rivals(average: KeptAverage, trainer: Trainer) -> None:
+def refuse_conflicts(average: KeptAverage, trainer: Trainer) -> None:
     """Check that nothing else decides which weights are validated and saved.
 
     Raises:
@@ -28,7 +28,7 @@ def refuse_rivals(average: KeptAverage, trainer: Trainer) -> None:
         if callback is average or not (is_ours or any(isinstance(callback, classes) for classes in foreign)):
             continue
         name, other = average.state_key, callback.state_key if is_ours else type(callback).__name__
-        remedy = f"give one of them validate=False, to keep its average aside, or remove {other}."
+        remedy = f"give one of them validate=False, which only keeps its average, or remove {other}."
         raise RuntimeError(f"{name} and {other} both decide which weights are validated and saved: {remedy}")
 
 

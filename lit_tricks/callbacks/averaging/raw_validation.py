@@ -22,10 +22,10 @@ from lit_tricks.utils.rng import isolated_random_state
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["validate_aside"]
+__all__ = ["validate_trained"]
 
 
-def validate_aside(trainer: Trainer, pl_module: LightningModule, run: Callable[[], Any]) -> dict[str, float]:
+def validate_trained(trainer: Trainer, pl_module: LightningModule, run: Callable[[], Any]) -> dict[str, float]:
     """Validate, and return the metrics that the module logs.
 
     Args:

@@ -36,8 +36,8 @@ class Estimating(Trick):
         if stage != "fit":
             return
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
-        if last and last.trainer() is trainer and last.module() is pl_module and last.overlay.is_as_left():
-            last.overlay.put_back()
+        if last and last.trainer() is trainer and last.module() is pl_module and last.override.is_as_left():
+            last.override.put_back()
         # The module's hook precedes those of all callbacks.
         self.wrap(pl_module, "on_load_checkpoint", self._around_loading)
         # The module's hook follows those of all callbacks, and checkpoints of the weights alone skip theirs.
@@ -54,14 +54,14 @@ class Estimating(Trick):
         self.wrap(pl_module, "on_validation_end", self._around_validation_end)
 
     def _show(self, pl_module: LightningModule) -> None:
-        self._now.overlay.show(pl_module)
+        self._now.override.show(pl_module)
         if not self.restore:
-            self._now.overlay.forget()
+            self._now.override.forget()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put training's statistics back. The brackets stay for checkpoints that other callbacks now write."""
         if self._fit:
-            self._fit.overlay.put_back()
+            self._fit.override.put_back()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: the module's own hook, which comes last, finds the weights that other callbacks leave."""
@@ -69,24 +69,24 @@ class Estimating(Trick):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Out of a fit too, save what is needed to resume."""
         if self._fit and not self._wrappers:
-            self._fit.overlay.save_as_shown(checkpoint, self.state_key)
+            self._fit.override.save_as_shown(checkpoint, self.state_key)
 
     # The brackets: each is called in the place of a method, also in a copy of the module, whose copy of this has no fit
 
     def _around_validation_end(self, on_validation_end: Callable[..., Any]) -> Any:
         result = on_validation_end()  # the module's hook; those of the callbacks came before
         if self._fit:
-            self._fit.overlay.put_back()
+            self._fit.override.put_back()
         return result
 
     def _around_saving(self, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
         if self._fit and self.restore:
-            self._fit.overlay.save(checkpoint, self.state_key)  # an average has put its weights there by now
+            self._fit.override.save(checkpoint, self.state_key)  # an average has put its weights there by now
         return on_save_checkpoint(checkpoint)
 
     def _around_loading(self, on_load_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
         if self._fit:
-            self._fit.overlay.load(checkpoint, self.state_key, self._fit.module())  # before anybody else reads it
+            self._fit.override.load(checkpoint, self.state_key, self._fit.module())  # before anybody else reads it
         return on_load_checkpoint(checkpoint)
 
     def _around_teardown(self, teardown: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ class Estimating(Trick):
         return self._fit
 
     def _on_step(self, *_: Any) -> None:
-        self._now.overlay.values = {}
+        self._now.override.values = {}
 
     def _end_fit(self) -> None:
         for handle in self._fit.handles if self._fit else ():
@@ -122,7 +122,7 @@ class _Fit:
 
     trainer: Callable[[], Any]
     module: Callable[[], Any]
-    overlay: BufferOverride = field(
+    override: BufferOverride = field(
         default_factory=BufferOverride
     )  # the statistics of the weights, until the next step
     norms: list[float] | None = None  # of these weights

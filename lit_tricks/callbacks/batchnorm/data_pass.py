@@ -23,7 +23,7 @@ from lit_tricks.callbacks.batchnorm.statistics import Statistics, estimate, shif
 from lit_tricks.utils.batch import arguments_of, describe
 from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.dtensor import is_sharded, to_local
-from lit_tricks.utils.loaders import fresh_loader
+from lit_tricks.utils.loaders import copied_train_loader
 from lit_tricks.utils.modules import is_flattened
 from lit_tricks.utils.processes import broadcasts_buffers
 from lit_tricks.utils.rng import isolated_random_state
@@ -100,7 +100,7 @@ def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform:
             f"PreciseBN runs `forward` of {name}, which has none: give it one that takes the inputs of a batch, such "
             "as `def forward(self, images): return self.net(images)`."
         )
-    fresh_loader(trainer, "PreciseBN", transform == "eval")
+    copied_train_loader(trainer, "PreciseBN", transform == "eval")
 
 
 class TrainingDataPass:
@@ -128,7 +128,7 @@ class TrainingDataPass:
     def run(self) -> Found:
         """Pass the data through the network."""
         _broadcast_as_ddp(self.trainer, self.layers)
-        loader = fresh_loader(self.trainer, "PreciseBN", self.transform == "eval")
+        loader = copied_train_loader(self.trainer, "PreciseBN", self.transform == "eval")
         device = self.trainer.strategy.root_device
         with isolated_random_state(device, loader.flattened), paused(self.trainer), self._stage():
             try:

@@ -70,7 +70,7 @@ class Schedule(Trick):
         epoch_remedy = (
             f"{run_remedy} with Trainer(max_epochs=...), or Trainer(limit_train_batches=...), the batches of an epoch"
         )
-        self._clock = TrainingLength(type(self).__name__, epoch_remedy, run_remedy, self.total_steps)
+        self._length = TrainingLength(type(self).__name__, epoch_remedy, run_remedy, self.total_steps)
 
     @abstractmethod
     def lr(self, step: int, base_lr: float) -> float:
@@ -92,9 +92,11 @@ class Schedule(Trick):
             RuntimeError: if something else schedules the learning rate too, or there is none.
         """
         name, module = type(self).__name__, type(pl_module).__name__
-        rivals = [c.__class__.__name__ for c in callbacks_of(trainer) if isinstance(c, Schedule) and c is not self]
-        if rivals:
-            raise RuntimeError(f"{name} and {rivals[0]} both set the learning rate: remove one of the two callbacks.")
+        conflicting = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, Schedule) and c is not self]
+        if conflicting:
+            raise RuntimeError(
+                f"{name} and {conflicting[0]} both set the learning rate: remove one of the two callbacks."
+            )
         if trainer.lr_scheduler_configs:
             other = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise RuntimeError(
@@ -105,16 +107,16 @@ class Schedule(Trick):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the run in steps."""
-        self._clock.measure(trainer, pl_module)
-        self._warmup_steps = round(self.warmup_epochs * self._clock.epoch) if self.warmup_epochs else 0
+        self._length.measure(trainer, pl_module)
+        self._warmup_steps = round(self.warmup_epochs * self._length.epoch) if self.warmup_epochs else 0
         what_follows = self.plan()
         for optimizer, lrs in zip(trainer.optimizers, self._base_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=False):
                 group["initial_lr"] = lr  # torch's name for it; a checkpoint may have brought that of another run
-        is_whole = not self._clock.knows_run or self._warmup_steps <= self._clock.run
+        is_whole = not self._length.knows_run or self._warmup_steps <= self._length.run
         if not is_whole and not trainer.fast_dev_run:  # type: ignore[union-attr]
             warnings.warn(
-                f"{type(self).__name__}: the run ends after {self._clock.run} of {self._warmup_steps} warm-up "
+                f"{type(self).__name__}: the run ends after {self._length.run} of {self._warmup_steps} warm-up "
                 f"steps, before its full learning rate; lower warmup_epochs={self.warmup_epochs}.",
                 stacklevel=2,
             )
@@ -139,4 +141,4 @@ class Schedule(Trick):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """See that a batch makes as many steps as was assumed."""
-        self._clock.check(trainer)
+        self._length.check(trainer)

@@ -82,10 +82,10 @@ class Mixing(LossTrick):
             raise RuntimeError(
                 f"{name}(off_epochs={self.off_epochs}) leaves all of max_epochs={epochs} epochs unmixed: lower it."
             )
-        rivals = [trick for trick in _mixers(trainer) if trick is not self]
-        odds = self.prob / (self.prob + sum(rival.prob for rival in rivals)) if rivals else self.prob
+        mixers = [trick for trick in _mixers(trainer) if trick is not self]
+        odds = self.prob / (self.prob + sum(mixer.prob for mixer in mixers)) if mixers else self.prob
         share = "each batch" if odds == 1 else f"{odds:.3g} of the batches"
-        others = "".join(f", {type(rival).__name__} the others" for rival in rivals)
+        others = "".join(f", {type(mixer).__name__} the others" for mixer in mixers)
         off = f", none in the last {self.off_epochs} epochs" if self.off_epochs else ""
         self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
 
