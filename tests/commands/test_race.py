@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import yaml
 from helpers.cli import CELLS, cli, done, workplace
+from helpers.races import decisions
 from scipy import stats
 
+from lit_tricks import callbacks
+from lit_tricks.commands.racing.budget import Budget
 from lit_tricks.commands.racing.decisions import (
     Comparison,
     Outcome,
@@ -25,7 +28,7 @@ from lit_tricks.commands.racing.decisions import (
     critical_values,
     decide,
 )
-from lit_tricks.commands.racing.race import EXCLUSIVE, _Budget, _finite
+from lit_tricks.commands.racing.race import EXCLUSIVE, _exclusive, _finite
 
 Score = Callable[[Trial], float]
 
@@ -171,25 +174,28 @@ def test_mean_of_a_failed_comparison_is_no_number_to_choose() -> None:
     [("2h", 7200, math.inf), ("1.5m", 90, math.inf), ("40", math.inf, 40), ("3 s", 3, math.inf)],
 )
 def test_budget_is_read(text: str, seconds: float, runs: float) -> None:
-    budget = _Budget.parse(text)
+    budget = Budget.parse(text)
     assert (budget.seconds, budget.runs) == (seconds, runs)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1h", "soon", "2d", "nan"])
 def test_budget_that_is_none_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="budget="):
-        _Budget.parse(text)
+        Budget.parse(text)
 
 
 def test_number_that_is_not_finite_becomes_null() -> None:
     assert _finite({"a": [math.nan, -math.inf, 1.5]}) == {"a": [None, None, 1.5]}
 
 
-def test_exclusive_tricks_have_configurations() -> None:
-    from lit_tricks.utils.config_files import CONFIGS
+def test_exclusive_tricks_exist() -> None:
+    assert frozenset().union(*EXCLUSIVE) <= set(callbacks.__all__)
 
-    for name in frozenset().union(*EXCLUSIVE):
-        assert (CONFIGS / "tricks" / f"{name}.yaml").is_file()
+
+def test_exclusive_tricks_are_found_by_their_classes(tmp_path: Path) -> None:
+    mine = tmp_path / "average.yaml"
+    mine.write_text("trainer: {callbacks+: [{class_path: lit_tricks.callbacks.EMA, init_args: {decay: 0.9}}]}")
+    assert frozenset({str(mine), "tricks/swa"}) in _exclusive([str(mine), "tricks/swa", "tricks/mixup"])
 
 
 @pytest.fixture
@@ -236,18 +242,6 @@ def test_unknown_length_is_named(folder: Path) -> None:
 # A race on the digits
 
 
-def decisions(race: dict[str, Any]) -> list[Any]:
-    """What a race has decided, without the times that it measured."""
-    rounds = [
-        [
-            {k: v for k, v in each.items() if k not in ("seconds", "cost")}
-            for each in (*found["screened"], *found["tested"])
-        ]
-        for found in race["rounds"]
-    ]
-    return [race["kept"], race["runs"], rounds]
-
-
 def test_a_race_leaves_a_recipe_and_a_report_and_continues(folder: Path) -> None:
     words = (*RACE, "tricks/xavier_init", "--score", "per-epoch", "--max-seeds", "3")
     done(*words, "--budget", "30")
@@ -265,7 +259,8 @@ def test_a_race_leaves_a_recipe_and_a_report_and_continues(folder: Path) -> None
     clock = json.loads(Path("race/clock.json").read_text())
     lost = cells[-1]
     shutil.rmtree(Path("race/runs") / lost)
-    Path("race/clock.json").write_text(json.dumps({key: value for key, value in clock.items() if key != lost}))
+    del clock["runs"][lost]
+    Path("race/clock.json").write_text(json.dumps(clock))
     done(*words, "--budget", "30")
     again = json.loads(Path("race/race.json").read_text())
     assert decisions(again) == decisions(first)

@@ -23,7 +23,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_tricks.commands.ablation.cells import Cell, run_here
 from lit_tricks.commands.ablation.exclusive import alone_in
-from lit_tricks.commands.racing.race import _Budget, _Runs
+from lit_tricks.commands.racing.budget import Budget
+from lit_tricks.commands.racing.runs import Runs
 from lit_tricks.run.checkpoint_io import WholeCheckpointIO, use_whole_checkpoints
 from lit_tricks.utils.checkpoint_files import read_checkpoint, write_checkpoint
 from lit_tricks.utils.parent_process import held_pipe
@@ -260,11 +261,14 @@ def test_a_folder_is_free_again_after_its_race(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"base-seed0": "x", "base-seed1": NaN, "base-seed2": -1, "y": 2}'])
+TIMES = '{"elapsed": -3, "runs": {"base-seed0": "x", "base-seed1": NaN, "base-seed2": -1, "y": 2}}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"runs": 3}', TIMES])
 def test_a_damaged_clock_of_a_race_is_read_as_far_as_it_goes(content: str, tmp_path: Path) -> None:
     (tmp_path / "clock.json").write_text(content)
-    runs = _Runs(tmp_path, [], [], 1, {}, None, _Budget.parse("9"), 1)
-    assert runs.spent == ({"y": 2.0} if content.startswith("{") else {})
+    runs = Runs(tmp_path, [], [], 1, {}, lambda cells: iter(()), Budget.parse("9"))  # type: ignore[arg-type, return-value]
+    assert (runs.took, runs.elapsed) == (({"y": 2.0}, 2.0) if content == TIMES else ({}, 0.0))
 
 
 def ablate_sleepers(folder: Path) -> None:

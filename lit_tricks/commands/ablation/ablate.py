@@ -6,18 +6,16 @@ One caveat: a few seeds tell large differences only. The table has the intervals
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 import lit_tricks
-from lit_tricks.commands.ablation.cells import Cell, run_all, run_here
+from lit_tricks.commands.ablation.cells import Cell, run_all
+from lit_tricks.commands.ablation.engines import EngineName, check_engine, engine_of
 from lit_tricks.commands.ablation.exclusive import alone_in, read_object
-from lit_tricks.commands.ablation.ray_engine import run_on_ray
 from lit_tricks.run.report.ablation_table import report_ablation
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
@@ -55,7 +53,7 @@ def ablate(
     seeds: list[int] | None = None,
     mode: Mode = "stack",
     jobs: int = 1,
-    engine: Literal["local", "ray"] = "local",
+    engine: EngineName = "local",
     cpus: float | None = None,
     gpus: float | None = None,
     out: str = "ablation",
@@ -93,7 +91,8 @@ def ablate(
         RuntimeError: if runs failed, after the table of the others is written.
     """
     seeds = [0, 1, 2] if seeds is None else seeds
-    _check(stack, seeds, jobs, engine, cpus, gpus)
+    _check(stack, seeds)
+    check_engine(engine, jobs, cpus, gpus)
     paths = [find_config(name).resolve() for name in config]
     rows = rows_of(stack, mode)
     settings = {name: settings_of(tricks) for name, tricks in rows.items()}
@@ -115,12 +114,8 @@ def ablate(
             for seed in seeds
             for name in rows
         ]
-        told = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-        told.setdefault("WANDB_RUN_GROUP", folder.resolve().name)
-        if engine == "ray":
-            run_all(cells, partial(run_on_ray, cpus=1 if cpus is None else cpus, gpus=gpus, environment=told))
-        else:
-            run_all(cells, partial(run_here, jobs=jobs, environment=told))
+        with engine_of(engine, jobs, cpus, gpus, folder) as (run, _):
+            run_all(cells, run)
         found = {name: {cell.seed: cell.finished for cell in cells if cell.name == name} for name in rows}
         table = report_ablation(folder, found, relative_to="above" if mode == "stack" else "first")
         _track(folder, cells, table)
@@ -134,7 +129,7 @@ def ablate(
         return folder
 
 
-def _check(stack: list[str], seeds: list[int], jobs: int, engine: str, cpus: float | None, gpus: float | None) -> None:
+def _check(stack: list[str], seeds: list[int]) -> None:
     if not stack:
         raise ValueError("stack is empty: name configurations of tricks, such as tricks/ema.")
     for what, values in (("stack", stack), ("seeds", seeds)):
@@ -147,15 +142,6 @@ def _check(stack: list[str], seeds: list[int], jobs: int, engine: str, cpus: flo
         raise ValueError(f"two configurations of stack are called {same[0]!r}: rename one, rows go by these names.")
     if not seeds:
         raise ValueError("seeds is empty: give one or more, such as 0 1 2.")
-    if jobs < 1:
-        raise ValueError(f"jobs={jobs} is below 1: it is the number of runs at a time.")
-    if engine == "ray" and jobs > 1:
-        raise ValueError(f"jobs={jobs} is for runs on this machine: on Ray, cpus and gpus of a run say how many fit.")
-    for name, value in {"cpus": cpus, "gpus": gpus}.items():
-        if value is not None and engine != "ray":
-            raise ValueError(f"{name}={value:g} is for --engine ray: here the runs share what there is, see jobs.")
-        if value is not None and value < 0:
-            raise ValueError(f"{name}={value:g} is negative: it is the number that each run takes.")
 
 
 def _write_plan(folder: Path, plan: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
@@ -26,7 +27,7 @@ from lit_tricks.utils.checkpoint_files import read_checkpoint, require_resumable
 from lit_tricks.utils.log import log
 from lit_tricks.utils.parent_process import held_pipe
 
-__all__ = ["Cell", "run_all", "run_here"]
+__all__ = ["Cell", "Engine", "live", "run_all", "run_here", "run_unfinished"]
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Cell:
         seed: of the run.
         folder: ``ROOT/NAME``, in which ``lit-tricks fit`` makes ``v0``, and ``v1`` where it resumes.
         settings: words for ``lit-tricks fit``.
+        state: for the table.
+        seconds: from the start of its process to the end, once it has ended.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Cell:
     folder: Path
     settings: list[str]
     state: str = ""
+    seconds: float = 0.0
 
     @property
     def finished(self) -> Path | None:
@@ -93,11 +97,24 @@ Engine = Callable[[Sequence[Cell]], Generator[Cell, None, None]]
 
 
 def run_all(cells: Sequence[Cell], engine: Engine, name: str = "ablate") -> None:
-    """Run the cells that are not finished, and show how far they are. Those that fail are left unfinished.
+    """Run the cells that are not finished, and show a table of all cells. Cells that fail are left unfinished.
 
     Args:
         cells: of the table.
-        engine: runs them, and yields each when its run has ended.
+        engine: runs cells, and yields each when its run has ended.
+        name: of the command, for the log.
+    """
+    with live(lambda: _table(cells)), contextlib.closing(run_unfinished(cells, engine, name)) as ended:
+        for _ in ended:
+            pass
+
+
+def run_unfinished(cells: Sequence[Cell], engine: Engine, name: str) -> Generator[Cell, None, None]:
+    """Run the cells that are not finished, and yield each when its run has ended. Close this generator to end the runs.
+
+    Args:
+        cells: to run.
+        engine: runs cells, and yields each when its run has ended.
         name: of the command, for the log.
     """
     for cell in cells:
@@ -108,17 +125,26 @@ def run_all(cells: Sequence[Cell], engine: Engine, name: str = "ablate") -> None
     if not todo:
         return
     todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    with (
-        _interrupted_by_signals(),
-        contextlib.closing(engine(todo)) as ended,
-        Live(get_renderable=lambda: _table(cells), console=console, transient=True) as live,
-    ):
-        if not console.is_terminal:
-            live.stop()
+    with _interrupted_by_signals(), contextlib.closing(engine(todo)) as ended:
         for number, cell in enumerate(ended, start=1):
             cell.state = _result(cell) if cell.finished else "failed"
             log.info("%s: %d/%d %s, seed %d: %s", name, number, len(todo), cell.name, cell.seed, cell.state)
+            yield cell
+
+
+@contextlib.contextmanager
+def live(render: Callable[[], RenderableType]) -> Iterator[None]:
+    """Keep a view up to date on a terminal. Show nothing where standard error is not one.
+
+    Args:
+        render: makes the view.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with Live(get_renderable=render, console=console, transient=True):
+        yield
 
 
 def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -> Generator[Cell, None, None]:
@@ -136,6 +162,7 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
 
     def run(cell: Cell) -> None:
         share = slots.get()
+        start = time.monotonic()
         try:
             cell.state = "resumes" if cell.checkpoint else "runs"
             with held_pipe() as (pipe, variable):
@@ -149,6 +176,7 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
                 process.wait()
             running.discard(process)
         finally:
+            cell.seconds = time.monotonic() - start
             slots.put(share)
 
     pool = ThreadPoolExecutor(jobs)

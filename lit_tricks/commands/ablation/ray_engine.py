@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from lit_tricks.commands.ablation.cells import Cell
 
-__all__ = ["run_on_ray"]
+__all__ = ["connected", "count_places", "run_on_ray"]
 
 PATIENCE = 30  # seconds that runs have to end, when the ablation is interrupted
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Any]:
+    """Give Ray, connected to the cluster at ``RAY_ADDRESS``, to the one on this machine, or to one started for this.
+
+    Raises:
+        ModuleNotFoundError: without Ray.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--engine ray needs Ray: pip install 'lit-tricks[ray]'") from error
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        yield ray
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def run_on_ray(
     cells: Sequence[Cell], cpus: float, gpus: float | None, environment: Mapping[str, str]
 ) -> Generator[Cell, None, None]:
-    """Run cells as tasks of the cluster at ``RAY_ADDRESS``, of the one on this machine, or of one started for this.
+    """Run cells as tasks of a Ray cluster (see ``connected``).
 
     All nodes must see the folders of the runs, the configurations and the data, at the same paths, and have
     ``lit_tricks``.
@@ -32,46 +54,62 @@ def run_on_ray(
         ModuleNotFoundError: without Ray.
         ValueError: if no node has the resources of a run.
     """
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--engine ray needs Ray: pip install 'lit-tricks[ray]'") from error
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
     tasks: dict[Any, Cell] = {}
-    try:
-        resources = {"CPU": cpus, "GPU": _has_gpus(ray) if gpus is None else gpus}
-        _check_resources(ray, resources)
-        task = ray.remote(num_cpus=cpus, num_gpus=resources["GPU"], max_retries=0)(_task())
-        sizes = {}
-        for cell in cells:
-            sizes[cell.log] = _size(cell)
-            reference = task.remote(cell.words, str(cell.log.resolve()), os.getcwd(), dict(environment))
-            tasks[reference] = cell
-        while tasks:
-            for cell in tasks.values():  # that it runs is seen by what it prints
-                cell.state = "runs" if _size(cell) > sizes[cell.log] else cell.state
-            for reference in ray.wait(list(tasks), num_returns=1, timeout=1)[0]:
-                try:
-                    ray.get(reference)
-                except ray.exceptions.RayError as error:  # a node is lost, say
-                    with tasks[reference].log.open("a") as stream:
-                        stream.write(f"Ray: {' '.join(str(error).split())}\n")
-                yield tasks.pop(reference)
-    finally:
-        for reference in tasks:
-            ray.cancel(reference)
-        if tasks:
-            ray.wait(list(tasks), num_returns=len(tasks), timeout=PATIENCE)
-        if ours:
-            ray.shutdown()
+    with connected() as ray:
+        try:
+            count_places(ray, cpus, gpus)
+            resources = _resources(ray, cpus, gpus)
+            task = ray.remote(num_cpus=cpus, num_gpus=resources["GPU"], max_retries=0)(_task())
+            sizes = {}
+            for cell in cells:
+                sizes[cell.log] = _size(cell)
+                reference = task.remote(cell.words, str(cell.log.resolve()), os.getcwd(), dict(environment))
+                tasks[reference] = cell
+            while tasks:
+                for cell in tasks.values():  # a run that prints has started
+                    cell.state = "runs" if _size(cell) > sizes[cell.log] else cell.state
+                for reference in ray.wait(list(tasks), num_returns=1, timeout=1)[0]:
+                    try:
+                        tasks[reference].seconds = ray.get(reference)
+                    except ray.exceptions.RayError as error:  # a node is lost, say
+                        with tasks[reference].log.open("a") as stream:
+                            stream.write(f"Ray: {' '.join(str(error).split())}\n")
+                    yield tasks.pop(reference)
+        finally:
+            for reference in tasks:
+                ray.cancel(reference)
+            if tasks:
+                ray.wait(list(tasks), num_returns=len(tasks), timeout=PATIENCE)
+
+
+def count_places(ray: Any, cpus: float, gpus: float | None) -> int:
+    """Return how many runs the cluster holds at a time.
+
+    Raises:
+        ValueError: if no node has the resources of a run.
+    """
+    wanted = _resources(ray, cpus, gpus)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(
+        min((int(node.get(kind, 0) / count + 1e-6) for kind, count in wanted.items() if count), default=1)
+        for node in nodes
+    )
+    if not places:
+        there = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise ValueError(
+            f"no node of the Ray cluster has {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs for a run: its nodes "
+            f"have {there}. Ask for less with --cpus and --gpus."
+        )
+    return places
 
 
 def _task() -> Any:
-    """What a worker does: a function in a function, so that it travels as it is, and the worker imports no torch."""
+    """Return the function that a worker calls, which gives the seconds of a run.
 
-    def fit(words: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
+    A function in a function travels as it is, so that the worker imports no torch.
+    """
+
+    def fit(words: list[str], log: str, folder: str, environment: dict[str, str]) -> float:
         import os
         import subprocess
         import sys
@@ -79,6 +117,7 @@ def _task() -> Any:
 
         from lit_tricks.utils.parent_process import held_pipe
 
+        start = time.monotonic()
         with held_pipe() as (pipe, variable):
             with open(log, "ab") as stream:
                 process = subprocess.Popen(
@@ -97,23 +136,13 @@ def _task() -> Any:
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
-        return process.returncode
+        return time.monotonic() - start
 
     return fit
 
 
-def _has_gpus(ray: Any) -> int:
-    return int(ray.cluster_resources().get("GPU", 0) >= 1)
-
-
-def _check_resources(ray: Any, wanted: Mapping[str, float]) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(kind, 0) >= count for kind, count in wanted.items()) for node in nodes):
-        there = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ValueError(
-            f"no node of the Ray cluster has {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs for a run: its nodes "
-            f"have {there}. Ask for less with --cpus and --gpus."
-        )
+def _resources(ray: Any, cpus: float, gpus: float | None) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": int(ray.cluster_resources().get("GPU", 0) >= 1) if gpus is None else gpus}
 
 
 def _size(cell: Cell) -> int:

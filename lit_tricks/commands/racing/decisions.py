@@ -47,10 +47,11 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a trial gave: its score in per cent, NaN for a failed or diverged run, and the seconds that it cost."""
+    """The score of a trial in per cent, NaN for a failed or diverged run, its cost in seconds, its memory in bytes."""
 
     score: float
-    seconds: float = math.nan
+    cost: float = math.nan
+    memory: float = math.nan
 
 
 Pair = tuple[tuple[tuple[str, ...], float], tuple[tuple[str, ...], float]]  # tricks and length of both sides
@@ -98,12 +99,16 @@ class Settings:
 
 @dataclass
 class Comparison:
-    """A candidate against the leader: differences in points, one per seed, and what follows from them."""
+    """A candidate against the leader, and the decision about it.
+
+    ``differences`` are in points, one per seed. ``costs`` and ``memories`` are of the candidate and of the leader.
+    """
 
     candidate: str
     stage: str
     differences: list[float] = field(default_factory=list)
-    seconds: list[tuple[float, float]] = field(default_factory=list)
+    costs: list[tuple[float, float]] = field(default_factory=list)
+    memories: list[tuple[float, float]] = field(default_factory=list)
     cost: float = math.nan
     reach: float = math.inf
     state: str = "open"  # "kept", "out", "failed", or "open"
@@ -247,6 +252,8 @@ def _test(this: Round, settings: Settings, verdict: Verdict) -> Ask:
             _look(test, look, values, settings, verdict)
             if test.state != "open":
                 break
+        if test.state == "open":
+            test.state, test.reason = "out", "the leader failed at too many seeds"
         if test.state == "kept":
             this.kept = test.candidate
             return
@@ -266,7 +273,7 @@ def _look(test: Comparison, look: int, values: Mapping[int, float], settings: Se
         verdict.excluded[test.candidate] = test.reason
     elif look == last:
         test.state, test.reason = "out", f"no gain was shown in {last} seeds"
-    elif (test.mean + error) / (error * math.sqrt(look)) * math.sqrt(last) < values[last]:
+    elif (test.mean + error) * math.sqrt(last) < values[last] * error * math.sqrt(look):
         test.state, test.reason = "out", f"{last} seeds would hardly show a gain, after {look}"
 
 
@@ -285,7 +292,8 @@ def _compare(
             if math.isnan(base.score):
                 continue  # a seed without a reference is no pair
             each.differences.append(own.score - base.score if not math.isnan(own.score) else -math.inf)
-            each.seconds.append((own.seconds, base.seconds))
+            each.costs.append((own.cost, base.cost))
+            each.memories.append((own.memory, base.memory))
 
 
 def _trials(pairs: Iterable[Pair], seeds: Sequence[int]) -> list[Trial]:
@@ -309,8 +317,8 @@ def _cost(each: Comparison) -> float:
 
     Other work on the machine can only make a run slower, so the fastest run of each side counts.
     """
-    own, base = (min(side) for side in zip(*each.seconds, strict=True)) if each.seconds else (math.nan, math.nan)
-    return own / base if base and math.isfinite(own / base) else 1.0
+    known = [(own, base) for own, base in each.costs if own > 0 and base > 0]
+    return min(own for own, _ in known) / min(base for _, base in known) if known else 1.0
 
 
 def _exclude_failed(each: Comparison, verdict: Verdict) -> None:

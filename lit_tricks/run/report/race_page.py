@@ -22,6 +22,11 @@ from lit_tricks.utils.files import MOST_RESULTS, read_regular, text_cell, writte
 
 __all__ = ["race_sections", "report_race"]
 
+COSTS = {
+    "cpu_seconds": "The cost is the CPU time of the training, which other work on the machine changes little.",
+    "seconds": "The cost is the time of the training by the clock.",
+}
+
 
 def report_race(folder: Path) -> Path:
     """Write ``race.md``, ``race.csv``, ``race.png`` and ``report.html`` of a race, and print the verdict.
@@ -38,10 +43,10 @@ def report_race(folder: Path) -> Path:
     (folder / "report.md").replace(folder / "race.md")
     with written_whole(folder / "race.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["round", "stage", "candidate", "seeds", "mean", "reach", "cost", "state", "reason"])
+        writer.writerow(["round", "stage", "candidate", "seeds", "mean", "reach", "cost", "memory", "state", "reason"])
         for number, stage, each in _comparisons(race):
             name, seeds = row_cell(race["names"][each["candidate"]]), len(each["differences"])
-            costs = (_mean(each), each["reach"], each["cost"])
+            costs = (_mean(each), _reach(each), each["cost"], _memory(each))
             writer.writerow([number, stage, name, seeds, *costs, each["state"], text_cell(each["reason"] or "")])
     console = Console()
     for section in sections[:1]:
@@ -57,13 +62,19 @@ def race_sections(race: Mapping[str, Any]) -> list[Section]:
     if race["confirmed"]:
         sections.append(_confirmation(race))
     sections += [_round(race, number, each) for number, each in enumerate(race["rounds"], start=1)]
+    if race["failed"]:
+        rows = [[each["stack"], str(each["seed"]), each["reason"], each["log"]] for each in race["failed"]]
+        text = ["Failed and diverged runs count as losses. The same command tries failed runs again."]
+        sections.append(Section("Failed runs", text, [Table("Failed runs", ["run", "seed", "reason", "log"], rows)]))
     return sections
 
 
 def _verdict(race: Mapping[str, Any]) -> Section:
     names = race["names"]
     kept = [names[name] for name in race["kept"]]
-    stack = f"with {', '.join(kept)}." if kept else "as it is: no candidate showed a gain."
+    failed = all(each["state"] == "failed" for _, _, each in _comparisons(race))
+    reason = "every candidate failed" if failed else "no candidate showed a gain"
+    stack = f"with {', '.join(kept)}." if kept else f"as it is: {reason}."
     text = [f"The recipe is the base {stack}"]
     text.append(
         f"The race took {race['runs']} runs and {duration(race['seconds'])} of a budget of {race['budget']}."
@@ -76,6 +87,10 @@ def _verdict(race: Mapping[str, Any]) -> Section:
             base, recipe = (statistics.fmean(side) for side in zip(*pairs, strict=True))
             change = _change([b - a for a, b in pairs])
             text.append(f"Fresh seeds, {what}: base {base:.2f} %, recipe {recipe:.2f} %, {change} points.")
+    if race["settings"]["equal_cost"]:
+        text.append(f"Comparisons are at equal cost: the cheaper side trains for more epochs. {COSTS[race['clock']]}")
+    else:
+        text.append("Comparisons are at equal epochs.")
     alpha = race["settings"]["alpha"]
     text.append(f"In each round, the probability to keep a trick without gain is at most {alpha:.0%}.")
     picture = Picture(
@@ -112,14 +127,14 @@ def paired_change_reach(deviation: float, seeds: int) -> float:
 
 
 def _confirmation(race: Mapping[str, Any]) -> Section:
-    stacks, seeds = race["confirmed"]["stacks"], race["confirmed"]["seeds"]
+    stacks, seeds, epochs = (race["confirmed"][key] for key in ("stacks", "seeds", "epochs"))
     if not seeds:
         return Section(
             "Confirmation", ["The budget held no confirmation: the gain of the recipe may be overestimated."]
         )
     rows = []
     for name, found in stacks.items():
-        cells = [name]
+        cells = [name, str(epochs[name])]
         for split in ("val", "test"):
             values = [value for value in found[split] if value is not None]
             cells.append(f"{statistics.fmean(values):.2f}" if values else "-")
@@ -130,7 +145,7 @@ def _confirmation(race: Mapping[str, Any]) -> Section:
         f"Runs with seeds {seeds[0]} to {seeds[-1]}, which no choice has used.",
         "Gain: recipe minus the row, in points, paired by seed, with its 95 % interval by Student's t.",
     ]
-    header = ["stack", "val in %", "gain of the recipe", "test in %", "gain of the recipe"]
+    header = ["stack", "epochs", "val in %", "gain of the recipe", "test in %", "gain of the recipe"]
     return Section("Confirmation", text, [Table("Base, recipe, and recipe without each trick", header, rows)])
 
 
@@ -147,7 +162,8 @@ def _round(race: Mapping[str, Any], number: int, found: Mapping[str, Any]) -> Se
     rows = []
     for stage in ("screened", "tested"):
         for each in found[stage]:
-            mean, cost, reach = _mean(each), each["cost"], each["reach"]
+            mean, cost, memory = _mean(each), each["cost"], _memory(each)
+            reach = _reach(each)
             rows.append(
                 [
                     race["names"][each["candidate"]],
@@ -155,13 +171,19 @@ def _round(race: Mapping[str, Any], number: int, found: Mapping[str, Any]) -> Se
                     str(len(each["differences"])),
                     "failed" if mean is None else f"{mean:+.2f}" + (f" ± {reach:.2f}" if reach is not None else ""),
                     "-" if cost is None else f"{cost:.2f}",
+                    "-" if memory is None else f"{memory:.2f}",
                     each["state"],
                     each["reason"],
                 ]
             )
-    header = ["candidate", "stage", "seeds", "points against the leader", "time", "state", "reason"]
+    header = ["candidate", "stage", "seeds", "points against the leader", "time", "memory", "state", "reason"]
     outcome = f"{race['names'][found['kept']]} was kept." if found["kept"] else "No candidate was kept."
-    return Section(f"Round {number}", [f"The leader is {leader}. {outcome}"], [Table(f"Round {number}", header, rows)])
+    text = [
+        f"The leader is {leader}. {outcome}",
+        "Points are paired by seed. In the screening, ± is the reach of the 95 % interval by Student's t, from two "
+        "seeds on. In the test, the interval allows for repeated looks. Time and memory are multiples of the leader's.",
+    ]
+    return Section(f"Round {number}", text, [Table(f"Round {number}", header, rows)])
 
 
 def _comparisons(race: Mapping[str, Any]) -> list[tuple[int, str, Mapping[str, Any]]]:
@@ -175,6 +197,20 @@ def _comparisons(race: Mapping[str, Any]) -> list[tuple[int, str, Mapping[str, A
 def _mean(each: Mapping[str, Any]) -> float | None:
     differences = each["differences"]
     return None if not differences or any(value is None for value in differences) else statistics.fmean(differences)
+
+
+def _reach(each: Mapping[str, Any]) -> float | None:
+    """Return the reach of the interval of a comparison: of the test, or by Student's t in the screening."""
+    if each["stage"] == "test" or _mean(each) is None or len(each["differences"]) < 2:
+        reach: float | None = each["reach"]
+        return reach
+    return paired_change(each["differences"])[1]
+
+
+def _memory(each: Mapping[str, Any]) -> float | None:
+    """Return the peak memory with the candidate, as a multiple of the leader's."""
+    known = [own / base for own, base in each["memories"] if own and base]
+    return statistics.median(known) if known else None
 
 
 def _change(differences: Sequence[float]) -> str:

@@ -1,0 +1,187 @@
+"""A race that SIGKILL ends at any moment decides, after the same command again, as one that was left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers import warm
+from helpers.cli import workplace
+from helpers.races import decisions
+
+from lit_tricks.commands.ablation.cells import Cell
+from lit_tricks.commands.racing import race as race_module
+from lit_tricks.commands.racing.decisions import critical_values
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+]
+
+GAINS = {"ema": 1.5, "mixup": 0.8, "cutmix": 0.7, "no_bias_decay": -0.3}
+COSTS = {"ema": 1.2, "mixup": 1.0, "cutmix": 1.0, "no_bias_decay": 1.0}
+CANDIDATES = ["tricks/ema", "tricks/mixup|tricks/cutmix", "tricks/no_bias_decay"]
+Event = Callable[[], None]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with workplace(tmp_path):
+        yield tmp_path
+
+
+def fake_fits(event: Event) -> Callable[[Sequence[Cell]], Iterator[Cell]]:
+    """Make an engine whose runs have known gains and take no time. Mixup fails at one seed of the screening."""
+
+    def run(cells: Sequence[Cell]) -> Iterator[Cell]:
+        for cell in cells:
+            event()
+            tricks = cell.name.partition("@")[0].split("+")[1:]
+            version = len(list(cell.folder.glob("v*")))
+            run = cell.folder / f"v{version}"
+            run.mkdir(parents=True)
+            event()
+            noise = np.random.default_rng([cell.seed, *map(ord, cell.name)]).normal(0, 0.2)
+            score = (80 + sum(GAINS[name] for name in tricks) + noise) / 100
+            content = {"raw": {"val": {"top1": score}, "test": {"top1": score}}, "seconds": 10.0, "peak_memory": 1000}
+            content["cpu_seconds"] = 10 * np.prod([COSTS[name] for name in tricks])
+            config = {"trainer": {"max_epochs": 10}, "model": {"class_path": "Classifier"}, "name": cell.folder.name}
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+            if tricks == ["cutmix"] and cell.seed == 1:
+                cell.log.write_text("RuntimeError: it fails\n")
+            else:
+                (run / "results.json").write_text(json.dumps(content)[:40])  # cut off
+                event()
+                (run / "results.json").write_text(json.dumps(content))
+            event()
+            cell.seconds = 10.0
+            yield cell
+
+    return run
+
+
+def run_race(out: Path, event: Event) -> None:
+    """Run a race on fake fits. All writes of files are events too."""
+
+    @contextlib.contextmanager
+    def engine_of(*args: Any) -> Iterator[Any]:
+        yield fake_fits(event), 1
+
+    def replace(source: Any, target: Any, replaced: Any = os.replace) -> None:
+        event()
+        replaced(source, target)
+        event()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race_module, "engine_of", engine_of)
+        patch.setattr(race_module, "report_race", lambda folder: None)
+        patch.setattr(os, "replace", replace)
+        race_module.race(
+            ["tiny.yaml"], candidates=CANDIDATES, budget="90", out=str(out), fit_args=["--trainer.max_epochs=10"]
+        )
+
+
+def run_until(out: Path, most: int) -> bool:
+    """Run the race in a fork that kills itself at an event. Return whether the race came to its end."""
+
+    def work() -> None:
+        left = most
+
+        def event() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run_race(out, event)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def found_in(out: Path) -> tuple[Any, ...]:
+    race = json.loads((out / "race.json").read_text())
+    clock = json.loads((out / "clock.json").read_text())
+    failed = [(each["stack"], each["seed"]) for each in race["failed"]]
+    recipe = (out / "recipe.yaml").read_text().replace(str(out), "OUT")
+    return decisions(race), race["confirmed"], sorted(clock["runs"]), failed, recipe
+
+
+def test_a_killed_race_on_fake_fits_decides_as_one_that_was_left_alone(folder: Path) -> None:
+    for alpha in (0.04, 0.01):
+        critical_values(alpha, (3, 4, 5, 6, 8))  # they take a second, and the forks inherit them
+    events = 0
+
+    def count() -> None:
+        nonlocal events
+        events += 1
+
+    run_race(folder / "whole", count)
+    whole = found_in(folder / "whole")
+    assert whole[0][0] == ["tricks/ema", "tricks/mixup"]
+    assert ("base+cutmix", 1) in whole[3]
+    assert events > 200
+
+    generator = random.Random(0)
+    for number in range(12):  # one kill, anywhere
+        out = folder / f"once{number}"
+        run_until(out, generator.randrange(1, events))
+        assert run_until(out, 10**9)
+        assert found_in(out) == whole
+        shutil.rmtree(out)
+    kills = 0
+    while not run_until(folder / "often", generator.randrange(5, 150)):  # one kill after the other
+        kills += 1
+    assert kills > 3
+    assert found_in(folder / "often") == whole
+
+
+REAL = """
+import sys
+from unittest import mock
+from helpers.cli import CELLS
+from lit_tricks.cli import main
+with mock.patch(*CELLS), mock.patch("lit_tricks.run.report.fit.draw_curves", return_value=None):
+    main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_race_of_real_runs_decides_as_one_that_was_left_alone(folder: Path) -> None:
+    Path("tiny.yaml").write_text(Path("tiny.yaml").read_text().replace("max_epochs: 1", "max_epochs: 3"))
+    words = ("race", "--config", "tiny.yaml", "--candidates", "tricks/zero_gamma", "tricks/xavier_init")
+    words = (*words, "--score", "per-epoch", "--max-seeds", "3", "--budget", "24", "--out")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def start(out: str) -> Any:
+        return warm.start(["-c", REAL, *words, out], folder / f"{out}.log", env=environment)
+
+    began = time.monotonic()
+    assert start("whole").wait(300) == 0, (folder / "whole.log").read_text()
+    took = time.monotonic() - began
+    generator = random.Random(1)
+    for _ in range(6):
+        race = start("killed")
+        time.sleep(generator.uniform(0.05, 0.3) * took)
+        race.kill()
+        race.wait(20)
+    assert start("killed").wait(300) == 0, (folder / "killed.log").read_text()
+    resumed = [path for path in Path("killed/runs").glob("*/v1")]
+    assert resumed, "no kill was in the middle of a run"
+    assert found_in(folder / "killed")[:4] == found_in(folder / "whole")[:4]
