@@ -105,11 +105,17 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def log_summary(
-    folder: Path, settings: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], plot: Path
+    kind: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    plot: Path,
 ) -> None:
     """Track the table of several runs in a run of its own, in their group.
 
     Args:
+        kind: "ablation" or "race": type of the run, and name of the table.
         folder: of the runs; W&B's files go there too. A summary that is there already is replaced.
         settings: of the runs' ``WandbLogger``.
         columns: headers of the table.
@@ -125,13 +131,13 @@ def log_summary(
             entity=settings.get("entity"),
             group=settings.get("group") or os.environ.get("WANDB_RUN_GROUP") or folder.name,
             name=folder.name,
-            job_type="ablation",
+            job_type=kind,
             dir=str(folder.resolve()),
             id=_last_id(folder),
             resume="allow",
             mode=mode,
         )
-        run.log({"ablation": wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        run.log({kind: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
         run.log({"plot": wandb.Image(str(plot))})
 
 

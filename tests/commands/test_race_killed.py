@@ -182,6 +182,6 @@ def test_a_killed_race_of_real_runs_decides_as_one_that_was_left_alone(folder: P
         race.kill()
         race.wait(20)
     assert start("killed").wait(300) == 0, (folder / "killed.log").read_text()
-    resumed = [path for path in Path("killed/runs").glob("*/v1")]
+    resumed = list(Path("killed/runs").glob("*/v1"))
     assert resumed, "no kill was in the middle of a run"
     assert found_in(folder / "killed")[:4] == found_in(folder / "whole")[:4]

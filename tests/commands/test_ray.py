@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from helpers.cli import cli, workplace
 from helpers.sleepers import alive, interrupted, sleepers, wait_for
 
 from lit_tricks.commands.ablation.cells import Cell, run_all
-from lit_tricks.commands.ablation.ray_engine import run_on_ray
+from lit_tricks.commands.ablation.ray_engine import connected, count_places, run_on_ray
 
 ray = pytest.importorskip("ray", reason="Ray has no wheel here")
 
@@ -118,3 +119,52 @@ def test_a_real_ablation(folder: Path) -> None:
     assert "1 of 2 runs failed" in outcome.err
     assert "min_lr=-1" in outcome.err
     assert [path.parts[2] for path in Path().glob("ablation/runs/*/v0/results.json")] == ["baseline-seed0"]
+
+
+class Fit(Cell):
+    """A run of a race without torch: it sleeps for a second, and its score depends on its tricks and its seed."""
+
+    @property
+    def words(self) -> list[str]:
+        score = 0.8 + 0.05 * ("ema" in self.name) + 0.001 * (self.seed % 3)
+        results = {"raw": {"val": {"top1": score}, "test": {"top1": score}}, "seconds": 1.0, "peak_memory": 1}
+        script = (
+            "import json, os, pathlib, time; start = time.time(); time.sleep(1); "
+            f"folder = pathlib.Path({str(self.folder)!r}, 'v0'); "
+            "folder.mkdir(parents=True); (folder / 'config.yaml').write_text('trainer: {}'); "
+            "told = {'start': start, 'end': time.time(), 'group': os.environ['WANDB_RUN_GROUP']}; "
+            f"(folder / 'told.json').write_text(json.dumps(told)); assert 'mixup' not in {self.name!r}; "
+            f"(folder / 'results.json').write_text(json.dumps({results!r}))"
+        )
+        return ["-c", script]
+
+
+def test_a_race_keeps_the_cluster_busy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_tricks.commands.racing.runs.Cell", Fit)
+    outcome = cli(
+        "race",
+        "--config",
+        "tiny.yaml",
+        "--candidates",
+        "tricks/ema",
+        "tricks/mixup",
+        "--engine",
+        "ray",
+        "--budget",
+        "30",
+    )
+    assert outcome.code == 0, outcome
+    race = json.loads(Path("race/race.json").read_text())
+    assert race["kept"] == ["tricks/ema"]
+    assert "AssertionError" in next(each["reason"] for each in race["failed"] if each["stack"] == "base+mixup")
+    told = [json.loads(path.read_text()) for path in Path("race/runs").glob("*/v0/told.json")]
+    assert {one["group"] for one in told} == {"race"}
+    assert max(sum(other["start"] <= one["start"] < other["end"] for other in told) for one in told) == 2
+    clock = json.loads(Path("race/clock.json").read_text())
+    assert all(0.9 < seconds < 20 for seconds in clock["runs"].values())
+    assert clock["elapsed"] < sum(clock["runs"].values())
+
+
+def test_places_of_a_cluster(cluster: str) -> None:
+    with connected() as connection:
+        assert [count_places(connection, *wanted) for wanted in ((1, 0), (0.5, None), (0, 0))] == [2, 4, 2]

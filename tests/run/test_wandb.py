@@ -234,6 +234,24 @@ def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.M
     assert any("plot/path" in row for row in summary.history)
 
 
+@pytest.mark.slow
+def test_a_race_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*CELLS)
+    wandb.teardown()  # it reads the environment once, and the group is there
+    words = ("race", "--config=tiny.yaml", "--config=loggers/wandb", "--candidates", "tricks/zero_gamma")
+    outcome = cli(*words, "--budget", "9", "--out", "fastest")
+    wandb.teardown()
+    assert outcome.code == 0, outcome
+    runs = [Tracked(path).run for path in sorted(Path("fastest/runs").glob("*/v0"))]
+    assert {"base-seed0-v0", "base+zero_gamma-seed0-v0"} <= {run.display_name for run in runs}
+    summary = Tracked(Path("fastest"))
+    assert (summary.run.display_name, summary.run.job_type) == ("fastest", "race")
+    assert {run.run_group for run in (*runs, summary.run)} == {"fastest"}
+    (table,) = [row["race/path"] for row in summary.history if "race/path" in row]
+    content = json.loads((summary.folder / "files" / table).read_text())
+    assert [row[:3] for row in content["data"]] == [["1", "screening", "zero_gamma"]]
+
+
 def test_a_run_ends_with_its_command(first: Path) -> None:
     assert Tracked(first).exits == [0]
     assert wandb.run is None

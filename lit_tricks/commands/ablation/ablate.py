@@ -25,7 +25,7 @@ from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 from lit_tricks.utils.trick_flags import apply_to_rows
 
-__all__ = ["ablate", "rows_of", "settings_of"]
+__all__ = ["ablate", "rows_of", "settings_of", "track"]
 
 Mode = Literal["stack", "single", "drop"]
 
@@ -118,7 +118,8 @@ def ablate(
             run_all(cells, run)
         found = {name: {cell.seed: cell.finished for cell in cells if cell.name == name} for name in rows}
         table = report_ablation(folder, found, relative_to="above" if mode == "stack" else "first")
-        _track(folder, cells, table)
+        finished = [cell.finished for cell in cells if cell.finished]
+        track("ablation", folder, finished, table, folder / "ablation.png")
         failed = [cell for cell in cells if not cell.finished]
         if failed:
             raise RuntimeError(
@@ -230,13 +231,20 @@ def _portable(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _track(folder: Path, cells: Sequence[Cell], table: Sequence[Sequence[str]]) -> None:
-    """Put the table in W&B, where the runs are."""
-    finished = [cell.finished for cell in cells if cell.finished]
-    loggers = _read(finished[0] / "config.yaml")["trainer"]["logger"] if finished else None
+def track(kind: str, folder: Path, finished: Sequence[Path], table: Sequence[Sequence[str]], plot: Path) -> None:
+    """Log a table to W&B if the runs are there.
+
+    Args:
+        kind: "ablation" or "race".
+        folder: of all runs.
+        finished: folders of finished runs.
+        table: header and rows.
+        plot: a picture to go with it.
+    """
+    loggers = (_read(finished[0] / "config.yaml").get("trainer") or {}).get("logger") if finished else None
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger, dict) and logger["class_path"].endswith(".WandbLogger"):
-            log_summary(folder, logger["init_args"], table[0], table[1:], folder / "ablation.png")
+            log_summary(kind, folder, logger["init_args"], table[0], table[1:], plot)
 
 
 def _row_file(folder: Path, name: str) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_tricks.commands.ablation.ablate import settings_of
+from lit_tricks.commands.ablation.ablate import settings_of, track
 from lit_tricks.commands.ablation.cells import live
 from lit_tricks.commands.ablation.engines import EngineName, check_engine, engine_of
 from lit_tricks.commands.ablation.exclusive import alone_in, read_object
@@ -30,7 +30,7 @@ from lit_tricks.commands.racing.decisions import (
 )
 from lit_tricks.commands.racing.runs import Runs
 from lit_tricks.commands.racing.view import left_of_budget, race_view
-from lit_tricks.run.report.race_page import report_race
+from lit_tricks.run.report.race_page import COLUMNS, race_rows, report_race
 from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.config_files import find_config, given
 from lit_tricks.utils.files import write_whole
@@ -142,6 +142,9 @@ class _Race:
         recipe = self.runs.recipe(self.verdict.kept)
         self._write()
         report_race(self.runs.folder)
+        finished = self.runs.cell(Trial((), 0)).finished
+        table = [COLUMNS, *([_cell(value) for value in row] for row in race_rows(self._content()))]
+        track("race", self.runs.folder, [finished] if finished else [], table, self.runs.folder / "race.png")
         return recipe
 
     def _decide(self) -> None:
@@ -212,9 +215,12 @@ class _Race:
         log.info("race: %s", left_of_budget(self.runs))
 
     def _write(self) -> None:
-        """Write ``race.json``, from which the report is made."""
+        write_whole(self.runs.folder / "race.json", json.dumps(self._content(), indent=2) + "\n")
+
+    def _content(self) -> dict[str, Any]:
+        """Return the content of ``race.json``, from which the report is made."""
         verdict, runs = self.verdict, self.runs
-        content = {
+        content: dict[str, Any] = {
             "names": dict(runs.names),
             "kept": list(verdict.kept),
             "rounds": [asdict(each) for each in verdict.rounds],
@@ -228,7 +234,12 @@ class _Race:
             "seconds": runs.spent,
             "confirmed": self.confirmed,
         }
-        write_whole(runs.folder / "race.json", json.dumps(_finite(content), indent=2) + "\n")
+        finite: dict[str, Any] = _finite(content)
+        return finite
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _exclusive(names: Iterable[str]) -> list[frozenset[str]]:

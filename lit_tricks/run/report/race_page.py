@@ -20,7 +20,9 @@ from lit_tricks.run.report.page import write
 from lit_tricks.run.report.style import DARK, LIGHT, Theme, draw, duration, new_figure, tidy
 from lit_tricks.utils.files import MOST_RESULTS, read_regular, text_cell, written_whole
 
-__all__ = ["race_sections", "report_race"]
+__all__ = ["COLUMNS", "race_rows", "race_sections", "report_race"]
+
+COLUMNS = ("round", "stage", "candidate", "seeds", "mean", "reach", "cost", "memory", "state", "reason")
 
 COSTS = {
     "cpu_seconds": "The cost is the CPU time of the training, which other work on the machine changes little.",
@@ -43,17 +45,24 @@ def report_race(folder: Path) -> Path:
     (folder / "report.md").replace(folder / "race.md")
     with written_whole(folder / "race.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["round", "stage", "candidate", "seeds", "mean", "reach", "cost", "memory", "state", "reason"])
-        for number, stage, each in _comparisons(race):
-            name, seeds = row_cell(race["names"][each["candidate"]]), len(each["differences"])
-            costs = (_mean(each), _reach(each), each["cost"], _memory(each))
-            writer.writerow([number, stage, name, seeds, *costs, each["state"], text_cell(each["reason"] or "")])
+        writer.writerow(COLUMNS)
+        writer.writerows(race_rows(race))
     console = Console()
     for section in sections[:1]:
         for line in section.text:
             console.print(line, highlight=False, soft_wrap=True)
     console.print(f"recipe, tables and plot  {folder}", highlight=False, soft_wrap=True)
     return folder / "report.html"
+
+
+def race_rows(race: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the comparisons of a race in the order of ``COLUMNS``."""
+    rows: list[list[Any]] = []
+    for number, stage, each in _comparisons(race):
+        name, seeds = row_cell(race["names"][each["candidate"]]), len(each["differences"])
+        numbers = (_mean(each), _reach(each), each["cost"], _memory(each))
+        rows.append([number, stage, name, seeds, *numbers, each["state"], text_cell(each["reason"] or "")])
+    return rows
 
 
 def race_sections(race: Mapping[str, Any]) -> list[Section]:
