@@ -211,7 +211,8 @@ class _Race:
                 if each.reason and self._logged.get(place) != each.reason:
                     self._logged[place] = each.reason
                     name = self.runs.names[each.candidate]
-                    log.info("race: round %d, %s: %s is %s: %s", number, each.stage, name, each.state, each.reason)
+                    state = "in" if each.state == "open" else each.state
+                    log.info("race: round %d, %s: %s is %s: %s", number, each.stage, name, state, each.reason)
         log.info("race: %s", left_of_budget(self.runs))
 
     def _write(self) -> None:

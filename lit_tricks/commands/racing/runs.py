@@ -7,6 +7,7 @@ no GPU trains, since other work on the machine makes runs longer by the clock.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -58,12 +59,14 @@ class Runs:
     parallel: int = 1
     took: dict[str, float] = field(default_factory=dict)  # seconds by the clock, of each run that has ended
     elapsed: float = 0.0  # seconds by the clock in which runs were made
-    trials: list[Trial] = field(default_factory=list)  # all that the race has asked for
+    outcomes: dict[Trial, Outcome] = field(default_factory=dict)  # of all runs that the race has asked for
     now: list[Cell] = field(default_factory=list)  # the cells that are made at the moment
     since: float | None = None  # when they were started
     failed: set[str] = field(default_factory=set)  # keys of runs that this process has tried
 
     def __post_init__(self) -> None:
+        settings = {name: settings_of([name]) for name in self.names}
+        self._words = apply_to_rows(self.fit_args, settings.values())
         clock = read_object(self.folder / "clock.json") or {}  # without a clock, the finished runs are free
         took = clock.get("runs")
         self.took = {k: float(v) for k, v in took.items() if _is_time(v)} if isinstance(took, dict) else {}
@@ -88,8 +91,10 @@ class Runs:
         if missing and not self._fits(missing, reserve):
             raise OutOfBudget
         self._make(missing)
-        self.trials += trials
-        return {trial: self.outcome(trial) for trial in trials}
+        for trial in trials:
+            if trial in missing or trial not in self.outcomes:
+                self.outcomes[trial] = self._outcome(trial)
+        return {trial: self.outcomes[trial] for trial in trials}
 
     def require_one(self, least: int) -> None:
         """Make the first run of the base, which shows how long a run takes.
@@ -101,7 +106,6 @@ class Runs:
             RuntimeError: if the run fails, logs no score, or takes longer than the budget.
         """
         first = Trial((), 0)
-        self.trials.append(first)
         if not self._has_ended(first):
             self._make([first])
         key, cell = self.key(first), self.cell(first)
@@ -125,7 +129,7 @@ class Runs:
                 *(self.budget.text, least, seconds),
             )
 
-    def outcome(self, trial: Trial) -> Outcome:
+    def _outcome(self, trial: Trial) -> Outcome:
         """Return score, cost and memory of a run that has ended."""
         cell = self.cell(trial)
         content = read_object(cell.finished / "results.json") or {} if cell.finished else {}
@@ -135,7 +139,7 @@ class Runs:
         cost, memory = (content.get(name) or math.nan for name in (self.clock, "peak_memory"))
         return Outcome(100 * score, cost, memory)
 
-    @property
+    @functools.cached_property
     def clock(self) -> str:
         """Field of ``results.json`` that is the cost of a run: CPU time, or time by the clock where a GPU trains."""
         run = self.cell(Trial((), 0)).finished
@@ -156,8 +160,8 @@ class Runs:
     def failures(self) -> list[dict[str, Any]]:
         """List the runs that failed or diverged, with the reason."""
         found = []
-        for trial in dict.fromkeys(self.trials):
-            if math.isfinite(self.outcome(trial).score):
+        for trial, outcome in self.outcomes.items():
+            if math.isfinite(outcome.score):
                 continue
             cell = self.cell(trial)
             reason = "its score is not finite" if cell.finished else cell.last_words()
@@ -166,7 +170,7 @@ class Runs:
 
     def recipe(self, kept: tuple[str, ...]) -> Path:
         """Write the configuration of a stack that has run, for ``lit-tricks fit``."""
-        runs = (self.cell(trial).finished for trial in self.trials if trial.tricks == kept)
+        runs = (self.cell(trial).finished for trial in (*self.outcomes, Trial((), 0)) if trial.tricks == kept)
         run = next(run for run in runs if run)
         content: dict[str, Any] = read_yaml(run / "config.yaml")
         for key in ("name", "ckpt_path"):
@@ -198,9 +202,8 @@ class Runs:
             row.parent.mkdir(parents=True, exist_ok=True)
             write_whole(row, yaml.safe_dump(settings, sort_keys=False))
         configs = [f"--config={path}" for path in (*self.configs, row.resolve())]
-        words = apply_to_rows(self.fit_args, map(settings_of, ([name] for name in self.names)))
-        if trial.length != 1:  # a flag among them would win over the row
-            words.append(f"--trainer.max_epochs={length}")
+        # a flag among the words would win over the row
+        words = [*self._words, *([f"--trainer.max_epochs={length}"] if trial.length != 1 else [])]
         return Cell(stack, trial.seed, self.folder.resolve() / "runs" / key, [*configs, *words])
 
     def _has_ended(self, trial: Trial) -> bool:

@@ -35,7 +35,7 @@ def race_view(runs: Runs, verdict: Verdict, stage: str) -> RenderableType:
     ]
     if verdict.rounds:
         parts.append(_candidates(runs, verdict.rounds[-1]))
-    parts.append(_line(f"{_running(runs.now)}"))
+    parts.append(_line(_running(runs.now)))
     return Group(*parts)
 
 
@@ -57,8 +57,8 @@ def _candidates(runs: Runs, found: Round) -> Table:
     table.add_column("state", no_wrap=True, overflow="ellipsis")
     latest = {each.candidate: each for each in (*found.screened, *found.tested)}
     for each in latest.values():
-        text = each.reason if each.state != "open" else f"in the {each.stage}"
-        row = (runs.names[each.candidate], str(len(each.differences)), _points(each), f"{each.state}: {text}")
+        state = f"{each.state}: {each.reason}" if each.state != "open" else each.reason or f"in the {each.stage}"
+        row = (runs.names[each.candidate], str(len(each.differences)), _points(each), state)
         table.add_row(*(Text(cell) for cell in row), style=STYLES[each.state])
     return table
 
