@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
-from helpers.cli import CELLS, cli, done, workplace
-from helpers.races import decisions
+from helpers.cli import CELLS, cli, done, results, workplace
+from helpers.races import COSTS, decisions, fake_fits, read_race, run_race
+from rich.console import Console
 from scipy import stats
 
 from lit_tricks import callbacks
+from lit_tricks.commands.ablation.cells import Cell
 from lit_tricks.commands.racing.budget import Budget
 from lit_tricks.commands.racing.decisions import (
     Comparison,
     Outcome,
     OutOfBudget,
+    Round,
     Settings,
     Trial,
     Verdict,
@@ -29,6 +34,9 @@ from lit_tricks.commands.racing.decisions import (
     decide,
 )
 from lit_tricks.commands.racing.race import EXCLUSIVE, _exclusive, _finite
+from lit_tricks.commands.racing.runs import Runs
+from lit_tricks.commands.racing.view import race_view
+from lit_tricks.run.report.race_page import race_sections
 
 Score = Callable[[Trial], float]
 
@@ -202,6 +210,7 @@ def test_exclusive_tricks_are_found_by_their_classes(tmp_path: Path) -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(*CELLS)
     with workplace(tmp_path):
+        Path("empty.yaml").write_text("# nothing\n")
         yield tmp_path
 
 
@@ -212,6 +221,11 @@ RACE = ("race", "--config", "tiny.yaml", "--candidates", "tricks/zero_gamma")
     ("words", "token"),
     [
         (("race", "--config", "tiny.yaml", "--candidates", "tiny.yaml", "--budget", "9"), "part of the base"),
+        (("race", "--config", "tiny.yaml", "--candidates", "--budget", "9"), "candidates"),
+        (("race", "--config", "tiny.yaml", "--budget", "9"), "candidates"),
+        (("race", "--config", "tiny.yaml", "--candidates", "empty.yaml", "--budget", "9"), "it is the base"),
+        ((*RACE, "--budget", "9", "--engine", "ray", "--jobs", "2"), "jobs=2"),
+        ((*RACE, "--budget", "9", "--gpus", "1"), "gpus=1"),
         ((*RACE, "tricks/zero_gamma", "--budget", "9"), "twice"),
         ((*RACE, "--budget", "never"), "budget="),
         ((*RACE, "--budget", "9", "--short", "0"), "short="),
@@ -239,6 +253,150 @@ def test_unknown_length_is_named(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Races whose runs take no time
+
+
+def test_costs_are_cpu_times_and_the_budget_is_by_the_clock(folder: Path) -> None:
+    run_race(
+        folder / "race", fake_fits(seconds=50.0), budget="1h"
+    )  # ema costs 20 % more CPU time, and no more by clock
+    race = read_race(folder / "race")
+    tests = {each["candidate"]: each for found in race["rounds"] for each in found["tested"]}
+    assert race["kept"] == ["tricks/ema", "tricks/mixup"]
+    assert [round(tests[name]["cost"], 3) for name in race["kept"]] == [1.2, 1.0]
+    assert race["clock"] == "cpu_seconds"
+    clock = json.loads(Path("race/clock.json").read_text())
+    assert set(clock["runs"].values()) == {50.0}
+    assert "base@1.2-seed4" in clock["runs"]
+    assert race["confirmed"]["epochs"] == {"base": 12, "recipe": 10, "without ema": 12, "without mixup": 10}
+
+
+def test_a_race_per_epoch_knows_no_cost(folder: Path) -> None:
+    run_race(folder / "race", score="per-epoch")
+    assert not [key for key in json.loads(Path("race/clock.json").read_text())["runs"] if "@" in key]
+    assert set(read_race(folder / "race")["confirmed"]["epochs"].values()) == {10}
+
+
+class Clock:
+    """A clock that runs go by: the fake fits take no time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("lit_tricks.commands.racing.runs.time.monotonic", lambda: self.now)
+
+    def engine(self, seconds: float, parallel: int = 1) -> Any:
+        fits = fake_fits(seconds=seconds)
+
+        def run(cells: Sequence[Cell]) -> Iterator[Cell]:
+            for i in range(0, len(cells), parallel):
+                self.now += seconds
+                yield from fits(cells[i : i + parallel])
+
+        return run
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("runs", [15, 30, 45, 60])
+def test_no_run_starts_that_would_not_end_in_time(
+    runs: int, parallel: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    run_race(folder / "race", clock.engine(100.0, parallel), parallel, budget=f"{runs * 100}s")
+    race = read_race(folder / "race")
+    assert clock.now == race["seconds"] <= runs * 100
+    assert runs < 60 or race["kept"]
+    if race["kept"]:
+        assert len(race["confirmed"]["seeds"]) >= 3, "the reserve is for the confirmation"
+
+
+@pytest.mark.parametrize("runs", [15, 30, 45, 60, 90])
+def test_a_number_of_runs_is_not_exceeded_and_leaves_a_confirmation(runs: int, folder: Path) -> None:
+    run_race(folder / "race", budget=str(runs))
+    race = read_race(folder / "race")
+    assert race["runs"] <= runs
+    assert not race["kept"] or len(race["confirmed"]["seeds"]) >= 3
+
+
+def test_a_larger_budget_continues_a_race(folder: Path) -> None:
+    run_race(folder / "race", budget="20")
+    before = json.loads(Path("race/clock.json").read_text())["runs"]
+    run_race(folder / "race", budget="90")
+    run_race(folder / "whole", budget="90")
+    assert decisions(read_race(folder / "race")) == decisions(read_race(folder / "whole"))
+    assert before.keys() <= json.loads(Path("race/clock.json").read_text())["runs"].keys()
+
+
+def test_candidates_that_always_fail_are_listed_and_tried_again(folder: Path) -> None:
+    recipe = run_race(folder / "race", fake_fits(failing=[""]))
+    race = read_race(folder / "race")
+    assert (race["kept"], race["confirmed"], len(race["rounds"])) == ([], {}, 1)
+    assert {each["state"] for each in race["rounds"][0]["screened"]} == {"failed"}
+    assert {(each["stack"], each["reason"]) for each in race["failed"]} == {
+        (f"base+{name}", "RuntimeError: it fails") for name in ("ema", "mixup", "cutmix", "no_bias_decay")
+    }
+    assert yaml.safe_load(recipe.read_text())["trainer"]["max_epochs"] == 10
+    page = "\n".join(line for section in race_sections(race) for line in section.text)
+    assert "every candidate failed" in page
+    run_race(folder / "race")
+    assert read_race(folder / "race")["kept"] == ["tricks/ema", "tricks/mixup"]
+
+
+def test_a_recipe_that_never_ran_at_full_length_has_the_full_length(folder: Path) -> None:
+    """A candidate that is cheaper is compared at more epochs."""
+    with mock.patch.dict(COSTS, {"ema": 0.5}):
+        recipe = run_race(folder / "race", candidates=["tricks/ema"], budget="20")
+    assert not (folder / "race/runs/base+ema-seed4").exists()
+    assert yaml.safe_load(recipe.read_text())["trainer"]["max_epochs"] == 10
+
+
+def test_changed_files_of_a_race_are_named(folder: Path) -> None:
+    run_race(folder / "race", budget="15")
+    files = {path: path.read_bytes() for path in sorted(Path("race").rglob("*.json"))}
+    Path("tiny.yaml").write_text(Path("tiny.yaml").read_text() + "# another\n")
+    with pytest.raises(ValueError, match=r"content of tiny\.yaml.*--out"):
+        run_race(folder / "race", budget="15")
+    assert files == {path: path.read_bytes() for path in files}, "nothing is lost"
+
+
+def test_damaged_results_are_made_again(folder: Path) -> None:
+    run_race(folder / "race")
+    first = read_race(folder / "race")
+    Path("race/runs/base+ema-seed1/v0/results.json").write_text("{")
+    run_race(folder / "race")
+    assert decisions(read_race(folder / "race")) == decisions(first)
+    assert Path("race/runs/base+ema-seed1/v1/results.json").is_file()
+
+
+def test_a_view_has_all_that_happens_in_80_columns(folder: Path) -> None:
+    names = {f"tricks/{name}": name for name in ("ema", "mixup", "no_bias_decay", "a_candidate_with_a_long_name")}
+    (folder / "clock.json").write_text(json.dumps({"elapsed": 1860, "runs": {"base-seed0": 60}}))
+    runs = Runs(folder, [], [], 10, {}, fake_fits(), Budget.parse("2h"))  # type: ignore[arg-type]
+    runs.names = names
+    kept, out, failed = (Comparison(name, "screening", [1.0]) for name in [*names][:3])
+    kept.reason = "goes on to the test"
+    out.state, out.reason = "out", "in the worse half after 4 seeds, which is a long reason"
+    failed.state, failed.reason, failed.differences = "failed", "1 of 1 runs failed or diverged", [-math.inf]
+    test = Comparison([*names][3], "test", [0.5, 1.5, 1.0], reach=1.2)
+    verdict = Verdict(("tricks/ema",), [Round((), [kept, out, failed], [test])])
+    runs.now = [Cell("base+ema+mixup", 7, folder, [], "runs"), Cell("base+ema", 7, folder, [], "waits")]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(race_view(runs, verdict, "round 2, test"))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for part in (
+        "round 2, test",
+        "89.0 min of 2h left",
+        "base + ema",
+        "+1.00 ± 1.20",
+        "out: in the worse half",
+        "failed: 1 of",
+    ):
+        assert part in text
+    assert "runs now: base+ema+mixup seed 7; 1 more wait" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A race on the digits
 
 
@@ -250,7 +408,8 @@ def test_a_race_leaves_a_recipe_and_a_report_and_continues(folder: Path) -> None
     cells = sorted(path.name for path in Path("race/runs").iterdir() if path.is_dir())
     for name in ("recipe.yaml", "race.md", "race.csv", "race.png", "report.html"):
         assert (Path("race") / name).stat().st_size > 100
-    done("fit", "--config", "race/recipe.yaml", "--print_config")
+    done("fit", "--config", "race/recipe.yaml")  # as it stands
+    assert results("runs/recipe/v0")["raw"].keys() == {"train", "val", "test"}
     Path("race/report.html").unlink()
     done("report", "race")
     assert Path("race/report.html").is_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -11,30 +10,21 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 from helpers import warm
 from helpers.cli import workplace
-from helpers.races import decisions
+from helpers.races import decisions, fake_fits, read_race, run_race
 
-from lit_tricks.commands.ablation.cells import Cell
-from lit_tricks.commands.racing import race as race_module
 from lit_tricks.commands.racing.decisions import critical_values
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks"),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
 ]
-
-GAINS = {"ema": 1.5, "mixup": 0.8, "cutmix": 0.7, "no_bias_decay": -0.3}
-COSTS = {"ema": 1.2, "mixup": 1.0, "cutmix": 1.0, "no_bias_decay": 1.0}
-CANDIDATES = ["tricks/ema", "tricks/mixup|tricks/cutmix", "tricks/no_bias_decay"]
-Event = Callable[[], None]
 
 
 @pytest.fixture
@@ -43,42 +33,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
-def fake_fits(event: Event) -> Callable[[Sequence[Cell]], Iterator[Cell]]:
-    """Make an engine whose runs have known gains and take no time. Mixup fails at one seed of the screening."""
-
-    def run(cells: Sequence[Cell]) -> Iterator[Cell]:
-        for cell in cells:
-            event()
-            tricks = cell.name.partition("@")[0].split("+")[1:]
-            version = len(list(cell.folder.glob("v*")))
-            run = cell.folder / f"v{version}"
-            run.mkdir(parents=True)
-            event()
-            noise = np.random.default_rng([cell.seed, *map(ord, cell.name)]).normal(0, 0.2)
-            score = (80 + sum(GAINS[name] for name in tricks) + noise) / 100
-            content = {"raw": {"val": {"top1": score}, "test": {"top1": score}}, "seconds": 10.0, "peak_memory": 1000}
-            content["cpu_seconds"] = 10 * np.prod([COSTS[name] for name in tricks])
-            config = {"trainer": {"max_epochs": 10}, "model": {"class_path": "Classifier"}, "name": cell.folder.name}
-            (run / "config.yaml").write_text(yaml.safe_dump(config))
-            if tricks == ["cutmix"] and cell.seed == 1:
-                cell.log.write_text("RuntimeError: it fails\n")
-            else:
-                (run / "results.json").write_text(json.dumps(content)[:40])  # cut off
-                event()
-                (run / "results.json").write_text(json.dumps(content))
-            event()
-            cell.seconds = 10.0
-            yield cell
-
-    return run
-
-
-def run_race(out: Path, event: Event) -> None:
-    """Run a race on fake fits. All writes of files are events too."""
-
-    @contextlib.contextmanager
-    def engine_of(*args: Any) -> Iterator[Any]:
-        yield fake_fits(event), 1
+def race_with(out: Path, event: Callable[[], None]) -> None:
+    """Run a race on fake fits. Each step of a run and each write of a file is an event."""
 
     def replace(source: Any, target: Any, replaced: Any = os.replace) -> None:
         event()
@@ -86,13 +42,8 @@ def run_race(out: Path, event: Event) -> None:
         event()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(race_module, "engine_of", engine_of)
-        patch.setattr(race_module, "report_race", lambda folder: None)
         patch.setattr(os, "replace", replace)
-        patch.setattr(os, "fsync", lambda file: None)  # no power fails here
-        race_module.race(
-            ["tiny.yaml"], candidates=CANDIDATES, budget="90", out=str(out), fit_args=["--trainer.max_epochs=10"]
-        )
+        run_race(out, fake_fits(event))
 
 
 def run_until(out: Path, most: int) -> bool:
@@ -107,7 +58,7 @@ def run_until(out: Path, most: int) -> bool:
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        run_race(out, event)
+        race_with(out, event)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -117,7 +68,7 @@ def run_until(out: Path, most: int) -> bool:
 
 
 def found_in(out: Path) -> tuple[Any, ...]:
-    race = json.loads((out / "race.json").read_text())
+    race = read_race(out)
     clock = json.loads((out / "clock.json").read_text())
     failed = [(each["stack"], each["seed"]) for each in race["failed"]]
     recipe = (out / "recipe.yaml").read_text().replace(str(out), "OUT")
@@ -133,7 +84,7 @@ def test_a_killed_race_on_fake_fits_decides_as_one_that_was_left_alone(folder: P
         nonlocal events
         events += 1
 
-    run_race(folder / "whole", count)
+    race_with(folder / "whole", count)
     whole = found_in(folder / "whole")
     assert whole[0][0] == ["tricks/ema", "tricks/mixup"]
     assert ("base+cutmix", 1) in whole[3]

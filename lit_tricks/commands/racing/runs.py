@@ -57,8 +57,8 @@ class Runs:
     engine: Engine
     budget: Budget
     parallel: int = 1
-    took: dict[str, float] = field(default_factory=dict)  # seconds by the clock, of each run that has ended
-    elapsed: float = 0.0  # seconds by the clock in which runs were made
+    took: dict[str, float] = field(init=False)  # seconds by the clock, of each run that has ended
+    elapsed: float = field(init=False)  # seconds by the clock in which runs were made
     outcomes: dict[Trial, Outcome] = field(default_factory=dict)  # of all runs that the race has asked for
     now: list[Cell] = field(default_factory=list)  # the cells that are made at the moment
     since: float | None = None  # when they were started

@@ -50,11 +50,11 @@ def left_of_budget(runs: Runs) -> str:
 
 
 def _candidates(runs: Runs, found: Round) -> Table:
-    table = Table(box=None, pad_edge=False, expand=False)
+    table = Table(box=None, pad_edge=False, expand=True)
     table.add_column("candidate", no_wrap=True, overflow="ellipsis", max_width=22)
-    table.add_column("seeds", justify="right", no_wrap=True)
-    table.add_column("points", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True, overflow="ellipsis")
+    table.add_column("seeds", justify="right", no_wrap=True, min_width=5)
+    table.add_column("points", justify="right", no_wrap=True, min_width=13)
+    table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
     latest = {each.candidate: each for each in (*found.screened, *found.tested)}
     for each in latest.values():
         state = f"{each.state}: {each.reason}" if each.state != "open" else each.reason or f"in the {each.stage}"
