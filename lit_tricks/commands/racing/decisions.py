@@ -223,13 +223,13 @@ def _screen(this: Round, rest: list[str], settings: Settings, verdict: Verdict) 
         if step < len(SCREENING) - 1:
             half = max(len(SHARES), (len(live) + 1) // 2)
             for each in live[half:]:
-                each.state, each.reason = "out", f"in the worse half after {first} seeds"
+                each.state, each.reason = "out", f"in the worse half after {_seeds(first)}"
             live = live[:half]
     for each in live[len(SHARES) :]:
-        each.state, each.reason = "out", f"not among the best {len(SHARES)} after {first} seeds"
+        each.state, each.reason = "out", f"not among the best {len(SHARES)} after {_seeds(first)}"
     for each in live[: len(SHARES)]:
         if each.mean <= 0:
-            each.state, each.reason = "out", f"no gain in {first} seeds"
+            each.state, each.reason = "out", f"no gain in {_seeds(first)}"
         else:
             each.reason = "goes on to the test"
 
@@ -326,3 +326,7 @@ def _exclude_failed(each: Comparison, verdict: Verdict) -> None:
     if failed:
         each.state, each.reason = "failed", f"{failed} of {len(each.differences)} runs failed or diverged"
         verdict.excluded[each.candidate] = each.reason
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" if count == 1 else f"{count} seeds"
