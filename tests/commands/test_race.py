@@ -211,6 +211,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(*CELLS)
     with workplace(tmp_path):
         Path("empty.yaml").write_text("# nothing\n")
+        Path("list.yaml").write_text("- trainer\n")
         yield tmp_path
 
 
@@ -224,6 +225,7 @@ RACE = ("race", "--config", "tiny.yaml", "--candidates", "tricks/zero_gamma")
         (("race", "--config", "tiny.yaml", "--candidates", "--budget", "9"), "candidates"),
         (("race", "--config", "tiny.yaml", "--budget", "9"), "candidates"),
         (("race", "--config", "tiny.yaml", "--candidates", "empty.yaml", "--budget", "9"), "it is the base"),
+        (("race", "--config", "tiny.yaml", "--candidates", "list.yaml", "--budget", "9"), "list.yaml"),
         ((*RACE, "--budget", "9", "--engine", "ray", "--jobs", "2"), "jobs=2"),
         ((*RACE, "--budget", "9", "--gpus", "1"), "gpus=1"),
         ((*RACE, "tricks/zero_gamma", "--budget", "9"), "twice"),

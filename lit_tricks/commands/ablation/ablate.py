@@ -172,7 +172,9 @@ def settings_of(tricks: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_yaml(path)
+    content: dict[str, Any] = read_yaml(path) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, and no settings: write `trainer: ...` or the like.")
     return content
 
 
