@@ -172,10 +172,11 @@ def settings_of(tricks: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = read_yaml(path) or {}
+    content: Any = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, and no settings: write `trainer: ...` or the like.")
-    return content
+    settings: dict[str, Any] = content
+    return settings
 
 
 def _merged(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
