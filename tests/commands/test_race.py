@@ -319,6 +319,20 @@ def test_a_number_of_runs_is_not_exceeded_and_leaves_a_confirmation(runs: int, f
     assert not race["kept"] or len(race["confirmed"]["seeds"]) >= 3
 
 
+def test_the_verdict_names_what_the_budget_left_undecided(folder: Path) -> None:
+    run_race(folder / "race", budget="16")
+    text = " ".join(race_sections(read_race(folder / "race"))[0].text)
+    assert "Undecided: ema." in text
+    assert "larger budget" in text
+    assert "the budget ended the race" in text
+
+
+def test_a_finalist_behind_the_kept_one_is_not_tested(folder: Path) -> None:
+    run_race(folder / "race", fake_fits(failing=["no run"]))
+    [second] = [each for each in read_race(folder / "race")["rounds"][0]["screened"] if "not tested" in each["reason"]]
+    assert (second["candidate"], second["state"]) == ("tricks/cutmix", "out")
+
+
 def test_a_larger_budget_continues_a_race(folder: Path) -> None:
     run_race(folder / "race", budget="20")
     before = json.loads(Path("race/clock.json").read_text())["runs"]

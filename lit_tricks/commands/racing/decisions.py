@@ -256,6 +256,10 @@ def _test(this: Round, settings: Settings, verdict: Verdict) -> Ask:
             test.state, test.reason = "out", "the leader failed at too many seeds"
         if test.state == "kept":
             this.kept = test.candidate
+            tested = {each.candidate for each in this.tested}
+            for each in finalists:
+                if each.candidate not in tested:
+                    each.state, each.reason = "out", "not tested in this round, since another was kept"
             return
 
 

@@ -83,11 +83,12 @@ def _verdict(race: Mapping[str, Any]) -> Section:
     kept = [names[name] for name in race["kept"]]
     failed = all(each["state"] == "failed" for _, _, each in _comparisons(race))
     reason = "every candidate failed" if failed else "no candidate showed a gain"
+    reason = "the budget ended the race" if _waiting(race) else reason
     stack = f"with {', '.join(kept)}." if kept else f"as it is: {reason}."
     text = [f"The recipe is the base {stack}"]
     text.append(
-        f"The race took {race['runs']} runs and {duration(race['seconds'])} of a budget of {race['budget']}."
-        + (" The budget ended it." if race["out_of_budget"] else "")
+        f"The race took {race['runs']} run{'s' * (race['runs'] != 1)} and {duration(race['seconds'])} of a budget of "
+        f"{race['budget']}." + (" The budget ended it." if race["out_of_budget"] else "")
     )
     text += _undecided(race)
     stacks = race["confirmed"].get("stacks", {})
@@ -115,10 +116,22 @@ def _undecided(race: Mapping[str, Any]) -> list[str]:
     """State how many more seeds would settle the gains that were not shown."""
     lines = []
     kept = set(race["kept"])
+    if waiting := _waiting(race):
+        lines.append(
+            f"Undecided: {', '.join(waiting)}. The budget ended before the race could decide about them. The same "
+            "command with a larger budget continues the race."
+        )
     last = {each["candidate"]: each for _, stage, each in _comparisons(race) if stage == "test"}
     for name, each in last.items():
         mean = _mean(each)
-        if name in kept or each["state"] == "failed" or len(each["differences"]) < 3 or mean is None or mean <= 0:
+        if (
+            race["names"][name] in waiting
+            or name in kept
+            or each["state"] == "failed"
+            or len(each["differences"]) < 3
+            or mean is None
+            or mean <= 0
+        ):
             continue
         deviation = statistics.stdev(each["differences"])
         for seeds in range(len(each["differences"]) + 1, 201):
@@ -127,6 +140,15 @@ def _undecided(race: Mapping[str, Any]) -> list[str]:
                 lines.append(f"Undecided: {race['names'][name]}. {more} more seeds would settle {mean:.1f} points.")
                 break
     return lines
+
+
+def _waiting(race: Mapping[str, Any]) -> list[str]:
+    """Return the names of the candidates that the end of the budget left undecided."""
+    if not race["out_of_budget"] or not race["rounds"]:
+        return []
+    found = race["rounds"][-1]
+    latest = {each["candidate"]: each["state"] for each in (*found["screened"], *found["tested"])}
+    return [race["names"][name] for name, state in latest.items() if state == "open"]
 
 
 def paired_change_reach(deviation: float, seeds: int) -> float:
