@@ -14,6 +14,7 @@ from scipy import stats
 from lit_tricks.commands.racing.decisions import Outcome, Settings, Trial, Verdict, decide
 
 RESULTS = Path(__file__).parent / "results" / "race.md"
+IMAGES = "# A race on photographs"  # title of the part that race_images.py writes
 # Standard deviations in points: what all arms of a seed share, and what is an arm's own. Paired differences have 0.40,
 # runs 0.41, as in results/evidence.jsonl (0.1 to 0.6).
 SHARED, OWN = 0.30, 0.28
@@ -130,7 +131,8 @@ def main() -> None:
         f"{platform.machine()} CPU, Python {platform.python_version()}, numpy {np.__version__}; "
         f"{datetime.date.today()}. `python benchmarks/race.py --repeats {repeats}`",
     ]
-    RESULTS.write_text("\n".join([*lines, ""]))
+    _, title, images = RESULTS.read_text().partition(IMAGES) if RESULTS.is_file() else ("", "", "")
+    RESULTS.write_text("\n".join([*lines, "", title + images]))
     print("\n".join(lines))
 
 
