@@ -132,6 +132,7 @@ class _Race:
         self.runs, self.groups, self.settings = runs, groups, settings
         self.verdict, self.stage, self.confirmed = Verdict(), "first run", dict[str, Any]()
         self._logged: dict[tuple[int, str, str], str] = {}
+        self._made = len(runs.took)
 
     def run(self) -> Path:
         """Decide, confirm and report. Return the recipe."""
@@ -213,7 +214,9 @@ class _Race:
                     name = self.runs.names[each.candidate]
                     state = "in" if each.state == "open" else each.state
                     log.info("race: round %d, %s: %s is %s: %s", number, each.stage, name, state, each.reason)
-        log.info("race: %s", left_of_budget(self.runs))
+        if len(self.runs.took) > self._made:
+            self._made = len(self.runs.took)
+            log.info("race: %s", left_of_budget(self.runs))
 
     def _write(self) -> None:
         write_whole(self.runs.folder / "race.json", json.dumps(self._content(), indent=2) + "\n")
