@@ -20,6 +20,7 @@ from rich.console import Console
 from scipy import stats
 
 from lit_tricks import callbacks
+from lit_tricks.callbacks.optim.schedule import Schedule
 from lit_tricks.commands.ablation.cells import Cell
 from lit_tricks.commands.racing.budget import Budget
 from lit_tricks.commands.racing.decisions import (
@@ -198,6 +199,11 @@ def test_number_that_is_not_finite_becomes_null() -> None:
 
 def test_exclusive_tricks_exist() -> None:
     assert frozenset().union(*EXCLUSIVE) <= set(callbacks.__all__)
+
+
+def test_all_schedules_are_exclusive() -> None:
+    schedules = {name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), Schedule)}
+    assert schedules in EXCLUSIVE
 
 
 def test_exclusive_tricks_are_found_by_their_classes(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ __all__ = ["EXCLUSIVE", "race"]
 # Tricks that raise an error beside each other, by their classes.
 EXCLUSIVE = (
     frozenset({"EMA", "SWA"}),
-    frozenset({"WarmupCosine", "WarmupStep", "WarmupExponential"}),
+    frozenset({"WarmupCosine", "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep"}),
     frozenset({"FixRes", "DropPath"}),
     frozenset({"FixRes", "ProgressiveResizing"}),
 )
