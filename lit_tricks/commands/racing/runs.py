@@ -247,7 +247,7 @@ class Runs:
 
 
 def _seconds_of(run: Path) -> float:
-    seconds = (read_object(run / "results.json") or {}).get("seconds")
+    seconds: Any = (read_object(run / "results.json") or {}).get("seconds")
     return float(seconds) if _is_time(seconds) else 0.0
 
 
