@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 __all__ = ["Flipped", "at_size", "changed", "nested"]
 
-_RESIZES = ("Resize", "ResizeKeepRatio")  # torchvision's and timm's
+_MODULES = ("torchvision.transforms", "torchvision.transforms.v2", "timm.data.transforms")
+_RESIZES = ("Resize", "ResizeKeepRatio")
 _CROPS = ("CenterCrop", "CenterCropOrPad")
 
 
@@ -48,13 +50,19 @@ def at_size(transform: Any, size: int) -> Any:
     for preset in (step for step in steps if hasattr(step, "crop_size") and hasattr(step, "resize_size")):
         ratio = size / _side(preset.crop_size)
         preset.resize_size, preset.crop_size = _scaled(preset.resize_size, ratio), _scaled(preset.crop_size, ratio)
-    crops = [step for step in steps if type(step).__name__ in _CROPS]
-    resizes = [step for step in steps if type(step).__name__ in _RESIZES and step.size]
+    crops = [step for step in steps if isinstance(step, _classes(_CROPS))]
+    resizes = [step for step in steps if isinstance(step, _classes(_RESIZES)) and step.size]
     if crops or resizes:
         ratio = size / _side((crops or resizes)[-1].size)
         for step in (*resizes, *crops):
             step.size = _scaled(step.size, ratio)
     return twin
+
+
+def _classes(names: Sequence[str]) -> tuple[type, ...]:
+    """Return the classes of these names. A module that is not imported has made no step."""
+    modules = [module for module in map(sys.modules.get, _MODULES) if module]
+    return tuple(getattr(module, name) for module in modules for name in names if hasattr(module, name))
 
 
 def nested(dataset: Any) -> Iterator[Any]:

@@ -35,7 +35,10 @@ _MATRICES = (Convolution, nn.Linear)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a layer normalises: one of torch's, or of a class that is called so, as ``LayerNorm2d``."""
+    """Return whether a layer normalizes: a layer of torch, or of a class with such a name, as ``LayerNorm2d``.
+
+    Many networks define norm layers of their own, which have no base class in common.
+    """
     return isinstance(module, _NORMS) or bool(re.search(r"norm(\dd)?$", type(module).__name__, re.IGNORECASE))
 
 

@@ -59,7 +59,10 @@ def residual_branches(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_drop_path(name: str, module: nn.Module) -> bool:
-    """Whether it is a drop-path layer, or stands where timm has one that does not drop."""
+    """Return whether a layer is a drop-path layer, or the identity that timm uses instead for a probability of 0.
+
+    Networks often have a copy of the class, so that it is recognized by name.
+    """
     if isinstance(module, nn.Identity):
         return bool(re.search(r"drop_?path\d?$", name))
     is_leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())

@@ -56,7 +56,7 @@ def _generators(thing: Any, seen: set[int], depth: int = 8) -> Iterator[Any]:
     if id(thing) in seen or depth == 0 or isinstance(thing, Tensor | type | str | bytes | int | float | None):
         return
     seen.add(id(thing))
-    if isinstance(thing, torch.Generator | random.Random) or type(thing).__module__.startswith("numpy.random"):
+    if isinstance(thing, (torch.Generator, random.Random, *_numpy_generators())):
         yield thing
     elif isinstance(thing, list | tuple | dict):
         if len(thing) <= 100:  # transforms, parts; not samples
@@ -67,18 +67,23 @@ def _generators(thing: Any, seen: set[int], depth: int = 8) -> Iterator[Any]:
             yield from _generators(child, seen, depth - 1)
 
 
+def _numpy_generators() -> tuple[type, ...]:
+    """Return the classes of NumPy's generators, if it is imported."""
+    numpy = sys.modules.get("numpy")
+    return (numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator) if numpy else ()
+
+
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
-    if hasattr(generator, "bit_generator"):
-        return copy.deepcopy(generator.bit_generator.state)
-    return generator.get_state()
+    bits = getattr(generator, "bit_generator", generator)
+    return copy.deepcopy(bits.state) if hasattr(bits, "state") else generator.get_state()
 
 
 def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, random.Random):
         generator.setstate(state)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
+    elif hasattr(bits := getattr(generator, "bit_generator", generator), "state"):
+        bits.state = state
     else:
         generator.set_state(state)

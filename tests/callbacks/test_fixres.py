@@ -310,10 +310,15 @@ def sizes_in(transform: Any) -> tuple[Any, ...]:
     return tuple(size for step in steps for size in sizes_in(step)) if steps else (transform.size,)
 
 
+class OwnResize(v2.Resize):
+    """A step that a user has derived."""
+
+
 STEPS = {
     "torchvision v1": (transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)]), (329, (288, 288))),
     "torchvision v2": (v2.Compose([v2.Resize(256), v2.CenterCrop(224)]), ([329], (288, 288))),
     "no crop": (v2.Compose([v2.Resize((200, 224))]), ([288, 323],)),
+    "derived": (v2.Compose([OwnResize(256), v2.CenterCrop(224)]), ([329], (288, 288))),
     "nested": (v2.Compose([v2.Compose([v2.Resize(256)]), v2.CenterCrop(224)]), ([329], (288, 288))),
 }
 

@@ -48,3 +48,22 @@ def test_generators_of_loaders_are_restored(kind):
         list(loaders[-1])
         assert not torch.equal(own.get_state(), before)
     assert torch.equal(own.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (np.random.default_rng, lambda generator: generator.random()),
+        (np.random.RandomState, lambda generator: generator.rand()),
+        (np.random.PCG64, lambda generator: generator.random_raw()),
+        (random.Random, lambda generator: generator.random()),
+        (np.random.SeedSequence, lambda sequence: sequence.entropy),
+    ],
+)
+def test_generators_of_other_libraries_are_restored(make, draw):
+    dataset = Draws()
+    dataset.other = make(5)
+    expected = draw(make(5))
+    with isolated_random_state(loaders=[DataLoader(dataset)]):
+        assert draw(dataset.other) == expected
+    assert draw(dataset.other) == expected
