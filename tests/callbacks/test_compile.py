@@ -110,7 +110,7 @@ class Parts(module_class("lightning")):
 @pytest.mark.parametrize(
     ("layers", "names"), [(None, "net.0, net.1"), (["net.1"], "net.1"), (["net.0.?"], "net.0.0, net.0.1, net.0.2")]
 )
-def test_layers(layers, names):
+def test_layers_by_pattern_are_compiled(layers, names):
     with said() as records:
         module = Parts()
         trainer = make_trainer(compile_(layers=layers), max_epochs=1)

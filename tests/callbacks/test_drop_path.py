@@ -80,7 +80,7 @@ def test_gradient_in_low_precision(dtype, compiled):
         assert found.stride() == x.stride()
 
 
-def test_derives_twice():
+def test_second_derivatives_are_exact():
     kept = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: _Scaled.apply(x, kept, 1.25), x)

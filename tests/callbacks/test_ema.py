@@ -199,7 +199,7 @@ def test_16_mixed_does_not_count_skipped_steps(fused, every):
 
 
 @pytest.mark.parametrize("part", ["module", "submodule", "in configure_model"])
-def test_compiled(part):
+def test_compiled_module_is_averaged(part):
     class Module(module_class("lightning")):
         def configure_model(self) -> None:
             if part == "in configure_model" and not hasattr(self.net[0], "_orig_mod"):

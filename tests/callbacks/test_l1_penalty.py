@@ -38,7 +38,7 @@ def test_a_weight_oscillates_around_0():
     assert w.any()
 
 
-def test_sparsity():
+def test_sparsity_is_the_share_of_small_weights():
     weights = [torch.tensor([[0.0, 0.09, -0.09]]), torch.tensor([[0.1, -5.0]])]
     assert sparsity(weights, 0.1).item() == pytest.approx(3 / 5)
     assert sparsity([torch.zeros(0)], 0.1).item() == 0

@@ -57,7 +57,7 @@ def lrs(trainer: Any) -> list[float]:
         (96, 512, "sqrt", 0.4330127018922193),  # sqrt(3) / 4
     ],
 )
-def test_factor(batch_size, base_batch_size, rule, factor):
+def test_factor_is_linear_in_batch_size(batch_size, base_batch_size, rule, factor):
     assert lr_scaling_factor(batch_size, base_batch_size, rule) == pytest.approx(factor, rel=1e-15)
 
 

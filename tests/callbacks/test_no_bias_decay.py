@@ -97,7 +97,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("layer", "expected"), KINDS, ids=lambda value: type(value).__name__)
-def test_kinds(layer, expected):
+def test_kinds_of_layer_are_found(layer, expected):
     assert {name: kinds(name, p, layer) for name, p in layer.named_parameters(recurse=False)} == expected
 
 
@@ -138,7 +138,7 @@ def names(trainer: Any) -> list[tuple[float, list[str]]]:
         (["norm"], [name for name in FREE if ".1." in name and "net.1" not in name]),
     ],
 )
-def test_skip(skip, free):
+def test_skip_sets_the_parameters_without_decay(skip, free):
     end = run(NoBiasDecay(skip), max_epochs=1)
     everything = [name for name, _ in end.module.named_parameters()]
     assert names(end.trainer) == [(0.01, [name for name in everything if name not in free]), (0.0, free)]

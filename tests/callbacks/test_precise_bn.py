@@ -460,7 +460,7 @@ def test_the_sanity_check_sees_the_initial_statistics():
 
 
 @pytest.mark.parametrize(("when", "precise"), [("validation", [0, 1, 2]), ("end", []), (2, [1])])
-def test_when(when, precise):
+def test_when_sets_the_validations_with_exact_statistics(when, precise):
     history, data = History(), images(16).tensors[0]
     result = run(PreciseBN(ALL, when=when), history)
     for epoch, weights in enumerate(history.validated):
@@ -562,7 +562,7 @@ def plus(number: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @pytest.mark.parametrize("nest", ["plain", "Subset", "ConcatDataset"])
 @pytest.mark.parametrize(("transform", "added"), [("train", 3.0), ("eval", -2.0)])
-def test_transform(transform, added, nest):
+def test_transform_eval_replaces_nested_transforms(transform, added, nest):
     data = Transformed(plus(3.0))
     if nest == "Subset":
         data = Subset(data, range(16))
@@ -616,7 +616,7 @@ def test_channels_last_as_the_model_has_it(last):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_precision(precision):
+def test_precision_of_the_run_keeps_statistics_exact(precision):
     history = History()
     run(PreciseBN(ALL), history, precision=precision, max_epochs=1)
     [weights] = history.validated

@@ -180,7 +180,7 @@ def test_average_is_the_mean(cadence):
 
 
 @pytest.mark.parametrize("buffers", ["average", "copy"])
-def test_buffers(buffers):
+def test_buffers_are_averaged_or_copied(buffers):
     history = History()
     result = run(SWA(0.2, start=0.25, buffers=buffers), history)
     expected = mean_of(history.weights, [4, 8, 12])

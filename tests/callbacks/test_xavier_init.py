@@ -134,7 +134,7 @@ def test_same_seed_same_weights_whatever_was_drawn_before():
     assert not differences(weights_of(start(first, XavierInit())), weights_of(start(second, XavierInit())))
 
 
-def test_seeds():
+def test_seed_decides_the_weights():
     of_torch, same, other = (
         weights_of(start(tiny(), XavierInit(trick_seed), seed=seed))
         for trick_seed, seed in ((None, 7), (7, 0), (None, 8))

@@ -294,7 +294,7 @@ class Classifier(nn.Sequential):
         (["*.residual.?"], {"2.residual.1", "2.residual.4"}),
     ],
 )
-def test_layers(layers, expected):
+def test_layers_by_pattern_start_at_zero(layers, expected):
     assert zeros(start(Classifier(), ZeroGamma(layers)).net) == expected
 
 

@@ -479,7 +479,7 @@ def test_the_installed_command() -> None:
     assert re.fullmatch("lit-tricks: error: --config nowhere: there is no such file; .*", error)
 
 
-def test_version() -> None:
+def test_version_prints_the_version() -> None:
     assert done("--version").out == f"lit-tricks {lit_tricks.__version__}\n"
 
 

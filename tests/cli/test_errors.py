@@ -172,7 +172,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("case", FLAGS)
-def test_flags(case: str) -> None:
+def test_wrong_flag_explains_itself(case: str) -> None:
     words, message = FLAGS[case]
     refused(message.replace("?", r"\?"), *words)
 
@@ -246,7 +246,7 @@ YAML = {
 
 
 @pytest.mark.parametrize("case", YAML)
-def test_configurations(case: str) -> None:
+def test_wrong_configuration_explains_itself(case: str) -> None:
     text, message = YAML[case]
     Path("bad.yaml").write_text(text, errors="surrogateescape")
     refused(message, *FIT, "--config=bad.yaml")
@@ -257,7 +257,7 @@ def test_configurations(case: str) -> None:
 IMAGES = ("--data=ImageFolder", "--data.root=images", "--data.image_size=16", "--data.batch_size=4")
 
 
-def test_folders_of_images() -> None:
+def test_wrong_image_folder_explains_itself() -> None:
     refused(r"root='images' is not a folder; expected are ROOT/train/CLASS/\*\.jpg .*", *FIT, *IMAGES)
     Path("images").mkdir()
     refused(r"no folder 'train' in root='images'; expected are .*", *FIT, *IMAGES)

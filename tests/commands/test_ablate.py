@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ),
     ],
 )
-def test_rows(mode: Any, rows: dict[str, list[str]]) -> None:
+def test_rows_of_each_mode_combine_the_tricks(mode: Any, rows: dict[str, list[str]]) -> None:
     assert rows_of(TRICKS, mode) == rows
     assert list(rows_of(TRICKS, mode)) == list(rows)
 
@@ -76,7 +76,7 @@ def run_folder(name: str, top1: float, seconds: float, kind: str = "raw", split:
 
 
 @pytest.mark.parametrize(("relative_to", "change"), [("above", "-1.00 ± 12.71"), ("first", "+2.00 ± 0.00")])
-def test_the_table(folder: Path, relative_to: Any, change: str) -> None:
+def test_report_of_paired_runs_has_change_and_interval(folder: Path, relative_to: Any, change: str) -> None:
     runs: dict[str, dict[int, Path | None]] = {
         "baseline": {0: run_folder("a0", 0.50, 10), 1: run_folder("a1", 0.52, 20)},
         "+ ema": {0: run_folder("b0", 0.54, 11, "averaged"), 1: run_folder("b1", 0.54, 22, split="val")},
@@ -123,7 +123,7 @@ def test_the_table(folder: Path, relative_to: Any, change: str) -> None:
         ),
     ],
 )
-def test_errors(folder: Path, words: tuple[str, ...], message: str) -> None:
+def test_ablate_wrong_arguments_explain_themselves(folder: Path, words: tuple[str, ...], message: str) -> None:
     (folder / "taken").mkdir()
     (folder / "taken" / "plan.json").write_text("{}")
     outcome = cli(*GRID, *words)

@@ -239,7 +239,7 @@ def test_refuses_other_models(trained):
     refused("changed.ckpt is of another model than .*: model_args is .*", good, "changed.ckpt", "-o", "x.ckpt")
 
 
-def test_refuses_files(trained):
+def test_average_wrong_files_explain_themselves(trained):
     good = trained[0]
     Path("text.ckpt").write_text("no checkpoint")
     torch.save({"weight": torch.zeros(1)}, "weights.ckpt")
@@ -309,7 +309,7 @@ def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
     assert shown == [("BatchNorm", 200), ("greedy soup", 5)]
 
 
-def test_help():
+def test_average_help_explains_arguments():
     assert "average" in done("--help").out
     text = done("average", "--help").out
     for word in ("CHECKPOINTS", "-o, --output", "--greedy", "--data", "Wortsman"):

@@ -118,7 +118,7 @@ def test_from_the_command_line(workers: int) -> None:
         (("--seconds=long",), "--seconds: 'long' is not float."),
     ],
 )
-def test_misuse(words: tuple[str, ...], message: str) -> None:
+def test_bench_wrong_arguments_explain_themselves(words: tuple[str, ...], message: str) -> None:
     outcome = cli("data", "bench", *FIT[1:], *words)
     assert outcome.err == f"lit-tricks: error: {message}\n"
 

@@ -52,7 +52,9 @@ def test_an_interrupted_run_has_what_it_has(tmp_path: Path) -> None:
         ((".metadata",), IsADirectoryError, "consolidate_checkpoint"),
     ],
 )
-def test_other_folders(tmp_path: Path, names: tuple[str, ...], error: type[OSError], remedy: str) -> None:
+def test_checkpoint_at_other_folder_raises(
+    tmp_path: Path, names: tuple[str, ...], error: type[OSError], remedy: str
+) -> None:
     with pytest.raises(error, match=rf"--ckpt {tmp_path}/x.*{remedy}"):
         checkpoint_at(files(tmp_path / "x", *names), "--ckpt")
 

@@ -133,7 +133,7 @@ def test_weight_decay_is_the_best_for_others():
 # The checkpoint
 
 
-def test_the_command(trained):
+def test_fixres_writes_checkpoint_of_lower_loss(trained):
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=12", "-o", "x.ckpt")
     text = r"classifier model.fc, 16 features of 1257 images, weight decay .* cross entropy ([\d.]+) -> ([\d.]+), top-1"
     before, after = map(float, re.search(text, outcome.log).groups())
@@ -303,7 +303,7 @@ def refused(message: str, *words: str) -> None:
     assert sorted(Path().iterdir()) == before
 
 
-def test_refuses(trained):
+def test_fixres_wrong_arguments_explain_themselves(trained):
     good = (f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
     refused("give --ckpt, .*", "--test-size=10", "-o", "x.ckpt")
     refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt", "--test-size=10", "-o", "x.ckpt")
@@ -337,7 +337,7 @@ def test_a_network_without_batchnorm(tmp_path):
     assert any("classifier network.4, 4 features of 12 images" in record.getMessage() for record in records)
 
 
-def test_help():
+def test_fixres_help_explains_arguments():
     assert "fixres" in done("--help").out
     text = done("fixres", "--help").out
     for word in ("--ckpt", "--test-size", "-o, --output", "--crop-ratio", "--train-bn", "Touvron"):

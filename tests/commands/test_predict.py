@@ -235,7 +235,7 @@ def test_options_of_the_trainer_and_the_data(folder: Path) -> None:
         (("--images",), "images"),
     ],
 )
-def test_errors(folder: Path, words: tuple[str, ...], token: str) -> None:
+def test_predict_wrong_arguments_explain_themselves(folder: Path, words: tuple[str, ...], token: str) -> None:
     before = set(folder.rglob("*"))
     outcome = cli("predict", *words, "--ckpt=runs/tiny/v0")
     assert outcome.code in (1, 2)

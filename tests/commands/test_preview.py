@@ -140,7 +140,7 @@ def test_labels_of_a_mixture(folder: Path) -> None:
     assert all(sum(each) == pytest.approx(1) for each in shares.values())
 
 
-def test_titles() -> None:
+def test_preview_titles_show_any_class_name() -> None:
     target = torch.tensor([0, 1])
     found = preview_of([torch.zeros(2, 3, 4, 4), target], SimpleNamespace(classes=["кот", "$x^", "犬" * 40]), 2)
     assert found.titles() == ["кот", "$x^"]
@@ -162,7 +162,7 @@ def test_without_labels() -> None:
         (("--trainer.limit_train_batches=0",), "there was no training batch to look at: see "),
     ],
 )
-def test_misuse(words: tuple[str, ...], message: str) -> None:
+def test_preview_wrong_arguments_explain_themselves(words: tuple[str, ...], message: str) -> None:
     outcome = cli("data", "preview", *FIT[1:], *words)
     assert outcome.code in (1, 2)
     assert outcome.err.startswith(f"lit-tricks: error: {message}")

@@ -277,7 +277,7 @@ def test_a_run_of_an_older_version(folder: Path) -> None:
         ((), "runs"),
     ],
 )
-def test_errors(run: Path, words: tuple[str, ...], message: str) -> None:
+def test_report_wrong_folders_explain_themselves(run: Path, words: tuple[str, ...], message: str) -> None:
     Path("empty").mkdir()
     outcome = cli("report", *words)
     assert outcome.code

@@ -95,7 +95,7 @@ class Foreign(LightningDataModule):
         ([8], [8]),
     ],
 )
-def test_sizes(words, sizes):
+def test_parse_sizes_expands_ranges(words, sizes):
     assert parse_sizes(words) == sizes
 
 
@@ -240,7 +240,7 @@ def test_an_interrupted_run_leaves_nothing_half(trained, monkeypatch):
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("", "offline"), ("disabled", None)])
-def test_wandb(mode, expected, trained, monkeypatch):
+def test_resolution_with_wandb_logs_the_curve(mode, expected, trained, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setattr(sys.modules["lit_tricks.run.wandb_run"], "_logged_in", lambda: False)
@@ -277,7 +277,7 @@ def refused(message: str, *words: str) -> None:
     assert not Path("resolution").exists()
 
 
-def test_refuses(trained):
+def test_resolution_wrong_arguments_explain_themselves(trained):
     ckpt = f"--ckpt={trained}"
     refused("give --ckpt, a checkpoint, or the name of one of timm's models.")
     refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt")
@@ -338,7 +338,7 @@ def test_a_layer_of_one_size_and_a_map_that_vanishes(tmp_path):
         resolution(module=LightningModule(), data=data)
 
 
-def test_help():
+def test_resolution_help_explains_arguments():
     assert "resolution" in done("--help").out
     text = done("resolution", "--help").out
     for word in ("--ckpt", "--sizes", "--crop-ratio", "--wandb", "Touvron"):

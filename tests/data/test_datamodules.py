@@ -400,7 +400,7 @@ def test_auto_workers_share_the_cores(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("kind", "train", "test"), [(CIFAR10, 100, 30), (CIFAR100, 300, 100)])
-def test_cifar(cifar: Path, kind: type[CIFAR10], train: int, test: int) -> None:
+def test_cifar_gives_all_splits_in_its_layout(cifar: Path, kind: type[CIFAR10], train: int, test: int) -> None:
     val = train // 3 if kind is CIFAR100 else 20
     data = kind(str(cifar), batch_size=7, download=False, val_size=val, num_workers=0)
     assert data.hparams["val_size"] == val
@@ -462,7 +462,7 @@ def test_cifar_tells_what_to_do_about_missing_files(tmp_path: Path, monkeypatch:
 # ImageFolder
 
 
-def test_image_folder(folder: Path) -> None:
+def test_image_folder_gives_all_splits_in_its_layout(folder: Path) -> None:
     data = ImageFolder(str(folder), image_size=16, batch_size=5, num_workers=0)
     assert (data.classes, data.num_classes, data.input_size) == (list(CLASSES), 3, (3, 16, 16))
     data.setup()

@@ -106,7 +106,7 @@ def test_broken_files_are_errors_or_skipped_as_ever(
     assert sum(len(batch[1]) for batch in skipping.train_dataloader()) == 8
 
 
-def test_no_room(make: Callable[..., ImageFolder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_without_room_raises(make: Callable[..., ImageFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 2 * 3 * (30 * 20 + 20 * 30 + 20 * 17 + 20 * 20)
     monkeypatch.setattr(decoded, "_free_memory", lambda: needed - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": needed - 1}))

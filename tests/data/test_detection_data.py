@@ -317,7 +317,7 @@ BAD_COCO: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_COCO)
-def test_bad_coco(name: str, tmp_path: Path) -> None:
+def test_coco_damaged_annotation_raises(name: str, tmp_path: Path) -> None:
     change, message = BAD_COCO[name]
     change(write_coco(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=f"(?s){message}"):
@@ -367,7 +367,7 @@ BAD_VOC: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_VOC)
-def test_bad_voc(name: str, tmp_path: Path) -> None:
+def test_voc_damaged_annotation_raises(name: str, tmp_path: Path) -> None:
     change, message = BAD_VOC[name]
     change(write_voc(tmp_path, ("A/train", "A/val")))
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):

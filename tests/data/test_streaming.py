@@ -225,7 +225,9 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tu
     [(0, moment) for moment in ("1-batch", "6-batch", "6-epoch", "9-batch", "12-validation")]
     + [(2, moment) for moment in ("7-batch", "12-epoch", "15-batch", "16-batch")],
 )
-def test_resume(runs: dict[int, tuple[Recorder, Path]], shards: Path, workers: int, moment: str) -> None:
+def test_resumed_run_continues_in_the_middle_of_an_epoch(
+    runs: dict[int, tuple[Recorder, Path]], shards: Path, workers: int, moment: str
+) -> None:
     full, folder = runs[workers]
     assert len({*full.seen}) == 3 * BATCHES
     data = Streaming(str(shards), 16, BATCH_SIZE, workers)
@@ -298,7 +300,9 @@ def test_another_pass_disturbs_nothing(runs: dict[int, tuple[Recorder, Path]], s
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_bucket(runs: dict[int, tuple[Recorder, Path]], s3: str, tmp_path: Path, workers: int) -> None:
+def test_shards_in_a_bucket_give_the_same_batches(
+    runs: dict[int, tuple[Recorder, Path]], s3: str, tmp_path: Path, workers: int
+) -> None:
     full, folder = runs[workers]
     cache = tmp_path / "cache"
     data = Streaming(s3, 16, BATCH_SIZE, workers, cache_dir=str(cache))
@@ -488,7 +492,7 @@ def test_batches_that_are_too_large(shards: Path, monkeypatch: pytest.MonkeyPatc
 # As a data module
 
 
-def test_settings(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hparams_build_the_same_data(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Streaming(shards, batch_size=4, cache_dir=tmp_path)  # type: ignore[arg-type]
     assert (data.hparams["root"], data.hparams["cache_dir"]) == (str(shards), str(tmp_path))
     assert {*data.hparams} == {*inspect.signature(Streaming).parameters}
@@ -507,7 +511,7 @@ def test_settings(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert cli.datamodule.classes == data.classes
 
 
-def test_predict(shards: Path, images: Path) -> None:
+def test_predict_dir_needs_no_shards(shards: Path, images: Path) -> None:
     folder = str(images / "val")
     data = Streaming("s3://gone", 16, BATCH_SIZE, 0, predict_dir=folder)
     paths = [path for batch in trainer().predict(Recorder(), data) for path in batch]

@@ -219,7 +219,7 @@ def test_a_detector_compares_classes_and_maps_labels(tmp_path: Path) -> None:
         ([f"a{i}" for i in range(9)], ["b"], "only in the checkpoint: a0, a1, a2, a3, a4 and 4 more"),
     ],
 )
-def test_messages(left: list[str], right: list[str], message: str) -> None:
+def test_require_same_classes_names_the_differences(left: list[str], right: list[str], message: str) -> None:
     def named(names: list[str]) -> dict[str, Any]:
         return {"hyper_parameters": {"class_names": names}}
 

@@ -126,7 +126,7 @@ def test_metrics_are_read_without_empty_cells(run: Path) -> None:
     assert rows[0] == {"epoch": 0, "lr-SGD": 0.05, "step": 0, "train/loss_step": 2.5}
 
 
-def test_curves(run: Path, figures: list[Figure]) -> None:
+def test_curves_show_all_metrics(run: Path, figures: list[Figure]) -> None:
     path = draw_curves(read_run_folder(run).rows, run / "curves.png")
     assert path == run / "curves.png"
     with Image.open(path) as picture:

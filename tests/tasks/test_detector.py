@@ -538,7 +538,7 @@ def test_a_fit_is_resumed_tested_and_predicts(folder: Path) -> None:
         np.testing.assert_allclose(boxes, found["boxes"].numpy(), atol=0.02)
 
 
-def test_other_commands(folder: Path) -> None:
+def test_average_of_a_detector_estimates_batchnorm(folder: Path) -> None:
     done(*FIT, "--trainer.max_epochs=1")
     best, last = (f"runs/small/v0/checkpoints/{name}.ckpt" for name in ("best", "last"))
     done("average", best, last, "-o", "soup.ckpt", "--config=detect_digits", "--num-samples=16")

@@ -150,7 +150,7 @@ def test_prediction_gives_labels() -> None:
     assert torch.equal(module.predict_step(images), labels)
 
 
-def test_it_learns() -> None:
+def test_segmenter_of_digits_learns() -> None:
     """Labels that are plain to see in the image."""
     torch.manual_seed(0)
     masks = torch.randint(3, (16, 4, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -239,7 +239,7 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MISUSE)
-def test_misuse(case: str) -> None:
+def test_segmenter_wrong_argument_raises(case: str) -> None:
     args, message = MISUSE[case]
     with pytest.raises(ValueError, match=message):
         segmenter(**args)
@@ -389,7 +389,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
+def test_fit_with_wrong_option_explains_itself(case: str) -> None:
     words, message = REFUSED[case]
     outcome = cli(*FIT, *words)
     assert outcome.code in (1, 2)

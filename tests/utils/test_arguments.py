@@ -88,7 +88,7 @@ def test_choice_compares_types_too():
             arguments.choice(Owner(), "x", value, options)
 
 
-def test_flag():
+def test_flag_takes_booleans_only():
     assert arguments.flag(Owner(), "x", np.bool_(True)) is True
     for value in (1, 0, "true", None, []):
         with pytest.raises(ValueError, match="True or False"):
@@ -108,7 +108,7 @@ def test_texts_are_checked(value):
         texts(value)
 
 
-def test_lists():
+def test_lists_of_texts_and_numbers_are_checked():
     assert texts(("a", "b")) == ["a", "b"]
     assert numbers(np.array([1.0, 2.0])) == [1.0, 2.0]
     assert numbers((1, 2.5), length=2) == [1, 2.5]
