@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import cleandoc
 from pathlib import Path
@@ -149,9 +149,35 @@ def definition(name: str, module: str, original: str = "") -> Entry | None:
     for node in _tree(file).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == original:
             function = node if isinstance(node, ast.FunctionDef) else _init(node)
-            arguments = tuple(_arguments(function, _literals(_tree(file)))) if function else _inherited(node, file)
-            return Entry(name, cleandoc(ast.get_docstring(node) or ""), arguments, file)
+            own = tuple(_arguments(function, _literals(_tree(file)))) if function else ()
+            entry = Entry(name, cleandoc(ast.get_docstring(node) or ""), own, file)
+            base = _base(node, file) if function is None or function.args.kwarg else None
+            return _with_arguments_of(base, entry) if base else entry
     return None
+
+
+def _with_arguments_of(base: Entry, entry: Entry) -> Entry:
+    """Add the arguments that a class passes on to its base class, and their descriptions."""
+    known = {each.name for each in entry.arguments}
+    passed = tuple(replace(each, keyword_only=True) for each in base.arguments if each.name not in known)
+    passed = passed if entry.arguments else base.arguments
+    head, own, rest = _sections(entry.text)
+    _, described, _ = _sections(base.text)
+    own.pop("kwargs", None)
+    arguments = own | {name: text for name, text in described.items() if name not in own and name not in known}
+    text = "".join([head, "Args:\n", *arguments.values(), rest]) if arguments else entry.text
+    return replace(entry, text=text, arguments=entry.arguments + passed)
+
+
+def _sections(text: str) -> tuple[str, dict[str, str], str]:
+    """Split a docstring at its arguments: the text before, the description of each argument, and the text after."""
+    match = re.search(r"^Args:\n((?: {4}.*\n?)+)", text, re.MULTILINE)
+    if not match:
+        head, mark, rest = text.partition("\nRaises:\n") if "\nRaises:\n" in text else text.partition("\nExample:\n")
+        return f"{head.rstrip()}\n\n", {}, f"{mark}{rest}"
+    blocks = re.findall(r"^ {4}(\w+)(: .*(?:\n {5,}.*)*)", match[1], re.MULTILINE)
+    described = {name: f"    {name}{block}\n" for name, block in blocks}
+    return text[: match.start()], described, text[match.end() :]
 
 
 def _literals(tree: ast.Module) -> dict[str, str]:
@@ -168,14 +194,14 @@ def _init(node: ast.ClassDef) -> ast.FunctionDef | None:
     return next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
 
 
-def _inherited(node: ast.ClassDef | ast.FunctionDef, file: Path) -> tuple[Argument, ...]:
-    """Return the arguments of the first base class of ours."""
+def _base(node: ast.ClassDef | ast.FunctionDef, file: Path) -> Entry | None:
+    """Return the first base class of ours."""
     here = ".".join(("lit_tricks", *file.relative_to(PACKAGE).with_suffix("").parts))
     for base in node.bases if isinstance(node, ast.ClassDef) else ():
         module, name = _origins(_tree(file)).get(ast.unparse(base), (here, ast.unparse(base)))
         if module.startswith("lit_tricks.") and (found := definition(name, module)):
-            return found.arguments
-    return ()
+            return found
+    return None
 
 
 def _arguments(function: ast.FunctionDef, literals: dict[str, str]) -> Iterator[Argument]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from lit_tricks.cli.catalog import LIGHT_COMMANDS, TRAINER_COMMANDS, configs, public_names
 from lit_tricks.cli.discovery import KINDS, LightParser
+from lit_tricks.cli.parameters import parameter_names
 from lit_tricks.tasks import TASKS
 
 __all__ = ["show_script"]
@@ -172,5 +173,5 @@ def _choices(kind: Any) -> list[str] | None:
 
 def _arguments(classes: Iterable[type]) -> list[str]:
     """Return the names of the arguments of classes, each once."""
-    found = (name for cls in classes for name in inspect.signature(cls).parameters if name != "kwargs")
+    found = (name for cls in classes for name in parameter_names(cls))
     return list(dict.fromkeys(found))

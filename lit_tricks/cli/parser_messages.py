@@ -7,7 +7,6 @@ jsonargparse. A message that no rule matches is shown as it is.
 from __future__ import annotations
 
 import importlib
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from lit_tricks.cli.parameters import parameter_names
 from lit_tricks.tasks import TASKS
 from lit_tricks.utils.config_files import among, nearest
 
@@ -244,10 +244,7 @@ def _parameters(class_path: str) -> list[str]:
         cls: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return []
-    names = list(inspect.signature(cls).parameters)
-    if "kwargs" in names and isinstance(cls, type):  # the class that it is made of takes them
-        names += inspect.signature(cls.__base__ or object).parameters
-    return [name for name in dict.fromkeys(names) if name not in ("args", "kwargs")]
+    return parameter_names(cls)
 
 
 def _arguments() -> list[str]:

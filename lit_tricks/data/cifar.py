@@ -86,7 +86,7 @@ class CIFAR10(MemoryDataModule):
     [1]: https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf
 
     Args:
-        root: folder that holds ``cifar-10-batches-py``, or gets it by the download (170 MB).
+        root: folder that holds the files of the data set, or gets them by the download (170 MB).
         batch_size: images in a batch of one process, from 1 to the number of training images.
         download: download the files if they are not there.
         val_size: how many of the 50,000 training images are held out for validation, the classes in proportion.
@@ -240,39 +240,10 @@ class CIFAR10(MemoryDataModule):
 class CIFAR100(CIFAR10):
     """CIFAR-100: 60,000 color photographs of 32 x 32 pixels in 100 classes ([Krizhevsky, 2009][1]).
 
-    The images are kept in memory, and whole batches are made at once, on the device that trains: training images are
-    shifted by up to 4 pixels in each direction, black coming in, and half of them are flipped. All are normalized by
-    mean (0.5071, 0.4865, 0.4409) and standard deviation (0.2673, 0.2564, 0.2762) on the scale 0-1.
-    ``eval_transform`` takes any image: short side to ``eval_size`` (antialiased), center crop.
+    Training, evaluation and arguments are the same as of ``CIFAR10``. Mean (0.5071, 0.4865, 0.4409) and standard
+    deviation (0.2673, 0.2564, 0.2762) are of these images. The files take 169 MB.
 
     [1]: https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf
-
-    Args:
-        root: folder that holds ``cifar-100-python``, or gets it by the download (169 MB).
-        batch_size: images in a batch of one process, from 1 to the number of training images.
-        download: download the files if they are not there.
-        val_size: how many of the 50,000 training images are held out for validation, the classes in proportion.
-            0 trains on all of them and validates on the test images: for a last run, when nothing is chosen any more.
-            ``fit`` then reports their figures once, as validation.
-        num_workers: processes that load, for each loader. "auto" is 0, which loads in the process that trains and is
-            the fastest; for prediction from files, or if ``train_transform`` is replaced by a transform of single
-            images, it shares the available cores among the processes of the machine, 16 at most.
-        split_seed: decides which images are for validation; any integer from 0 to 2**32 - 1.
-        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
-        eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
-        image_size: side of the training images in pixels, at least 1.
-        translate: most pixels by which a training image is shifted, up or down and left or right, from 0 to
-            ``image_size - 1``. None is an eighth of ``image_size``, or 0 with ``crop_scale``.
-        padding: what comes in at the sides of a shifted image: "zero" is black, "reflect" mirrors the image.
-        flip: "random" flips half of the training images; "alternating" flips each image in every second epoch, half of
-            them in the first ([Jordan, 2024](https://arxiv.org/abs/2404.00498)); "none" flips none.
-        cutout: side of the square in a training image that is set to the mean, in pixels, from 0 to ``image_size``
-            ([DeVries and Taylor, 2017](https://arxiv.org/abs/1708.04552)); it lies in the image.
-        crop_scale: least and largest share of the area of a random crop, each in (0, 1], which is resized to
-            ``image_size`` before all else. None crops nothing, and resizes the whole image.
-        images_on: "device" keeps the images on the device that trains (154 MB), "host" in the host's memory, from where
-            each batch is copied. "auto" is "device" if they take at most half of its free memory, and ``num_workers``
-            is "auto" or 0. Where there is no room on the device, they stay in the host's memory.
 
     Raises:
         ValueError: if an argument is out of range.

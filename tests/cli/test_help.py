@@ -18,6 +18,7 @@ from lit_tricks.cli import trainer_options
 from lit_tricks.cli.catalog import plain, public_names
 from lit_tricks.cli.commands import own_arguments
 from lit_tricks.cli.pages import WIDTH
+from lit_tricks.cli.parameters import parameter_names
 from lit_tricks.commands import data as data_commands
 from lit_tricks.tasks import TASKS
 
@@ -113,16 +114,25 @@ CLASSES = {
 }
 
 
+def documentation_of(cls: type) -> dict[str, str]:
+    """The descriptions of the arguments, with those of the base class for arguments that a class passes on."""
+    text = plain(inspect.cleandoc(cls.__doc__ or ""))
+    section = re.search(r"^Args:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+    documented = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE))
+    if documented.pop("kwargs", None) or "__init__" not in vars(cls):
+        assert cls.__base__
+        documented = documentation_of(cls.__base__) | documented
+    return documented
+
+
 @pytest.mark.parametrize(("flag", "name"), [(flag, name) for flag, names in CLASSES.items() for name in names])
 def test_help_of_a_class_is_its_docstring(flag: str, name: str) -> None:
     cls = getattr(lit_tricks, name, None) or getattr(data, name)
     out = "".join(page("fit", flag, name).split()).lower()
-    first_line, _, rest = plain(inspect.cleandoc(cls.__doc__ or "")).partition("\n")
+    first_line = plain(inspect.cleandoc(cls.__doc__ or "")).partition("\n")[0]
     assert "".join(first_line.rstrip(".").split()).lower() in out
-    section = re.search(r"^Args:\n((?:    .*\n|\n)+)", rest, re.MULTILINE)
-    parameters = inspect.signature(cls).parameters
-    documented = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE))
-    assert documented.keys() == parameters.keys()
+    documented = documentation_of(cls)
+    assert documented.keys() == set(parameter_names(cls))
     for argument, text in documented.items():
         assert f".{argument}" in out
         assert "".join(text.split()).lower() in out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from PIL import Image
@@ -12,13 +13,14 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
 from lit_tricks.data.arguments import check_range, check_statistics
+from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import ImageDataModule
-from lit_tricks.data.detection.boxes import Target
+from lit_tricks.data.detection.boxes import OnBadBox, Target
 from lit_tricks.data.samples import JointSamples, Samples
 from lit_tricks.data.transforms import to_rgb
 from lit_tricks.utils.arguments import choice, number
 
-__all__ = ["BoxTransform", "DetectionDataModule", "zoom"]
+__all__ = ["BoxTransform", "DetectionDataModule", "DetectionFolders", "zoom"]
 
 VISIBLE = 0.25  # part of a box that must be left for its object to count
 
@@ -70,6 +72,39 @@ class DetectionDataModule(ImageDataModule):
         self.input_size: tuple[int, int, int] = (len(mean), 224, 224)  # any; the model resizes
         self.eval_transform = BoxTransform(mean, std)
         self.train_transform = BoxTransform(mean, std, flip, (float(scale[0]), float(scale[1])))
+
+
+class DetectionFolders(DetectionDataModule, ABC):
+    """Base of the data modules whose images and boxes are files.
+
+    Args:
+        batch_size: images in a batch of one process, at least 1.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
+            machine, 16 at most; 0 loads in the main process.
+        flip: probability that a training image is flipped from left to right, 0 to 1.
+        scale: range of the factor by which a training picture grows or shrinks in its frame, as (0.5, 2.0).
+        on_bad_box: "raise" stops at a box outside of its image, or without an area; "skip" leaves such boxes out, and
+            logs how many. COCO has some.
+        mean: of the channels R, G, B on the 0-255 scale: those that the backbone's weights were trained with.
+        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        num_workers: int | Literal["auto"] = "auto",
+        flip: float = 0.5,
+        scale: tuple[float, float] = (1.0, 1.0),
+        on_bad_box: OnBadBox = "raise",
+        mean: Triple = MEAN,
+        std: Triple = STD,
+        predict_dir: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        self.on_bad_box: OnBadBox = on_bad_box
+        self._set_transforms(mean, std, flip, scale, on_bad_box)
 
 
 class BoxTransform:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 from lit_tricks.data.arguments import check_classes, check_root
-from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
-from lit_tricks.data.detection.base import DetectionDataModule
+from lit_tricks.data.detection.base import DetectionFolders
 from lit_tricks.data.detection.boxes import (
     Box,
     BoxFiles,
@@ -31,7 +30,7 @@ __all__ = ["CocoDetection", "read_coco"]
 MOST_BYTES = 2**34  # of the annotations of a split
 
 
-class CocoDetection(DetectionDataModule):
+class CocoDetection(DetectionFolders):
     """Images in a folder, and their objects in one JSON file for each split, in the format of COCO.
 
     As COCO 2017 lies on disk: ``root/train2017/*.jpg``, ``root/annotations/instances_train2017.json``, and the same
@@ -43,18 +42,9 @@ class CocoDetection(DetectionDataModule):
         root: folder that the next two are in.
         images: folder of the images of a split; ``{split}`` stands for train, val or test.
         annotations: file of the annotations of a split.
-        batch_size: images in a batch of one process, at least 1.
-        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
-            machine, 16 at most; 0 loads in the main process.
-        flip: probability that a training image is flipped from left to right, 0 to 1.
-        scale: range of the factor by which a training picture grows or shrinks in its frame, as (0.5, 2.0).
-        on_bad_box: "raise" stops at a box outside of its image, or without an area; "skip" leaves such out, and tells
-            how many. COCO has some.
-        mean: of the channels R, G, B on the 0-255 scale: those that the backbone's weights were trained with.
-        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
-        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
         classes: names of the categories in the order of the labels, for a model that was trained in another order; None
             is the order of the ids.
+        kwargs: all other arguments, the same as of ``DetectionFolders``.
 
     Raises:
         ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.
@@ -69,28 +59,19 @@ class CocoDetection(DetectionDataModule):
         root: str,
         images: str = "{split}2017",
         annotations: str = "annotations/instances_{split}2017.json",
-        batch_size: int = 16,
-        num_workers: int | Literal["auto"] = "auto",
-        flip: float = 0.5,
-        scale: tuple[float, float] = (1.0, 1.0),
-        on_bad_box: OnBadBox = "raise",
-        mean: Triple = MEAN,
-        std: Triple = STD,
-        predict_dir: str | None = None,
+        *,
         classes: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         root = check_root(self, root)
-        super().__init__(batch_size, num_workers, predict_dir)
-        self.save_hyperparameters()
-        self._set_transforms(mean, std, flip, scale, on_bad_box)
+        super().__init__(**kwargs)
         self.root = root
         fix = "Give a path below root; {split} stands for train, val and test."
         self.images = text(self, "images", images, fix)
         self.annotations = text(self, "annotations", annotations, fix)
-        self.on_bad_box = on_bad_box
         self._order = check_classes(self, classes, "the order of the annotations")
         self.classes: list[str] = []
-        if predict_dir is None or os.path.isdir(root):  # to predict, the data need not be there
+        if self.predict_dir is None or os.path.isdir(root):  # to predict, the data need not be there
             # the smaller file of the two that must agree
             self.classes = self._read("val")
 

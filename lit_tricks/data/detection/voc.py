@@ -6,12 +6,11 @@ import os
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lit_tricks.data.arguments import check_classes, check_root
-from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
-from lit_tricks.data.detection.base import DetectionDataModule
+from lit_tricks.data.detection.base import DetectionFolders
 from lit_tricks.data.detection.boxes import (
     Box,
     BoxFiles,
@@ -35,7 +34,7 @@ VOC_CLASSES = [
 ]
 
 
-class VOCDetection(DetectionDataModule):
+class VOCDetection(DetectionFolders):
     """Images and objects in the layout of [Pascal VOC](http://host.robots.ox.ac.uk/pascal/VOC/).
 
     That is ``FOLDER/JPEGImages/*.jpg``, ``FOLDER/Annotations/*.xml`` and lists of images in
@@ -50,16 +49,7 @@ class VOCDetection(DetectionDataModule):
             figures.
         test: lists of the test images. There is no test with None, or with the lists of ``val``.
         classes: names of the classes in the order of their labels, which start at 1; None are the 20 of VOC.
-        batch_size: images in a batch of one process, at least 1.
-        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
-            machine, 16 at most; 0 loads in the main process.
-        flip: probability that a training image is flipped from left to right, 0 to 1.
-        scale: range of the factor by which a training picture grows or shrinks in its frame, as (0.5, 2.0).
-        on_bad_box: "raise" stops at a box outside of its image, or without an area; "skip" leaves such out, and tells
-            how many.
-        mean: of the channels R, G, B on the 0-255 scale: those that the backbone's weights were trained with.
-        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
-        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
+        kwargs: all other arguments, the same as of ``DetectionFolders``.
 
     Raises:
         ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.
@@ -76,21 +66,11 @@ class VOCDetection(DetectionDataModule):
         val: Sequence[str] = ("VOC2007/test",),
         test: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
-        batch_size: int = 16,
-        num_workers: int | Literal["auto"] = "auto",
-        flip: float = 0.5,
-        scale: tuple[float, float] = (1.0, 1.0),
-        on_bad_box: OnBadBox = "raise",
-        mean: Triple = MEAN,
-        std: Triple = STD,
-        predict_dir: str | None = None,
+        **kwargs: Any,
     ) -> None:
         root = check_root(self, root)
-        super().__init__(batch_size, num_workers, predict_dir)
-        self.save_hyperparameters()
-        self._set_transforms(mean, std, flip, scale, on_bad_box)
+        super().__init__(**kwargs)
         self.root = root
-        self.on_bad_box = on_bad_box
         fix = "Give lists of images, as ['VOC2007/trainval']."
         self.lists: dict[Split, list[str]] = {
             "train": texts(self, "train", train, fix), "val": texts(self, "val", val, fix)
@@ -98,7 +78,7 @@ class VOCDetection(DetectionDataModule):
         if (tested := texts(self, "test", test, fix, "the lists of val")) is not None:
             self.lists["test"] = tested
         self.classes: list[str] = check_classes(self, classes, "the classes of VOC") or list(VOC_CLASSES)
-        if predict_dir is None and not os.path.isdir(root):
+        if self.predict_dir is None and not os.path.isdir(root):
             raise FileNotFoundError(f"root={root!r} is not a folder: give that of VOC2007 and VOC2012, or of your own")
 
     @property

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from lit_tricks.data.arguments import check_root
-from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
@@ -27,16 +26,7 @@ class ADE20KSegmentation(MaskFolders):
 
     Args:
         root: folder with ``images`` and ``annotations``, each with ``training`` and ``validation``.
-        crop_size: see ``SegmentationFolder``, as for all that follows.
-        base_size: length of the short side that ``scale`` multiplies, in pixels.
-        scale: least and greatest factor on the short side in training.
-        flip: whether every second training image is flipped.
-        batch_size: images in a batch of one process.
-        num_workers: processes that load, for each loader.
-        mean: of the channels R, G, B on the 0-255 scale.
-        std: standard deviation of the channels R, G, B on the 0-255 scale.
-        predict_dir: folder of images to predict.
-        eval_size: side of the images in validation and test, and short side in prediction; None is ``crop_size``.
+        kwargs: all other arguments, the same as of ``SegmentationFolder`` from ``crop_size`` on.
 
     Raises:
         ValueError: as ``SegmentationFolder``.
@@ -49,23 +39,12 @@ class ADE20KSegmentation(MaskFolders):
     def __init__(
         self,
         root: str,
-        crop_size: int = 480,
-        base_size: int = 520,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: bool = True,
-        batch_size: int = 16,
-        num_workers: int | Literal["auto"] = "auto",
-        mean: Triple = MEAN,
-        std: Triple = STD,
-        predict_dir: str | None = None,
-        eval_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
         root = check_root(self, root)
-        super().__init__(batch_size, num_workers, predict_dir)
-        self.save_hyperparameters()
+        super().__init__(**kwargs)
         self.root: Path = Path(root)
         self.classes: list[str] = _read_classes(self.root / "objectInfo150.txt")
-        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
     @property
     def has_test(self) -> bool:

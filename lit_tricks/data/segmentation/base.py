@@ -6,11 +6,12 @@ import os
 from abc import ABC
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
 from lit_tricks.data.arguments import check_eval_size, check_range, check_side, check_statistics
+from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.data.io.file_index import Paths, find_images
 from lit_tricks.data.io.formats import ENDINGS
@@ -69,7 +70,39 @@ class MaskDataModule(ImageDataModule, ABC):
 
 
 class MaskFolders(MaskDataModule, ABC):
-    """Base of what is in files."""
+    """Base of the data modules whose images and masks are files.
+
+    Args:
+        crop_size: side of the images as the model sees them in pixels, at least 1.
+        base_size: length of the short side that ``scale`` multiplies, in pixels, at least 1.
+        scale: least and greatest factor on the short side in training, above 0; [1, 1] scales nothing.
+        flip: whether every second training image is flipped horizontally; not where left and right matter.
+        batch_size: images in a batch of one process, from 1 to the number of training images.
+        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
+            machine, 16 at most; 0 loads in the main process.
+        mean: of the channels R, G, B on the 0-255 scale.
+        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (image, path).
+        eval_size: side of the images in validation and test, and short side in prediction, in pixels; None is
+            ``crop_size``.
+    """
+
+    def __init__(
+        self,
+        crop_size: int = 480,
+        base_size: int = 520,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: bool = True,
+        batch_size: int = 16,
+        num_workers: int | Literal["auto"] = "auto",
+        mean: Triple = MEAN,
+        std: Triple = STD,
+        predict_dir: str | None = None,
+        eval_size: int | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, predict_dir)
+        self.save_hyperparameters()
+        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
     def _pairs(
         self,

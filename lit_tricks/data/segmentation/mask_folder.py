@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from lit_tricks.data.arguments import check_classes, check_root
-from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
@@ -36,20 +35,9 @@ class SegmentationFolder(MaskFolders):
         root: folder with ``train``, ``val`` and perhaps ``test``.
         classes: their names, in the order of the labels; None reads ``root/classes.txt``, a name a line. Where that
             file has the same names in another order, the labels of the masks are mapped from its order to this one.
-        crop_size: side of the images as the model sees them in pixels, at least 1.
-        base_size: length of the short side that ``scale`` multiplies, in pixels, at least 1.
-        scale: least and greatest factor on the short side in training, above 0; [1, 1] scales nothing.
-        flip: whether every second training image is flipped horizontally; not where left and right matter.
-        batch_size: images in a batch of one process, from 1 to the number of training images.
-        num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of the
-            machine, 16 at most; 0 loads in the main process.
         ignore_index: label of pixels that are no class, as borders; the model's must be the same. Where a training
             image is smaller than the crop, the rest gets it.
-        mean: of the channels R, G, B on the 0-255 scale.
-        std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
-        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (image, path).
-        eval_size: side of the images in validation and test, and short side in prediction, in pixels; None is
-            ``crop_size``.
+        kwargs: all other arguments, the same as of ``MaskFolders``.
 
     Raises:
         ValueError: if an argument is out of range, and while loading for a mask with another size than its image, or
@@ -65,31 +53,20 @@ class SegmentationFolder(MaskFolders):
         self,
         root: str,
         classes: list[str] | None = None,
-        crop_size: int = 480,
-        base_size: int = 520,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: bool = True,
-        batch_size: int = 16,
-        num_workers: int | Literal["auto"] = "auto",
+        *,
         ignore_index: int = 255,
-        mean: Triple = MEAN,
-        std: Triple = STD,
-        predict_dir: str | None = None,
-        eval_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
         root = check_root(self, root)
-        super().__init__(batch_size, num_workers, predict_dir)
-        self.save_hyperparameters()
         fix = "Give a label that no class has, such as 255."
-        ignore_index = integer(self, "ignore_index", ignore_index, -MAX_INTEGER, fix)
+        self.ignore_index = integer(self, "ignore_index", ignore_index, -MAX_INTEGER, fix)
+        super().__init__(**kwargs)
         classes = check_classes(self, classes, "the names in classes.txt")
         self.root: Path = Path(root)
-        self.ignore_index = ignore_index
         self.classes: list[str] = list(classes) if classes else self._read_classes()
         self._order = self._order_of_labels() if classes else None
-        if 0 <= ignore_index < len(self.classes):
+        if 0 <= self.ignore_index < len(self.classes):
             raise ValueError(f"ignore_index={ignore_index} is one of the {len(self.classes)} classes: take another one")
-        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
     @property
     def has_test(self) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from lit_tricks.data.arguments import check_root
-from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.voc import VOC_CLASSES
 from lit_tricks.data.samples import Source
@@ -31,16 +30,7 @@ class VOCSegmentation(MaskFolders):
             makes the figures of validation worthless, or "train_aug" of the [SBD](http://home.bharathh.info/pubs/codes/SBD).
         val_set: the same for validation.
         masks: folder of the masks, such as "SegmentationClassAug" for the SBD.
-        crop_size: see ``SegmentationFolder``, as for all that follows.
-        base_size: length of the short side that ``scale`` multiplies, in pixels.
-        scale: least and greatest factor on the short side in training.
-        flip: whether every second training image is flipped.
-        batch_size: images in a batch of one process.
-        num_workers: processes that load, for each loader.
-        mean: of the channels R, G, B on the 0-255 scale.
-        std: standard deviation of the channels R, G, B on the 0-255 scale.
-        predict_dir: folder of images to predict.
-        eval_size: side of the images in validation and test, and short side in prediction; None is ``crop_size``.
+        kwargs: all other arguments, the same as of ``SegmentationFolder`` from ``crop_size`` on.
 
     Raises:
         ValueError: as ``SegmentationFolder``.
@@ -56,20 +46,10 @@ class VOCSegmentation(MaskFolders):
         train_set: str = "train",
         val_set: str = "val",
         masks: str = "SegmentationClass",
-        crop_size: int = 480,
-        base_size: int = 520,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: bool = True,
-        batch_size: int = 16,
-        num_workers: int | Literal["auto"] = "auto",
-        mean: Triple = MEAN,
-        std: Triple = STD,
-        predict_dir: str | None = None,
-        eval_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
         root = check_root(self, root)
-        super().__init__(batch_size, num_workers, predict_dir)
-        self.save_hyperparameters()
+        super().__init__(**kwargs)
         fix = "Give a name of VOC's folders."
         train_set, val_set = text(self, "train_set", train_set, fix), text(self, "val_set", val_set, fix)
         masks = text(self, "masks", masks, fix)
@@ -77,7 +57,6 @@ class VOCSegmentation(MaskFolders):
         self.masks = masks
         self.sets: dict[str, str] = {"train": train_set, "val": val_set}
         self.classes: list[str] = ["background", *VOC_CLASSES]
-        self._set_transforms(crop_size, base_size, scale, flip, mean, std, eval_size)
 
     @property
     def has_test(self) -> bool:
