@@ -191,7 +191,7 @@ def test_buffers_are_averaged_or_copied(buffers):
 
 
 RUNS: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "accumulation": ({"accumulate_grad_batches": 3}, [4, 6]),  # e
+    "accumulation": ({"accumulate_grad_batches": 3}, [4, 6]),  # two steps per epoch
     "bf16-mixed": ({"precision": "bf16-mixed"}, [4, 8, 12]),
     "64-true": ({"precision": "64-true"}, [4, 8, 12]),
     "16-mixed": ({"precision": "16-mixed"}, [4, 8, 12]),  # the first steps are skipped, and count

@@ -57,7 +57,7 @@ FLAGS = {
     ),
     "trick of the quickstart": (
         ("fit", "--config=quickstart", "--config=tricks/ema"),
-        r"EMA is in the list of callbacks twice; --print_config shows where: leave one out\.",
+        r"EMA .*twice.*--print_config.*",
     ),
     "command": (("fitt",), "there is no command 'fitt'; did you mean 'fit'?"),
     "strange command": (
@@ -71,7 +71,7 @@ FLAGS = {
     "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
     "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),
     "no data": (("fit",), r"fit needs --data\."),
-    "no data to test": (("test",), r"test needs --data, or --ckpt_path, the checkpoint of a run on such data\."),
+    "no data to test": (("test",), r"test needs --data, or --ckpt_path.*"),
     "trick": (
         (*FIT, "--trainer.callbacks+=WarmupCosin"),
         "--trainer.callbacks: 'WarmupCosin' is unknown; did you mean 'WarmupCosine'?",
@@ -104,7 +104,7 @@ FLAGS = {
     ),
     "two schedules": (
         (*FIT, *COSINE, "--trainer.callbacks+=WarmupStep"),
-        r"WarmupCosine and WarmupStep both set the learning rate: remove one of the two callbacks\.",
+        r"WarmupCosine and WarmupStep .*: remove one.*",
     ),
     "data": (("fit", "--data=Digit"), "--data: 'Digit' is unknown; did you mean 'Digits'?"),
     "argument of the data": (
@@ -141,7 +141,7 @@ FLAGS = {
     ),
     "classes other than those of the data": (
         (*FIT, "--model.num_classes=3"),
-        r"--model\.num_classes=3 disagrees with the data, which has 10: leave it out, it is taken from there\.",
+        r"--model\.num_classes=3 .*has 10: leave it out.*",
     ),
     "missing weights": ((*FIT, "--model.weights=nowhere.pth"), "weights='nowhere.pth': no such file .*"),
     "optimizer": ((*FIT, "--model.optimizer=SDG"), "--model.optimizer: 'SDG' is unknown; did you mean 'SGD'?"),
