@@ -44,7 +44,8 @@ class CocoDetection(DetectionFolders):
         annotations: file of the annotations of a split.
         classes: names of the categories in the order of the labels, for a model that was trained in another order; None
             is the order of the ids.
-        kwargs: all other arguments, the same as of ``DetectionFolders``.
+        kwargs: ``batch_size``, ``num_workers``, ``flip``, ``scale``, ``on_bad_box``, ``mean``, ``std`` and
+            ``predict_dir``, which ``lit-tricks show CocoDetection`` explains.
 
     Raises:
         ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.

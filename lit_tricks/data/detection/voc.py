@@ -49,7 +49,8 @@ class VOCDetection(DetectionFolders):
             figures.
         test: lists of the test images. There is no test with None, or with the lists of ``val``.
         classes: names of the classes in the order of their labels, which start at 1; None are the 20 of VOC.
-        kwargs: all other arguments, the same as of ``DetectionFolders``.
+        kwargs: ``batch_size``, ``num_workers``, ``flip``, ``scale``, ``on_bad_box``, ``mean``, ``std`` and
+            ``predict_dir``, which ``lit-tricks show VOCDetection`` explains.
 
     Raises:
         ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.

@@ -26,7 +26,8 @@ class ADE20KSegmentation(MaskFolders):
 
     Args:
         root: folder with ``images`` and ``annotations``, each with ``training`` and ``validation``.
-        kwargs: all other arguments, the same as of ``SegmentationFolder`` from ``crop_size`` on.
+        kwargs: ``crop_size``, ``base_size``, ``scale``, ``flip``, ``batch_size``, ``num_workers``, ``mean``, ``std``,
+            ``predict_dir`` and ``eval_size``, which ``lit-tricks show ADE20KSegmentation`` explains.
 
     Raises:
         ValueError: as ``SegmentationFolder``.

@@ -37,7 +37,8 @@ class SegmentationFolder(MaskFolders):
             file has the same names in another order, the labels of the masks are mapped from its order to this one.
         ignore_index: label of pixels that are no class, as borders; the model's must be the same. Where a training
             image is smaller than the crop, the rest gets it.
-        kwargs: all other arguments, the same as of ``MaskFolders``.
+        kwargs: ``crop_size``, ``base_size``, ``scale``, ``flip``, ``batch_size``, ``num_workers``, ``mean``, ``std``,
+            ``predict_dir`` and ``eval_size``, which ``lit-tricks show SegmentationFolder`` explains.
 
     Raises:
         ValueError: if an argument is out of range, and while loading for a mask with another size than its image, or

@@ -30,7 +30,8 @@ class VOCSegmentation(MaskFolders):
             makes the figures of validation worthless, or "train_aug" of the [SBD](http://home.bharathh.info/pubs/codes/SBD).
         val_set: the same for validation.
         masks: folder of the masks, such as "SegmentationClassAug" for the SBD.
-        kwargs: all other arguments, the same as of ``SegmentationFolder`` from ``crop_size`` on.
+        kwargs: ``crop_size``, ``base_size``, ``scale``, ``flip``, ``batch_size``, ``num_workers``, ``mean``, ``std``,
+            ``predict_dir`` and ``eval_size``, which ``lit-tricks show VOCSegmentation`` explains.
 
     Raises:
         ValueError: as ``SegmentationFolder``.
