@@ -116,7 +116,7 @@ CLASSES = {
 
 def documentation_of(cls: type) -> dict[str, str]:
     """The descriptions of the arguments, with those of the base class for arguments that a class passes on."""
-    text = plain(inspect.cleandoc(cls.__doc__ or ""))
+    text = plain(inspect.cleandoc(cls.__doc__ or "")) + "\n"
     section = re.search(r"^Args:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
     documented = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE))
     if documented.pop("kwargs", None) or "__init__" not in vars(cls):
