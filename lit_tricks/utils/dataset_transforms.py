@@ -59,7 +59,7 @@ def at_size(transform: Any, size: int) -> Any:
     return twin
 
 
-def _classes(names: Sequence[str]) -> tuple[type, ...]:
+def _classes(names: Sequence[str]) -> tuple[type[Any], ...]:
     """Return the classes of these names. A module that is not imported has made no step."""
     modules = [module for module in map(sys.modules.get, _MODULES) if module]
     return tuple(getattr(module, name) for module in modules for name in names if hasattr(module, name))
