@@ -72,6 +72,9 @@ def test_lists_of_models_and_patterns() -> None:
     assert [line.split()[0] for line in done("list", "tricks", "Warmup*").out.splitlines()] == [
         "WarmupCosine",
         "WarmupExponential",
+        "WarmupLinear",
+        "WarmupPoly",
+        "WarmupStableDecay",
         "WarmupStep",
     ]
     everything = done("list").out
@@ -136,7 +139,7 @@ def test_help_fits_80_columns() -> None:
 CASES = {
     "fi": {"fit", "fixres"},
     "fit --trainer.max": {"--trainer.max_epochs", "--trainer.max_steps", "--trainer.max_time"},
-    "fit --config tricks/warmup": {"tricks/warmup_cosine", "tricks/warmup_exponential", "tricks/warmup_step"},
+    "fit --config tricks/warmup_s": {"tricks/warmup_stable_decay", "tricks/warmup_step"},
     "fit --config = quick": {"quickstart"},
     "fit --config mine": {"mine.yaml"},
     "fit --data Digit": {"DigitDetection", "DigitSegmentation", "Digits"},

@@ -36,6 +36,9 @@ RATES = {
     "LinearScaling": 12 * [4 / 32],  # samples in a batch, of those that the rate is meant for
     "WarmupCosine": WARM_UP + [(1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)],
     "WarmupExponential": [*WARM_UP, 1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8],
+    "WarmupLinear": WARM_UP + [1 - t / 8 for t in range(8)],
+    "WarmupPoly": [(1 - t / 12) ** 0.9 for t in range(12)],
+    "WarmupStableDecay": [*WARM_UP, 1, 1, *(1 - math.sqrt(t / 6) for t in range(6))],
     "WarmupStep": [1 / 2, 1, 1, 1, *4 * [1 / 2], *4 * [1 / 4]],
 }
 

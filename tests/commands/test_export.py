@@ -22,6 +22,7 @@ from helpers.cli import FIT, QUIET, TINY, cli, done, logits_of, results, workpla
 from helpers.detectors import detector
 from huggingface_hub import HfApi, ModelCard
 from lightning.pytorch import LightningModule, Trainer
+from packaging.version import Version
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -192,8 +193,10 @@ def test_the_averaged_weights_are_exported() -> None:
 
 def test_a_folder_of_timm_can_be_fine_tuned_and_saved_again(folder: Path) -> None:
     path = made("timm")
-    other = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=3, in_chans=3)
-    assert (other.fc.out_features, other.conv1[0].in_channels) == (3, 3)
+    adapts = Version(timm.__version__) >= Version("1.0.31")  # the first convolution of a deep stem to other channels
+    channels = 3 if adapts else 1
+    other = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=3, in_chans=channels)
+    assert (other.fc.out_features, other.conv1[0].in_channels) == (3, channels)
     own = timm.create_model(f"local-dir:{path}", pretrained=True)
     assert torch.equal(other.layer1[0].conv1.weight, own.layer1[0].conv1.weight)
     timm.models.save_for_hf(own, "again", model_config={"label_names": own.pretrained_cfg["label_names"]})
@@ -369,6 +372,7 @@ def check_metadata(metadata: dict[str, str]) -> None:
 def test_a_digit_by_onnxruntime_alone_from_what_the_file_says(files: dict[str, Path]) -> None:
     code = """
 import onnxruntime
+from packaging.version import Version
 from PIL import Image
 session = onnxruntime.InferenceSession("{path}")
 known = {{key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()
@@ -586,6 +590,8 @@ def test_timm_has_no_form_for_a_segmenter() -> None:
 @pytest.mark.parametrize("kind", ["onnx", "torch-export", "safetensors"])
 @pytest.mark.parametrize("model", ["faster_rcnn", "retinanet"])
 def test_a_detector(kind: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "torch-export" and Version(torch.__version__) < Version("2.14"):
+        pytest.skip("torch.export of 2.9 cannot trace the selection of boxes")
     module = detector(model).eval()
     if model == "retinanet":  # an untrained one finds nothing
         module.model.score_thresh = 0.0

@@ -300,6 +300,15 @@ RATES: dict[str, tuple[Callable[[], Any], Callable[[int], float]]] = {
         lambda: callbacks.WarmupStep(milestones=[2, 3], gamma=0.5, warmup_epochs=1),
         lambda step: 0.1 * (step + 1) / 2 if step < 2 else 0.1 * 0.5 ** ((step >= 4) + (step >= 6)),
     ),
+    "WarmupLinear": (
+        lambda: callbacks.WarmupLinear(warmup_epochs=1),
+        lambda step: 0.1 * (step + 1) / 2 if step < 2 else 0.1 * (1 - (step - 2) / 6),
+    ),
+    "WarmupPoly": (callbacks.WarmupPoly, lambda step: 0.1 * (1 - step / 8) ** 0.9),
+    "WarmupStableDecay": (
+        lambda: callbacks.WarmupStableDecay(decay=0.5, shape="linear", warmup_epochs=1),
+        lambda step: 0.1 * min((step + 1) / 2, 1.0, (8 - step) / 4),
+    ),
     "WarmupExponential": (
         lambda: callbacks.WarmupExponential(gamma=0.5, every_n_epochs=1, warmup_epochs=1),
         lambda step: 0.1 * (step + 1) / 2 if step < 2 else 0.1 * 0.5 ** ((step - 2) // 2),
@@ -435,7 +444,16 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "L1Penalty": lambda: callbacks.L1Penalty(),
 }
 # that set the rate, the weights or the data as another one does, or take minutes; each has a test of its own above
-ALONE = {"SWA", "WarmupStep", "WarmupExponential", "FixRes", "Compile"}
+ALONE = {
+    "SWA",
+    "WarmupStep",
+    "WarmupExponential",
+    "WarmupLinear",
+    "WarmupPoly",
+    "WarmupStableDecay",
+    "FixRes",
+    "Compile",
+}
 
 
 @pytest.mark.parametrize("decoder", ["fcn", "aspp", "ppm", "fpn", "pan"])
