@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
-from lit_tricks.utils.arguments import choice, invalid, number
+from lit_tricks.utils.arguments import choice, number
 
 __all__ = ["WarmupStableDecay", "warmup_stable_decay"]
 
@@ -61,7 +61,7 @@ class WarmupStableDecay(Schedule):
 
     Args:
         decay: share of the run in which the rate falls, in (0, 1]. Below 0.1 the network has no time to settle, and 1
-            is a run without constant part.
+            is a run without constant part. The decay begins after the warm-up at the earliest.
         shape: "1-sqrt" falls fast at first and was better in the paper; "linear" is the classical trapezoid.
         warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
         min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
@@ -70,7 +70,7 @@ class WarmupStableDecay(Schedule):
             not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 
     Raises:
-        ValueError: for an argument out of its range, or if the decay begins in the warm-up.
+        ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
 
     Example:
@@ -95,17 +95,8 @@ class WarmupStableDecay(Schedule):
         """Find the first step of the decay."""
         require_falling(self, self.min_lr, self._base_lrs)
         run = self._length.run
-        self._decay_steps = max(1, round(self.decay * run))
-        start = run - self._decay_steps
-        if start < self._warmup_steps <= run:
-            raise invalid(
-                self,
-                f"the decay begins at step {start} of {run}, within the {self._warmup_steps} warm-up steps. "
-                "Lower decay or warmup_epochs.",
-                decay=self.decay,
-                warmup_epochs=self.warmup_epochs,
-            )
-        return f"constant to step {start}, then {self.shape} to {self.min_lr:g} at step {run}"
+        self._decay_steps = max(1, min(round(self.decay * run), run - self._warmup_steps))
+        return f"constant to step {run - self._decay_steps}, then {self.shape} to {self.min_lr:g} at step {run}"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Learning rate of a step, see ``warmup_stable_decay``."""

@@ -246,9 +246,9 @@ def test_stable_decay_extended_before_the_decay_is_the_longer_run(tmp_path):
     assert not differences(longer.weights, whole.weights)
 
 
-def test_stable_decay_in_the_warm_up_is_refused():
-    with pytest.raises(ValueError, match=r"decay=0.9, warmup_epochs=1.*step 1 of 12"):
-        run(WarmupStableDecay(decay=0.9, warmup_epochs=1))
+def test_stable_decay_begins_after_the_warm_up():
+    expected = [warmup_stable_decay(step, 0.25, STEPS, STEPS - BATCHES, BATCHES) for step in range(STEPS)]
+    assert rates(WarmupStableDecay(decay=0.9, warmup_epochs=1)) == expected
 
 
 @pytest.mark.parametrize("trick", [WarmupCosine, WarmupLinear, WarmupPoly, WarmupStableDecay])
