@@ -262,6 +262,9 @@ def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, 
         if name not in ours or name not in theirs:
             has, lacks = (path, first_path) if name in theirs else (first_path, path)
             raise ValueError(f"{path} is of another model than {first_path}: {has} has {name!r}, and {lacks} has not.")
+        for file, value in ((first_path, ours[name]), (path, theirs[name])):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{file}: {name!r} is of type {type(value).__name__}. Only tensors can be averaged.")
         shapes = tuple(theirs[name].shape), tuple(ours[name].shape)
         if shapes[0] != shapes[1] or _is_averaged(theirs[name]) != _is_averaged(ours[name]):
             raise ValueError(

@@ -33,7 +33,7 @@ from lit_tricks.data.samples import Files, Reader, Source
 from lit_tricks.data.splits import held_out, split_folder, split_name
 from lit_tricks.data.transforms import Transform
 from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number
-from lit_tricks.utils.class_names import permutation
+from lit_tricks.utils.class_names import composed, permutation
 from lit_tricks.utils.files import printable
 
 __all__ = ["ImageFolder", "check_same_classes"]
@@ -314,6 +314,8 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str, root: st
             found = f"only in train: {_some(only_train)}; only in {split}: {_some(only_here)}"
             if not only_train and not only_here:
                 found = "they are in another order"
+            elif sorted(map(composed, names)) == sorted(map(composed, train)):
+                found = f"names look alike, and differ in Unicode form ({_some(only_here)}). Rename one of the folders"
             raise ValueError(f"{what} of train and {split} in root={root!r} differ: {found}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -85,7 +86,7 @@ def held_out(
 
 def _read(file: Path) -> dict[str, str]:
     try:
-        text = read_regular(file, MOST_RESULTS).decode("utf-8", "surrogateescape")
+        text = read_regular(file, MOST_RESULTS).removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
         return {row["file"]: row["split"] for row in csv.DictReader(io.StringIO(text, newline=""))}
     except FileNotFoundError:
         return {}

@@ -6,12 +6,13 @@ The numbers of classes alone say little: a renamed folder leaves the number as i
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_tricks._compat import saved_hparams
 
-__all__ = ["apart", "names_of", "permutation", "require_same_classes"]
+__all__ = ["apart", "composed", "names_of", "permutation", "require_same_classes"]
 
 SHOWN = 5  # names in a message
 LISTED = 30  # names in an order that the message gives as a whole
@@ -34,7 +35,13 @@ def names_of(thing: Any) -> list[str] | None:
         names = thing.classes
     else:
         names = saved_hparams(thing).get("class_names")
-    return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
+    names = names.tolist() if callable(getattr(names, "tolist", None)) else names  # of NumPy or pandas
+    return [composed(str(name)) for name in names] if isinstance(names, list | tuple) and names else None
+
+
+def composed(name: str) -> str:
+    """Return a name in the one Unicode form: file names of macOS have accents as characters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def require_same_classes(left: Any, right: Any, left_name: str, right_name: str, remedy: str = "") -> None:
@@ -88,6 +95,7 @@ def permutation(names: Sequence[str], order: Sequence[str]) -> list[int]:
     Raises:
         ValueError: if the names are not the same.
     """
+    names, order = [composed(name) for name in names], [composed(name) for name in order]
     if sorted(names) != sorted(order) or len(set(order)) < len(order):
         found = apart(order, names, "classes", "the data") or "a name occurs twice"
         raise ValueError(f"classes must be those of the data, in any order: {found}.")

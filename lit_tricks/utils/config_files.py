@@ -15,6 +15,7 @@ from lit_tricks.utils.bounded import parse_yaml, read_yaml
 __all__ = [
     "CONFIGS",
     "among",
+    "check_yaml",
     "config_name",
     "find_config",
     "given",
@@ -59,7 +60,7 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
         if (value if equals else args[i + 1]).startswith("{"):
             continue
         path = find_config(value if equals else args[i + 1])
-        _check_yaml(path)
+        check_yaml(path)
         paths.append(path)
         words[i if equals else i + 1] = f"{flag}={path}" if equals else str(path)
     return words, paths
@@ -117,18 +118,18 @@ def _configs_in(args: list[str]) -> list[str]:
     return files + [word.partition("=")[2] for word in args if word.startswith(("-c=", "--config="))]
 
 
-def _check_yaml(path: Path) -> None:
-    """The parser would not say which file it can not read."""
+def check_yaml(path: Path, option: str = "--config") -> None:
+    """Raise ValueError, with the name of the file, unless a configuration is YAML that holds settings."""
     try:
         content = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}," if mark else ""
-        raise ValueError(f"--config {path}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
+        raise ValueError(f"{option} {path}{where} is not YAML: {getattr(error, 'problem', error)}.") from error
     except ValueError as error:
-        raise ValueError(f"--config {path}: {error}. Write the values out.") from error
+        raise ValueError(f"{option} {path}: {error}. Write the values out.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} holds no settings, but {content!r}.")
+        raise ValueError(f"{option} {path} holds no settings, but {content!r}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

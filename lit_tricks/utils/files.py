@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from lit_tricks.utils.log import log
+
 __all__ = [
     "MOST_RESULTS",
     "abandoned",
+    "locked",
     "open_regular",
     "printable",
     "read_regular",
+    "read_text",
     "text_cell",
     "write_whole",
     "written_whole",
@@ -64,6 +68,42 @@ def read_regular(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
     """
     with open_regular(path, limit) as stream:
         return stream.read()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a regular file in UTF-8, without the mark that some editors put at its start.
+
+    Raises:
+        OSError: if the path is not a regular file, or the file is too large.
+        ValueError: if the file has another encoding; the message names the file.
+    """
+    try:
+        return read_regular(path, MOST_RESULTS).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}). Save it anew."
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], timeout: float = -1) -> Iterator[None]:
+    """Hold the lock of a file, which ends with the process. Without locks of the file system, log a warning.
+
+    Raises:
+        TimeoutError: if another process holds the lock, after ``timeout`` seconds. A negative number waits.
+        OSError: if the file cannot be made.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except NotImplementedError:  # some file systems of clusters
+        log.warning("%s: this file system has no locks. Let one process use the folder at a time.", path)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

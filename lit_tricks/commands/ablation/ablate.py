@@ -20,7 +20,7 @@ from lit_tricks.run.report.ablation_table import report_ablation
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
 from lit_tricks.utils.bounded import read_yaml
-from lit_tricks.utils.config_files import config_name, find_config
+from lit_tricks.utils.config_files import check_yaml, config_name, find_config
 from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 from lit_tricks.utils.trick_flags import apply_to_rows
@@ -167,7 +167,9 @@ def settings_of(tricks: Sequence[str]) -> dict[str, Any]:
     """Return the settings of configurations of tricks, merged in their order."""
     row: dict[str, Any] = {}
     for trick in tricks:
-        row = _merged(row, _read(find_config(trick)))
+        path = find_config(trick)
+        check_yaml(path, "the configuration")
+        row = _merged(row, _read(path))
     return row
 
 

@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.table import Table
 
 from lit_tricks.commands.ablation.exclusive import read_object
+from lit_tricks.run.reading.checks import check_results
 from lit_tricks.run.report.ablation_table import read_run
 from lit_tricks.utils.checkpoint_files import read_checkpoint, require_resumable
 from lit_tricks.utils.log import log
@@ -53,7 +54,7 @@ class Cell:
     @property
     def finished(self) -> Path | None:
         """The newest run folder with results that are whole."""
-        return next((run for run in self._versions() if read_object(run / "results.json") is not None), None)
+        return next((run for run in self._versions() if _is_finished(run)), None)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -91,6 +92,16 @@ class Cell:
     def _versions(self) -> list[Path]:
         versions = [path for path in self.folder.glob("v*") if path.name[1:].isdecimal()]
         return sorted(versions, key=lambda path: int(path.name[1:]), reverse=True)
+
+
+def _is_finished(run: Path) -> bool:
+    """Return whether a run has results that are whole, and of the right types."""
+    results = read_object(run / "results.json")
+    try:
+        check_results(results or {})
+    except ValueError:
+        return False
+    return results is not None
 
 
 Engine = Callable[[Sequence[Cell]], Generator[Cell, None, None]]

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lit_tricks.utils.files import MOST_RESULTS, read_regular
+from lit_tricks.utils.files import MOST_RESULTS, locked, read_regular
 
 __all__ = ["alone_in", "read_object"]
 
@@ -27,17 +25,15 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
         RuntimeError: if another process uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RuntimeError(
-            f"{command}: another ablation or race uses {folder}. Wait for its end, or choose another folder with --out."
-        ) from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / ".lock", timeout=0))
+        except TimeoutError:
+            raise RuntimeError(
+                f"{command}: another ablation or race uses {folder}. Wait for its end, or choose another folder with "
+                "--out."
+            ) from None
         yield
-    finally:
-        lock.release()
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

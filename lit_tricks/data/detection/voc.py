@@ -24,7 +24,7 @@ from lit_tricks.data.detection.boxes import (
 from lit_tricks.data.io.file_index import find_images
 from lit_tricks.data.samples import Source
 from lit_tricks.utils.arguments import texts
-from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.files import read_regular, read_text
 
 __all__ = ["VOC_CLASSES", "VOCDetection", "read_voc"]
 
@@ -153,7 +153,7 @@ def _listed(folder: str, name: str) -> list[str]:
             f"there is no {listing!r}; {'its folder has ' + some_of(found) if found else 'nor are there others'}: "
             "expected are FOLDER/ImageSets/Main/SET.txt, FOLDER/Annotations/*.xml and FOLDER/JPEGImages/*.jpg"
         )
-    lines = read_regular(listing).decode("utf-8").splitlines()
+    lines = read_text(listing).splitlines()
     stems = [line.split()[0] for line in lines if line.strip()]  # some lists have a second column
     if not stems:
         raise ValueError(f"{listing!r} names no image")

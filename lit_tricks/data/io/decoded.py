@@ -14,14 +14,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 from lightning_utilities.core.rank_zero import rank_zero_info
 from PIL import Image
 
 from lit_tricks.data.io.file_index import cache_folder
 from lit_tricks.data.io.jpeg import BadImageError, Box, Pixels, pixels_of
 from lit_tricks.data.samples import Files
-from lit_tricks.utils.files import open_regular
+from lit_tricks.utils.files import locked, open_regular
 from lit_tricks.utils.transient import Transient
 
 __all__ = ["Cache", "DecodedFiles"]
@@ -143,7 +142,7 @@ class DecodedFiles(Transient, Files):
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{key}.pixels"
         count = len(self.paths)
-        with FileLock(folder / f"{key}.lock"):
+        with locked(folder / f"{key}.lock"):
             if not _is_whole(target, count):
                 self._write(target)
         shapes = np.fromfile(target, np.int64, 2 * count).reshape(count, 2)

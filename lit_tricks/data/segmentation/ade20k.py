@@ -9,7 +9,7 @@ from lit_tricks.data.arguments import check_root
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files
-from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.files import read_text
 
 __all__ = ["ADE20KSegmentation"]
 
@@ -64,7 +64,7 @@ def _read_classes(file: Path) -> list[str]:
     """Names of the 150 classes: the last column of the file, or their numbers in it."""
     if not file.is_file():
         return [str(number) for number in range(1, 151)]
-    _, *rows = read_regular(file).decode("utf-8").splitlines()
+    _, *rows = read_text(file).splitlines()
     names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
     if len(names) != 150:
         raise ValueError(f"{str(file)!r} must have a head and 150 classes, and has {len(names)}")

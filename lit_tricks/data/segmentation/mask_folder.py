@@ -14,7 +14,7 @@ from lit_tricks.data.segmentation.base import MaskFolders, image_files
 from lit_tricks.data.segmentation.pairs import Pairs
 from lit_tricks.utils.arguments import MAX_INTEGER, integer
 from lit_tricks.utils.class_names import permutation
-from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.files import read_text
 
 __all__ = ["SegmentationFolder"]
 
@@ -85,7 +85,7 @@ class SegmentationFolder(MaskFolders):
                 f"no classes.txt in root={str(self.root)!r}: write one, with the name of a class in each line, that of "
                 "label 0 first; or give classes=[...]"
             )
-        names = [line.strip() for line in read_regular(file).decode("utf-8").splitlines()]
+        names = [line.strip() for line in read_text(file).splitlines()]
         names = [name for name in names if name]
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"{str(file)!r} must have two names or more, each once, and has {names}")

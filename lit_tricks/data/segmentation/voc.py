@@ -11,7 +11,7 @@ from lit_tricks.data.detection.voc import VOC_CLASSES
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders
 from lit_tricks.utils.arguments import text
-from lit_tricks.utils.files import read_regular
+from lit_tricks.utils.files import read_text
 
 __all__ = ["VOCSegmentation"]
 
@@ -70,7 +70,7 @@ class VOCSegmentation(MaskFolders):
         file = self.root / "ImageSets" / "Segmentation" / f"{self.sets[split]}.txt"
         if not file.is_file():
             raise FileNotFoundError(f"there is no {str(file)!r}, the list of the images for {split}; {MASK_LAYOUT}")
-        names = read_regular(file).decode("utf-8").split()
+        names = read_text(file).split()
         if not names:
             raise FileNotFoundError(f"{str(file)!r}, the list of the images for {split}, is empty")
         return {split: self._pairs(self.root / "JPEGImages", self.root / self.masks, names, MASK_LAYOUT)}

@@ -7,14 +7,13 @@ import json
 import os
 from typing import Any
 
-from filelock import FileLock
 from litdata import StreamingDataset
 from litdata.streaming.resolver import Dir
 from litdata.utilities.dataset_utilities import get_default_cache_dir
 
 from lit_tricks._compat import clear_outdated_shards, overrides
 from lit_tricks.data.shards.index_format import INDEX, MOST_BYTES, SCHEMES, check_index
-from lit_tricks.utils.files import read_regular, write_whole
+from lit_tricks.utils.files import locked, read_regular, write_whole
 
 __all__ = ["CheckedDataset"]
 
@@ -39,7 +38,7 @@ class CheckedDataset(StreamingDataset):  # type: ignore[misc]
         folder = cache_dir or get_default_cache_dir()
         os.makedirs(folder, exist_ok=True)
         # one process of a machine at a time: a cache that another one is just about to fill looks outdated
-        with FileLock(os.path.join(folder, "lit_tricks.lock")):
+        with locked(os.path.join(folder, "lit_tricks.lock")):
             super().__init__(_cached(url, index, folder), cache_dir=cache_dir, **settings)
 
     @overrides(StreamingDataset)

@@ -22,6 +22,7 @@ from helpers.modules import (
     module_class,
     train_loader,
 )
+from helpers.tricks import TRICKS
 from torch.utils.data import DataLoader
 
 from lit_tricks.callbacks import EMA, SWA, PreciseBN
@@ -165,6 +166,22 @@ def test_raw_metrics_are_those_of_a_run_without(namespace, trick):
     for step in steps:
         assert logged[step]["raw/val_loss"] == plain.logged[step]["val_loss"]
         assert (step == 3 and trick == "SWA") or logged[step]["raw/val_loss"] != logged[step]["val_loss"]
+
+
+@pytest.mark.parametrize("trick", ["CutMix", "FocalLoss", "KnowledgeDistillation", "LabelSmoothing", "MixUp"])
+@pytest.mark.parametrize("places", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_precise_bn_and_a_loss_trick_serve_both(trick, places):
+    """PreciseBN reads training batches in the raw validation too, where the callbacks are set aside."""
+
+    def losses(*tricks: Any, prefix: str = "") -> list[float]:
+        return [metrics[f"{prefix}val_loss"] for metrics in run(*tricks).logged.values() if "val_loss" in metrics]
+
+    both = [EMA(0.8, validate="both"), PreciseBN(8), TRICKS[trick].make()]
+    both = [both[place] for place in places]
+    raw = losses(*both, prefix="raw/")
+    assert len(raw) == 3
+    assert raw == losses(PreciseBN(8), TRICKS[trick].make())
+    assert losses(*both) == losses(EMA(0.8), PreciseBN(8), TRICKS[trick].make())
 
 
 @pytest.mark.parametrize("place", [0, 1])
