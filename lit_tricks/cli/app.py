@@ -23,7 +23,7 @@ import lit_tricks.callbacks
 import lit_tricks.data
 import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection  # noqa: F401
-from lit_tricks import __version__, commands
+from lit_tricks import LinearScaling, __version__, commands
 from lit_tricks._compat import drop_anonymous_setting, overrides
 from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
@@ -37,6 +37,7 @@ from lit_tricks.commands.checkpoints import (
     resumed_settings,
     run_settings,
 )
+from lit_tricks.data.image_folder import ImageFolder
 from lit_tricks.run.checkpoint_io import use_whole_checkpoints
 from lit_tricks.run.cpu_timer import CPUTimer
 from lit_tricks.run.evidence.callback import Evidence
@@ -66,6 +67,7 @@ NO_ADVICE = (
     ".*does not have many workers",
     ".*callbacks used to create the checkpoint",
 )
+DEFAULT_OPTIMIZER = ("torch.optim.SGD", 0.1)  # class and learning rate, for 256 images in a step
 LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
 
 
@@ -184,6 +186,8 @@ class TricksCLI(LightningCLI):
         callbacks = config.callbacks = list(config.callbacks or [])
         if self.subcommand == "fit":
             callbacks.append(FiniteLoss(self.config_init.fit.on_nan))
+            if self._has_small_batches() and not any(isinstance(c, LinearScaling) for c in callbacks):
+                callbacks.append(LinearScaling())
         if self.run.path:
             self.timer: Timer = Timer()
             self.cpu_timer: CPUTimer = CPUTimer()
@@ -209,6 +213,13 @@ class TricksCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         use_whole_checkpoints(trainer)
         return trainer
+
+    def _has_small_batches(self) -> bool:
+        """Return whether the data makes smaller batches than the learning rate is for, and nobody chose that rate."""
+        optimizer = self.config.fit.model.init_args.get("optimizer")
+        is_default = optimizer is None or (optimizer.class_path, optimizer.init_args.lr) == DEFAULT_OPTIMIZER
+        data = self.datamodule
+        return is_default and isinstance(data, ImageFolder) and data.fits_small_batch()
 
     def _require_finite_checkpoint(self) -> None:
         """Raise if the checkpoint to resume or to evaluate has weights that are not finite."""

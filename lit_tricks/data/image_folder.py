@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_tricks.data.arguments import (
@@ -40,6 +42,9 @@ __all__ = ["ImageFolder", "check_same_classes"]
 
 LAYOUT = "expected are ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, and ROOT/test/CLASS/*.jpg if there is a test"
 SHOWN = 5  # names in an error message
+USUAL_BATCH = 256
+LEAST_BATCHES = 4  # of an epoch
+LEAST_BATCH = 4  # images: batch normalization needs several
 
 
 class ImageFolder(PhotoDataModule):
@@ -71,8 +76,10 @@ class ImageFolder(PhotoDataModule):
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
         image_size: side of the images as the model sees them in pixels, at least 1.
-        batch_size: images in a batch of one process, from 1 to the number of training images. For validation in several
-            processes it may be lowered, so that all have as many batches.
+        batch_size: images in a batch of one process, from 1 to the number of training images. "auto" is 256, and for
+            fewer than 1024 training images the power of two that gives at least four batches. `lit-tricks fit` then
+            adds LinearScaling, unless you set the optimizer. For validation in several processes the batch may be
+            smaller, so that all have as many batches.
         num_workers: processes or threads that load, for each loader; "auto" shares the available cores among the
             processes of the machine, 16 at most; 0 loads in the main process.
         resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
@@ -121,13 +128,14 @@ class ImageFolder(PhotoDataModule):
         ``data: {class_path: ImageFolder, init_args: {root: imagenet, batch_size: 256}}``
     """
 
+    _fits_batch = False  # whether few training images get smaller batches
     _order: list[int] | None = None  # new label of each class folder; None leaves the labels as they are
 
     def __init__(
         self,
         root: str,
         image_size: int = 224,
-        batch_size: int = 256,
+        batch_size: int | Literal["auto"] = "auto",
         num_workers: int | Literal["auto"] = "auto",
         resize_size: int | None = None,
         augmentation: Augmentation = "paper",
@@ -147,7 +155,8 @@ class ImageFolder(PhotoDataModule):
         classes: list[str] | None = None,
     ) -> None:
         root = check_root(self, root)
-        super().__init__(batch_size, num_workers, predict_dir)
+        super().__init__(USUAL_BATCH if batch_size == "auto" else batch_size, num_workers, predict_dir)
+        self._fits_batch = batch_size == "auto"
         image_size = check_side(self, "image_size", image_size)
         repeats = integer(self, "repeats", repeats, 1, "1 is usual.")
         least = f"{image_size}, which is image_size, leaves the crop as large as the image."
@@ -203,9 +212,24 @@ class ImageFolder(PhotoDataModule):
         """Whether there is a folder ``root/test``."""
         return os.path.isdir(os.path.join(self.root, "test"))
 
+    def fits_small_batch(self) -> bool:
+        """Return whether the batch size is "auto", and smaller than usual because there are few training images."""
+        return self._fits_batch and self._images_of_process() < LEAST_BATCHES * USUAL_BATCH
+
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
         """Make the transform of evaluation for another size (see the base class)."""
         return CentreCrop(image_size, resize_size_for(image_size, crop_ratio, default=self.crop_ratio))
+
+    def _check_enough(self) -> None:
+        if self.batch_size == self._given_batch_size and self.fits_small_batch():
+            images = self._images_of_process()
+            fitting = 2 ** int(math.log2(max(1, images // LEAST_BATCHES)))
+            self.batch_size = self._given_batch_size = max(fitting, min(LEAST_BATCH, images))
+            rank_zero_info(
+                f'batch_size="auto" is {self.batch_size} for {images} training images. Learning rates are usually for '
+                f"{USUAL_BATCH}: the trick LinearScaling scales them."
+            )
+        super()._check_enough()
 
     def _file_reader(self) -> Reader:
         return partial(read_image, exact=self.decode == "exact", exif=self.exif)

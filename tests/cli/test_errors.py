@@ -66,7 +66,7 @@ FLAGS = {
     ),
     "no command of a group": (
         ("data",),
-        r"say what to do: data bench, data preview.*\. `lit-tricks data --help` explains them\.",
+        r"say what to do: data bench, data check, data preview.*\. `lit-tricks data --help` explains them\.",
     ),
     "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
     "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),

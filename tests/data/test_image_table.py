@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cli import FIT, QUIET, checkpoint, cli, done, workplace, write_image_folder, write_images
+from helpers.cli import FIT, QUIET, built, checkpoint, cli, done, metrics, workplace, write_image_folder, write_images
 from PIL import Image
 
+from lit_tricks import LinearScaling
 from lit_tricks.commands.data import shard
 from lit_tricks.data import ImageFolder, ImageTable
 from lit_tricks.data.datamodule import ImageDataModule, Split
@@ -333,3 +335,25 @@ def test_shards_of_a_table(tmp_path: Path) -> None:
         dataset = StreamingDataset(str(tmp_path / "shards" / split))
         found = {dataset[index][2]: data.classes[dataset[index][1]] for index in range(len(dataset))}
         assert found == files(data, split)  # type: ignore[arg-type]
+
+
+def test_default_settings_train_on_36_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with workplace(tmp_path):
+        for number, name in enumerate(("ant", "bee", "cow")):
+            write_images(tmp_path / "photos" / name, 15, seed=number)
+        words = ("--data=ImageFolder", "--data.root=photos", "--data.val_fraction=0.2", "--data.num_workers=0")
+        quick = ("--data.image_size=16", "--trainer.max_epochs=4", "--trainer.limit_train_batches=null", "--name=own")
+        outcome = done(*FIT, *words, *quick)
+        assert "LinearScaling: 0.1 x 8/256 = 0.003125" in outcome.log
+        losses = [row["train/loss"] for row in metrics("runs/own/v0") if "train/loss" in row]
+        assert 0 < max(losses) < 2 * math.log(3)
+        assert checkpoint("runs/own/v0/checkpoints/last.ckpt")["datamodule_hyper_parameters"]["batch_size"] == 8
+        own = {
+            "--model.optimizer.lr=0.01": 0,
+            "--model.optimizer=AdamW": 0,
+            "--data.batch_size=8": 0,
+            "--trainer.callbacks+=LinearScaling": 1,
+        }
+        for word, count in own.items():
+            made = built(monkeypatch, *FIT, *words, word)
+            assert sum(isinstance(each, LinearScaling) for each in made.trainer.callbacks) == count, word

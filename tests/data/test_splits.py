@@ -74,3 +74,19 @@ def test_messages_name_the_remedy(tmp_path: Path) -> None:
     flat(root, cow=1)
     with pytest.raises(ValueError, match="only image of its class"):
         files(ImageFolder(str(root), val_fraction=0.2), "val")
+
+
+@pytest.mark.parametrize(("images", "batch"), [(1, 1), (3, 3), (5, 4), (36, 8), (160, 32), (1023, 128), (1024, 256)])
+def test_few_images_get_small_batches(tmp_path: Path, images: int, batch: int) -> None:
+    write_images(tmp_path / "train" / "ant", 1)
+    write_images(tmp_path / "val" / "ant", 1)
+    for number in range(1, images):
+        (tmp_path / "train" / "ant" / f"{number}.jpg").symlink_to(tmp_path / "train" / "ant" / "0.jpg")
+    data = ImageFolder(str(tmp_path), num_workers=0)
+    for _ in range(2):
+        data.setup("fit")
+        assert (data.batch_size, data.hparams["batch_size"]) == (batch, batch)
+    assert data.fits_small_batch() == (batch < 256)
+    chosen = ImageFolder(str(tmp_path), batch_size=images, num_workers=0)
+    chosen.setup("fit")
+    assert (chosen.batch_size, chosen.fits_small_batch()) == (images, False)

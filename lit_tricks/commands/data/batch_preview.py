@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from lit_tricks._compat import callbacks_of
+from lit_tricks.commands.png import png_path
 from lit_tricks.run.preview import Preview, preview_of
 from lit_tricks.utils.files import text_cell, write_whole, written_whole
 from lit_tricks.utils.log import log
@@ -46,11 +47,7 @@ def preview(
         FileNotFoundError: if the folder of ``out`` does not exist.
         RuntimeError: if the training batches hold no images.
     """
-    path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} does not end in .png, and a PNG file is what is written.")
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out {out} lies in a folder that does not exist: make it first.")
+    path = png_path(out)
     if count < 1:
         raise ValueError(f"--count={count} is below 1: it is the number of images to draw.")
     found = _first_batch(data, model or _NoModel(), trainer or _quiet_trainer(), count)

@@ -7,8 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
-from lit_tricks.data.io.file_index import is_hidden
-from lit_tricks.data.io.formats import ENDINGS, is_image
+from lit_tricks.data.io.file_index import left_out
+from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.samples import find_images
 from lit_tricks.utils.log import log
 
@@ -39,7 +39,7 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
         for path in _paths(word):
             if os.path.isdir(path):
                 found |= {file: path for file in find_images(path) if file not in found}
-                others += _others(path)
+                others += left_out(path)[1]
             else:
                 found.setdefault(path, os.path.dirname(path))
     if others:
@@ -63,12 +63,3 @@ def _paths(word: str) -> list[str]:
         return [path for path in paths if not os.path.isdir(path)] or paths
     what = "no file matches" if glob.has_magic(word) else "there is no such file or folder"
     raise FileNotFoundError(f"images={word!r}: {what}. Give image files, folders of images, or globs.")
-
-
-def _others(folder: str) -> list[str]:
-    """List the files below a folder that are not images."""
-    found: list[str] = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [os.path.join(root, name) for name in sorted(files) if not is_hidden(name) and not is_image(name)]
-    return found

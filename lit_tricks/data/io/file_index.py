@@ -28,7 +28,7 @@ from torch import Tensor
 from lit_tricks.data.io.formats import is_image
 from lit_tricks.utils.files import read_regular
 
-__all__ = ["Paths", "cache_folder", "class_folders", "find_images", "is_hidden", "list_images"]
+__all__ = ["Paths", "cache_folder", "class_folders", "find_images", "is_hidden", "left_out", "list_images"]
 
 VERSION = 3  # of the files in the cache
 REMEMBER_FROM = 5000  # images; fewer are found as fast
@@ -95,7 +95,7 @@ def class_folders(root: str) -> list[str]:
 
 
 def find_images(root: str) -> list[str]:
-    """List the paths of all image files below a folder, at any depth, by their path in it, sorted.
+    """List all image files below a folder, at any depth, by their path relative to the folder, sorted.
 
     Raises:
         OSError: if a folder cannot be read.
@@ -104,6 +104,18 @@ def find_images(root: str) -> list[str]:
     _tell_of_hidden(root, found)
     blocks = ((name, found[name].names.split(b"\0")) for name in found if found[name].count)
     return sorted(os.path.join(name, os.fsdecode(file)) for name, files in blocks for file in files)
+
+
+def left_out(root: str) -> tuple[list[str], list[str]]:
+    """List what is not read below a folder: hidden folders and images, and files that have no ending of an image."""
+    hidden: list[str] = []
+    others: list[str] = []
+    for folder, folders, files in os.walk(root):
+        hidden += [os.path.join(folder, name) for name in sorted(folders) if is_hidden(name)]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        hidden += [os.path.join(folder, name) for name in sorted(files) if is_image(name) and name.startswith(".")]
+        others += [os.path.join(folder, name) for name in sorted(files) if not is_hidden(name) and not is_image(name)]
+    return hidden, others
 
 
 def list_images(root: str) -> tuple[Paths, Tensor, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lit_tricks.data.io.formats import prepare_reader
 from lit_tricks.data.io.turbojpeg import decode_region
@@ -236,6 +236,9 @@ def _decode_any(data: bytes, name: str, exif: bool = False) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             turned = ImageOps.exif_transpose(image) if exif else image
+    except UnidentifiedImageError:  # its message has the address of an object in memory
+        unknown = UnidentifiedImageError("cannot identify image file")
+        raise _unreadable(name, unknown) from unknown
     except Exception as error:  # PIL's decoders fail with any type: OSError, SyntaxError, ValueError, struct.error, ...
         if not is_about_input(error) and not isinstance(error, ValueError):  # a format that lacks its package
             raise
