@@ -212,3 +212,16 @@ def test_a_picture_that_can_not_be_made_stops_nothing() -> None:
     PreviewLogger().on_train_batch_start(at(0, [sink]), LightningModule(), ["text"], 0)
     PreviewLogger().on_train_batch_start(at(0, [object()]), LightningModule(), ["text"], 0)
     assert sink.logged == []
+
+
+def test_what_is_not_shown_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(lit_tricks.Classifier, "configure_optimizers", fail)
+    monkeypatch.setattr("lit_tricks.callbacks.knowledge_distillation.load_teacher", fail)
+    stack = ("mixup", "knowledge_distillation", "ema", "warmup_cosine", "linear_scaling", "compile")
+    words = [f"--config=tricks/{name}" for name in stack]
+    teacher = "--trainer.callbacks.KnowledgeDistillation.teacher=gone.ckpt"
+    done("data", "preview", *FIT[1:], *words, teacher, "--out=x.png", "--count=4")
+    assert any(0 < float(share) < 1 for _, _, share in table("x.csv"))

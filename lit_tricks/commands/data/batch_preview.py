@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from lit_tricks import callbacks as tricks
 from lit_tricks._compat import callbacks_of
 from lit_tricks.commands.png import png_path
 from lit_tricks.run.preview import Preview, preview_of
@@ -16,6 +17,8 @@ from lit_tricks.utils.files import text_cell, write_whole, written_whole
 from lit_tricks.utils.log import log
 
 __all__ = ["preview"]
+
+BATCH_TRICKS = (tricks.CutMix, tricks.LabelSmoothing, tricks.MixUp, tricks.ProgressiveResizing)
 
 
 def preview(
@@ -95,16 +98,26 @@ class _NoModel(LightningModule):
 def _first_batch(data: LightningDataModule, model: LightningModule, trainer: Trainer, count: int) -> Preview:
     look = _Look(count)
     callbacks = callbacks_of(trainer)
-    callbacks.append(look)  # behind those that change the batch
+    before = list(callbacks)
+    callbacks[:] = [*filter(_may_change_batches, before), look]  # the last one sees what the others have changed
+    parameter = next(model.parameters(), None)
+    if parameter is not None:  # the fit wants an optimizer, and the model's own may be slow to build
+        model.configure_optimizers = lambda: torch.optim.SGD([parameter], lr=0.0)  # type: ignore[method-assign]
     try:
         trainer.fit(model, data)
     except _SeenError:
         pass
     finally:
-        callbacks.remove(look)
+        callbacks[:] = before
+        vars(model).pop("configure_optimizers", None)
     if look.preview is None:
         raise RuntimeError("there was no training batch to look at: see trainer.limit_train_batches and max_epochs.")
     return look.preview
+
+
+def _may_change_batches(callback: Callback) -> bool:
+    """Return whether a callback may change batches. Other tricks, such as distillation, would build what they need."""
+    return isinstance(callback, BATCH_TRICKS) or type(callback).__name__ not in tricks.__all__
 
 
 def _quiet_trainer() -> Trainer:
