@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cli import CELLS, FIT, cli, done, workplace, write_image_folder
+from helpers.cli import CELLS, FIT, cli, done, workplace, write_image_folder, write_images
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in [*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")])
@@ -30,10 +31,15 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield a folder with the run ``runs/quickstart/v0``, and images in class folders."""
+    """Yield a folder with the runs ``runs/quickstart/v0`` and ``runs/finetune/v0``, and images in class folders."""
     with workplace(tmp_path_factory.mktemp("docs")) as folder:
         done(*FIT, "--name=quickstart")
         write_image_folder(folder / "PATH")
+        shutil.copytree("runs/quickstart", "runs/finetune")
+        for number, name in enumerate(("ant", "bee", "cow")):
+            write_images(folder / "photos" / name, 14, seed=number)
+        shutil.copytree("photos/ant", "folder")
+        shutil.copy("photos/ant/0.jpg", "new.jpg")
         yield folder
 
 
