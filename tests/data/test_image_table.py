@@ -345,7 +345,7 @@ def test_default_settings_train_on_36_photos(tmp_path: Path, monkeypatch: pytest
         quick = ("--data.image_size=16", "--trainer.max_epochs=4", "--trainer.limit_train_batches=null", "--name=own")
         outcome = done(*FIT, *words, *quick)
         assert "LinearScaling: 0.1 x 8/256 = 0.003125" in outcome.log
-        losses = [row["train/loss"] for row in metrics("runs/own/v0") if "train/loss" in row]
+        losses = [row["train/loss_step"] for row in metrics("runs/own/v0") if "train/loss_step" in row]
         assert 0 < max(losses) < 2 * math.log(3)
         assert checkpoint("runs/own/v0/checkpoints/last.ckpt")["datamodule_hyper_parameters"]["batch_size"] == 8
         own = {

@@ -236,9 +236,9 @@ def _decode_any(data: bytes, name: str, exif: bool = False) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             turned = ImageOps.exif_transpose(image) if exif else image
-    except UnidentifiedImageError:  # its message has the address of an object in memory
-        unknown = UnidentifiedImageError("cannot identify image file")
-        raise _unreadable(name, unknown) from unknown
+    except UnidentifiedImageError as error:
+        error.args = ("cannot identify image file",)  # the address of an object in memory stands behind
+        raise _unreadable(name, error) from error
     except Exception as error:  # PIL's decoders fail with any type: OSError, SyntaxError, ValueError, struct.error, ...
         if not is_about_input(error) and not isinstance(error, ValueError):  # a format that lacks its package
             raise
