@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from lit_tricks.data.arguments import check_eval_size, check_root, check_seed
+from lit_tricks.data.checked_arguments import check_eval_size, check_root, check_seed
 from lit_tricks.data.datamodule import Split, resize_size_for, stratified_split
 from lit_tricks.data.memory.base import ImagesOn, MemoryDataModule
 from lit_tricks.data.memory.batch_transforms import EvalBatch, Flip, Padding, TrainBatch

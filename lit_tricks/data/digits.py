@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_tricks.data.arguments import check_eval_size, check_seed, check_side
+from lit_tricks.data.checked_arguments import check_eval_size, check_seed, check_side
 from lit_tricks.data.datamodule import Split, resize_size_for, stratified_split
 from lit_tricks.data.memory.base import ImagesOn, MemoryDataModule
 from lit_tricks.data.memory.batch_transforms import EvalBatch, TrainBatch

@@ -14,7 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lit_tricks.data.arguments import (
+from lit_tricks.data.checked_arguments import (
     check_classes,
     check_eval_size,
     check_root,

@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str] | None]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors have no error of their own for a damaged file
-        if isinstance(error, OSError) or not is_about_input(error):
+        if isinstance(error, FileNotFoundError | PermissionError) or not is_about_input(error):
             raise
         raise RuntimeError(
             f"{path} is no readable checkpoint of tensors ({type(error).__name__}): copy it again. If it is whole, and "

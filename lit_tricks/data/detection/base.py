@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes
 
-from lit_tricks.data.arguments import check_range, check_statistics
+from lit_tricks.data.checked_arguments import check_range, check_statistics
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.detection.boxes import OnBadBox, Target

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lit_tricks.data.arguments import check_classes, check_root
+from lit_tricks.data.checked_arguments import check_classes, check_root
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionFolders
 from lit_tricks.data.detection.boxes import (

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from lit_tricks.data.arguments import check_eval_size, check_range, check_side, check_statistics
+from lit_tricks.data.checked_arguments import check_eval_size, check_range, check_side, check_statistics
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import ImageDataModule, resize_size_for
 from lit_tricks.data.io.file_index import Paths, find_images

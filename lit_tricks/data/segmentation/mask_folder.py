@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_tricks.data.arguments import check_classes, check_root
+from lit_tricks.data.checked_arguments import check_classes, check_root
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.samples import Source
 from lit_tricks.data.segmentation.base import MaskFolders, image_files

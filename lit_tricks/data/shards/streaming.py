@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from lit_tricks.data.arguments import check_root
+from lit_tricks.data.checked_arguments import check_root
 from lit_tricks.data.color import MEAN, STD, Triple
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.image_folder import ImageFolder, check_same_classes

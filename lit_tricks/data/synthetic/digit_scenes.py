@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_tricks.data.arguments import check_seed
+from lit_tricks.data.checked_arguments import check_seed
 from lit_tricks.data.datamodule import Split
 from lit_tricks.data.detection.base import DetectionDataModule
 from lit_tricks.data.detection.boxes import Target, target_of
