@@ -239,7 +239,6 @@ def test_cycles_are_found_however_they_are_written(back):
 # File names that stand in several packages, and what such a file holds in each of them.
 SAME_NAME = {
     "__init__.py": "what its package exports",
-    "arguments.py": "checks of arguments: in utils of all classes, in data of data modules",
     "base.py": "the base class of a package's classes",
     "callback.py": "the callback that a package of helpers serves",
     "loader.py": "the DataLoader of a package's data",
