@@ -50,3 +50,7 @@ copybutton_prompt_is_regexp = True
 
 linkcheck_timeout = 10
 linkcheck_retries = 2
+linkcheck_ignore = [
+    r"https://(github\.com/lit-tricks|lit-tricks\.github\.io)/",  # ours: tests/docs checks that the files exist
+    r"https://(doi\.org|www\.jstor\.org)/",  # they reject scripts
+]

@@ -139,7 +139,7 @@ def draw_focal(theme: Theme) -> Figure:
 
 @figure_of(
     "KnowledgeDistillation",
-    "What a teacher says of one image at several temperatures. Higher ones show which classes it finds similar.",
+    "A teacher's probabilities for one image at several temperatures. Higher temperatures show similar classes.",
 )
 def draw_distillation(theme: Theme) -> Figure:
     figure, panels = row(3, 2.6, sharey=True)
@@ -343,7 +343,7 @@ def draw_no_bias_decay(theme: Theme) -> Figure:
     return figure
 
 
-@figure_of("L1Penalty", "A thousand weights before and after 300 steps of the penalty alone: small weights end near 0.")
+@figure_of("L1Penalty", "A thousand weights before and after 300 steps of only the penalty: small weights end near 0.")
 def draw_l1(theme: Theme) -> Figure:
     weights = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.1
     before = weights.clone()

@@ -1,6 +1,7 @@
 """Sphinx extension: a page per trick and their overview, made from docstrings, contract, benchmark results and figures.
 
-A trick without figure, entry in ``tricks.yaml``, measured cost, or BibTeX fails the build with its name.
+A trick without figure, entry in ``tricks.yaml``, measured effect and cost, or BibTeX fails the build with its name. An effect
+that no benchmark measures needs a reason in ``not_measured``.
 """
 
 from __future__ import annotations
@@ -80,23 +81,24 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
     """Yield the measured effect on accuracy and cost.
 
     Raises:
-        ExtensionError: without any measurement.
+        ExtensionError: without a measured effect, or a reason for its absence, or without a measured cost.
     """
-    rows = []
+    if len({"evidence", "measured", "not_measured"} & entry.keys()) != 1:
+        raise ExtensionError(
+            f"{name} has no measured effect: add one of `evidence`, `measured` and `not_measured` to docs/tricks.yaml"
+        )
     if "evidence" in entry:
         found = effect(entry)
-        rows.append(
-            f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs, tested at {found['size']} px "
-            f"| {found['before']:.2f} | {found['after']:.2f} | {found['change']:+.2f} ± {found['reach']:.2f} "
-            f"| {found['seeds']} |"
-        )
-    if rows:
         yield "| setting | top-1 without | top-1 with | change, 95 % interval | seeds |\n|---|---|---|---|---|\n"
-        yield "\n".join(rows) + "\n\n"
+        yield f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs, tested at {found['size']} px "
+        yield f"| {found['before']:.2f} | {found['after']:.2f} | {found['change']:+.2f} ± {found['reach']:.2f} "
+        yield f"| {found['seeds']} |\n\n"
         yield "Top-1 in per cent, paired by seed. An interval that contains 0 means: no effect was shown at this budget. "
         yield f"([table]({REPOSITORY}/blob/main/benchmarks/results/evidence.md), `benchmarks/evidence.py`)\n\n"
+    elif "measured" in entry:
+        yield f"{entry['measured']}\n\n"
     else:
-        yield "The accuracy has not been measured in a paired benchmark yet.\n\n"
+        yield f"**Not measured here.** {entry['not_measured']}\n\n"
     if name in cost:
         yield f"Cost: {cost[name]} % of a ResNet-50 training step on a CPU (`benchmarks/tricks.py`).\n"
     elif "cost" not in entry:
@@ -112,8 +114,8 @@ def behavior(name: str) -> Iterator[str]:
     refused = TRICKS[name].refused
     for cases in (CASES[:6], CASES[6:]):
         yield "| " + " | ".join(cases) + " |\n|" + "---|" * len(cases) + "\n"
-        yield "| " + " | ".join("refused" if case in refused else "yes" for case in cases) + " |\n\n"
-    yield 'Each cell is a test. "Refused" means an error that explains the conflict. A resumed run ends bitwise equal.\n'
+        yield "| " + " | ".join("no" if case in refused else "yes" for case in cases) + " |\n\n"
+    yield 'Each cell is a test. "No" means an error that explains the conflict. A resumed run ends bitwise equal.\n'
 
 
 def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -> str:
@@ -174,7 +176,7 @@ def generate(app: Sphinx) -> None:
     """Write the pages below ``docs/tricks``.
 
     Raises:
-        ExtensionError: if ``tricks.yaml`` lacks a trick, or knows another one.
+        ExtensionError: if ``tricks.yaml`` lacks a trick, or names one that does not exist.
     """
     known = entries()
     for name in sorted(set(callbacks.__all__) ^ set(known)):
@@ -190,7 +192,7 @@ def generate(app: Sphinx) -> None:
 
 
 def link(_app: Sphinx, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Turn Markdown links of docstrings into those of reStructuredText. Pages introduce modules themselves."""
+    """Convert Markdown links of docstrings to reStructuredText. Pages introduce modules themselves."""
     if what == "module":
         lines.clear()
     lines[:] = [re.sub(r"\[([^\]]+)\]\((\S+?)\)", r"`\1 <\2>`__", line) for line in lines]

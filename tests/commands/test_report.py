@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.browser import FLAGS, chromium, needs_browser
 from helpers.cli import COSINE, FIT, cli, done, workplace, write_images
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -270,7 +270,7 @@ def test_a_run_of_an_older_version(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nowhere",), "nowhere: there is no such folder. Give that of a run"),
+        (("nowhere",), "nowhere: there is no such folder. Pass a run folder"),
         (("runs/tiny",), "runs/tiny is not the folder of a run: give one of those in it, runs/tiny/v0."),
         (("empty",), "empty is not the folder of a run: it has none of results.json"),
         (("runs/tiny/v0", "runs/tiny/../tiny/v0"), "is given twice"),
@@ -305,29 +305,13 @@ def test_a_run_without_a_mistake(run: Path) -> None:
     assert "None: tiny/v0 has all images right." in text
 
 
-def chromium() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-BROWSER = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
 def browse(folder: Path, *words: str) -> str:
-    program = chromium()
-    assert program is not None
     profile = folder / f"profile-{len(list(folder.glob('profile-*')))}"
-    command = [program, *BROWSER, f"--user-data-dir={profile}", *words]
+    command = [chromium(), *FLAGS, f"--user-data-dir={profile}", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(
-    chromium() is None and not os.environ.get("LIT_TRICKS_BROWSER"), reason="there is no chromium on the PATH"
-)
+@needs_browser
 def test_a_browser_shows_the_page(reported: Path, folder: Path) -> None:
     run = reported
     page = (run / "report.html").as_uri()

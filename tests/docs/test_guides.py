@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import re
@@ -77,3 +78,19 @@ def test_pages_link_to_files_that_exist() -> None:
             assert known.is_file() or "tricks/" in target, (page, target)
         for path in re.findall(r"lit-tricks/(?:blob|tree)/main/([\w/.-]+)", text):
             assert os.path.exists(DOCS.parent / path), (page, path)
+
+
+def literal(node: ast.AST) -> str:
+    """Return a string of source code, with "" for its formatted values."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value for part in node.values if isinstance(part, ast.Constant))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def test_messages_of_the_guide_to_errors_exist() -> None:
+    table = (DOCS / "guides" / "errors.md").read_text("utf-8").partition("|---")[2]
+    phrases = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    files = (DOCS.parent / "lit_tricks").rglob("*.py")
+    texts = [literal(node) for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
+    assert len(phrases) > 5
+    assert [phrase for phrase in phrases if not any(phrase in text for text in texts)] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,17 @@ def test_page_of_a_trick_holds_every_part(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "entry"),
-    [("figure", {}), ("BibTeX", {}), ("measurement", {"evidence": None, "cost": None})],
+    ("what", "missing"),
+    [("figure", set()), ("BibTeX", set()), ("measurement", {"cost"}), ("measured effect", {"not_measured"})],
 )
 def test_page_without_a_part_fails_and_names_the_trick(
-    what: str, entry: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, missing: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if what == "figure":
         monkeypatch.delitem(trick_pages.FIGURES, "Compile")
     if what == "BibTeX":
         monkeypatch.setattr(trick_pages, "citations", lambda links: [])
-    known = {key: value for key, value in ENTRIES["Compile"].items() if key not in entry}
+    known = {key: value for key, value in ENTRIES["Compile"].items() if key not in missing}
     with pytest.raises(ExtensionError, match=f"Compile has no {what}"):
         trick_pages.page("Compile", known, {}, tmp_path)
 
@@ -53,3 +54,11 @@ def test_page_without_a_part_fails_and_names_the_trick(
 def test_conflicts_are_mutual() -> None:
     pairs = {(name, other) for name, entry in ENTRIES.items() for other in entry["conflicts"]}
     assert pairs == {(other, name) for name, other in pairs}
+
+
+def test_links_to_files_of_the_repository_exist() -> None:
+    sources = [ROOT / "README.md", ROOT / "docs" / "tricks.yaml", *(ROOT / "docs").rglob("*.md")]
+    pattern = re.compile(r"lit-tricks/lit-tricks/(?:(?:blob|tree)/)?main/([^)\s#\"]+)")
+    links = {link for source in sources for link in pattern.findall(source.read_text(encoding="utf-8"))}
+    assert len(links) > 10
+    assert [link for link in sorted(links) if not (ROOT / link).exists()] == []

@@ -1,0 +1,183 @@
+"""The built site: the size of its pages, and how a browser shows them, wide and narrow, light and dark."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from helpers.browser import FLAGS, chromium, needs_browser
+from helpers.shared import made_once
+
+pytest.importorskip("furo")
+pytest.importorskip("myst_parser")
+ROOT = Path(__file__).parents[2]
+LIMIT = 2_000_000  # bytes of a page with its pictures, scripts and styles
+
+# Runs before the scripts of a page, and collects what a reader would see in the console.
+PROBE = """<script>
+window.found = [];
+addEventListener("error", (e) => found.push(e.message || `${e.target.tagName} ${e.target.src || e.target.href}`), true);
+addEventListener("unhandledrejection", (e) => found.push(String(e.reason)));
+console.error = (...words) => found.push(words.join(" "));
+</script>"""
+
+# Loads each page once, and measures it in both themes and both widths.
+HARNESS = """<!doctype html><body><script>
+const frame = document.body.appendChild(document.createElement("iframe"));
+const painted = () => new Promise((done) => setTimeout(done, 0));
+const load = (page) => new Promise((done) => { frame.onload = done; frame.src = page; });
+(async () => {
+  const problems = [], grounds = {};
+  for (const page of PAGES) {
+    frame.style.cssText = "width: 1400px; height: 900px";
+    await load(page);
+    const page_ = frame.contentDocument, report = (text) => problems.push(`${page}: ${text}`);
+    for (const picture of page_.images) if (!picture.naturalWidth) report(`broken image ${picture.src}`);
+    for (const entry of frame.contentWindow.performance.getEntriesByType("resource"))
+      if (!entry.name.startsWith(location.origin)) report(`external ${entry.name}`);
+    for (const theme of ["light", "dark"]) {
+      page_.body.dataset.theme = theme;
+      grounds[theme] = getComputedStyle(page_.body).backgroundColor;
+      const shown = [...page_.images].filter((picture) => picture.className.includes("only-") && picture.offsetWidth);
+      for (const picture of shown)
+        if (!picture.classList.contains(`only-${theme}`)) report(`${theme} shows ${picture.src}`);
+      for (const width of [1400, 400]) {
+        frame.style.width = `${width}px`;
+        await painted();
+        const wide = page_.documentElement.scrollWidth - page_.documentElement.clientWidth;
+        if (wide > 0) report(`${theme}, ${width} px wide: scrolls sideways by ${wide} px`);
+      }
+    }
+    for (const text of frame.contentWindow.found) report(text);
+  }
+  await fetch("/found", { method: "POST", body: JSON.stringify({ problems, grounds, pages: PAGES.length }) });
+})();
+</script></body>"""
+
+
+def build(folder: Path) -> None:
+    # In a process of its own, since Sphinx changes global state.
+    command = ["-m", "sphinx", "-q", "-W", "-d", str(folder / "trees"), str(ROOT / "docs"), str(folder / "site")]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "site", build) / "site"
+
+
+def local(site: Path, page: Path, link: str) -> Path:
+    path = unquote(re.split(r"[?#]", link)[0])
+    return (page.parent / path).resolve() if not path.startswith("/") else site / path[1:]
+
+
+@pytest.mark.slow
+def test_pages_are_small_and_load_nothing_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 40
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r'<(?:script|img|source|iframe)\b[^>]*\bsrc="([^"]+)"', text)
+        links += re.findall(r'<link\b[^>]*rel="(?:stylesheet|preload|icon)"[^>]*href="([^"]+)"', text)
+        links = [link for link in links if not link.startswith("data:")]
+        assert [link for link in links if re.match(r"(https?:)?//", link)] == [], page
+        files = {local(site, page, link) for link in links}
+        assert [file for file in files if not file.is_file()] == [], page
+        size = page.stat().st_size + sum(file.stat().st_size for file in files)
+        assert size < LIMIT, f"{page.relative_to(site)} has {size} bytes"
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves the site with the probe in each page, and receives what the browser found."""
+
+    def __init__(
+        self, *args: Any, found: dict[str, Any], done: threading.Event, pages: list[str], **kwargs: Any
+    ) -> None:
+        self.found, self.done, self.pages = found, done, pages
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if self.path == "/harness":
+            self.answer(HARNESS.replace("PAGES", json.dumps(self.pages)))
+        elif path.suffix == ".html" and path.is_file():
+            self.answer(path.read_text(encoding="utf-8").replace("<head>", f"<head>{PROBE}", 1))
+        else:
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        self.found.update(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.answer("")
+        self.done.set()
+
+    def answer(self, text: str) -> None:
+        body = text.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Iterator[Any]:
+    """Return a function that lets a browser measure pages of a folder, and returns what it found."""
+    browsers: list[subprocess.Popen[bytes]] = []
+
+    def run(folder: Path, pages: list[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        done = threading.Event()
+        handler = partial(Server, found=found, done=done, pages=pages, directory=str(folder))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            command = [chromium(), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1500,1000"]
+            address = f"http://127.0.0.1:{server.server_port}/harness"
+            # Keeps headless Chromium open until it is ended.
+            command += ["--remote-debugging-port=0", address]
+            browsers.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            finished = done.wait(timeout=300)
+            server.shutdown()
+        assert finished, "the browser sent nothing"
+        return found
+
+    yield run
+    for browser in browsers:
+        browser.terminate()
+        browser.wait(timeout=30)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_every_page(site: Path, browse: Any) -> None:
+    pages = sorted(f"/{path.relative_to(site).as_posix()}" for path in site.rglob("*.html"))
+    found = browse(site, pages)
+    assert found["problems"] == []
+    assert found["pages"] == len(pages)
+    assert found["grounds"]["light"] != found["grounds"]["dark"]
+
+
+@needs_browser
+def test_faults_of_a_page_are_found(tmp_path: Path, browse: Any) -> None:
+    (tmp_path / "page.html").write_text(
+        "<!doctype html><html><head></head><body><img src='none.png'><div style='width: 500px'>wide</div>"
+        "<script>missing()</script><script>console.error('logged')</script></body></html>"
+    )
+    problems = browse(tmp_path, ["/page.html"])["problems"]
+    text = "\n".join(problems)
+    for part in ("broken image", "missing is not defined", "logged", "light, 400 px wide", "dark, 400 px wide"):
+        assert part in text
+    assert "1400 px" not in text
