@@ -1,4 +1,4 @@
-"""Processes of their own for the parts of a benchmark."""
+"""Separate processes for the parts of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["context"]
 
 
 def context(device: str) -> Any:
-    """How to start them: forks, which have all imports done; where these do not reach the GPU, new ones."""
+    """Return the start method: fork, which keeps imports, or spawn if forks cannot use the GPU."""
     fork = multiprocessing.get_context("fork")
     if device != "cuda":
         return fork

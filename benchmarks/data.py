@@ -1,4 +1,4 @@
-"""What an image of the paper's pipeline costs, from the JPEG file to the batch, against the peers.
+"""Measure the cost of an image in the paper's pipeline, from JPEG file to batch, and compare with other libraries.
 
     OMP_NUM_THREADS=1 python benchmarks/data.py cpu FOLDER --out benchmarks/results/data.md
     python benchmarks/data.py loader FOLDER --workers 2
@@ -6,7 +6,7 @@
     python benchmarks/data.py small --out benchmarks/results/data_small.md
 
 FOLDER holds CLASS/*.jpg. "cpu" is CPU time in one thread; all candidates take turns on the same images, batch by batch.
-"loader" is images per second of whole loaders, alone and beside a training step. "gpu" times the colours on a GPU and
+"loader" is images per second of whole loaders, by itself and with a training step. "gpu" times the colors on a GPU and
 trains a ResNet-50 in bf16 from the files, which takes two minutes; without a GPU it runs, for a test, on the CPU.
 "small" is for images of 32 x 32 pixels in memory, on the CPU and, where there is one, on a GPU; it needs no FOLDER.
 """
@@ -59,7 +59,7 @@ Step = Callable[[list[int]], object]
 
 
 def folders(source: Path, root: Path, copies: int) -> str:
-    """Let a folder of classes appear as train and val, several times for longer epochs."""
+    """Link a folder of classes as train and val, several times for longer epochs."""
     for split in ("train", "val"):
         (root / split).mkdir()
         for folder in sorted(path for path in source.resolve().iterdir() if path.is_dir()):
@@ -113,10 +113,10 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
     def peer(read: Callable[[str], Any], transform: Callable[[Any], Tensor]) -> Step:
         return lambda indices: torch.stack([transform(read(paths[index])) for index in indices])
 
-    def ours(samples: Samples, coloured: bool) -> Step:
+    def ours(samples: Samples, colored: bool) -> Step:
         def step(indices: list[int]) -> object:
             batch = samples.__getitems__(indices).whole  # type: ignore[attr-defined]
-            return data.on_after_batch_transfer(batch, 0) if coloured else batch
+            return data.on_after_batch_transfer(batch, 0) if colored else batch
 
         return step
 
@@ -128,7 +128,7 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
         return by_simplejpeg
 
     def decoded(indices: list[int]) -> None:
-        """Only the decoding, of the crops that training has."""
+        """Only decode the crops of training."""
         for index in indices:
             image = read_image(paths[index])
             pixels_of(image, RandomCrop.box(*image.size, generator_at(train.seed, 0, index)))
@@ -138,20 +138,20 @@ def candidates(root: str, batch_size: int) -> dict[str, Step]:
     v2_val = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True), v2.Normalize(*FLOATS)])
     arguments = {"input_size": SIZE, "mean": FLOATS[0], "std": FLOATS[1], "interpolation": "bilinear"}
     hue = create_transform(**arguments, is_training=True, color_jitter=(0.4, 0.0, 0.4, 0.2))
-    centre = create_transform(**arguments, crop_pct=SIZE / RESIZE)
+    center = create_transform(**arguments, crop_pct=SIZE / RESIZE)
     return {
         "train: torchvision v1": peer(read_pil, torchvision_v1()),
         "train: torchvision v2, tensors": peer(read_tensor, torchvision_v2()),
         "train: timm, jitter with hue, no PCA noise": peer(read_pil, hue),
         **data_dali.steps(paths, SIZE, batch_size),
-        "train: lit_tricks, all colour work on the CPU": ours(train, True),
+        "train: lit_tricks, all color transforms on the CPU": ours(train, True),
         "train: lit_tricks, uint8 out": ours(train, False),
         "train: lit_tricks, uint8 out, without TurboJPEG": without_regions(ours(train, False)),
         "train: lit_tricks, uint8 out, from images of short side 256": ours(small, False),
-        "train: decoding alone, same decoder and cut": decoded,
+        "train: only decoding, same decoder and crop": decoded,
         "validation: torchvision v1": peer(read_pil, v1_val),
         "validation: torchvision v2, tensors": peer(read_tensor, v2_val),
-        "validation: timm": peer(read_pil, centre),
+        "validation: timm": peer(read_pil, center),
         "validation: lit_tricks": ours(val, True),
         "validation: lit_tricks, without TurboJPEG": without_regions(ours(val, True)),
     }
@@ -173,10 +173,10 @@ def cpu(root: str, rounds: int, batch_size: int) -> str:
         base = times[f"{name.partition(':')[0]}: torchvision v1"]
         ratio = statistics.median(theirs / mine for theirs, mine in zip(base[1:], found[1:], strict=True))
         rows.append(f"| {name} | {statistics.median(found[1:]):.2f} | {ratio:.2f} |")
-    part, whole = times["train: decoding alone, same decoder and cut"], times["train: lit_tricks, uint8 out"]
-    share = statistics.median(mine / alone for mine, alone in zip(whole[1:], part[1:], strict=True))
+    part, whole = times["train: only decoding, same decoder and crop"], times["train: lit_tricks, uint8 out"]
+    share = statistics.median(mine / least for mine, least in zip(whole[1:], part[1:], strict=True))
     head = ["| | ms of CPU per image | x faster than torchvision v1 |", "|---|---|---|"]
-    tail = f"\nuint8 out takes {share:.2f} x the time of decoding alone. Medians of {rounds} x {batch_size} images."
+    tail = f'\n"uint8 out" takes {share:.2f} times as long as decoding. Medians of {rounds} x {batch_size} images.'
     return "\n".join([*head, *rows, tail])
 
 
@@ -184,7 +184,7 @@ def cpu(root: str, rounds: int, batch_size: int) -> str:
 
 
 def loaders(root: str, workers: int, batch_size: int) -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """Of each kind: makes a loader, and what turns a batch on the device into (images, labels)."""
+    """Return per kind: a function that makes a loader, and a function from its batches to (images, labels)."""
     cuda = torch.cuda.is_available()
 
     def ours(kind: Any) -> tuple[Any, Any]:
@@ -220,9 +220,9 @@ def forever(loader: Any) -> Iterator[Any]:
 
 
 def trained(loader: Any, finish: Any, model: nn.Module | None, device: torch.device, seconds: float) -> list[float]:
-    """Give images per second, the share of time spent on waiting for a batch, and how busy the GPU was."""
+    """Return images per second, the share of time spent waiting for a batch, and the utilization of the GPU."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01) if model else None
-    batches, utilisation = forever(loader), []
+    batches, utilization = forever(loader), []
     begin = waited = images = 0
     for number in range(10**6):
         asked = time.perf_counter()
@@ -235,21 +235,21 @@ def trained(loader: Any, finish: Any, model: nn.Module | None, device: torch.dev
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()  # waits for the GPU, so that what is waited for above is the loader alone
+            loss.item()  # waits for the GPU, so that the time above is the wait for the loader
         if number == 5:  # the first batches find workers that are starting, and what was read ahead
             begin, waited, images = time.perf_counter(), 0, 0  # type: ignore[assignment]
         elif number > 5:
             waited, images = waited + got - asked, images + len(batch[1])  # type: ignore[assignment]
             if device.type == "cuda" and number % 10 == 0:
-                utilisation.append(gpu_utilisation())
+                utilization.append(gpu_utilization())
             if time.perf_counter() - begin > seconds:
                 break
     elapsed = time.perf_counter() - begin
     batches.close()  # type: ignore[attr-defined]
-    return [images / elapsed, 100 * waited / elapsed, statistics.mean(utilisation) if utilisation else float("nan")]
+    return [images / elapsed, 100 * waited / elapsed, statistics.mean(utilization) if utilization else float("nan")]
 
 
-def gpu_utilisation() -> float:
+def gpu_utilization() -> float:
     try:
         return float(torch.cuda.utilization())
     except Exception:  # needs nvidia-ml-py
@@ -257,17 +257,17 @@ def gpu_utilisation() -> float:
 
 
 def table(rows: dict[str, list[float]]) -> str:
-    head = ["| | images/s | % of time waiting for data | % GPU utilisation |", "|---|---|---|---|"]
+    head = ["| | images/s | % of time waiting for data | % GPU utilization |", "|---|---|---|---|"]
     body = [f"| {name} | {found[0]:.0f} | {found[1]:.0f} | {found[2]:.0f} |" for name, found in rows.items()]
     return "\n".join([*head, *body]).replace(" nan |", " - |")
 
 
 def loader_speed(root: str, workers: int, batch_size: int, seconds: float, rounds: int) -> str:
-    """Alone, and beside a training step in the main process: a tiny ResNet in one thread."""
+    """Measure the loader, by itself and with a training step of a tiny ResNet in the main process."""
     torch.set_num_threads(1)
     text = []
     for title, name in (
-        ("The loader alone", None),
+        ("Only the loader", None),
         ("Beside a training step on the CPU, of timm's test_resnet", "test_resnet"),
     ):
         found: dict[str, list[list[float]]] = {}
@@ -283,7 +283,7 @@ def loader_speed(root: str, workers: int, batch_size: int, seconds: float, round
 # On a GPU
 
 
-def colour_kernel(device: torch.device, batch_size: int) -> str:
+def color_kernel(device: torch.device, batch_size: int) -> str:
     jitter, rows = Jitter(MEAN, STD), []
     images = torch.randint(0, 256, (batch_size, SIZE, SIZE, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     draws = np.stack([jitter.draw(np.random.default_rng(seed)) for seed in range(batch_size)])
@@ -303,14 +303,14 @@ def colour_kernel(device: torch.device, batch_size: int) -> str:
             error = (result[:2].cpu().float() - reference).abs().max().item()
             layout = "channels last" if channels_last else "contiguous"
             rows.append(f"| {dtype}, {layout} | {statistics.median(times):.3f} | {error:.1e} |")
-    head = [f"| colours of {batch_size} x 3 x {SIZE} x {SIZE} | ms | largest difference to the CPU |", "|---|---|---|"]
+    head = [f"| colors of {batch_size} x 3 x {SIZE} x {SIZE} | ms | largest difference to the CPU |", "|---|---|---|"]
     return "\n".join([*head, *rows])
 
 
 def gpu(root: str, workers: int, batch_size: int, seconds: float, name: str) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    kernel = colour_kernel(device, batch_size)
+    kernel = color_kernel(device, batch_size)
     print(kernel, flush=True)
     model = timm.create_model(name).to(device, memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ MEAN, STD = (123.68, 116.779, 103.939), (58.393, 57.12, 57.375)
 
 
 def steps(paths: list[str], size: int, batch_size: int) -> dict[str, Callable[[list[int]], object]]:
-    """What turns indices into a batch, by name; nothing without DALI."""
+    """Return functions that turn indices into a batch, by name. Empty without DALI."""
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError:
@@ -21,12 +21,12 @@ def steps(paths: list[str], size: int, batch_size: int) -> dict[str, Callable[[l
         batch_size=batch_size, num_threads=1, device_id=None, prefetch_queue_depth=1,
         exec_async=False, exec_pipelined=False,
     )  # fmt: skip
-    def pipeline(coloured: bool) -> Any:
+    def pipeline(colored: bool) -> Any:
         files = fn.external_source(name="files", device="cpu")
         images = fn.decoders.image_random_crop(files, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
         images = fn.resize(images, resize_x=size, resize_y=size, interp_type=types.INTERP_LINEAR, antialias=True)
         flip = fn.random.coin_flip()
-        if not coloured:
+        if not colored:
             return fn.flip(images, horizontal=flip)
         brightness, saturation = (fn.random.uniform(range=[0.6, 1.4]) for _ in range(2))
         images = fn.color_twist(
@@ -34,8 +34,8 @@ def steps(paths: list[str], size: int, batch_size: int) -> dict[str, Callable[[l
         )
         return fn.crop_mirror_normalize(images, mirror=flip, mean=MEAN, std=STD, output_layout="CHW")
 
-    def step(coloured: bool) -> Callable[[list[int]], object]:
-        built = pipeline(coloured)
+    def step(colored: bool) -> Callable[[list[int]], object]:
+        built = pipeline(colored)
         built.build()
 
         def run(indices: list[int]) -> object:

@@ -1,4 +1,4 @@
-"""What a batch of small images in memory costs: `python benchmarks/data.py small`.
+"""Measure the cost of a batch of small images in memory: `python benchmarks/data.py small`.
 
 All candidates take turns on the same 50,000 random images of 32 x 32 pixels, batch by batch, in one thread and without
 workers: shift by 4 pixels, flip, normalize. Their content makes no difference to the time.
@@ -34,7 +34,7 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class RandomImages:
-    """Images of no meaning."""
+    """Return random images."""
 
     def load(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ class RandomImages:
 
 
 class RandomCIFAR(CIFAR10):
-    """The product's data module with these images."""
+    """Return the data module of the library with these images."""
 
     def _load(self, split: Any) -> Any:
         return {split: MemorySource(RandomImages())}
@@ -74,7 +74,7 @@ def product(device: str = "cpu", images_on: Any = "auto") -> Any:
 
 
 def padded_buffer(images: Tensor) -> Iterator[Tensor]:
-    """A gather alone: rows into a small padded buffer that is reused, cropped there, normalized in place."""
+    """Gather rows into a small padded buffer that is reused, crop them there, and normalize in place."""
     chunk = 64
     buffer = torch.zeros(chunk, 3, SIDE + 2 * SHIFT, SIDE + 2 * SHIFT, dtype=torch.uint8)
     inner = buffer[:, :, SHIFT : SHIFT + SIDE, SHIFT : SHIFT + SIDE]
@@ -97,7 +97,7 @@ def padded_buffer(images: Tensor) -> Iterator[Tensor]:
 
 
 def indexed_gather(images: Tensor) -> Iterator[Tensor]:
-    """A gather alone: one index of all pixels of a batch, out of the padded images."""
+    """Gather all pixels of a batch from the padded images with one index."""
     padded = F.pad(images, [SHIFT] * 4)
     scale, shift = statistics_of_batches()
     side, channels = torch.arange(SIDE), torch.arange(3)[None, :, None, None]
@@ -173,12 +173,12 @@ def ratio(mine: list[float], theirs: list[float]) -> float:
 
 
 def gpu(seconds: float) -> str:
-    """Images per second of the loader alone, and the share of a step that a ResNet-18 waits for it."""
+    """Measure images per second of the loader, and the share of a ResNet-18 step that waits for the loader."""
     torch.backends.cudnn.benchmark = True
     rows = []
     for where in ("device", "host"):
         batches = forever(product("gpu", where))
-        alone = per_second(batches, seconds)
+        rate = per_second(batches, seconds)
         model = create_model("resnet", 10, depth=18, variant="D", small_input=True).cuda()
         model = model.to(memory_format=torch.channels_last)
         batch = next(batches)
@@ -187,9 +187,9 @@ def gpu(seconds: float) -> str:
             (step_time(model, forever([batch]), seconds / 4), step_time(model, batches, seconds / 4)) for _ in range(4)
         ]
         wait = statistics.median(100 * (1 - still / new) for still, new in turns)
-        rows.append(f"| images on the {where} | {alone:,.0f} | {1e3 * turns[-1][1]:.2f} | {wait:.1f} |")
+        rows.append(f"| images on the {where} | {rate:,.0f} | {1e3 * turns[-1][1]:.2f} | {wait:.1f} |")
     head = [
-        "| | images per second, loader alone | ms of a ResNet-18 step in bf16 | % of it waiting for data |",
+        "| | images per second, only the loader | ms of a ResNet-18 step in bf16 | % of it waiting for data |",
         "|---|---|---|---|",
     ]
     return "\n".join([f"On the GPU, batches of {BATCH}:", "", *head, *rows])

@@ -2,7 +2,7 @@
 
     python benchmarks/ema_warmup.py
 
-Every network is trained once; the averages are taken beside it. Prints errors and losses on held-out digits.
+Every network is trained once; the averages are updated along with it. Prints errors and losses on held-out digits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stack of "Bag of Tricks" (Table 6) on real images, row by row, and timm and torchvision on the same budget.
+"""The stack of "Bag of Tricks" (Table 6) on real images, row by row, and timm and torchvision at the same budget.
 
     python benchmarks/evidence.py --data cifar10.tar.xz --out benchmarks/results --seconds 280
 
@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or to ask for a GPU would keep its forks from it
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # otherwise the check for a GPU makes it unusable in forks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import evidence_report
@@ -36,14 +36,14 @@ LAST = ("no_teacher", "torchvision_mixup")  # after all others
 
 
 def cells(runs: list[str], seeds: list[int]) -> list[tuple[str, int]]:
-    """Seed by seed, so that a part of them is balanced; the teacher first."""
+    """Return the cells seed by seed, so that any first part is balanced, with the teacher first."""
     first = [("teacher", 0)] if {*TAUGHT} & {*runs} else []
     early = [(run, seed) for seed in seeds for run in runs if run not in LAST]
     return [*first, *early, *((run, seed) for seed in seeds for run in runs if run in LAST)]
 
 
 def work(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher: Path, out: Path) -> None:
-    """In a process of its own: one run, its result a file, what it says another."""
+    """Make one run in a separate process, with a file for the result and a file for the output."""
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -56,7 +56,7 @@ def work(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher: P
     part = out.with_suffix(".part")
     part.write_text(text)
     part.replace(out)
-    os._exit(0)  # threads of CUDA and of Lightning have nothing more to do
+    os._exit(0)  # do not wait for threads of CUDA and Lightning
 
 
 def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end: float) -> None:
@@ -92,7 +92,7 @@ def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end
                         failed += 1
                         said = path.with_suffix(".log").read_text(errors="replace")
                         print(f"{time.time() - began:5.0f} s  {cell} FAILED:\n{said[-1500:]}", flush=True)
-                # the teacher is waited for: it has the GPU almost to itself
+                # wait for the teacher, so that it has most of the GPU
                 teaching = any(run == "teacher" for run, _ in [*running, *todo])
                 room = (min(4, args.jobs) if teaching else args.jobs) - len(running)
                 left = end - time.time()
@@ -138,7 +138,7 @@ def main() -> None:
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and the runs with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the runs too
     end = time.time() + args.seconds
     s = Settings(**{name: getattr(args, name) for name in asdict(defaults)})
     if args.device == "cpu" and not args.report:

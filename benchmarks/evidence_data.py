@@ -23,7 +23,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class RandomCrop:
-    """RandomResizedCrop and flip of a whole batch: (N, 3, H, W) of uint8 -> (N, 3, size, size), normalised.
+    """Apply RandomResizedCrop and flip to a batch: (N, 3, H, W) of uint8 -> (N, 3, size, size), normalized.
 
     The area is uniform in ``scale`` of the image and the logarithm of the ratio in ±log(4/3), as in torchvision; a side
     that is longer than the image is cut to it, where torchvision would draw again.
@@ -44,11 +44,11 @@ class RandomCrop:
         theta[:, 0, 2], theta[:, 1, 2] = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
         grid = F.affine_grid(theta, [n, 3, self.size, self.size], align_corners=False)
         crops = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return normalised(crops)
+        return normalized(crops)
 
 
 class Whole:
-    """The whole image at another size, antialiased: (N, 3, H, W) of uint8 -> (N, 3, size, size), normalised."""
+    """Resize whole images with antialiasing: (N, 3, H, W) of uint8 -> (N, 3, size, size), normalized."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -57,10 +57,10 @@ class Whole:
         images = images.float()
         if images.shape[-1] != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        return normalised(images)
+        return normalized(images)
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     mean, std = moments(images.device)
     return (images - mean) / std
 
@@ -72,7 +72,7 @@ def moments(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels on the device; a batch is taken and transformed at once."""
+    """Images and labels on the device. A batch is gathered and transformed at once."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: RandomCrop | Whole) -> None:
         self.images, self.labels, self.transform = images, labels, transform
@@ -96,7 +96,7 @@ def as_is(batch: list[Tensor]) -> list[Tensor]:
 def loaders(
     data: Arrays, device: str, batch_size: int, train_size: int, test_size: int
 ) -> tuple[DataLoader[tuple[Tensor, Tensor]], list[DataLoader[tuple[Tensor, Tensor]]]]:
-    """The training batches, and the validation images at both sizes."""
+    """Return the training batches, and the validation images at both sizes."""
     on_device = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
     train = Images(on_device["train_x"], on_device["train_y"], RandomCrop(train_size))
     val = [Images(on_device["val_x"], on_device["val_y"], Whole(size)) for size in (train_size, test_size)]
@@ -107,7 +107,7 @@ def loaders(
 
 
 def load(source: Path, cache: Path) -> Arrays:
-    """All images of ``{train,val}/CLASS/*.jpg``, from a folder or a tar file, as arrays; decoded once.
+    """Return all images of ``{train,val}/CLASS/*.jpg`` from a folder or tar file as arrays. They are decoded once.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -138,7 +138,7 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents, in an order that is the same everywhere."""
+    """Yield names and contents in an order that is the same on all machines."""
     if source.is_dir():
         for path in sorted(source.glob("*/*/*.jpg")):
             yield str(path), path.read_bytes()

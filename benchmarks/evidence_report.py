@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from lit_tricks.run.report.ablation_table import paired_change
 
 Values = dict[int, float]  # by seed, in per cent
-# what a row is called, its run, which of its models, and the row that it is compared with
+# name of the row, its run, its model, and the row to compare with
 ROWS: list[tuple[str, str, str, int | None]] = [
     ("efficient baseline, step schedule", "baseline", "end", None),
     ("+ cosine", "cosine", "end", 0),
@@ -30,7 +30,7 @@ ROWS: list[tuple[str, str, str, int | None]] = [
     ("+ EMA", "mixup", "end", 4),
     ("+ PreciseBN", "mixup", "precise_bn", 5),
     ("+ FixRes", "mixup", "fixres", 6),
-    ("SWA in the place of EMA", "swa", "end", 4),
+    ("SWA instead of EMA", "swa", "end", 4),
     ("SWA and PreciseBN", "swa", "precise_bn", 8),
     ("all but distillation", "no_teacher", "fixres", 7),
     ("timm", "timm", "weights", 7),
@@ -44,7 +44,7 @@ FULL, PEERS = 7, 11
 
 
 def machine(device: str) -> str:
-    """The device, and the versions that a run was made with."""
+    """Return the device and the versions of a run."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "timm"))
     return f"{_device_name(device)}; {versions}; {datetime.date.today()}"
 
@@ -59,7 +59,7 @@ def _device_name(device: str) -> str:
 
 
 def read(path: Path, s: Settings) -> list[dict[str, Any]]:
-    """The finished runs of these settings, in whichever 16 bits."""
+    """Return the finished runs of these settings, in either 16-bit format."""
     lines = path.read_text().splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines]
     same = [run for run in found if run["settings"] | {"precision": s.precision} == asdict(s)]
@@ -89,7 +89,7 @@ def change(values: Values, reference: Values) -> str:
 
 
 def fewer(values: Values, reference: Values) -> str:
-    """Errors less than those of a reference, as a share of these, by the mean over shared seeds."""
+    """Return the reduction of the number of errors, relative to a reference, as the mean over shared seeds."""
     shared = sorted(values.keys() & reference.keys())
     if not shared:
         return "-"
@@ -112,7 +112,7 @@ def table(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
 
 
 def _shown(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, int | None]]:
-    """Rows of which there is a run."""
+    """Return the rows that have a run."""
     return [row for row in ROWS if row[1] in {run["run"] for run in runs}]
 
 
@@ -125,10 +125,10 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
     lines = [
         "Fewer errors than the baseline:",
         "",
-        f"- full stack (FixRes, tested at {large}) against the baseline (at {small}): {fewer(of(FULL, large), base)}",
+        f"- full stack (FixRes, tested at {large}), baseline tested at {small}: {fewer(of(FULL, large), base)}",
         f"- both tested at {large}: {fewer(of(FULL, large), at_large)}",
         f"- without FixRes, both tested at {small}: {fewer(of(FULL - 1, small), base)}",
-        f"- without a teacher, cosine and smoothing alone, both tested at {large}: {fewer(of(2, large), at_large)}",
+        f"- without a teacher, only cosine and smoothing, both tested at {large}: {fewer(of(2, large), at_large)}",
         "",
         f"Fewer errors than the peers, which have no teacher, all tested at {large}: the full stack; cosine and "
         "smoothing alone; all but distillation:",
@@ -141,7 +141,7 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
 
 
 def machines(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """What was run where, and how long it took."""
+    """Return the machines of the runs, and their time."""
     lines = []
     for name in sorted({run["machine"] for run in runs}):
         here = [run for run in runs if run["machine"] == name]
@@ -160,23 +160,24 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     teachers = [spread(accuracies(runs, "teacher", "end", size)) for size in (s.train_size, s.test_size)]
     precisions = " or ".join(sorted({run["settings"]["precision"] for run in runs})) or s.precision
     text = [
-        "# The stack on CIFAR-10, and timm and torchvision on the same budget",
+        "# The stack on CIFAR-10, with timm and torchvision at the same budget",
         "",
         *table(runs, s),
         "",
-        f"Top-1 in per cent of 5,000 images of val, mean ± standard deviation over seeds {', '.join(map(str, seeds))}. "
-        "Change: points against the row above, or the row without the trick; for the last rows, against the full stack "
-        "(+ FixRes). It is paired by seed, ± the reach of the 95 % interval by Student's t. Nothing was chosen by val.",
+        "Top-1 in per cent on the 5,000 images of val (higher is better): mean ± standard deviation over seeds "
+        f"{', '.join(map(str, seeds))}. Change: points relative to the row above, or to the row without the trick. The "
+        "last rows are relative to the full stack (+ FixRes). Changes are paired by seed, ± half the width of the 95 % "
+        "interval by Student's t. No choice was made on val.",
         "",
         *summary(runs, s),
         "",
         f"ResNet-18-D of width {s.width:g}, {s.epochs} epochs of 50,000 images, batches of {s.batch_size}, "
-        f"{precisions}, crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (0.1 a batch of "
-        f"128, momentum 0.9, weight decay 5e-4), {s.warmup:g} epochs of warm-up; moving averages with a half-life of "
-        f"{HALF_LIFE:g} epoch. The teacher has width {s.teacher_width:g} and reaches {teachers[0]} at {s.train_size} "
-        f"pixels, {teachers[1]} at {s.test_size}. FixRes: {s.fixres_epochs} more epochs of classifier and last "
-        f"BatchNorm at {s.test_size}. "
-        "EMA and PreciseBN do not change the training: their rows are of the runs of + mixup.",
+        f"{precisions}, crops of 25 to 100 % of the image at {s.train_size} pixels and flips, SGD (learning rate 0.1 "
+        f"per batch of 128, momentum 0.9, weight decay 5e-4), {s.warmup:g} epochs of warm-up, moving averages with a "
+        f"half-life of {HALF_LIFE:g} epoch. The teacher has width {s.teacher_width:g} and reaches {teachers[0]} at "
+        f"{s.train_size} pixels, {teachers[1]} at {s.test_size}. FixRes: {s.fixres_epochs} more epochs of classifier "
+        f"and last BatchNorm at {s.test_size}. "
+        "EMA and PreciseBN do not change the training, so their rows come from the runs of + mixup.",
         "",
         *machines(runs),
         "",
@@ -193,13 +194,13 @@ def draw(path: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     rows = _shown(runs)
     figure = Figure(figsize=(7.5, 1.2 + 0.33 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for size, shift, colour in ((s.train_size, -0.13, "tab:blue"), (s.test_size, 0.13, "tab:orange")):
-        axes.plot([], [], ".", color=colour, label=f"tested at {size} pixels")
+    for size, shift, color in ((s.train_size, -0.13, "tab:blue"), (s.test_size, 0.13, "tab:orange")):
+        axes.plot([], [], ".", color=color, label=f"tested at {size} pixels")
         for y, (_, run, model, _) in enumerate(rows):
             values = list(accuracies(runs, run, model, size).values())
             if values:
-                axes.plot(values, [y + shift] * len(values), ".", color=colour, alpha=0.5, markersize=7)
-                axes.plot([statistics.fmean(values)], [y + shift], "|", color=colour, markersize=11, markeredgewidth=2)
+                axes.plot(values, [y + shift] * len(values), ".", color=color, alpha=0.5, markersize=7)
+                axes.plot([statistics.fmean(values)], [y + shift], "|", color=color, markersize=11, markeredgewidth=2)
     for first in (FULL + 1, PEERS):
         axes.axhline(sum(row in rows for row in ROWS[:first]) - 0.5, color="0.8", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])

@@ -60,7 +60,7 @@ class Settings:
 
 
 class Net(LightningModule):
-    """Anybody's module: it knows of no trick."""
+    """A plain module without tricks."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -83,13 +83,13 @@ class Net(LightningModule):
 
 
 def efficient() -> list[Callback]:
-    """Section 3 of the paper; 16 bits are the Trainer's."""
+    """Return the tricks of section 3 of the paper. The Trainer sets the 16-bit precision."""
     base = [tricks.LinearScaling(base_batch_size=BASE_BATCH), tricks.ZeroGamma(), tricks.NoBiasDecay()]
     return [*base, tricks.ChannelsLast()]
 
 
 def stack(run: str, s: Settings, teacher: nn.Module | None) -> list[Callback]:
-    """The callbacks of a run: each has those of the run above it, and one more."""
+    """Return the callbacks of a run. Each run has one callback more than the run above it."""
     if run == "baseline":  # falls at a quarter, half and three quarters, as 30, 60 and 90 of the paper's 120 epochs
         falls = [round(s.epochs * part) for part in (1 / 4, 1 / 2, 3 / 4)]
         return [*efficient(), tricks.WarmupStep(milestones=falls, warmup_epochs=s.warmup)]
@@ -122,7 +122,7 @@ def trainer_of(
 
 
 def ours(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher_file: Path) -> dict[str, Any]:
-    """Train with a plain Trainer and our callbacks; accuracies by what was validated and at which size."""
+    """Train with a plain Trainer and our callbacks. Return accuracies by weights and test size."""
     teacher = None
     if run in ("distillation", "mixup", "swa"):
         teacher = s.network(width=s.teacher_width)
@@ -228,7 +228,7 @@ def timm_run(seed: int, data: Arrays, device: str, s: Settings) -> dict[str, Any
 
 
 class ExponentialMovingAverage(AveragedModel):
-    """That of torchvision's references/classification/utils.py."""
+    """The moving average of torchvision's references/classification/utils.py."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         def ema_avg(average: Tensor, value: Tensor, _: Any) -> Tensor:
@@ -287,7 +287,7 @@ def torchvision_run(cutmix: bool, seed: int, data: Arrays, device: str, s: Setti
 
 
 def train(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher_file: Path) -> dict[str, Any]:
-    """One run by its name: what it reached, in how many seconds, with how much memory."""
+    """Make one run by its name. Return its accuracies, seconds and memory."""
     warnings.simplefilter("ignore")  # advice about workers and schedulers
     torch.set_num_threads(1)
     if run == "timm":

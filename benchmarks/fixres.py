@@ -1,4 +1,4 @@
-"""FixRes, as a callback and in one pass, on CIFAR-10: accuracy at each test size, and what it costs.
+"""FixRes, as a callback and in one pass, on CIFAR-10: accuracy and cost per test size.
 
     python benchmarks/fixres.py --root FOLDER --jobs 8 --out benchmarks/results/fixres.md
 
@@ -60,7 +60,7 @@ class Pixels(Dataset[Any]):
 
 
 def random_resized_crop(images: Tensor, size: int) -> Tensor:
-    """8 to 100 % of the area, an aspect ratio of 3/4 to 4/3, flipped or not: for each image its own."""
+    """Crop per image 8 to 100 % of the area with an aspect ratio of 3/4 to 4/3, and flip at random."""
     n, device = len(images), images.device
     area = torch.empty(n, device=device).uniform_(0.08, 1)
     ratio = torch.empty(n, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
@@ -84,7 +84,7 @@ def as_it_is(batch: Any) -> Any:
 
 
 class Memory(LightningDataModule):
-    """CIFAR-10 from image files, read once."""
+    """Read CIFAR-10 from image files, once."""
 
     def __init__(
         self, root: str, work: str, batch_size: int = 128, eval_size: int = TRAIN_SIZE, limit: int | None = None
@@ -117,7 +117,7 @@ class Memory(LightningDataModule):
 
 
 def read(root: Path, split: str, cache: Path) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, 3, 32, 32) and labels, in random order, kept for the next time."""
+    """Return uint8 images (N, 3, 32, 32) and labels in random order, and store them for the next run."""
     if not cache.is_file():
         files = ImageFolder(str(root / split))
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
@@ -143,7 +143,7 @@ def top1(checkpoint: Path, data: Memory) -> float:
     return 100 * found["test/top1"]
 
 
-# Tasks: each leaves one file, and is done if that is there
+# Tasks: each writes one file, and is skipped if the file exists
 
 
 def base(path: Path, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -205,7 +205,7 @@ TASKS: dict[str, Callable[..., dict[str, float]]] = {f.__name__: f for f in (bas
 
 
 def clock() -> float:
-    """Seconds; on the CPU those that this process computed (one thread), whatever else the machine does."""
+    """Return seconds. On the CPU: the CPU time of this process, which excludes other work of the machine."""
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
@@ -214,7 +214,7 @@ def memory(arguments: argparse.Namespace, **kwargs: Any) -> Memory:
 
 
 def run(name: str, arguments: argparse.Namespace, *key: int) -> dict[str, float]:
-    """Do a task, unless it is done."""
+    """Run a task unless its file exists."""
     path = arguments.work / f"{'-'.join([name, *map(str, key)])}.json"
     if not path.is_file():
         prepare()
@@ -249,7 +249,7 @@ def run_all(arguments: argparse.Namespace) -> None:
             for future in [pool.submit(run, name, arguments, *key) for name, *key in tasks]:
                 future.result()
     if torch.cuda.is_available():
-        for name in ("callback_alone", "command_alone"):  # nothing else runs: these times are told
+        for name in ("callback_alone", "command_alone"):  # timed while nothing else runs
             run(name, arguments, seeds[0], arguments.timed_size)
 
 
@@ -265,7 +265,7 @@ def report(arguments: argparse.Namespace) -> str:
     seeds = arguments.seeds
     lines = [
         "# FixRes on CIFAR-10: as a callback, and in one pass", "",
-        "| test size | without | callback | one pass | one pass - callback | its cost | that of the callback |",
+        "| test size | without | callback | one pass | one pass - callback | cost of one pass | cost of the callback |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for size in arguments.sizes:
@@ -295,7 +295,7 @@ def report(arguments: argparse.Namespace) -> str:
     text = (
         f"Top-1 accuracy on the test images in %, mean ± standard deviation over {len(seeds)} seed(s). ResNet-18-B of "
         f"width {arguments.width:g}, trained for {arguments.epochs} epochs at {TRAIN_SIZE} pixels (RandomResizedCrop, "
-        f"8 to 100 % of the area; {images}), tested with a centre crop of {CROP_RATIO:.1%} of the side.",
+        f"8 to 100 % of the area; {images}), tested with a center crop of {CROP_RATIO:.1%} of the side.",
         f"Callback: {arguments.tune_epochs} epochs, batches of 256, SGD, lr {arguments.tune_lr:g}, half a cosine. "
         f"Cost: seconds {how}.",
         f"{device}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "

@@ -1,4 +1,4 @@
-"""What only a GPU shows: speed, launches, syncs and memory of the tricks, and 16-mixed, as predicted and as measured.
+"""Measure on a GPU: speed, launches, syncs and memory of the tricks, and 16-mixed, with predictions.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.md
 
@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or to ask for a GPU would keep its forks from it
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for what has to be the same bit for bit
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # otherwise the check for a GPU makes it unusable in forks
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for results that must be bitwise equal
 
 import gpu_exact
 import gpu_speed
@@ -48,7 +48,7 @@ PARTS: dict[str, tuple[Callable[[Scale, Tell], None], int]] = {  # with the seco
 
 
 def work(name: str, s: Scale, connection: Connection) -> None:
-    """In a process of its own: each figure is sent as it is found."""
+    """Run in a separate process, and send each figure as soon as it is measured."""
     warnings.simplefilter("ignore")
     try:
         PARTS[name][0](s, lambda *row: connection.send(row))
@@ -93,8 +93,8 @@ def text(found: dict[str, list[Row]], s: Scale, took: float) -> str:
         [
             "# What only a GPU shows",
             "",
-            "Predictions were written before anything was run on a GPU. Ratios are of medians of rounds in which the",
-            f"candidates take turns, {s.steps} steps each; steps are those of a Trainer, its own costs included.",
+            "All predictions were written before the first run on a GPU. Ratios compare medians over rounds in which",
+            f"the candidates take turns, {s.steps} steps each. Steps are a Trainer's, including its own cost.",
             "",
             *lines,
             "",

@@ -1,4 +1,4 @@
-"""What the parts of gpu.py share."""
+"""Shared code of the parts of gpu.py."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def trainer_of(s: Scale, callbacks: list[Callback], epochs: int = 1, **kwargs: A
 
 
 def medians(candidates: dict[str, Callable[[], float]], rounds: int, warm: int = 0) -> dict[str, float]:
-    """Of each, over the rounds after the first ``warm`` ones, in which all take turns."""
+    """Return the median per candidate over the rounds after the first ``warm`` ones. All candidates take turns."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + warm):
         for name, candidate in candidates.items():

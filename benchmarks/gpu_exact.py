@@ -27,7 +27,7 @@ from lit_tricks.callbacks.ema import ema_decay
 
 
 def updates_of(s: Scale) -> dict[str, Callable[[], object]]:
-    """An update of each average, of its own model."""
+    """Return per average a function that updates it. Each average has its own model."""
 
     def network() -> nn.Module:
         return s.network().to(s.device)
@@ -89,7 +89,7 @@ def launches(s: Scale, tell: Tell) -> None:
 
 
 def launched(s: Scale, function: Callable[[], object]) -> int:
-    """Kernels and copies, of a call that is not the first."""
+    """Count kernels and copies of a call after the first call."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if s.device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -102,7 +102,7 @@ def launched(s: Scale, function: Callable[[], object]) -> int:
 
 
 class Syncs(Callback):
-    """Counts how often the host waits for the GPU in four steps. To be the first callback."""
+    """Counts how often the host waits for the GPU in four steps. It must be the first callback."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.device.type == "cuda" and batch_idx in (4, 8):
@@ -123,12 +123,12 @@ def syncs(s: Scale, tell: Tell) -> None:
     tell("host syncs a step, no trick, bf16-mixed", "0", count("bf16-mixed"))
     tell("host syncs a step, no trick, 16-mixed (its scaler)", "1", count(scaled))
     teacher = tricks.KnowledgeDistillation(s.little.network())
-    alone = [
+    single = [
         tricks.WarmupCosine(warmup_epochs=0.1), tricks.LabelSmoothing(), tricks.MixUp(), tricks.CutMix(),
         tricks.FocalLoss(), teacher, tricks.EMA(), tricks.SWA(lr=0.01, start=0), tricks.DropPath(), tricks.L1Penalty(),
         tricks.ChannelsLast(),
     ]  # fmt: skip
-    for trick in alone:
+    for trick in single:
         tell(f"host syncs a step, {type(trick).__name__}, bf16-mixed", "0", count("bf16-mixed", trick))
     tell("host syncs a step, the paper's seven and EMA", "0", count("bf16-mixed", *paper(16), tricks.EMA()))
 
@@ -167,7 +167,7 @@ class Reference(Callback):
 
 
 def scaler(s: Scale, tell: Tell) -> None:
-    """16-mixed from a scale that is far too high: the first steps are skipped, and later ones after it has grown."""
+    """Train in 16-mixed from a loss scale that is too high. Steps are skipped at the start and after growth."""
     small = s.little
 
     def fit(trick: Averaging, reference: Reference) -> Net:
@@ -198,7 +198,7 @@ def scaler(s: Scale, tell: Tell) -> None:
 
 
 def distance(tensors: list[Any], reference: list[Tensor]) -> float:
-    """Largest difference, relative to the largest value of the tensor."""
+    """Return the largest difference, relative to the largest value of the tensor."""
     pairs = zip(tensors, reference, strict=True)
     return max(float((t.detach().to(r) - r).abs().max() / r.abs().max().clamp(min=1e-3)) for t, r in pairs)
 
@@ -208,7 +208,7 @@ def resume(s: Scale, tell: Tell) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     small = s.little
     seed_everything(0, verbose=False)
-    batches = [small.batch(32)] * 8  # alike: a plain loader does not go on within an epoch, and starts anew
+    batches = [small.batch(32)] * 8  # equal batches, since a plain loader restarts the epoch on resume
     chosen = lambda: [*paper(32), tricks.EMA(0.9), tricks.ChannelsLast(), tricks.DropPath(0.1)]  # noqa: E731
 
     def fit(epochs: int, ckpt: Path | None, save: Path | None) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def resume(s: Scale, tell: Tell) -> None:
 
 
 def distillation(s: Scale, tell: Tell) -> None:
-    """A compiled student and a compiled teacher under mixup: graphs after the second step, and at the end."""
+    """Count the graphs of a compiled student and teacher under mixup, after the second step and at the end."""
     from torch._dynamo.utils import counters
 
     small = s.little

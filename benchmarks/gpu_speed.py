@@ -1,4 +1,4 @@
-"""Parts of gpu.py: images a second, and what the tricks take of a step."""
+"""Parts of gpu.py: images per second, and the cost of the tricks in a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_tricks.utils.modules import batchnorms_of
 
 
 class TrainingLength(Callback):
-    """Seconds of the steps after the first ones, the device included."""
+    """Measure the seconds of the steps after the first ones, including the device."""
 
     def __init__(self, warm: int) -> None:
         self.warm, self.seconds, self.host = warm, math.nan, 0.0
@@ -36,7 +36,7 @@ class TrainingLength(Callback):
 
 
 def fit_speed(s: Scale, chosen: list[Callback], batch: Batch, warm: int = 5) -> tuple[float, float]:
-    """Images a second of a Trainer's steps, and the peak memory in MiB."""
+    """Measure images per second of a Trainer's steps, and the peak memory in MiB."""
     seed_everything(0, verbose=False)
     module, clock = Net(s.network()), TrainingLength(warm)
     if s.device == "cuda":
@@ -47,7 +47,7 @@ def fit_speed(s: Scale, chosen: list[Callback], batch: Batch, warm: int = 5) -> 
 
 
 def loop_speed(s: Scale, batch: Batch, channels_last: bool, compiled: bool = False, warm: int = 5) -> float:
-    """Images a second of the step of timm's train.py (channels_last) and torchvision's: autocast, scaler, SGD."""
+    """Measure images/s of the step of timm's train.py (channels_last) and torchvision's: autocast, scaler, SGD."""
     seed_everything(0, verbose=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = s.network().to(s.device, memory_format=layout).train()
@@ -118,7 +118,7 @@ def memory(s: Scale, tell: Tell) -> None:
 
 
 class Kernels(Callback):
-    """Time of the kernels of three steps, by name, after some to warm up."""
+    """Measure the time of the kernels of three steps, by name, after warm-up steps."""
 
     def __init__(self, first: int) -> None:
         self.first, self.busy, self.named = first, math.nan, ""
@@ -138,7 +138,7 @@ class Kernels(Callback):
 
 
 def each(s: Scale, tell: Tell) -> None:
-    """Of every trick alone: a step, and the time in it that the GPU works.
+    """Measure per trick the time of a step, and the time that the GPU works in it.
 
     Where the host is slower than the GPU, the step is its time, which varies; what a trick adds shows in the kernels.
     """
@@ -208,7 +208,7 @@ def precise_bn(s: Scale, tell: Tell) -> None:
 
 
 def reference_off(module: Any, batches: list[Batch], values: dict[str, Tensor]) -> float:
-    """The first BatchNorm sees the images through one convolution, which float64 can follow."""
+    """Compare the first BatchNorm, which follows one convolution, with statistics in float64."""
     first = module.net.conv1
     outputs = [F.conv2d(b[0].double(), first.weight.double(), None, first.stride, first.padding) for b in batches]
     means = torch.stack([o.mean((0, 2, 3)) for o in outputs])

@@ -1,4 +1,4 @@
-"""What PreciseBN costs for a ResNet-50, against the bare forward passes over the same batches.
+"""Measure the cost of PreciseBN for a ResNet-50, relative to bare forward passes over the same batches.
 
     OMP_NUM_THREADS=1 python benchmarks/precise_bn.py --out benchmarks/results/precise_bn.md
 
@@ -46,7 +46,7 @@ class Classifier(LightningModule):
 
 
 class Measure(Callback):
-    """In a fit, before its first step."""
+    """Measure in a fit, before its first step."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
@@ -94,7 +94,7 @@ def report(rounds: int, image_size: int, batch_size: int, batches: int) -> str:
     for name, seconds in measure.times.items():
         ratio = statistics.median(
             s / b for s, b in zip(seconds, bare, strict=True)
-        )  # of one round: others work here too
+        )  # within one round, since the machine does other work too
         lines.append(f"| {name} | {ratio:.3f} | {statistics.median(seconds):.2f} |")
     model = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
@@ -106,7 +106,7 @@ def report(rounds: int, image_size: int, batch_size: int, batches: int) -> str:
             *lines,
             "",
             f"{batches} batches of {batch_size} images of {image_size} x {image_size}. PreciseBN: a fresh loader, "
-            "isolated random state, batch hooks, sums in float64, and everything put back.",
+            "isolated random state, batch hooks, sums in float64, and all states restored.",
             "",
             f"Medians over {rounds} rounds in which all candidates take turns, {torch.get_num_threads()} thread(s). "
             f"{model or platform.processor()}, {os.cpu_count()} cores shared with other work; Python "

@@ -1,4 +1,4 @@
-"""ProgressiveResizing on CIFAR-10: what it saves and what it costs, with and without, for the same number of epochs.
+"""ProgressiveResizing on CIFAR-10: time and accuracy with and without it, for the same number of epochs.
 
     OMP_NUM_THREADS=1 python benchmarks/progressive_resizing.py --data FOLDER --out benchmarks/results
 
@@ -34,7 +34,7 @@ CANDIDATES: dict[str, tuple[float, float] | None] = {  # start_scale, end
 
 
 def run(resizing: tuple[float, float] | None, seed: int, data: Arrays, device: str, s: Settings) -> tuple[float, float]:
-    """Top-1 in % on the whole images of the validation split, and the seconds of the training alone."""
+    """Return top-1 in % on the full validation images, and the seconds of the training without validation."""
     seed_everything(seed, verbose=False)
     module = Net(s.network())
     arrays = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
@@ -47,7 +47,7 @@ def run(resizing: tuple[float, float] | None, seed: int, data: Arrays, device: s
     ]
     if resizing:
         callbacks.append(tricks.ProgressiveResizing(start_scale=resizing[0], end=resizing[1], multiple_of=MULTIPLE_OF))
-    clock = time.perf_counter if device == "cuda" else time.process_time  # other work on the CPU does not count
+    clock = time.perf_counter if device == "cuda" else time.process_time  # excludes other work on the CPU
     loader = DataLoader(train, s.batch_size, shuffle=True, drop_last=True, collate_fn=as_is)
     trainer = trainer_of(s, device, s.epochs, callbacks)
     start = clock()
@@ -86,11 +86,11 @@ def report(found: dict[str, list[tuple[float, float]]], images: int, s: Settings
             "",
             *lines,
             "",
-            f"Means over {len(without)} seed(s), each one's top-1 in brackets, on the 5,000 images of val at "
+            f"Means over {len(without)} seed(s), with the top-1 per seed in brackets, on the 5,000 images of val at "
             f"{SIDE} pixels. ResNet-18-D of width {s.width:g} for small images, {images:,} training images, {s.epochs} "
             f"epochs each, batches of {s.batch_size}, SGD with half a cosine after one epoch of warm-up, "
-            f"RandomResizedCrop of 25 to 100 % of the area. Sides are multiples of {MULTIPLE_OF} pixels. Seconds are "
-            "those of the training, without validation.",
+            f"RandomResizedCrop of 25 to 100 % of the area. Sides are multiples of {MULTIPLE_OF} pixels. Seconds "
+            "are the time of the training, without validation.",
             "",
             f"{machine}; Python {platform.python_version()}, torch {torch.__version__}, lightning "
             f"{lightning.__version__}; {datetime.date.today()}. `OMP_NUM_THREADS={torch.get_num_threads()} python "

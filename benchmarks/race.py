@@ -124,7 +124,7 @@ def main() -> None:
     lines += [
         "",
         "Lower is better for wrong keeps and runs, higher for gains found. A wrong keep is a trick whose true gain is "
-        "0 or less. The grid selects forward, too: each round runs all remaining tricks with all seeds. "
+        "0 or less. The grid also selects forward: each round runs all remaining tricks with all seeds. "
         f"{repeats} races each; a run's deviation is {SHARED} points that all arms of a seed share, and {OWN} of its "
         "own.",
         "",

@@ -1,4 +1,4 @@
-"""What it takes to list many image files, and what the list costs in each loading process over an epoch.
+"""Measure the time to list many image files, and the memory of the list in each loading process over an epoch.
 
     python benchmarks/scanner.py --images 200000 --out benchmarks/results/scanner.md
 
@@ -55,7 +55,7 @@ def ours(root: str) -> int:
 
 
 def memory(root: str, as_strings: bool, workers: int) -> list[dict[str, float]]:
-    """What each worker has at the first batch and at the end of an epoch, in MB: its share, and its own pages."""
+    """Return the PSS and USS of each worker in MB, at the first batches and at the end of an epoch."""
     data = ImageFolder(root, image_size=8, batch_size=256, num_workers=workers, augmentation="none")
     loader = data.train_dataloader()
     if as_strings:
@@ -80,8 +80,8 @@ def pages() -> dict[str, float]:
     return {"PSS": statistics.mean(found["Pss"]) / 1024, "USS": statistics.mean(own) / 1024}
 
 
-def alone(function: Callable[..., Any], *args: Any, cache: str) -> tuple[float, Any]:
-    """What a function gives in a process of its own, and the seconds that it took there."""
+def in_process(function: Callable[..., Any], *args: Any, cache: str) -> tuple[float, Any]:
+    """Return the result of a function in a separate process, and its seconds there."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
 
@@ -111,7 +111,7 @@ def main() -> None:
         write_images(Path(root), args.images)
         time.sleep(2.5)  # a folder that has just changed is read again
         times: dict[str, list[float]] = {}
-        _, count = alone(ours, root, cache=cache)
+        _, count = in_process(ours, root, cache=cache)
         assert count == args.images, count
         for _ in range(args.rounds):
             for name, function, place in (
@@ -119,14 +119,14 @@ def main() -> None:
                 ("ours, without a cache", ours, ""),
                 ("ours, with one", ours, cache),
             ):
-                times.setdefault(name, []).append(alone(function, root, cache=place)[0])
+                times.setdefault(name, []).append(in_process(function, root, cache=place)[0])
         Path(root, "train", "n00000500", "new.jpg").touch()
-        changed, more = alone(ours, root, cache=cache)
+        changed, more = in_process(ours, root, cache=cache)
         assert more == args.images + 1, more
         Path(root, "train", "n00000500", "new.jpg").unlink()
         sizes = [file.stat().st_size for file in Path(cache).iterdir()]
         rows = {
-            name: alone(memory, root, strings, args.workers, cache=cache)[1]
+            name: in_process(memory, root, strings, args.workers, cache=cache)[1]
             for name, strings in (("a list of strings", True), ("tensors", False))
         }
     lines = ["| to list the files | s |", "|---|---|"]
@@ -143,10 +143,10 @@ def main() -> None:
             "",
             *lines,
             "",
-            f"Listing: medians of {args.rounds} rounds in which all take turns, each in a process of its own; the "
+            f"Listing: medians of {args.rounds} rounds in which all take turns, each in its own process. The "
             f"kernel has the folders in memory. The cache file has {max(sizes) / 2**20:.1f} MB. Memory: MB, mean of "
             f"{args.workers} workers, at the 20th batch and at the last of an epoch over all images. PSS counts shared "
-            "pages by the share of a process, USS has what is its own alone.",
+            "pages in proportion to the processes that share them. USS counts only pages that are not shared.",
             "",
             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores shared with other work; Python "
             f"{platform.python_version()}, torch {torch.__version__}; {datetime.date.today()}. `{command}`.",

@@ -1,4 +1,4 @@
-"""Does a backbone that was trained with tricks transfer better? The form of tables 8 and 9 of the paper, on digits.
+"""Compare backbones trained with and without tricks in segmentation and detection, as tables 8 and 9 of the paper.
 
     python benchmarks/transfer.py --work FOLDER --out benchmarks/results/transfer.md
 
@@ -22,7 +22,7 @@ import torchvision
 import yaml
 
 TRICKS = ("warmup_cosine", "no_bias_decay", "label_smoothing", "mixup", "ema")
-# Of each task the configuration, the network, the epochs, and the size at which a classifier sees digits like its own.
+# Per task: configuration, network, epochs, and the image size at which single digits are as large as in the scenes.
 TASKS = {
     "segmentation": (
         "segment_digits",
@@ -39,7 +39,7 @@ def lit_tricks(folder: Path, *words: str) -> None:
 
 
 def backbone(folder: Path, name: str, network: dict[str, object], size: int, tricks: tuple[str, ...]) -> Path:
-    """Train a classifier, unless there is one; the checkpoint that was best on the validation digits."""
+    """Train a classifier unless it exists. Return the checkpoint that is best on the validation digits."""
     path = folder / "runs" / name / "v0" / "checkpoints" / "best.ckpt"
     if not path.is_file():
         lit_tricks(

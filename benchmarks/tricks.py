@@ -1,8 +1,8 @@
-"""What each trick does in a training step of a ResNet-50, in CPU time, as a share of that step.
+"""Measure the CPU time of each trick in a training step of a ResNet-50, as a share of the step.
 
     OMP_NUM_THREADS=1 python benchmarks/tricks.py --out benchmarks/results/tricks.md
 
-Whole steps with and without a trick can not be compared to 2 % on a machine that does other work: two runs without a
+Whole steps with and without a trick cannot be compared to 2 % on a machine that does other work: two runs without a
 trick differ by 7 %. So the work of a trick is timed where it is done: in its hooks; in its part of the loss, forward
 and backward, against the same loss of plain labels; and in the branches that DropPath drops, twice, for their backward.
 """
@@ -39,15 +39,15 @@ MAKE: dict[str, Callable[[], Callback]] = {
     "WarmupExponential": lambda: callbacks.WarmupExponential(gamma=0.94, every_n_epochs=1, warmup_epochs=1),
     "WarmupStep": lambda: callbacks.WarmupStep(milestones=[2], warmup_epochs=1),
 }
-ASIDE = {"ChannelsLast", "Compile", "KnowledgeDistillation"}  # they trade time; their cost is not overhead
+ASIDE = {"ChannelsLast", "Compile", "KnowledgeDistillation"}  # their cost is no overhead
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
     "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
     "CutMix": 0.2, "MixUp": 0.2, "FocalLoss": 0.2, "LabelSmoothing": 0.1, "the paper's seven, and EMA": 1.6,
     "all that go together": 6,
 }  # fmt: skip
-UNMEASURED = {"Compile", "PreciseBN"}  # minutes at the start, in no step; and between epochs, see precise_bn.py
-RIVALS = {"WarmupExponential", "WarmupStep", "SWA"}  # of WarmupCosine, and of EMA
+UNMEASURED = {"Compile", "PreciseBN"}  # at the start of the fit; between epochs, see precise_bn.py
+CONFLICTING = {"WarmupExponential", "WarmupStep", "SWA"}  # with WarmupCosine, and with EMA
 
 
 def make(name: str) -> Callback:
@@ -55,10 +55,11 @@ def make(name: str) -> Callback:
 
 
 def candidates() -> dict[str, list[str]]:
-    """The tricks of each run, by what the run is called."""
+    """Return the tricks of each run by its name."""
     rows = {name: [name] for name in callbacks.__all__ if name not in UNMEASURED}
     rows["the paper's seven, and EMA"] = [*PAPER, "EMA"]
-    rows["all that go together"] = [name for name in callbacks.__all__ if name not in ASIDE | RIVALS | UNMEASURED]
+    left_out = ASIDE | CONFLICTING | UNMEASURED
+    rows["all tricks that can be combined"] = [name for name in callbacks.__all__ if name not in left_out]
     return rows
 
 
@@ -75,7 +76,7 @@ class Classifier(LightningModule):
 
 
 class TrainingLength(Callback):
-    """Times steps, and what tricks do in them. To be the last callback."""
+    """Measures steps, and the share of the tricks in them. It must be the last callback."""
 
     def __init__(self, tricks: list[Callback]) -> None:
         self.depth, self.inside, self.start = 0, 0.0, 0.0
@@ -100,7 +101,7 @@ class TrainingLength(Callback):
         return call
 
     def loss(self, target: torch.Tensor) -> float:
-        """Seconds that the loss of a target takes more than that of its labels, with the gradient."""
+        """Return the extra seconds of the loss and gradient with a soft target instead of labels."""
         took = []
         for labels in (target, target.parts["value"]) if isinstance(target, SoftTarget) else ():
             logits = torch.randn(len(labels), 1000, requires_grad=True)
@@ -117,7 +118,7 @@ class TrainingLength(Callback):
 
 
 def measure(names: list[str], image_size: int, batch_size: int, steps: int, module: Classifier) -> tuple[float, float]:
-    """Median seconds of a step, and of what the tricks do in it."""
+    """Return the median seconds of a step, and of the tricks in it."""
     tricks, size = list(map(make, names)), batch_size * (steps + 1)
     clock, drop = TrainingLength(tricks), drop_path.drop
     data = torch.utils.data.TensorDataset(torch.randn(size, 3, image_size, image_size), torch.arange(size) % 1000)
@@ -149,11 +150,11 @@ def report(image_size: int, batch_size: int, steps: int) -> str:
     )
     return "\n".join(
         [
-            "# What the tricks do in a training step of a ResNet-50 on the CPU",
+            "# Cost of the tricks in a training step of a ResNet-50 on the CPU",
             "",
             *lines,
             "",
-            f"A step besides (batch of {batch_size} at {image_size} x {image_size}, SGD): "
+            f"A step without tricks (batch of {batch_size} at {image_size} x {image_size}, SGD): "
             f"{statistics.median(plain):.2f} s of CPU time. Medians of {steps} steps, "
             f"{torch.get_num_threads()} thread(s). {model or platform.processor()}, {os.cpu_count()} cores shared with "
             f"other work, load average {before:.1f} before and {os.getloadavg()[0]:.1f} after; Python "

@@ -1,4 +1,4 @@
-"""What averaging the weights of a ResNet-50 costs, against one ``torch._foreach_lerp_`` over the same tensors.
+"""Measure the cost of averaging the weights of a ResNet-50, relative to one ``torch._foreach_lerp_``.
 
     OMP_NUM_THREADS=1 python benchmarks/weights.py --out benchmarks/results/weights.md
 
@@ -36,7 +36,7 @@ DECAY = 0.9999
 
 
 def candidates() -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[], object]]]:
-    """Updates and swaps, each of its own model."""
+    """Return updates and swaps, each with its own model."""
     updates, swaps = {}, {}
 
     model = timm.create_model("resnet50")
@@ -74,7 +74,7 @@ def candidates() -> tuple[dict[str, Callable[[], object]], dict[str, Callable[[]
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each."""
+    """Return the median seconds of each candidate."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds + 3):
         for name, function in functions.items():
@@ -86,7 +86,7 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int) -> dict
 
 
 def allocated(function: Callable[[], object]) -> int:
-    """Bytes allocated in one call."""
+    """Return the number of bytes allocated in one call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
@@ -117,7 +117,7 @@ def fit(tricks: list[Averaging], image_size: int, batch_size: int, steps: int) -
 
 
 class Timed:
-    """Takes the time of the methods of an object, step by step."""
+    """Measures the time of the methods of an object, step by step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -138,12 +138,12 @@ class Timed:
 
 
 def share_of_a_step(batch_size: int, steps: int) -> tuple[float, float, float]:
-    """Seconds of a training step, and of all that EMA and SWA do in it, in their hooks and those of the optimizer."""
+    """Return the seconds of a training step, and of the hooks of EMA and SWA and their optimizer hooks in it."""
     ema, swa, ends = EMA(DECAY), SWA(0.01, start=0, every_n_steps=10**6, validate=False), []
     timed = {ema: Timed(), swa: Timed()}
 
     class TrainingLength(Callback):
-        def on_fit_start(self, *args: object) -> None:  # before those of the tricks
+        def on_fit_start(self, *args: object) -> None:  # before the hooks of the tricks
             timed[ema].time(ema, "_on_step", "on_train_batch_end")
             timed[swa].time(swa, "_on_step", "on_train_batch_end", "on_before_optimizer_step")
 
