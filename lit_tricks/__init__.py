@@ -1,8 +1,8 @@
 """The tricks that make image classifiers more accurate, each as one PyTorch Lightning callback.
 
-Each name is imported when it is first used: ``import lit_tricks`` alone does not import torch.
+Each name is imported when it is first used, so ``import lit_tricks`` does not import torch.
 
-Log lines go to the logger "lit_tricks". As Lightning's own lines, they appear on stderr in programs that have not set
+Log lines go to the logger "lit_tricks". Like Lightning's log lines, they appear on stderr in programs that have not set
 up logging. Set the level of this logger to show fewer of them: ``logging.getLogger("lit_tricks").setLevel("WARNING")``.
 """
 
@@ -34,7 +34,7 @@ _PACKAGES = ("callbacks", "data", "functional", "models")
 if not TYPE_CHECKING:  # type checkers go by the imports above, and find a misspelt name
 
     def __getattr__(name: str) -> Any:
-        """Import what a name stands for: a package, a task, the base class of tricks, or a trick."""
+        """Import the object of a name: a package, a task, the base class of tricks, or a trick."""
         if name in _PACKAGES:
             return import_module(f"lit_tricks.{name}")
         if name in TASKS:

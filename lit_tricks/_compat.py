@@ -116,7 +116,7 @@ def overrides(base: type) -> Callable[[Method], Method]:
 
 
 def lightning_packages() -> list[ModuleType]:
-    """Return ``lightning.pytorch`` and ``pytorch_lightning``, as far as they are installed.
+    """Return ``lightning.pytorch`` and ``pytorch_lightning``, if they are installed.
 
     Raises:
         ModuleNotFoundError: if neither of them is.
@@ -146,7 +146,7 @@ def lightning_classes(path: str) -> tuple[type[Any], ...]:
 
 
 def is_overridden(name: str, pl_module: nn.Module) -> bool:
-    """Return whether a LightningModule has a method of its own instead of the one of Lightning's base class."""
+    """Return whether a LightningModule overrides a method of Lightning's base class."""
     method = getattr(type(pl_module), name)
     return name in vars(pl_module) or all(
         method is not getattr(cls, name) for cls in lightning_classes("LightningModule")
@@ -233,7 +233,7 @@ def saves_in_shards(trainer: Trainer) -> bool:
 
 
 def apply_before_transfer_hook(pl_module: LightningModule, batch: Any) -> Any:
-    """Call ``on_before_batch_transfer`` as Lightning does: of the module or the data module, whichever has it.
+    """Call ``on_before_batch_transfer`` as Lightning does: from the module or the data module that defines it.
 
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/module.py#L355
     """
@@ -283,7 +283,7 @@ def is_built_by_command_line() -> bool:
 # torch: modules
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-"""Base class of all BatchNorm layers, SyncBatchNorm and those of other libraries included.
+"""Base class of all BatchNorm layers, including SyncBatchNorm and layers of other libraries.
 
 https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/modules/batchnorm.py#L152
 """
@@ -337,7 +337,7 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def forward_pre_hooks_of(module: nn.Module) -> list[Any]:
-    """Return the hooks before ``forward``. The older ``spectral_norm`` of torch is one, and tells its weight by it.
+    """Return the hooks before ``forward``. The older ``spectral_norm`` of torch is one, with the name of its weight.
 
     https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/spectral_norm.py#L179
     """
@@ -353,7 +353,7 @@ def spectral_norm_class() -> type[nn.Module]:
 
 
 SPECTRAL_HOOK = ("_orig", "_u", "_v")
-"""What the older ``spectral_norm`` of torch adds to the name of a weight: the parameter, and the two vectors.
+"""Suffixes that the older ``spectral_norm`` of torch adds to the name of a weight: the parameter, and the two vectors.
 
 https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/spectral_norm.py#L84
 """
@@ -475,7 +475,7 @@ def resize_antialiased_into(out: Tensor, images: Tensor, y_scale: float, x_scale
 
 
 def calls_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether ``step`` calls the hooks of ``register_step_post_hook``. Those of some wrappers do not.
+    """Return whether ``step`` calls the hooks of ``register_step_post_hook``. Some wrappers do not.
 
     ``torch.optim.Optimizer.__init__`` marks ``step`` when it makes it call hooks.
     https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/optimizer.py#L584
@@ -559,7 +559,7 @@ def streaming_environment(world_size: int, rank: int) -> Any:
 
 
 def share_among_workers(numbers: Any, intervals: Any, num_workers: int, batch_size: int) -> Any:
-    """Share the shards of a process among its workers, as litdata does.
+    """Return the share the shards of a process among its workers, as litdata does.
 
     https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/utilities/shuffle.py#L257
     """
@@ -580,7 +580,7 @@ def allow_http_endpoints() -> None:
 
 
 def clear_outdated_shards(folder: str, stamp: str) -> None:
-    """Remove a folder in which litdata keeps shards of a bucket, unless they are those of this time stamp.
+    """Remove a folder in which litdata keeps shards of a bucket, unless the shards have this time stamp.
 
     https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/utilities/dataset_utilities.py#L281
     """
@@ -590,7 +590,7 @@ def clear_outdated_shards(folder: str, stamp: str) -> None:
 
 
 def merge_shards(writer: Any) -> None:
-    """Write the index of shards. ``merge`` would wait for as many writers as ``WORLD_SIZE`` says.
+    """Write the index of shards. ``merge`` would wait for ``WORLD_SIZE`` writers.
 
     https://github.com/Lightning-AI/litData/blob/v0.2.76/src/litdata/streaming/writer.py#L814
     """

@@ -1,4 +1,4 @@
-"""The base class of tricks: a Lightning callback, in whichever package Lightning was installed."""
+"""The base class of tricks: a Lightning callback, for ``lightning`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Trick(_Callback):
     - ``wrap`` replaces a method of the module, the Trainer or a strategy for as long as the trick is in force. Use it
       only where no hook does. Methods are restored in ``teardown`` and ``on_exception`` (Lightning calls one of them),
       in any order of tricks that wrap the same method.
-    - ``unwrap`` restores them. Override it to undo other changes of the trick, too.
+    - ``unwrap`` restores them. Override it to also undo other changes of the trick.
     - ``change_training_batches`` passes each training batch through a function of yours.
-    - ``should_log`` and ``log_step`` log quantities without work in batches that no logger sees.
+    - ``should_log`` and ``log_step`` log quantities without work in batches that no logger uses.
 
     ``CONTRIBUTING.md`` has the contract of a trick, and an example.
 
@@ -88,8 +88,9 @@ class Trick(_Callback):
         is_paused: whether training batches are left unchanged, while PreciseBN passes over the training data.
         transient: attributes that copies and pickles of the trick lack, such as the Trainer of a fit. Each needs a
             default in the class.
-        conflict_with_frozen: why the trick does not fit a network that is frozen and sees one size. Empty if it does.
-        fine_tunes: whether the trick starts from trained weights, which tricks for a run from scratch then leave alone.
+        conflict_with_frozen: why the trick does not fit a frozen network with one input size. Empty if it does.
+        fine_tunes: whether the trick starts from trained weights, which tricks for runs from scratch then do not
+            change.
     """
 
     effect: str = ""
@@ -143,12 +144,12 @@ class Trick(_Callback):
     ) -> None:
         """Replace each training batch by ``change(batch)``, once it is on the device, until the trick is torn down.
 
-        Batches of validation, test and prediction are left alone. Call this method in ``on_fit_start``.
+        Batches of validation, test and prediction are not changed. Call this method in ``on_fit_start``.
 
         Args:
             trainer: the Trainer.
             change: takes a batch and returns one. Return a new batch: data sets in memory share their tensors with it.
-            when_paused: change also the batches from which PreciseBN estimates statistics.
+            when_paused: also change the batches from which PreciseBN estimates statistics.
         """
         # Lightning has no hook that lets a callback change a batch.
         self.wrap(trainer.strategy, "batch_to_device", partial(self._changed, trainer, change, when_paused))
@@ -208,7 +209,7 @@ class Trick(_Callback):
 
 @contextlib.contextmanager
 def paused(trainer: Trainer) -> Iterator[None]:
-    """Leave training batches unchanged for a while, except for changes that ask to be made anyway."""
+    """Leave training batches unchanged for a while, except for changes with ``when_paused``."""
     tricks = [callback for callback in callbacks_of(trainer) if isinstance(callback, Trick) and not callback.is_paused]
     for trick in tricks:
         trick.is_paused = True

@@ -26,7 +26,7 @@ __all__ = ["ChannelsLast"]
 
 
 class ChannelsLast(Trick):
-    """Lay images and filters out with channels last ([PyTorch](https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)).
+    """Store images and filters with channels last in memory ([PyTorch](https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html)).
 
     Filters of two-dimensional convolutions and images of training batches change their order in memory. Shapes and
     values stay as they are, so results differ by rounding only. Checkpoints load anywhere. In validation the filters
@@ -55,7 +55,7 @@ class ChannelsLast(Trick):
         self._count = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lay the weights out, before a strategy or an optimizer looks at them."""
+        """Change the memory format of the weights, before a strategy or an optimizer uses them."""
         if stage != "fit" or not self.weights:
             return
         if is_overridden("configure_model", pl_module):  # which may build layers, or shard them
@@ -65,7 +65,7 @@ class ChannelsLast(Trick):
             self._lay_out(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was done.
+        """Announce the change.
 
         Raises:
             RuntimeError: if there is nothing to do.

@@ -132,7 +132,7 @@ def _call_of(layer: nn.Module) -> Callable[..., Any]:
 
 
 def _networks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that can be called and have weights, by name."""
+    """Yield the outermost modules that can be called and have weights, by name."""
     for name, child in module.named_children():
         if type(child).forward is nn.Module.forward:  # a list or a dictionary of modules
             yield from _networks(child, f"{prefix}{name}.")

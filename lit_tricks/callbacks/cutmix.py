@@ -84,7 +84,7 @@ class CutMix(Mixing):
     The rectangle has the image's proportions, a random center and the area ``1 - lambda``, with lambda from
     Beta(alpha, alpha). The labels are mixed by the area that lies within the image. The partner is another image of
     the same batch, in random order. Masks, targets of shape (N, H, W), are cut like the images. Training metrics see
-    the label with the larger share. Together with MixUp, each batch gets one of the two, with the odds of their
+    the label with the larger share. Together with MixUp, each batch gets one of the two, in proportion to their
     ``prob``.
 
     Cost: one copy of the images, and a second look-up in the loss. Use it for long runs of large networks. Leave it

@@ -1,7 +1,7 @@
-"""Drop path: whole residual branches are left out at random in training, for each image (Huang et al., 2016).
+"""Drop path: skip whole residual branches at random in training, per image (Huang et al., 2016).
 
-One caveat: it is a regulariser for deep networks and long runs: "ResNet strikes back" has it at 0.05 for ResNet-50, in
-300 and 600 epochs.
+One caveat: drop path is a regularizer for deep networks and long runs. "ResNet strikes back" uses a rate of 0.05 for
+ResNet-50, in 300 and 600 epochs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
-        """In one pass over x on a GPU, which computes it in 32 bits."""
+        """Scale or drop the branches of x, in one pass on a GPU, computed in 32 bits."""
         ctx.save_for_backward(kept)
         ctx.scale = scale
         if x.is_cuda:
@@ -79,7 +79,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """The same for the gradient, as often as it is derived."""
+        """Return the same for the gradient, as often as it is derived."""
         (kept,) = ctx.saved_tensors
         out: Tensor = _Scaled.apply(grad, kept, ctx.scale)
         return out, None, None
@@ -105,8 +105,7 @@ class DropPath(Trick):
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if no branch is found; in the first training step, if no branch was
-            computed.
+        RuntimeError: when the fit starts, if no branch is found; in the first training step, if no branch was computed.
 
     Example:
         ``- {class_path: DropPath, init_args: {rate: 0.05}}``
@@ -143,7 +142,7 @@ class DropPath(Trick):
             self._seeds.manual_seed(seed ^ zlib.crc32(b"DropPath"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it around the layers, and say so.
+        """Wrap the layers, and announce it.
 
         Raises:
             RuntimeError: if there are none.
@@ -192,7 +191,7 @@ class DropPath(Trick):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator of the seeds."""
+        """Return the generator of the seeds."""
         return {"seeds": self._seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -206,7 +205,7 @@ class DropPath(Trick):
         return {n: part for n, part in named.items() if n and any(fnmatch.fnmatch(n, p) for p in self.layers)}
 
     def _draw(self, size: int) -> Tensor:
-        """Which of so many images take which branch, (branches, size)."""
+        """Return which images pass which branch, (branches, size)."""
         taken = 1 - torch.tensor(self._rates, dtype=torch.float64)
         return torch.rand(len(taken), size, generator=self._draws, dtype=torch.float64) < taken[:, None]
 

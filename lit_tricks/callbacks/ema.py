@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights: what is validated, saved and kept is a smoothed model.
+"""Exponential moving average of the weights, which is validated, saved and kept.
 
-One caveat: BatchNorm statistics are averaged along with the weights, not those of the averaged weights. PreciseBN
-re-estimates them.
+One caveat: BatchNorm statistics are averaged like the weights, and differ from the statistics of the averaged weights.
+PreciseBN re-estimates them.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class EMA(Averaging):
 
     Cost: one read and one write of the weights per update, below 1 % of a training step, and an fp32 copy of the model
     in memory. Checkpoints are up to twice as large (three times for bf16 weights with an optimizer without state). Use
-    it for long runs. Leave it out of runs that are shorter than the average's memory. Expect little where a schedule
-    ends at 0: the last weights are smooth already. It does not work with CUDA graphs
+    it for long runs. Leave it out of runs that are shorter than the average's time span. Expect little gain if the
+    learning rate ends at 0, since the last weights then change little. It does not work with CUDA graphs
     (``torch.compile(mode="reduce-overhead")``).
 
     Args:
-        decay: share of the old average that an update keeps, in [0, 1). 0 is no average. 0.9999 remembers about 10,000
-            updates. None uses ``half_life``, or 0.9999 without it.
+        decay: share of the old average that an update keeps, in [0, 1). 0 is no average. 0.9999 averages over about
+            10,000 updates. None uses ``half_life``, or 0.9999 without it.
         warmup: whether decays start small, with ``1 - (1 + t) ** (-2/3)`` at update ``t``. Without warm-up the first
             weights stay in the average for about ``1 / (1 - decay)`` updates.
         every_n_steps: steps between two updates, 1 or more. A step is a batch that stepped an optimizer.
@@ -79,8 +79,8 @@ class EMA(Averaging):
         buffers: floating-point buffers to average. "statistics": running statistics of norm layers. "average": all.
             "copy": none. The others, such as masks, are copied from the trained module. Integer buffers are never
             averaged, and the vectors of spectral norms are computed for the averaged weights.
-        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
-            a run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
+        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average per
+            run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
             False: the average is only in checkpoints to resume from, as
             ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in ``ema.state_dict()["average"]``.
         name: name of the average in checkpoints and logs, if a run has several.
@@ -132,7 +132,7 @@ class EMA(Averaging):
         self._decay = self.decay
 
     def share(self, step: int, updates: int) -> float | None:
-        """Share of the weights in the average: ``1 - decay``, and 1 at the first update."""
+        """Return the share of the weights in the average: ``1 - decay``, and 1 at the first update."""
         since = step - self.start_step
         if since <= 0 or since % self.every_n_steps:
             return None

@@ -117,10 +117,10 @@ class FixRes(Trick):
             )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be there when loaders are made, and when the strategy takes the module.
+        """Wrap the creation of loaders, and the strategy's setup of the module.
 
         Raises:
-            RuntimeError: if another callback freezes, or drops, or changes sizes.
+            RuntimeError: if another callback freezes layers, drops branches, or changes sizes.
         """
         self._run = _Run()
         if self.test_size is not None:
@@ -133,26 +133,26 @@ class FixRes(Trick):
             self.wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
             # LinearScaling scales the groups as they are added, in any order of the list.
             self.wrap(pl_module, "configure_optimizers", self._with_rate)
-            # Checkpoints of the weights alone skip the hooks of callbacks.
+            # Weights-only checkpoints skip the hooks of callbacks.
             self.wrap(pl_module, "on_save_checkpoint", partial(self._with_size, trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See that a fit goes on with one of this kind.
+        """Raise if the fit resumes a run without FixRes.
 
         Raises:
-            RuntimeError: if it would go on with the run that trained the weights.
+            RuntimeError: if the checkpoint is from the run that trained the weights.
         """
         if trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]:
             raise RuntimeError(
-                "FixRes fine-tunes in a run of its own, and the checkpoint to go on with is of a run without it: start "
-                "from its weights, as with --model.weights in the place of --ckpt_path."
+                "FixRes fine-tunes in a separate run, and the checkpoint to resume is from a run without FixRes. Load "
+                "only the weights, with --model.weights instead of --ckpt_path."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is trained, and warn if the weights look random.
+        """Announce the trained layers, and warn if the weights look random.
 
         Raises:
-            RuntimeError: if the network can not take images of the size.
+            RuntimeError: if the network does not support images of this size.
         """
         run = self._now
         if self.test_size is not None:
@@ -171,13 +171,13 @@ class FixRes(Trick):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the BatchNorm layers; by now no layer is replaced any more."""
+        """Find the BatchNorm layers, after the last replacement of layers."""
         run = self._now
         run.norms = [pl_module.get_submodule(name) for name in run.trained[_NORM]]
         run.steps = [int(norm.num_batches_tracked) for norm in run.norms]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hold all but the trained layers in evaluation mode: again, whoever has called ``train()`` since."""
+        """Set all except the trained layers to evaluation mode again, after any call of ``train()``."""
         run = self._now
         run.frozen.hold()
         if not run.seen:
@@ -186,7 +186,7 @@ class FixRes(Trick):
             pl_module.log("fixres/parameters", float(run.parameters))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """See that the loss depends on what is trained.
+        """Raise if the loss does not depend on the trained parameters.
 
         Raises:
             RuntimeError: if not.
@@ -201,7 +201,7 @@ class FixRes(Trick):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See that the trained layers take part, and that the others stayed in evaluation mode.
+        """Raise if the trained layers are unused, or other layers left evaluation mode.
 
         Raises:
             RuntimeError: if not.
@@ -230,14 +230,14 @@ class FixRes(Trick):
             )
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        """See that images have the size."""
+        """Raise if images do not have the test size."""
         if batch_idx == 0:
             self._require_size(batch)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start  # type: ignore[assignment]
 
     def state_dict(self) -> dict[str, Any]:
-        """The size."""
+        """Return the size."""
         return {"test_size": self.test_size}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -246,7 +246,7 @@ class FixRes(Trick):
         if self.test_size is not None and "eval_size" in settings:
             settings["eval_size"] = self.test_size
 
-    # Each is called in the place of a method
+    # Each is called instead of a method
 
     def _freeze(self, pl_module: LightningModule, setup: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Before the strategy wraps the module, and optimizers are built."""
@@ -269,7 +269,7 @@ class FixRes(Trick):
 
     def _with_rate(self, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def set_rate(optimizer: Optimizer, group: Group, add_param_group: Callable[[Group], None]) -> None:
-            # before the group is added: LinearScaling scales what is added, in whatever order the two come
+            # before the group is added, since LinearScaling scales added groups, in any order of the two callbacks
             old = group.get("lr", optimizer.defaults.get("lr"))
             if self.lr is not None and old is not None:
                 group["lr"] = torch.full_like(old, self.lr) if isinstance(old, Tensor) else self.lr
@@ -279,7 +279,7 @@ class FixRes(Trick):
             return configure_optimizers(*args, **kwargs)
 
     def _with_size(self, trainer: Trainer, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-        """Checkpoints that hold the weights alone are not given to callbacks."""
+        """Save the state also in weights-only checkpoints, which skip the hooks of callbacks."""
         self.on_save_checkpoint(trainer, trainer.lightning_module, checkpoint)
         return on_save_checkpoint(checkpoint)
 
@@ -313,7 +313,7 @@ _HEAD, _NORM = "classifier", "BatchNorm"
 
 @dataclass
 class _Run:
-    """What is known in a run of the Trainer."""
+    """The state of one run of the Trainer."""
 
     data: Any = None
     frozen: Any = None

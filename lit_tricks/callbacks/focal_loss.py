@@ -1,7 +1,7 @@
-"""Focal loss: cross entropy that fades out for what the network knows already (Lin et al., 2017).
+"""Focal loss: cross entropy with less weight for well-classified samples (Lin et al., 2017).
 
-One caveat: gamma handles easy and hard, alpha handles rare and frequent; they are tuned together. The paper trains
-sigmoids; for a softmax over classes the same factor takes the probability of the true class.
+One caveat: gamma handles easy and hard samples, alpha handles rare and frequent classes, and both are tuned together.
+The paper trains sigmoids. For a softmax, the factor uses the probability of the true class.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def focal_factor(p: Tensor, gamma: float) -> Tensor:
 
 
 def focal_target(target: Tensor, gamma: float) -> SoftTarget:
-    """Labels of a batch whose cross entropy is the focal loss, for a module that has it as its own.
+    """Return labels of a batch whose cross entropy is the focal loss, for a module that has it as its own.
 
     Args:
         target: integer labels, or what other tricks made of them.
@@ -60,10 +60,10 @@ def focal_target(target: Tensor, gamma: float) -> SoftTarget:
 
 
 def class_weights(num_classes: int, alpha: float | Tensor) -> Tensor:
-    """Weight of each class in a softmax: of a list its numbers, of one number that of class 1 of two.
+    """Return the weight per class in a softmax: a list's numbers, or one number for class 1 of two.
 
     Raises:
-        RuntimeError: if there are other classes than weights.
+        RuntimeError: if the number of classes and weights differ.
     """
     weights = alpha if isinstance(alpha, Tensor) else torch.tensor([1 - alpha, alpha])
     if len(weights) != num_classes:
@@ -84,7 +84,7 @@ def positive_weight(alpha: float | Tensor) -> float:
     """
     if isinstance(alpha, Tensor):
         raise RuntimeError(
-            "FocalLoss: alpha is a list, and the loss is binary: give one number, that of the positives."
+            "FocalLoss: alpha is a list, and the loss is binary: pass one number, the weight of the positives."
         )
     return alpha
 
@@ -123,7 +123,7 @@ class FocalLoss(LossTrick):
             self.alpha = number(self, "alpha", alpha, "(0, 1)", fix, or_none="no weights")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it to work, and say so."""
+        """Start the trick, and announce it."""
         super().on_fit_start(trainer, pl_module)
         weights = "" if self.alpha is None else f", classes weighed by alpha={self.alpha}"
         self.announce(f"the loss times (1 - p)^{self.gamma:g}{weights}")
@@ -139,5 +139,5 @@ class FocalLoss(LossTrick):
         return inputs, target
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
-        """The mean factor: near 1 nothing is easy, near 0 almost all is."""
+        """Return the mean factor: near 1 nothing is easy, near 0 almost all is."""
         return {"focal_loss/factor": 1.0 if spec.mean_factor is None else spec.mean_factor}

@@ -80,8 +80,8 @@ class KnowledgeDistillation(LossTrick):
         compiled: whether the teacher is compiled with ``torch.compile``.
 
     Raises:
-        ValueError: for an argument out of its range, or a name that timm does not know; when the fit starts, if teacher
-            and student have other names of classes.
+        ValueError: for an argument out of its range, or an unknown timm name; when the fit starts, if teacher and
+            student have other names of classes.
         FileNotFoundError: when the fit starts, if the checkpoint does not exist.
         ConnectionError: when the fit starts, if the download fails.
         RuntimeError: when the fit starts, if the checkpoint holds no such module, or teacher and student share
@@ -155,7 +155,7 @@ class KnowledgeDistillation(LossTrick):
                 self._teacher = Renormalized(self._teacher, *self._to, *self._was)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it to work beside the student, and say so."""
+        """Load the teacher and announce it."""
         super().on_fit_start(trainer, pl_module)
         assert self._teacher is not None
         dtypes = (p.dtype for p in pl_module.parameters() if p.is_floating_point())
@@ -171,13 +171,13 @@ class KnowledgeDistillation(LossTrick):
         self._teacher = torch.compile(teacher) if self.compiled else teacher  # type: ignore[assignment]
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
-        """Ask the teacher."""
+        """Compute the teacher's logits."""
         assert self._trainer is not None
         assert self._teacher is not None
         if len(inputs) != 1:
             found = " and ".join(".".join(map(str, path)) for path in inputs) or "none"
             raise RuntimeError(
-                "KnowledgeDistillation must know which input of the training batch the teacher takes, and found "
+                "KnowledgeDistillation needs one input of the training batch for the teacher, and found "
                 f"{found}: let the collate_fn of the loader leave one tensor of images."
             )
         if target.kind == "binary":
@@ -195,7 +195,7 @@ class KnowledgeDistillation(LossTrick):
         return inputs, target
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
-        """The mean divergence, times the square of the temperature."""
+        """Return the mean divergence, times the square of the temperature."""
         return {} if spec.mean_divergence is None else {"knowledge_distillation/loss": spec.mean_divergence}
 
     def unwrap(self) -> None:

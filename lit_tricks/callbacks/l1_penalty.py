@@ -1,7 +1,7 @@
-"""L1 penalty: weights pay for their size, so that those of little use shrink to about 0 (Tibshirani, 1996).
+"""L1 penalty on the weights, which shrinks unimportant weights to about 0 (Tibshirani, 1996).
 
-One caveat: gradient steps do not reach 0. The gradient of ``|w|`` is as large near 0 as far from it, so a weight
-oscillates around 0, by up to ``lr * strength``; only a proximal step, or pruning afterwards, gives exact zeros.
+One caveat: gradient steps do not reach 0. The gradient of ``|w|`` has the same size near 0 as elsewhere, so a weight
+oscillates around 0 by up to ``lr * strength``. Only proximal steps or pruning give exact zeros.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class L1Penalty(Trick):
         self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the weights, and say so.
+        """Find the weights, and announce them.
 
         Raises:
             RuntimeError: if the strategy flattens parameters.
@@ -110,7 +110,7 @@ class L1Penalty(Trick):
         self.announce(f"{self.strength:g} x |w| on {len(self._weights)} tensors ({size:,} weights)")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Know where the run begins, or goes on."""
+        """Store the step at which the run starts or resumes."""
         self._first_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -118,7 +118,7 @@ class L1Penalty(Trick):
         there = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         chosen = [parameter for parameter in there if parameter in self._weights]
         if any(parameter.grad.is_sparse for parameter in chosen):
-            raise RuntimeError("L1Penalty can not add to sparse gradients: build the embedding with sparse=False.")
+            raise RuntimeError("L1Penalty cannot add to sparse gradients: build the embedding with sparse=False.")
         if not chosen:
             return
         strength: float | Tensor = self.strength
@@ -145,10 +145,10 @@ class L1Penalty(Trick):
             pl_module.log("l1_penalty/sparsity", share)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that it has acted.
+        """Raise if the penalty was never applied.
 
         Raises:
-            RuntimeError: if it has not.
+            RuntimeError: if the penalty was never applied.
         """
         if trainer.global_step > self._first_step:
             self._require_act(pl_module)

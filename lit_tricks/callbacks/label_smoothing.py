@@ -58,9 +58,10 @@ def label_smoothing_for_torch(
 class LabelSmoothing(LossTrick):
     """Smooth the targets of cross entropy ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
 
-    The true class keeps the probability ``1 - smoothing``. The other classes share the rest, which bounds the gap
-    between logits. It applies to ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and ``F.nll_loss`` in training, and to
-    floats from ``F.one_hot(target, num_classes)`` or binary labels. Losses of validation and test use plain labels.
+    The probability ``smoothing`` is taken from the true class and shared equally by all classes, or by all other
+    classes. This bounds the gap between logits. It applies to ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and
+    ``F.nll_loss`` in training, and to floats from ``F.one_hot(target, num_classes)`` or binary labels. Losses of
+    validation and test use plain labels.
 
     Cost: none measurable. Use it from scratch, for many classes and long runs. Leave it out for a model that will be a
     teacher, since distillation needs the differences between its logits. Expect little at 10 classes.
@@ -82,7 +83,7 @@ class LabelSmoothing(LossTrick):
         self.convention: Literal["torch", "paper"] = choice(self, "convention", convention, ("torch", "paper"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it to work, and say so."""
+        """Start the trick, and announce it."""
         super().on_fit_start(trainer, pl_module)
         shared = "all classes" if self.convention == "torch" else "the wrong classes"
         self.announce(f"{self.smoothing:g} of the target's probability shared by {shared}")
@@ -96,5 +97,5 @@ class LabelSmoothing(LossTrick):
         return inputs, target
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
-        """The probability that is shared."""
+        """Return the probability that is shared."""
         return {"label_smoothing/smoothing": self.smoothing}

@@ -95,17 +95,18 @@ class LinearScaling(Trick):
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be there when the module builds its optimizers."""
+        """Wrap the creation of the module's optimizers."""
         if stage == "fit":
             self._forget()
-            # No hook comes between the optimizers' creation and that of the schedulers, which start from their rates.
+            # No hook runs between the creation of optimizers and schedulers, which start from the optimizers' learning
+            # rates.
             self.wrap(pl_module, "configure_optimizers", partial(self._scale, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the optimizers still have the scaled rates, and say which.
+        """Announce the scaled learning rates, and raise if another object replaced them.
 
         Raises:
-            RuntimeError: if they have others.
+            RuntimeError: if the optimizers have other learning rates.
         """
         schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         found = [rate for optimizer in trainer.optimizers for rate in _rates(optimizer)]
@@ -145,7 +146,7 @@ class LinearScaling(Trick):
             pl_module.log("linear_scaling/factor", self._factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """The factor that the rates in the checkpoint have."""
+        """Return the factor that the rates in the checkpoint have."""
         return {"factor": self._factor}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ class LinearScaling(Trick):
             raise RuntimeError(
                 f"LinearScaling multiplies the learning rates by {self._factor:g}, and the checkpoint brings rates "
                 f"multiplied by {restored:g}. Resume with the same rule and true batch, which is now {self._batch} "
-                "(Trainer(accumulate_grad_batches=...) can make up for devices), or start from its weights alone."
+                "(Trainer(accumulate_grad_batches=...) can replace devices), or load only its weights."
             )
 
     def _scale(
@@ -196,7 +197,7 @@ class LinearScaling(Trick):
                 continue
             new[_MARK] = float(new["lr"])
             for name in _RATES & new.keys():
-                new[name] = new[name] * self._factor  # a new tensor, where it is one: groups share that of the default
+                new[name] = new[name] * self._factor  # a new tensor if it is one: groups share the default's tensor
 
     def _forget(self) -> None:
         self._factor = 1.0
@@ -207,7 +208,7 @@ class LinearScaling(Trick):
 
 
 def _rates(optimizer: Optimizer) -> list[float]:
-    """The rates that a schedule starts from."""
+    """Return the rates that a schedule starts from."""
     return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
@@ -217,7 +218,7 @@ def _text(rates: list[float]) -> str:
 
 
 class EffectiveBatchSize(NamedTuple):
-    """The samples of a step: those of a batch, in each process, in each of the batches that are accumulated."""
+    """Return the samples per step: samples per batch, times processes, times accumulated batches."""
 
     size: int = 1
     processes: int = 1
@@ -236,16 +237,16 @@ class EffectiveBatchSize(NamedTuple):
 def effective_batch_size(
     trainer: Trainer, pl_module: LightningModule, batch_size: int | None, trick: str
 ) -> EffectiveBatchSize:
-    """Find the batch of a step.
+    """Find the batch size of a step.
 
     Args:
         trainer: the Trainer, in or after its ``setup``.
         pl_module: the module.
         batch_size: samples in a batch of one process; None to find it.
-        trick: who asks, for the messages.
+        trick: name of the trick, for the messages.
 
     Raises:
-        RuntimeError: if it is not known, or will change.
+        RuntimeError: if the batch size is unknown, or will change.
     """
     schedulers = lightning_classes("callbacks.GradientAccumulationScheduler")
     if any(isinstance(c, schedulers) for c in callbacks_of(trainer)):
@@ -256,7 +257,7 @@ def effective_batch_size(
     size = batch_size or _configured(trainer, pl_module)
     if size is None:
         raise RuntimeError(
-            f"{trick} cannot tell the batch size: the loader has none, and the module or datamodule that makes it has "
+            f"{trick} found no batch size: the loader has none, and the module or datamodule that makes it has "
             f"no batch_size. Give {trick}(batch_size=...), the samples in a batch of one process."
         )
     processes = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)  # those that see different data

@@ -43,7 +43,7 @@ class MixUp(Mixing):
 
     An image becomes ``lambda * image + (1 - lambda) * partner``. The partner is another image of the same batch, in
     random order. The loss is the loss of the labels, mixed alike. Lambda is drawn from Beta(alpha, alpha). Training
-    metrics see the label with the larger share. Together with CutMix, each batch gets one of the two, with the odds of
+    metrics see the label with the larger share. Together with CutMix, each batch gets one of the two, in proportion to
     their ``prob``.
 
     Cost: one pass over the images, and a second look-up in the loss. Use it for long runs of large networks. Leave it
@@ -55,7 +55,7 @@ class MixUp(Mixing):
             1 is uniform. Large values mix half and half.
         off_epochs: last epochs without mixing, 0 or more, so that the network ends on real images. Needs
             ``Trainer(max_epochs)``.
-        per_sample: whether each image has a lambda of its own. False draws one per batch.
+        per_sample: whether to draw one lambda per image. False draws one per batch.
         prob: share of the batches that are mixed, in (0, 1].
         inputs: names or positions of the tensors to mix, such as ``[image, age]`` or ``[0, 2]``. None: all images, or
             all float matrices if there are no images. Inputs that are not mixed are logged.

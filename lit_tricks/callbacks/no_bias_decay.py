@@ -1,6 +1,6 @@
-"""Weight decay for weights alone: biases and the parameters of norm layers go without ("Bag of Tricks", section 3.1).
+"""Weight decay only for weights: none for biases and parameters of norm layers ("Bag of Tricks", section 3.1).
 
-One caveat: with timm's Lars and Lamb, parameters without weight decay also go without layer-wise adaptation.
+One caveat: in timm's Lars and Lamb, parameters without weight decay also have no layer-wise adaptation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class NoBiasDecay(Trick):
     """
 
     _names: list[list[str]]  # of the parameters in each group
-    _restored: list[list[str]] | None  # those of the run that is resumed
+    _restored: list[list[str]] | None  # the groups of the resumed run
     _group_count: int
 
     def __init__(self, skip: Sequence[Kind] = ("bias", "norm")) -> None:
@@ -61,14 +61,14 @@ class NoBiasDecay(Trick):
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be there when the module builds its optimizers."""
+        """Wrap the creation of the module's optimizers."""
         if stage == "fit":
             self._forget()
-            # No hook comes between the optimizers' creation and that of the schedulers, which count their groups.
+            # No hook runs between the creation of optimizers and schedulers, which count the optimizers' groups.
             self.wrap(pl_module, "configure_optimizers", partial(self._split, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what decays."""
+        """Announce which parameters have weight decay."""
         sizes: dict[bool, list[int]] = {True: [], False: []}
         for group in groups_of(trainer.optimizers):
             sizes[bool(group.get("weight_decay"))] += [parameter.numel() for parameter in group["params"]]
@@ -80,10 +80,10 @@ class NoBiasDecay(Trick):
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at groups that were added meanwhile, and log the share of the parameters that do not decay.
+        """Check groups that were added later, and log the share of the parameters without weight decay.
 
         Raises:
-            RuntimeError: if such a group has weight decay on what should have none.
+            RuntimeError: if such a group has weight decay on parameters that should have none.
         """
         groups = len(groups_of(trainer.optimizers))
         if groups != self._group_count:
@@ -93,11 +93,11 @@ class NoBiasDecay(Trick):
             pl_module.log("no_bias_decay/share", self._share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Names of the parameters in each group."""
+        """Return the names of the parameters in each group."""
         return {"groups": self._names}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the groups of the run that is resumed: its optimizer state goes by them, and torch sees only sizes."""
+        """Store the groups of the resumed run. Its optimizer state belongs to them, and torch compares only sizes."""
         if checkpoint.get("optimizer_states") == []:
             return  # saved before there were optimizers
         restored = checkpoint["callbacks"].get(self.state_key, {"groups": []})["groups"]
@@ -160,7 +160,7 @@ class NoBiasDecay(Trick):
         remedy = f"was made with another skip or network: {moved[0]!r} differs. Resume with the same ones"
         if not restored:
             remedy = "was made without it. Remove it"
-        raise RuntimeError(f"NoBiasDecay(skip={self.skip}): the checkpoint {remedy}, or start from its weights alone.")
+        raise RuntimeError(f"NoBiasDecay(skip={self.skip}): the checkpoint {remedy}, or load only its weights.")
 
     def _forget(self) -> None:
         self._names = []
@@ -177,7 +177,7 @@ def _name_parts(parts: list[Group], optimizer: Optimizer) -> None:
 
 
 def _rule(module: nn.Module, skip: Sequence[str]) -> Callable[[Tensor], bool]:
-    """Whether a parameter goes without weight decay. Of one that the module does not have, only the shape is known."""
+    """Return whether a parameter has no weight decay. For parameters outside the module, only the shape decides."""
     free: dict[Tensor, bool] = {}
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):  # shared ones come more than once

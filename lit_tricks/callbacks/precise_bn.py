@@ -43,10 +43,10 @@ class PreciseBN(Estimating):
     changes the accuracy by 0.2 points at most.
 
     Args:
-        num_samples: number of training samples over all processes, 1 or more; 1,000 to 10,000 are enough. A larger
-            number than there are means all of them, in one pass.
-        when: "validation": before each validation and at the end of the fit. "end": at the end only. A number of 1 or
-            more: before the validations of every so many epochs, and at the end.
+        num_samples: number of training samples over all processes, 1 or more; 1,000 to 10,000 are enough. If the data
+            has fewer samples, all of them are used, in one pass.
+        when: "validation": before each validation and at the end of the fit. "end": at the end only. A number n of 1 or
+            more: before the validation of every n-th epoch, and at the end.
         transform: "train" loads samples as for training; "eval" with the ``transform`` of the validation data set.
         restore: whether training continues with its own running statistics. False continues with the new ones.
 
@@ -76,7 +76,7 @@ class PreciseBN(Estimating):
         self.restore: bool = flag(self, "restore", restore)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the brackets around validation: outside of those of averages, which are made earlier."""
+        """Wrap validation, outside of the wrappers of averages, which are made earlier."""
         fit, number = self._now, len(set(batchnorms_of(pl_module).values()))
         if fit.begun:  # a tuner trains within the fit
             return
@@ -90,7 +90,7 @@ class PreciseBN(Estimating):
         self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
         epochs = "" if self.when == "validation" else f" of every {self.when} epochs"
         moments = "" if self.when == "end" else f"before the validations{epochs} and "
-        then = "" if self.restore else "; training goes on from them"
+        then = "" if self.restore else "; training continues from them"
         self.announce(f"{number} BatchNorm layers, from {self.num_samples} samples, {moments}at the end{then}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

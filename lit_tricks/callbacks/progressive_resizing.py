@@ -49,8 +49,8 @@ class ProgressiveResizing(Trick):
     """Train on small images first, and on larger ones later ([Howard, 2018](https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html)).
 
     Batches are resized on the device (bilinear, antialiased). Their side rises linearly from ``start_scale`` to full
-    size between two points of the run. Dense targets (N, H, W) are resized, too (nearest). The size is a closed form
-    of the optimizer step. Mixing tricks get the resized images. PreciseBN and all evaluation get full images.
+    size between two points of the run. Dense targets (N, H, W) are also resized (nearest). The size is a closed form of
+    the optimizer step. Mixing tricks get the resized images. PreciseBN and all evaluation get full images.
 
     Cost: none; it saves time. A step at half the side has a quarter of the operations. Use it for long runs of
     convolutional networks at 160 pixels or more. Leave it out if details decide the class, if loading limits the run,
@@ -64,7 +64,7 @@ class ProgressiveResizing(Trick):
         multiple_of: smaller sides are multiples of this number of pixels, 1 or more. Use the network's total stride,
             such as 32. Fewer sizes need fewer kernels and graphs.
         mode: "resize", or "crop", which cuts a random part of that size out of all images of a batch.
-        total_steps: optimizer steps of the run. Give it only if Trainer and loaders do not know the length.
+        total_steps: optimizer steps of the run. Set it only if Trainer and loaders have no length.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -115,7 +115,7 @@ class ProgressiveResizing(Trick):
             self._seeds.manual_seed(seed ^ zlib.crc32(b"ProgressiveResizing"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the run in steps, and say what comes.
+        """Measure the run in steps, and announce the sizes.
 
         Raises:
             RuntimeError: if its length is unknown.
@@ -139,7 +139,7 @@ class ProgressiveResizing(Trick):
         self._length.check(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator of the seeds of crops."""
+        """Return the generator of the seeds of crops."""
         return {"seeds": self._seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,8 +196,8 @@ class ProgressiveResizing(Trick):
 
 
 def _images_in(batch: Any) -> dict[Any, Tensor]:
-    """The images of a batch with a target or without: 4 dimensions, floats or uint8, of the size of the first."""
-    refuse_boxes(batch, "ProgressiveResizing", "images that go alone, or with masks")
+    """Return the images of a batch: floats or uint8 with 4 dimensions, of the size of the first."""
+    refuse_boxes(batch, "ProgressiveResizing", "images without other data, or with masks")
     try:
         found = find(batch, "ProgressiveResizing")[0]
     except RuntimeError:
@@ -205,7 +205,7 @@ def _images_in(batch: Any) -> dict[Any, Tensor]:
     images = {p: t for p, t in found.items() if t.dim() == 4 and (t.is_floating_point() or t.dtype == torch.uint8)}
     if not images:
         raise RuntimeError(
-            f"ProgressiveResizing found no images in the training batch: {describe(batch)}. It looks for tensors of "
+            f"ProgressiveResizing found no images in the training batch: {describe(batch)}. It needs tensors of "
             "floats or uint8 of shape (N, C, H, W): let the collate_fn of the loader return such."
         )
     return images

@@ -1,7 +1,7 @@
 """Stochastic weight averaging: a high constant learning rate at the end, and the mean of the weights that it visits.
 
-One caveat: BatchNorm statistics are averaged along with the weights, not those of the averaged weights. PreciseBN
-re-estimates them.
+One caveat: BatchNorm statistics are averaged like the weights, and differ from the statistics of the averaged weights.
+PreciseBN re-estimates them.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class SWA(Averaging):
     (``torch.compile(mode="reduce-overhead")``).
 
     Args:
-        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights are all alike. A rate that is far too
-            high leaves the valley whose center the average should find.
+        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights are all alike. With a rate that is far
+            too high, the weights are too far apart, and their average is worse than each of them.
         start: part of the run's steps before it, in [0, 1). 0 averages from the first cycle, near 1 only the end.
         anneal_epochs: epochs before ``start`` in which the learning rate changes gradually from the scheduled rate to
             ``lr``, from 0 to the number of epochs before ``start``. 0 jumps.
@@ -93,8 +93,8 @@ class SWA(Averaging):
         buffers: floating-point buffers to average. "statistics": running statistics of norm layers. "average": all.
             "copy": none. The others, such as masks, are copied from the trained module. Integer buffers are never
             averaged, and the vectors of spectral norms are computed for the averaged weights.
-        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average of
-            a run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
+        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average per
+            run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
             False: the average is only in checkpoints to resume from and in ``swa.state_dict()["average"]``.
         name: name of the average in checkpoints and logs, if a run has several.
 
@@ -137,7 +137,7 @@ class SWA(Averaging):
             raise invalid(self, "both set the length of a cycle. Give one of them.", **both)
 
     def share(self, step: int, updates: int) -> float | None:
-        """Share of the weights in the mean: 1 of all that are averaged so far."""
+        """Return the share of the weights in the mean: 1 of all that are averaged so far."""
         if self._plan is None:
             return None
         start, end, _ = self._plan
@@ -145,7 +145,7 @@ class SWA(Averaging):
         return 1 / (updates + 1) if swa_ends_cycle(step, start, end, *every) else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be there when an optimizer steps, and when its learning rate is monitored.
+        """Wrap the steps of optimizers, and the monitoring of their learning rates.
 
         Raises:
             RuntimeError: if there is no learning rate.
@@ -162,16 +162,16 @@ class SWA(Averaging):
         re_estimated = any(isinstance(callback, Estimating) for callback in callbacks_of(trainer))
         if self.validate and not re_estimated and any(layer.training for layer in batchnorms_of(pl_module).values()):
             rank_zero_only(warnings.warn)(
-                f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}; those of the "
-                "averaged weights are others. Add the callback PreciseBN, which re-estimates them.",
+                f"SWA averages the statistics of the BatchNorm layers in {type(pl_module).__name__}, "
+                "which do not fit the averaged weights. Add the callback PreciseBN, which re-estimates them.",
                 stacklevel=2,
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find start and end in steps: earlier, the loaders are not there.
+        """Find start and end in steps. Earlier, there are no loaders.
 
         Raises:
-            RuntimeError: if that can not be, or the glide would begin before the run.
+            RuntimeError: if the length is unknown, or the annealing would begin before the run.
         """
         self._length.measure(trainer, pl_module)
         end = self._length.run
@@ -188,7 +188,7 @@ class SWA(Averaging):
             self._rates.start()
         self._steps = steps_done(trainer, pl_module)
         if self._steps <= start:
-            self._updates = 0  # they are those of a shorter run, which this one resumes
+            self._updates = 0  # they belong to a shorter run, which this run resumes
         name, way = f"{self.name}: " if self.name else "", f" after a glide of {length} steps" if length else ""
         plan = f"learning rate {self.lr:g} from step {start} of {end}{way}, averaged every {every:g} steps"
         self.announce(f"{name}{plan}; {self._what_for()}")
@@ -209,7 +209,7 @@ class SWA(Averaging):
             self.log_step(pl_module, {key: float(self._updates)})
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the average; the state of the optimizers, which is saved with it, has the scheduled rates."""
+        """Return the state of the average. The state of the optimizers in the checkpoint has the scheduled rates."""
         if self._rates:
             self._rates.give_back()
         return super().state_dict()

@@ -37,7 +37,7 @@ def tta_views(images: Tensor, flip: bool, crops: Literal[1, 5, 10], scales: Sequ
         images: images (N, C, H, W), floats or uint8.
         flip: whether each view also comes flipped horizontally.
         crops: 1 for the whole image; 5 for the four corners and the center, each 7/8 of the side; 10 for these and
-            their flipped versions, whatever ``flip`` is.
+            their flipped versions, for any ``flip``.
         scales: factors of the sides, applied before the crops.
 
     Example:
@@ -95,7 +95,7 @@ class TestTimeAugment(Trick):
         crops: 1 (the whole image), 5 (four corners and the center, each 7/8 of the side), or 10 (these, and flipped).
             Dense logits need 1.
         scales: factors on the sides, each above 0, such as ``[0.875, 1.0, 1.125]``. Each adds a set of views
-            (bilinear, antialiased, before the crops). With 8/7, crops are as large as the image.
+            (bilinear, antialiased, before the crops). At the scale 8/7, crops have the size of the original image.
         activation: "softmax", or "sigmoid" for several labels per image or one logit.
         layer: name of the module whose ``forward`` returns the logits, such as ``"model"``. None is the
             LightningModule.
@@ -137,10 +137,10 @@ class TestTimeAugment(Trick):
             )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what the views are.
+        """Announce the views.
 
         Raises:
-            RuntimeError: if it is there twice, or the module has no such layer.
+            RuntimeError: if the trick was passed twice, or the module has no such layer.
         """
         if any(isinstance(c, TestTimeAugment) and c is not self for c in callbacks_of(trainer)):
             raise RuntimeError("TestTimeAugment is there twice: leave one of them in the list of callbacks.")
@@ -155,7 +155,7 @@ class TestTimeAugment(Trick):
         self.announce(f"{self.number} views of each image, in {loop}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, but for the sanity check, and log the number of views."""
+        """Start, except in the sanity check, and log the number of views."""
         if not trainer.sanity_checking:
             self._begin(pl_module)
             pl_module.log("test_time_augment/views", float(self.number), on_step=False, on_epoch=True, batch_size=1)
@@ -221,7 +221,7 @@ class TestTimeAugment(Trick):
                     raise
                 raise RuntimeError(
                     f"TestTimeAugment: `forward` failed for a view of {view.size(2)} x {view.size(3)} pixels "
-                    f"({type(error).__name__}: {error}). A network for one size takes flips alone: leave crops and "
+                    f"({type(error).__name__}: {error}). A network for one size supports only flips: leave crops and "
                     "scales out, or build it for any size."
                 ) from error
             self._check(output, len(images), view)
@@ -238,7 +238,7 @@ class TestTimeAugment(Trick):
         if is_dense and self.crops > 1:
             raise RuntimeError(
                 f"TestTimeAugment(crops={self.crops}): crops do not cover the image, and `forward` gives logits for "
-                "each of its pixels: leave crops at 1; flips and scales can be put back."
+                "each of its pixels: leave crops at 1. Flips and scales can be reversed."
             )
         if is_logits and (output.size(1) > 1 or self.activation == "sigmoid"):
             return

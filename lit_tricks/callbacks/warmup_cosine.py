@@ -1,7 +1,7 @@
 """Linear warm-up, then half a cosine: the schedule of "Bag of Tricks" (He et al., CVPR 2019), sections 3.1 and 5.1.
 
-One caveat: a cosine is tied to the length of the run. A run that is resumed to train longer takes up the longer
-cosine where it stands, with a higher learning rate than it stopped with.
+One caveat: a cosine depends on the length of the run. A run that is resumed to train longer continues on the longer
+cosine, with a higher learning rate than before.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class WarmupCosine(Schedule):
         warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
         min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
             constant.
-        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if the Trainer does
-            not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
+        total_steps: optimizer steps of the run (batches under manual optimization). Set it only if the Trainer has no
+            length: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
+        RuntimeError: when the fit starts, if the module has its own scheduler, or the run's length is unknown.
 
     Example:
         ``- {class_path: WarmupCosine, init_args: {warmup_epochs: 5}}``

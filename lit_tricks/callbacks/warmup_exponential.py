@@ -38,7 +38,7 @@ class WarmupExponential(Schedule):
     ``gamma``, and stays again. Inception was trained with 0.94 every two epochs. "Bag of Tricks" compares it in
     section 5.1.
 
-    Cost: none measurable. Use it for recipes that ask for it. A cosine keeps the rate high for longer and usually ends
+    Cost: none measurable. Use it for recipes that need it. A cosine keeps the rate high for longer and usually ends
     better.
 
     Args:
@@ -50,7 +50,7 @@ class WarmupExponential(Schedule):
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the module has a scheduler of its own, or an epoch's length is unknown.
+        RuntimeError: when the fit starts, if the module has its own scheduler, or an epoch's length is unknown.
 
     Example:
         ``- {class_path: WarmupExponential, init_args: {gamma: 0.94, every_n_epochs: 2}}``

@@ -51,7 +51,7 @@ class WarmupStep(Schedule):
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the module has a scheduler of its own, or an epoch's length is unknown.
+        RuntimeError: when the fit starts, if the module has its own scheduler, or an epoch's length is unknown.
 
     Example:
         ``- {class_path: WarmupStep, init_args: {milestones: [30, 60, 90], warmup_epochs: 5}}``

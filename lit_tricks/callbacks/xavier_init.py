@@ -1,6 +1,6 @@
-"""Xavier initialisation of convolutions and linear layers, as "Bag of Tricks" starts its networks (section 2.1).
+"""Xavier initialization of convolutions and linear layers, as in "Bag of Tricks" (section 2.1).
 
-One caveat: the published code of the paper starts from Kaiming normal; Xavier is what its text says.
+One caveat: the published code of the paper uses Kaiming normal, and its text names Xavier.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ class XavierInit(Initializer):
 
     Weights are drawn from U(-a, a) with ``a = sqrt(6 / (d_in + d_out))``, which preserves the variance of activations
     and gradients. Biases start at 0. All trained weights are drawn at the start of a run from scratch, never in a
-    resumed run. Norm layers and frozen weights stay as they are. The trick has a random generator of its own: the seed
-    of ``seed_everything`` gives the same weights on any number and kind of devices.
+    resumed run. Norm layers and frozen weights stay as they are. The trick has its own random generator, so a seed of
+    ``seed_everything`` gives the same weights on any number and kind of devices.
 
-    Cost: none. Use it to follow "Bag of Tricks" exactly, or to let networks of different libraries start alike. Leave
-    it out for ReLU networks that train well from their own (Kaiming) initialization, and for transformers.
+    Cost: none. Use it to follow "Bag of Tricks" exactly, or to start networks of different libraries from the same
+    weights. Leave it out for ReLU networks that train well from their own (Kaiming) initialization, and for
+    transformers.
 
     Args:
         seed: seed of the weights, 0 or more. None uses the seed of ``seed_everything``.

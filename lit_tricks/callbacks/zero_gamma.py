@@ -34,8 +34,8 @@ class ZeroGamma(Initializer):
     shortcut. Only a run from scratch is changed, never a resumed one.
 
     Cost: none. Use it for ResNets from scratch, above all at a large learning rate. It does not apply to transformers
-    and pre-activation blocks, whose branches do not end with a norm layer. timm's ResNets start this way by default:
-    build them with ``zero_init_last=False``, or get a warning that nothing was changed.
+    and pre-activation blocks, whose branches do not end with a norm layer. timm's ResNets start this way by default.
+    Build them with ``zero_init_last=False``, otherwise the trick only warns that it has no effect.
 
     Args:
         layers: patterns of names of norm layers, such as ``["*.bn3"]``. Give them if the branches are not found. A
@@ -122,7 +122,7 @@ class ZeroGamma(Initializer):
         if self._zeroed != self._names:
             rank_zero_only(warnings.warn)(
                 f"ZeroGamma changes nothing: the residual branches of {type(pl_module).__name__} start at scale 0 "
-                "already, as those of timm do. To compare, build the network with zero_init_last=False.",
+                "already, as in timm. To compare, build the network with zero_init_last=False.",
                 stacklevel=2,
             )
         return f"residual branches that start at scale 0 already: {which}"
@@ -137,7 +137,7 @@ class ZeroGamma(Initializer):
 
 
 def _scale(module: nn.Module) -> Tensor | None:
-    """The weight of a layer, if it is a vector or of a norm layer."""
+    """Return the weight of a layer, if it is a vector or of a norm layer."""
     weight = own_parameter(module, "weight")
     return weight if weight is not None and (weight.ndim < 2 or is_norm(module)) else None
 

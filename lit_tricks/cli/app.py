@@ -105,7 +105,7 @@ class TricksCLI(LightningCLI):
         )
         if subcommand == "fit":
             parser.add_argument(
-                "--name", type=str, help="Name of the run's folder; by default that of the first configuration file."
+                "--name", type=str, help="Name of the run folder; by default the name of the first configuration file."
             )
             parser.add_argument(
                 "--watch",
@@ -161,7 +161,7 @@ class TricksCLI(LightningCLI):
         """Do nothing: Lightning would let a checkpoint's settings win over the flags here."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the folder of the run, and tell the loggers of it."""
+        """Choose the run folder, and set it in the loggers."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and not config.trainer.fast_dev_run:
             config.name = config.name or self.run.name
@@ -195,7 +195,7 @@ class TricksCLI(LightningCLI):
             callbacks += [self.timer, self.cpu_timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
             if config.profiler is None:
                 kwargs["profiler"] = TimeSplit()
-            # saved as it was asked for: who repeats the configuration wants another W&B run
+            # saved as requested, since repeating the configuration should start another W&B run
             self.config[self.subcommand].trainer.logger = self.logger_config
             loggers = config.logger if isinstance(config.logger, list) else [config.logger]
             csv = CSVLogger(self.run.root, self.run.name, self.run.version)
@@ -209,7 +209,7 @@ class TricksCLI(LightningCLI):
                 scored = isinstance(self.model, Task) and config.limit_val_batches != 0
                 monitor = f"val/{self.model.score}" if scored else None
                 callbacks.append(BestCheckpoint(filename="best", monitor=monitor, mode="max"))
-                callbacks.append(LastCheckpoint(filename="last"))  # save_last would save along with the best alone
+                callbacks.append(LastCheckpoint(filename="last"))  # save_last would save only together with the best
         trainer = super().instantiate_trainer(**kwargs)
         use_whole_checkpoints(trainer)
         return trainer
@@ -250,7 +250,7 @@ class TricksCLI(LightningCLI):
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         # before the test, whose checkpoint would put the timers forward
         seconds, cpu = self.timer.time_elapsed("train"), self.cpu_timer.seconds
-        best = best if Path(best).is_file() else ""  # a resumed run that had nothing left to do knows the old run's
+        best = best if Path(best).is_file() else ""  # the old run's, if a resumed run had no steps left
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         classes = getattr(self.model, "class_names", None) or getattr(self.datamodule, "classes", None)

@@ -1,4 +1,4 @@
-"""What the command line can use, by name: read from source files and configurations, so that nothing is imported."""
+"""List the names for the command line, from source files and configurations, without imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 PACKAGE = Path(__file__).parents[1]
 TRAINER_COMMANDS = {
-    "fit": "Train a model, and leave its checkpoints and a report in a folder of its own.",
+    "fit": "Train a model, and write its checkpoints and a report to a new run folder.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
 }

@@ -28,7 +28,7 @@ PARTS = ("data", "model", "trainer")  # of a fit or a prediction
 
 
 def find_command(commands: ModuleType, words: list[str], name: str = "") -> tuple[Callable[..., Any] | None, str]:
-    """The function that a command line calls, and the words that name it.
+    """Return the function that a command line calls, and the words that name it.
 
     Args:
         commands: package with a function for each command, and a package for each group of them, in ``__all__``.
@@ -53,31 +53,31 @@ def find_command(commands: ModuleType, words: list[str], name: str = "") -> tupl
 def _refuse(group: ModuleType, words: list[str], name: str) -> None:
     known = [*group.__all__]
     if not words:
-        text = f"say what to do: {', '.join(f'{name} {each}' for each in known)}."
+        text = f"choose a command: {', '.join(f'{name} {each}' for each in known)}."
         raise argparse.ArgumentError(None, f"{text} `lit-tricks {name} --help` explains them.")
     close = nearest(words[0], known) or among([f"{name} {each}" for each in known])
     raise argparse.ArgumentError(None, f"there is no command {words[0]!r}{close}")
 
 
 def run_command(function: Callable[..., Any], words: list[str], name: str, build: Build) -> None:
-    """Call a command with the words after its name.
+    """Call a command with the arguments after its name.
 
-    What has no default is positional, unless it is keyword-only; a list takes several values; ``output`` is ``-o``.
-    What is False by default needs no value. A ``--config`` may hold more than the command knows, such as that of a run:
-    the rest is ignored; but a function with an argument ``config`` gets the paths. What follows ``--`` is for the
-    argument ``fit_args``. A function with ``ckpt`` and ``data`` gets the data of the checkpoint, where nothing else is
-    given. A function with an argument ``trainer`` gets the parts of a fit: ``data``, ``model`` and ``trainer``, which
-    all words make that are not for its other arguments. If it has an argument ``ckpt`` too, they are the parts of a
-    prediction with this checkpoint, and are made only if there are such words.
+    Arguments without a default are positional, unless they are keyword-only. A list takes several values, and
+    ``output`` is ``-o``. Flags with the default False need no value. A ``--config`` may have settings that the command
+    lacks, such as the configuration of a run: these are ignored. A function with an argument ``config`` gets the paths.
+    Arguments after ``--`` are passed as ``fit_args``. A function with ``ckpt`` and ``data`` gets the data of the
+    checkpoint by default. A function with an argument ``trainer`` gets the parts of a fit, ``data``, ``model`` and
+    ``trainer``, which are built from all remaining arguments. If it also has an argument ``ckpt``, these are the parts
+    of a prediction with this checkpoint, and are built only from given arguments.
 
     Args:
-        function: typed and documented. Its arguments become flags.
-        words: of the command line, configurations as paths.
-        name: of the command, as it is called.
-        build: makes the parts of a subcommand, such as fit, from the words after its name.
+        function: typed and documented function. Its arguments become flags.
+        words: arguments of the command line, with configurations as paths.
+        name: name of the command.
+        build: makes the parts of a subcommand, such as fit, from the arguments after its name.
 
     Raises:
-        argparse.ArgumentError: for words that can not be understood.
+        argparse.ArgumentError: for invalid arguments.
     """
     parser = _parser(function, name)
     parameters = inspect.signature(function).parameters
@@ -108,7 +108,7 @@ def run_command(function: Callable[..., Any], words: list[str], name: str, build
 
 
 def own_arguments(function: Callable[..., Any]) -> list[str]:
-    """Names of the arguments, without those that are the parts of a fit."""
+    """Return the names of the arguments, without those that are the parts of a fit."""
     names = list(inspect.signature(function).parameters)
     return [name for name in names if name not in PARTS] if "trainer" in names else names
 
@@ -119,13 +119,13 @@ def summary(command: Callable[..., Any] | ModuleType) -> str:
 
 
 def _split(words: list[str], own: list[str], flags: set[str], positional: str) -> tuple[list[str], list[str]]:
-    """Return the words for a command's own arguments, and the others.
+    """Split the command line into a command's own arguments and others.
 
     Args:
-        words: of the command line.
+        words: arguments of the command line.
         own: names of the command's arguments.
-        flags: those of its options that take no value.
-        positional: name of the argument that words without a flag are for; empty if there is none.
+        flags: options that take no value.
+        positional: name of the argument for values without a flag; empty if there is none.
     """
     ours: list[str] = []
     theirs: list[str] = []
@@ -182,7 +182,7 @@ _CONFIG = ("-c", "--config")
 
 
 def _reduced(words: list[str], known: set[str], folder: str) -> list[str]:
-    """The words with configurations in which there is only what the command knows."""
+    """Return the arguments, with configurations reduced to the settings of the command."""
     reduced: list[str] = []
     for word in words:
         flag, equals, path = word.partition("=")
@@ -231,7 +231,7 @@ def _parser(function: Callable[..., Any], name: str) -> ArgumentParser:
 
 
 def _item(kind: Any) -> type | None:
-    """The type of what a list holds, also of one that may be None."""
+    """Return the type of what a list holds, also of one that may be None."""
     for part in (kind, *typing.get_args(kind)):
         if typing.get_origin(part) is list:
             [item] = typing.get_args(part)

@@ -23,7 +23,7 @@ PREAMBLES = {
     "bash": '{config}() {{ compgen -W \'{names}\' -- "$1"; compgen -f -- "$1"; }}',
     "zsh": "{config}() {{ _alternative 'names:configuration:({names})' 'files:file:_files' }}",
 }
-# bash takes the "=" of --option=value for a word of its own
+# bash treats the "=" of --option=value as a separate word
 UNSPLIT = """
 _lit_tricks() {
   local words=() count=$COMP_CWORD i

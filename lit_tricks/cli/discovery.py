@@ -50,7 +50,7 @@ def show_names(words: list[str]) -> None:
 
 def show_one(words: list[str]) -> None:
     """Run ``lit-tricks show``."""
-    parser = LightParser("lit-tricks show", description="Show what a name stands for.")
+    parser = LightParser("lit-tricks show", description="Show the definition of a name.")
     parser.add_argument("name", help="A trick, data module, task, model or configuration, as `lit-tricks list` has it.")
     _print(_card(parser.parse_args(words).name))
 
@@ -67,7 +67,7 @@ def _rows(kind: str, timm: bool) -> dict[str, str]:
 
 
 def _networks() -> dict[str, Entry]:
-    """Return the networks that ``--model.model`` takes by name, besides those of timm."""
+    """Return the networks that ``--model.model`` accepts by name, in addition to timm's."""
     return {"resnet": public_names("models")["resnet"]}
 
 
@@ -116,7 +116,7 @@ def _use(entry: Entry) -> str:
 
 
 def _find(name: str) -> Entry | None:
-    """Return what a name stands for. Case, hyphens and underscores do not matter where the name is no other's."""
+    """Return the object of a name. Case, hyphens and underscores are ignored if the name is unique."""
     classes, files = _classes(), configs()
     short = {each.rpartition("/")[2]: entry for each, entry in files.items()}
     for known in (classes, files):
@@ -158,7 +158,7 @@ def _timm_card(name: str) -> Iterator[str]:
 
 
 def _columns(rows: dict[str, str], indent: str) -> Iterator[str]:
-    """Yield a line for each row; on a terminal it is no wider than that."""
+    """Yield a line per row, cut to the width of a terminal."""
     left = max(map(len, rows))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for name, text in rows.items():

@@ -66,7 +66,7 @@ def _light(words: list[str]) -> bool:
     elif first in ("-h", "--help"):
         print(_help())  # noqa: T201
     elif not words:
-        raise argparse.ArgumentError(None, "say what to do, such as fit; `lit-tricks --help` lists the commands.")
+        raise argparse.ArgumentError(None, "choose a command, such as fit; `lit-tricks --help` lists the commands.")
     elif first not in commands() and not first.startswith("-"):
         known = list(commands())
         raise argparse.ArgumentError(None, f"there is no command {first!r}{nearest(first, known) or among(known)}")

@@ -27,7 +27,7 @@ def explain(error: Exception, arguments: Iterable[str] = ()) -> tuple[str, int]:
     if isinstance(error, argparse.ArgumentError):
         return shorten(error.message, arguments), 2
     while error.__cause__ and "Does not validate against any of the Union subtypes" in str(error):
-        error = error.__cause__  # type: ignore[assignment]  # what a class said of its arguments
+        error = error.__cause__  # type: ignore[assignment]  # message of a class about its arguments
     text = str(error).strip() or type(error).__name__
     if match := re.match(r"Found more than one stateful callback of type `(\w+)`", text):
         text = f"{match[1]} is in the list of callbacks twice; --print_config shows where: leave one out."

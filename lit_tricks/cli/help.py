@@ -53,10 +53,10 @@ class Kind:
 
 
 def help_asked_for(words: Sequence[str]) -> str | None:
-    """Return the page of help that the words of a command line ask for, or None.
+    """Return the help page that a command line requests, or None.
 
     Args:
-        words: from the name of the command on. What follows ``--`` is ignored.
+        words: arguments from the name of the command on. Arguments after ``--`` are ignored.
 
     Raises:
         argparse.ArgumentError: for a class or a command that does not exist.
@@ -204,7 +204,7 @@ def _default(argument: Argument) -> str:
 
 
 def _value(argument: Argument) -> str:
-    """Return what stands for the value of an option, by the argument's type."""
+    """Return the placeholder for the value of an option, by the argument's type."""
     kind = argument.kind
     if kind.startswith("list[") and "Literal" not in kind:
         return f"{_value(Argument(argument.name, kind[5:].partition(']')[0], None))} ..."

@@ -1,4 +1,4 @@
-"""What people type from the habits of other tools, and what it is called here."""
+"""Names of options in other tools, and their names here."""
 
 from __future__ import annotations
 

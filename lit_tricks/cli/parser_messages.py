@@ -84,7 +84,7 @@ def shorten(message: str, known: Iterable[str] = ()) -> str:
 
 
 def _no_command(problem: Problem, match: re.Match[str]) -> str:
-    return "say what to do, such as fit; `lit-tricks --help` lists the commands."
+    return "choose a command, such as fit; `lit-tricks --help` lists the commands."
 
 
 def _unknown_command(problem: Problem, match: re.Match[str]) -> str:

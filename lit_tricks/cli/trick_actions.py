@@ -1,4 +1,4 @@
-"""What flags about one trick do to the list of callbacks while the command line is parsed."""
+"""Apply flags of one trick to the list of callbacks while the command line is parsed."""
 
 from __future__ import annotations
 

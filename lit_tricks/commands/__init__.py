@@ -1,4 +1,4 @@
-"""What ``lit-tricks`` can do besides training: each command is one typed function, in the file of its name.
+"""The commands of ``lit-tricks`` other than training: each command is one typed function, in the file of its name.
 
 A package is a group of commands: ``lit-tricks data preview`` calls ``preview`` of ``data``.
 """

@@ -82,20 +82,20 @@ def average(
 ) -> Path:
     """Average finished checkpoints into one that loads like any other.
 
-    These are the soups of [Wortsman et al., 2022](https://arxiv.org/abs/2203.05482), uniform or greedy. The weights are
-    those of ``state_dict``: the averaged ones of a run with EMA. What belongs to a run, such as its optimizer, is left
-    out. With ``data`` the statistics of BatchNorm are re-estimated for the new weights; without it they are averaged
-    too, and a network with BatchNorm may lose most of its accuracy.
+    These are the soups of [Wortsman et al., 2022](https://arxiv.org/abs/2203.05482), uniform or greedy. The weights
+    come from ``state_dict``, which has the averaged weights for a run with EMA. The state of a run, such as its
+    optimizer, is left out. With ``data`` the statistics of BatchNorm are re-estimated for the new weights. Without
+    ``data`` the statistics are averaged too, and a network with BatchNorm may lose most of its accuracy.
 
     Args:
-        checkpoints: two or more of the same model, each a file or a run folder, of which the best one is taken.
+        checkpoints: two or more checkpoints of the same model, each a file or a run folder (its best checkpoint).
         output: file to write.
-        greedy: start from the checkpoint with the best ``metric``, and add the others in the order of theirs, each only
-            if the average does not get worse. Needs ``data``.
-        metric: what is compared, one of those that the model logs in validation.
-        mode: whether more of it is better ("max"), or less ("min").
+        greedy: start from the checkpoint with the best ``metric``, and add the others in the order of their metric,
+            each only if the average does not get worse. Needs ``data``.
+        metric: metric to compare, which the model logs in validation.
+        mode: whether higher ("max") or lower ("min") is better.
         data: training data to re-estimate BatchNorm from, and validation data for ``greedy``.
-        module: what the weights are of, and are filled into; by default the checkpoints say what it is.
+        module: module that the weights belong to; by default from the checkpoints.
         num_samples: training samples to re-estimate BatchNorm from, 1 or more.
         overwrite: replace ``output`` if it exists.
 
@@ -104,8 +104,8 @@ def average(
 
     Raises:
         FileNotFoundError: if a checkpoint, or the folder of ``output``, does not exist.
-        FileExistsError: if ``output`` exists, unless it is to be replaced.
-        ValueError: if a file is no checkpoint, or of another model; or for arguments that go not together.
+        FileExistsError: if ``output`` exists, without ``overwrite``.
+        ValueError: if a file is no checkpoint, or belongs to another model; or for arguments that exclude each other.
     """
     paths = _check(checkpoints, output, greedy, data, num_samples, overwrite)
     first = read_checkpoint(paths[0])
@@ -123,7 +123,7 @@ def average(
     else:
         chosen, state = paths, _soup(paths, workshop)
     if module is None and (guessed := _guessed(state, first["state_dict"])):
-        log.warning("averaged as parameters, and may be buffers: %s. Give --module to tell them", some_of(guessed))
+        log.warning("averaged as parameters, and may be buffers: %s. Set --module to find out", some_of(guessed))
     kept = {key: value for key, value in first.items() if key not in RUN}
     write_checkpoint(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, output)
     log.info("%s: the average of %s", output, ", ".join(map(str, chosen)))
@@ -159,7 +159,7 @@ class _Workshop:
         self.model.load_state_dict(state, strict=self.model.strict_loading)
 
     def score(self, state: State, metric: str) -> float:
-        """The metric of weights."""
+        """Return the metric of weights."""
         self.fill(state)
         found = self.trainer.validate(self.model, datamodule=self.data, verbose=False)
         metrics = {name: value for of_loader in found for name, value in of_loader.items()}
@@ -168,7 +168,7 @@ class _Workshop:
         return float(metrics[metric])
 
     def complete(self, state: State) -> State:
-        """The weights with what belongs to them: vectors of spectral norms, statistics of BatchNorm."""
+        """Return the weights with what belongs to them: vectors of spectral norms, statistics of BatchNorm."""
         if self.model is None:
             return state
         new = dict(state)
@@ -215,7 +215,7 @@ def _soup(paths: Sequence[Path], workshop: _Workshop) -> State:
 
 
 def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> tuple[list[Path], State]:
-    """The checkpoints of the greedy soup, and its weights as they were scored; one checkpoint alone is as it is."""
+    """Return the checkpoints of the greedy soup, and its scored weights. A single checkpoint is not changed."""
     sign = 1 if mode == "max" else -1
     with progress("greedy soup", 2 * len(paths) - 1) as advance:
         scores = {}
@@ -224,14 +224,14 @@ def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> t
             advance(1)
         best, *others = sorted(paths, key=lambda path: -scores[path])
         chosen, highest, state = [best], scores[best], dict(read_checkpoint(best)["state_dict"])
-        log.info("%s: %s %.6g, alone", best, metric, sign * highest)
+        log.info("%s: %s %.6g, by itself", best, metric, sign * highest)
         for path in others:
             candidate = _soup([*chosen, path], workshop)
             score = sign * workshop.score(candidate, metric)
             verdict = "left out"
             if score >= highest:
                 chosen, highest, state, verdict = [*chosen, path], score, candidate, "taken"
-            log.info("%s: %s %.6g, alone %.6g: %s", path, metric, sign * score, sign * scores[path], verdict)
+            log.info("%s: %s %.6g, by itself %.6g: %s", path, metric, sign * score, sign * scores[path], verdict)
             advance(1)
     return chosen, state
 
@@ -240,7 +240,7 @@ def _check(
     checkpoints: list[str], output: str, greedy: bool, data: object, num_samples: int, overwrite: bool
 ) -> list[Path]:
     if len(checkpoints) < 2:
-        raise ValueError("average needs two checkpoints or more: one alone is its own average.")
+        raise ValueError("average needs two checkpoints or more, got one.")
     paths = [checkpoint_at(checkpoint) for checkpoint in checkpoints]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a checkpoint is given twice: it would count double. Give each once.")
@@ -256,7 +256,7 @@ def _check(
 
 
 def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, path: Path) -> None:
-    """See that two checkpoints are of one model, also where layers of the same shapes are put together otherwise."""
+    """Raise if two checkpoints belong to different models, also if their layers have the same shapes."""
     ours, theirs = first["state_dict"], other["state_dict"]
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs:
@@ -285,7 +285,7 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 
 def _not_averaged(module: nn.Module) -> list[str]:
-    """Names of the floating-point buffers that are no running statistics of a norm layer."""
+    """Return the names of the floating-point buffers that are no running statistics of a norm layer."""
     return [
         f"{path}.{name}" if path else name
         for path, owner in module.named_modules(remove_duplicate=False)
@@ -295,18 +295,18 @@ def _not_averaged(module: nn.Module) -> list[str]:
 
 
 def _module(path: Path, content: dict[str, Any], needed: bool) -> LightningModule | None:
-    """What a checkpoint is of, to tell its buffers. Nothing is imported for that, unless it is needed for more."""
+    """Return the module of a checkpoint, to find its buffers. Classes are imported only if needed for more."""
     imported = class_path_in(content.get("hyper_parameters", {})).rpartition(".")[0] in sys.modules
     try:
         return module_of(path) if needed or imported else None
-    except Exception as error:  # whatever a class raises that is not built as it was
+    except Exception as error:  # classes that are built differently raise any exception
         if needed:
             raise
-        log.info("%s can not be rebuilt (%s): give --module to tell its buffers from its parameters", path, error)
+        log.info("%s cannot be rebuilt (%s): set --module to distinguish its buffers from its parameters", path, error)
         return None
 
 
 def _guessed(state: State, first: State) -> list[str]:
-    """Names of tensors that changed, and that no name tells as parameters or statistics."""
+    """Return the names of changed tensors whose names belong to neither parameters nor statistics."""
     known = re.compile(r"(weight|bias|running_(mean|var)|original\d?|_orig|_[uvg])$")
     return [name for name, value in state.items() if not known.search(name) and not torch.equal(value, first[name])]

@@ -34,12 +34,12 @@ __all__ = [
     "settings_in",
 ]  # fmt: skip
 
-# What only a run that goes on needs.
+# State that only a resumed run needs.
 RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
 
 
 def checkpoint_at(path: str | Path, flag: str = "", prefer: Literal["best", "last"] = "best") -> Path:
-    """Return the checkpoint that a path stands for: the file itself, or a checkpoint of a run folder.
+    """Return the checkpoint of a path: the file itself, or a checkpoint of a run folder.
 
     Args:
         path: file of a checkpoint, run folder such as ``runs/NAME/v0``, or the folder ``checkpoints`` of a run.
@@ -89,12 +89,12 @@ def require_finite(path: Path, state: dict[str, Tensor], module: nn.Module | Non
     """Raise if weights are not finite. The message is the same in all commands.
 
     Args:
-        path: of the checkpoint.
+        path: path of the checkpoint.
         state: its weights.
-        module: what they are of, if that is known. It tells weights from buffers.
+        module: its module, if known, which distinguishes weights from buffers.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if weights are not finite.
     """
     names = {name for name, _ in weights_in(module)} if module else set()
     if name := first_not_finite(state, names):
@@ -102,19 +102,19 @@ def require_finite(path: Path, state: dict[str, Tensor], module: nn.Module | Non
 
 
 def module_of(path: Path, **changes: Any) -> LightningModule:
-    """The module that a checkpoint is of, with its weights.
+    """Return the module of a checkpoint, with its weights.
 
     Args:
-        path: of the checkpoint.
-        changes: arguments that the module takes in the place of those that it was made with.
+        path: path of the checkpoint.
+        changes: arguments that replace arguments in the checkpoint.
 
     Raises:
-        ValueError: if the checkpoint does not say, or names a class that is not imported.
+        ValueError: if the checkpoint does not name its module, or names a class that is not imported.
     """
     settings = read_checkpoint(path).get("hyper_parameters", {})
     name = class_path_in(settings)
     if not name:
-        raise ValueError(f"{path} does not say what module its weights are of: give --module.")
+        raise ValueError(f"{path} does not name the module of its weights: set --module.")
     kind: type[LightningModule] = class_of(name, LightningModule, path)
     check_classes(settings, path)
     module: LightningModule = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
@@ -123,7 +123,7 @@ def module_of(path: Path, **changes: Any) -> LightningModule:
 
 
 def class_path_in(settings: dict[str, Any]) -> str:
-    """Where the module is that saved these settings: the command line names it, ours are known by what they have."""
+    """Return the class that saved these settings: named by the command line, or recognized by the settings."""
     ours = {"decoder": "Segmenter", "backbone": "Detector", "num_classes": "Classifier"}
     found = next((f"lit_tricks.{name}" for setting, name in ours.items() if setting in settings), "")
     return str(settings.get(CLASS_PATH_KEY, found))
@@ -151,13 +151,13 @@ def data_settings(path: Path, loads: bool = True) -> dict[str, Any]:
 def run_settings(
     path: Path, command: str, without: Iterable[str] = (), trusted: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return the configuration of the model and the data that a checkpoint was made with, as far as it says.
+    """Return the configuration of the model and the data in a checkpoint, if it has any.
 
     Args:
         path: of the checkpoint.
         command: "fit" continues the run, and needs its state; "predict" loads no data.
         without: arguments of the model to leave out.
-        trusted: what the user has given: names of classes that may be imported, and places of data.
+        trusted: values that the user has given: names of classes that may be imported, and places of data.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -185,7 +185,7 @@ def resumed_settings(path: Path, settings: dict[str, Any], trusted: Collection[s
     Args:
         path: of the checkpoint.
         settings: those that the checkpoint itself has, for a checkpoint that is not in a run folder.
-        trusted: what the user has given: names of classes that may be imported, and places of data.
+        trusted: values that the user has given: names of classes that may be imported, and places of data.
 
     Raises:
         ValueError: if the configuration names a class that is not imported, or data elsewhere.
@@ -196,7 +196,7 @@ def resumed_settings(path: Path, settings: dict[str, Any], trusted: Collection[s
     found: dict[str, Any] = read_yaml(file)
     parts = {key: value for key, value in found.items() if key in ("model", "data")}
     check_classes(parts, file, trusted)
-    check_classes(found, file, trusted, bases=(object,))  # the parser knows what callbacks and loggers are
+    check_classes(found, file, trusted, bases=(object,))  # the parser has the types of callbacks and loggers
     _require_local(found.get("data") or {}, file, trusted)
     return {key: value for key, value in found.items() if key not in ("ckpt_path", "weights_only")}
 
@@ -209,11 +209,11 @@ def settings_in(hparams: dict[str, Any], default: str = "") -> dict[str, Any]:
 
 
 def data_of(path: Path, **changes: Any) -> LightningDataModule | None:
-    """The data module that a checkpoint was trained on, made anew; None if it does not say.
+    """Rebuild the data module of a checkpoint; None if the checkpoint has none.
 
     Args:
         path: of the checkpoint.
-        changes: arguments that the data module takes in the place of those that it was made with.
+        changes: arguments that replace arguments in the checkpoint.
     """
     settings = data_settings(path, loads="predict_dir" not in changes)
     if not settings:
@@ -240,7 +240,7 @@ def _require_local(settings: dict[str, Any], path: Path, trusted: Collection[str
     for name, value in settings.get("init_args", {}).items():
         if isinstance(value, str) and value not in trusted and _is_remote(value):
             raise ValueError(
-                f"{path} asks for data at {value}, which is loaded only if you name it too: give --data.{name} "
+                f"{path} needs data at {value}, which is loaded only if you also name it: pass --data.{name} "
                 f"{value}, if you trust that place."
             )
 

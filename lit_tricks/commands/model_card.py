@@ -1,6 +1,6 @@
 """``lit-tricks card``: a checkpoint's model card, in the form of Hugging Face's, from the folder of its run.
 
-One caveat: it can not know what a model is fit for, nor under which licence it may be given away. Write that.
+One caveat: the card lacks the intended use and the license of the model. Add them yourself.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def card(
 ) -> Path:
     """Write the model card of a checkpoint: recipe, metrics, tricks, and BibTeX of the methods used.
 
-    A README.md as the Hugging Face Hub shows it, with the metadata that it reads. What is not in the checkpoint comes
-    from the folder of its run.
+    The card is a README.md for the Hugging Face Hub, with the Hub's metadata. Values that the checkpoint lacks come
+    from its run folder.
 
     Args:
-        checkpoint: a checkpoint, or the folder of a run, runs/NAME/vN, of which the best one is taken.
-        output: file to write; by default README.md in the folder of the run, or beside the checkpoint.
-        license: identifier of the licence that the model is given away under, such as apache-2.0.
+        checkpoint: a checkpoint, or a run folder, runs/NAME/vN, with its best checkpoint.
+        output: file to write; by default README.md in the run folder, or next to the checkpoint.
+        license: identifier of the model's license, such as apache-2.0.
         overwrite: replace ``output`` if it exists.
 
     Returns:
@@ -59,7 +59,7 @@ def card(
 
     Raises:
         FileNotFoundError: if the checkpoint, or the folder of ``output``, does not exist.
-        FileExistsError: if ``output`` exists, unless it is to be replaced.
+        FileExistsError: if ``output`` exists, without ``overwrite``.
         ValueError: if the file is no checkpoint.
     """
     path = checkpoint_at(checkpoint)
@@ -75,14 +75,14 @@ def card(
 
 
 def text_of(facts: Facts, license_id: str, timm_folder: str = "", mode: str = "RGB", exif: bool = False) -> str:
-    """The card of a checkpoint, or of a folder of timm's that was made of it.
+    """Return the card of a checkpoint, or of an exported timm folder.
 
     Args:
         facts: of the checkpoint.
-        license_id: identifier of the licence.
+        license_id: identifier of the license.
         timm_folder: name of the folder; empty for the checkpoint itself.
         mode: of the images, as PIL calls it.
-        exif: whether images are turned as their EXIF orientation says.
+        exif: whether images are rotated by their EXIF orientation.
     """
     use = _use_of_folder(timm_folder, mode, exif) if timm_folder else _use_of_checkpoint(facts)
     library = "timm" if timm_folder else "lit-tricks"
@@ -90,7 +90,7 @@ def text_of(facts: Facts, license_id: str, timm_folder: str = "", mode: str = "R
 
 
 class Facts:
-    """What is known of a checkpoint, from it and from its run."""
+    """The facts of a checkpoint, from the checkpoint and its run."""
 
     @classmethod
     def of(cls, path: Path) -> Facts:
@@ -140,7 +140,7 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """Return the facts of the model."""
         return f"{self.model}-{self.dataset}" if self.dataset else self.model
 
     @property

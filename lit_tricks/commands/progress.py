@@ -15,7 +15,7 @@ _bars: list[str] = []
 
 @contextmanager
 def progress(what: str, total: float, done: int = 0) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar, where there is a terminal and no other bar. It is told of what is done by a call."""
+    """Show a progress bar on a terminal without another bar. Call the result to report progress."""
     console = Console(stderr=True)
     if not console.is_terminal or _bars:
         yield lambda done: None

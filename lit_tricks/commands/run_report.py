@@ -10,21 +10,20 @@ __all__ = ["report"]
 
 
 def report(runs: list[str], *, out: str | None = None) -> Path:
-    """Show runs: curves, time, mistakes, calibration; several are laid over each other.
+    """Report runs: curves, time, mistakes and calibration. Several runs are overlaid.
 
-    It reads nothing but the folders of the runs, those of interrupted runs too. A part that a run lacks is named in the
-    report, with the reason. It leaves ``report.html``, one file that opens in any browser without a network, and the
-    same as ``report.md`` with its pictures.
+    The report needs only the run folders. It also works for interrupted runs, and lists missing data with the reason.
+    It writes ``report.html``, one file for any browser that needs no network, and ``report.md`` with pictures.
 
     Args:
-        runs: folders of runs, such as runs/quickstart/v0, or the folder of one race.
-        out: folder for the report; by default that of the run, or ``report`` for several.
+        runs: run folders, such as runs/quickstart/v0, or the folder of one race.
+        out: folder for the report; by default the run folder, or ``report`` for several runs.
 
     Returns:
         The page, ``report.html``.
 
     Raises:
-        FileNotFoundError: if a folder does not exist or is no run's.
+        FileNotFoundError: if a folder does not exist or is no run folder.
         ValueError: if a run is given twice.
     """
     from lit_tricks.run.reading.run import read_runs

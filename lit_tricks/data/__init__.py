@@ -1,4 +1,4 @@
-"""LightningDataModules: batches depend on the seed alone, and bad data ends in one clear message."""
+"""LightningDataModules: batches depend only on the seed, and bad data raises one clear error."""
 
 from lit_tricks.data.cifar import CIFAR10, CIFAR100
 from lit_tricks.data.detection.coco import CocoDetection

@@ -1,10 +1,10 @@
-"""Everything about colour as one 3 x 4 matrix for each image: three numbers that a pixel is turned by, and a shift.
+"""All color transforms of an image as one 3 x 4 matrix: a linear map of each pixel, and a shift.
 
-Brightness multiplies, saturation blends with the grey value (0.299, 0.587, 0.114), hue turns the chroma by an angle in
-YIQ, the colour space of NTSC television, PCA noise shifts, and so does the normalisation. None of these is anything
-but linear as long as nothing is clipped, and nothing is: that is what the paper's framework, MXNet, does. They commute
-but for the noise, so that their order, random in the paper, makes no difference. PIL and torchvision clip after each
-step and turn the hue in HSV, which is another distortion of the colours for the same angle.
+Brightness multiplies. Saturation blends with the gray value (0.299, 0.587, 0.114). Hue rotates the chroma by an angle
+in YIQ, the color space of NTSC television. PCA noise and normalization shift. All of these are linear, because values
+are not clipped, as in MXNet, the paper's framework. All except the noise commute, so their order, which is random in
+the paper, makes no difference. PIL and torchvision clip after each step and rotate the hue in HSV, which changes colors
+differently for the same angle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lit_tricks.data.transforms import EIGENVALUES, EIGENVECTORS
 
-__all__ = ["MEAN", "STD", "Jitter", "Triple", "apply_matrices", "normalisation"]
+__all__ = ["MEAN", "STD", "Jitter", "Triple", "apply_matrices", "normalization"]
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -65,20 +65,20 @@ class Jitter:
     def matrices(self, draws: npt.NDArray[np.float64]) -> Tensor:
         """Make the matrices (N, 3, 4), float32, from draws (N, 6)."""
         brightness, saturation, hue = draws[:, :3].T[:, :, None, None]
-        grey = np.broadcast_to(TO_YIQ[0], (3, 3))
+        gray = np.broadcast_to(TO_YIQ[0], (3, 3))
         angle = (hue[:, 0, 0] - 1) * math.pi
         turn = np.zeros((len(draws), 3, 3))
         turn[:, 0, 0] = 1
         turn[:, 1, 1] = turn[:, 2, 2] = np.cos(angle)
         turn[:, 2, 1] = np.sin(angle)
         turn[:, 1, 2] = -turn[:, 2, 1]
-        colours = FROM_YIQ @ turn @ TO_YIQ @ (brightness * (saturation * np.eye(3) + (1 - saturation) * grey))
+        colors = FROM_YIQ @ turn @ TO_YIQ @ (brightness * (saturation * np.eye(3) + (1 - saturation) * gray))
         shift = draws[:, 3:] @ NOISE.T - self.mean
-        matrices = np.concatenate((colours, shift[:, :, None]), axis=2) / np.reshape(self.std, (3, 1))
+        matrices = np.concatenate((colors, shift[:, :, None]), axis=2) / np.reshape(self.std, (3, 1))
         return torch.from_numpy(matrices.astype(np.float32))
 
 
-def normalisation(mean: Triple, std: Triple) -> Tensor:
+def normalization(mean: Triple, std: Triple) -> Tensor:
     """Make the matrix (1, 3, 4) that subtracts the mean and divides by the standard deviation."""
     jitter = Jitter(mean, std, 0, 0)
     return jitter.matrices(jitter.draw(np.random.default_rng(0))[None])
@@ -106,7 +106,7 @@ def apply_matrices(images: Tensor, matrices: Tensor, dtype: torch.dtype, channel
 
 
 def _in_chunks(images: Tensor, matrices: Tensor) -> Tensor:
-    """As ``_pointwise``, few images at a time, so that what is in between never leaves the cache."""
+    """Apply ``_pointwise`` to a few images at a time, so that intermediate values stay in the cache."""
     count, _, height, width = images.shape
     matrices = matrices.expand(count, 3, 4)
     result = _room((count, 3, height * width))
@@ -127,11 +127,11 @@ def _references(arrays: list[_Array], index: int) -> int:
 
 
 _rooms: list[_Array] = []
-_FREE = _references([np.empty(0, np.float32)], 0)  # those of an array that no tensor has, in this Python
+_FREE = _references([np.empty(0, np.float32)], 0)  # array types without a tensor type, in this Python
 
 
 def _room(shape: tuple[int, ...]) -> Tensor:
-    """Make an uninitialised tensor, if possible of the memory of an earlier one that nothing refers to any more.
+    """Make an uninitialized tensor, if possible of the memory of an earlier one that nothing refers to any more.
 
     Memory that is new takes as long as the work itself: the system maps and clears its pages one by one.
     """
@@ -144,7 +144,7 @@ def _room(shape: tuple[int, ...]) -> Tensor:
 
 
 def _pointwise(images: Tensor, matrices: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """What is compiled into one kernel: each pixel is read once, and written once."""
+    """Apply matrices to pixels. Compiled into one kernel, which reads and writes each pixel once."""
     red, green, blue = images.float().unsqueeze(1).unbind(2)
     m = matrices[:, :, :, None, None]
     result = m[:, :, 0] * red + m[:, :, 1] * green + m[:, :, 2] * blue + m[:, :, 3]
@@ -165,7 +165,7 @@ def _kernel(device: str) -> Callable[..., Tensor]:
                 return compiled(*args)
             except Exception as error:  # no Triton, no C compiler, a device that is too old, ...
                 broken = True
-                log.warning("colours on %s: torch.compile failed, going on without it (%s)", device, error)
+                log.warning("colors on %s: torch.compile failed, continuing without it (%s)", device, error)
         return _pointwise(*args)
 
     return call

@@ -1,4 +1,4 @@
-"""Crops in uint8, from an image that is decoded as far as they go: the part of the pipeline that workers do.
+"""Crops in uint8 from partly decoded images: the part of the pipeline that runs in workers.
 
 The antialiased bilinear resizing is torch's, in fixed point, which differs from PIL's by 2 of 255 at most.
 """
@@ -28,13 +28,13 @@ _global_generator = threading.Lock()
 
 
 class Crop(ABC):
-    """Base: a transform of a PIL image to uint8 pixels of shape (3, size, size), normalised later, in the batch.
+    """Base: a transform of a PIL image to uint8 pixels of shape (3, size, size), normalized later, in the batch.
 
     Args:
         size: side of the square result in pixels.
     """
 
-    jitter: Jitter | None = None  # of the colours, later
+    jitter: Jitter | None = None  # of the colors, later
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -59,12 +59,12 @@ class Crop(ABC):
 class RandomCrop(Crop):
     """Crop 8 to 100 % of the area with an aspect ratio of 3/4 to 4/3, resize, and flip every second image.
 
-    The draws are distributed as those of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip``.
+    The draws have the distribution of torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip``.
 
     Args:
         size: side of the square result in pixels.
-        jitter: of the colours, done later.
-        augment: what to do to the uint8 result, with draws from torch's generator.
+        jitter: color jitter, applied later.
+        augment: function applied to the uint8 result, with draws from torch's generator.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class RandomCrop(Crop):
 
 
 class CentreCrop(Crop):
-    """Resize the short side, and crop the centre, on the grid of the whole image.
+    """Resize the short side, and crop the center, on the grid of the whole image.
 
     Args:
         size: side of the square result in pixels.
@@ -123,14 +123,14 @@ class CentreCrop(Crop):
     def __call__(
         self, image: Image.Image, generator: np.random.Generator | None = None, out: Tensor | None = None
     ) -> Tensor:
-        """Crop the centre of an image (see the base class)."""
+        """Crop the center of an image (see the base class)."""
         width, height = image.size
         short = min(width, height)
         new_width, new_height = self.resize_size * width // short, self.resize_size * height // short
         left, top = round((new_width - self.size) / 2), round((new_height - self.size) / 2)
         x_scale, y_scale = new_width / width, new_height / height
-        # What is right of the crop and below it is not computed, and nothing beside it decoded: the pixels that one of
-        # the result is made of go as far as a pixel of the result, or of the image, beyond its middle.
+        # Pixels to the right of the crop and below it are not computed. A pixel of the result depends on input pixels
+        # within one pixel of the result, or of the image, around its middle.
         right, bottom = left + self.size, top + self.size
         first_row, last_row = _reach(top, bottom, y_scale, height)
         first_column, last_column = _reach(left, right, x_scale, width)
@@ -145,7 +145,7 @@ class CentreCrop(Crop):
 
 
 def _reach(start: int, end: int, scale: float, length: int) -> tuple[int, int]:
-    """The first pixel of an image, and the one after the last, that pixels of the resized one are made of."""
+    """Return the first pixel of an image, and the one after the last, that pixels of the resized one are made of."""
     return max(0, math.floor((start - 1) / scale) - 2), min(length, math.ceil((end + 1) / scale) + 2)
 
 
@@ -155,8 +155,8 @@ def resize(pixels: Pixels, out: Tensor, y_scale: float, x_scale: float) -> None:
     Args:
         pixels: RGB values, shape (height, width, 3).
         out: uint8, shape (3, height, width), channels last.
-        y_scale: height of the whole result over that of ``pixels``.
-        x_scale: width of the whole result over that of ``pixels``.
+        y_scale: height of the whole result divided by the height of ``pixels``.
+        x_scale: width of the whole result divided by the width of ``pixels``.
     """
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resize_antialiased_into(out[None], image, y_scale, x_scale)
@@ -170,9 +170,9 @@ def generator_at(seed: int, *key: int) -> np.random.Generator:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Give torch's generator of the CPU a seed, and put it back afterwards; threads take turns.
+    """Seed torch's CPU generator, and restore it afterwards. Threads take turns.
 
-    ``torch.manual_seed`` would reseed the accelerators as well, in the middle of training.
+    ``torch.manual_seed`` would also reseed the accelerators in the middle of training.
     """
     with _global_generator, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What all data modules share: checks of the arguments, the loaders, and the seed."""
+"""Base of the data modules: checks of the arguments, the loaders, and the seed."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ def stratified_split(labels: list[int], size: int, seed: int) -> tuple[list[int]
 class ImageDataModule(LightningDataModule, ABC):
     """Base of the data modules: a subclass sets the attributes below and gives the samples in ``_load``.
 
-    Batches are (images, labels): float32 (N, C, H, W), normalised, and int64 (N,). The last partial batch is dropped
-    in training, so that batch normalisation never sees a tiny one, and kept everywhere else.
+    Batches are (images, labels): float32 (N, C, H, W), normalized, and int64 (N,). The last partial batch is dropped
+    in training, so that batch normalization never gets a tiny batch, and kept elsewhere.
 
-    The seed (``lightning.seed_everything``) alone decides the batches: they are bitwise the same for any number of
-    workers and different in each epoch, and epoch N does not depend on what was run before. The seed is stored in
-    checkpoints; a resumed run goes on with it, in the middle of an epoch too. Loading leaves the random state of the
-    process as it is.
+    Batches depend only on the seed (``lightning.seed_everything``): they are bitwise the same for any number of workers
+    and different in each epoch, and epoch N does not depend on earlier epochs. The seed is stored in checkpoints. A
+    resumed run continues with it, also in the middle of an epoch. Loading does not change the random state of the
+    process.
 
     Attributes:
         classes: names of the classes, in the order of the labels.
-        input_size: (channels, height, width) of an image as the model sees it.
-        mean: of the channels, on the scale from 0 to 255; images are normalised by it.
+        input_size: (channels, height, width) of the model's input.
+        mean: of the channels, on the scale from 0 to 255; images are normalized by it.
         std: standard deviation of the channels, on the scale from 0 to 255.
-        crop_ratio: size over the short side before the centre crop in evaluation, in (0, 1].
-        crop_mode: of evaluation, in timm's words: "center" keeps the aspect ratio of an image, "squash" does not.
+        crop_ratio: size over the short side before the center crop in evaluation, in (0, 1].
+        crop_mode: timm's crop mode in evaluation: "center" keeps the aspect ratio of an image, "squash" does not.
         train_transform: random transform of the training images, PIL image to tensor.
         eval_transform: fixed transform of all other images, PIL image to tensor.
 
@@ -87,7 +87,7 @@ class ImageDataModule(LightningDataModule, ABC):
     repeats = 1  # of an image in an epoch
     thread_workers = False  # threads of one process, or processes
     on_bad_image: OnBadImage = "raise"
-    exif = False  # whether images are turned as their EXIF orientation says
+    exif = False  # whether images are rotated by their EXIF orientation
     crop_ratio: float = 1.0
     crop_mode: Literal["center", "squash"] = "center"
 
@@ -133,12 +133,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @property
     def has_test(self) -> bool:
-        """Whether there are test images that are not the validation images."""
+        """Return whether there are test images other than the validation images."""
         return True
 
     def setup(self, stage: str | None = None) -> None:
         """Find the samples of a stage ("fit", "validate", "test", "predict"; None for all but predict)."""
-        self._seed = None  # each run takes the seed of its own time, unless its checkpoint brings one
+        self._seed = None  # each run uses the current seed, unless its checkpoint has one
         if self.on_bad_image == "skip":
             self._bad.clear()
             self._report = Report(None if self.trainer is None else self.trainer.log_dir)
@@ -198,12 +198,12 @@ class ImageDataModule(LightningDataModule, ABC):
         return {path: reason for _, path, reason in rows}
 
     def teardown(self, stage: str | None = None) -> None:
-        """Tell of bad images that were skipped."""
+        """Report bad images that were skipped."""
         self._report.update(self._bad.values(), self.trainer)
         self._report.warn()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell of bad images that were skipped, and of a worker that was killed in words that say what to do."""
+        """Report bad images that were skipped, and replace the error of a killed worker by one with a remedy."""
         if message := explain_death(exception):
             exception.args = (message,)
         self.teardown()
@@ -216,16 +216,16 @@ class ImageDataModule(LightningDataModule, ABC):
         """Take the seed of the run that is resumed."""
         self._seed = state_dict["seed"]
         if self._seed != torch.initial_seed():
-            rank_zero_info(f"the data goes on with the seed of the resumed run, {self._seed}")
+            rank_zero_info(f"the data continues with the seed of the resumed run, {self._seed}")
 
     @abstractmethod
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> Transform:
-        """Make the transform of evaluation for another size, for ``dataset.transform`` of a loader.
+        """Return the evaluation transform for another size, for ``dataset.transform`` of a loader.
 
         Args:
-            image_size: side of the image as the model sees it in pixels, at least 1.
-            crop_ratio: ``image_size`` over the short side before the centre crop, above 0 and at most 1; None keeps
-                that of ``eval_transform``.
+            image_size: side of the model's input in pixels, at least 1.
+            crop_ratio: ``image_size`` divided by the short side before the center crop, above 0 and at most 1; None
+                keeps the ratio of ``eval_transform``.
         """
 
     def input_transform(self) -> InputTransform:
@@ -276,7 +276,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return self.eval_loader_type(samples, **args)
 
     def _file_reader(self) -> Reader:
-        """Return what reads an image file: a function of its own, as loading processes get a copy of it."""
+        """Return a function that reads an image file. Loading processes get a copy of it."""
         return partial(read_image, exif=self.exif)
 
     def _workers(self) -> int:
@@ -290,7 +290,8 @@ class ImageDataModule(LightningDataModule, ABC):
             "collate_fn": self.collate,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            # A generator of its own: otherwise each pass draws from that of the process, to seed the workers.
+            # With its own generator, since each pass would otherwise draw from the generator of the process to seed the
+            # workers.
             "generator": torch.Generator().manual_seed(samples.seed),
         }
 
@@ -331,7 +332,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
 
 def resize_size_for(image_size: int, crop_ratio: float | None, default: float = 1.0) -> int:
-    """Length of the short side before the centre crop in pixels; ``default`` is the ratio in the place of None.
+    """Return the short side before the center crop in pixels. ``default`` is the ratio for None.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -45,13 +45,13 @@ class DigitImages:
 
 
 class Digits(MemoryDataModule):
-    """Handwritten digits: 1797 grey images of 8 x 8 pixels in 10 classes, bright ink on dark ground.
+    """Handwritten digits: 1797 gray images of 8 x 8 pixels in 10 classes, bright ink on dark ground.
 
     They come with scikit-learn ([Alpaydin and Kaynak, 1998](https://doi.org/10.24432/C50P49)). 1257 are for training,
     180 for validation, 360 for the test, the classes in proportion. Training images are shifted by up to one pixel in
     each direction; they are not flipped. Normalized by mean 4.88 and standard deviation 6.02 on the ink scale 0-16.
 
-    ``eval_transform`` takes any image: made grey, squeezed to 8 x 8 (antialiased), 255 counting as 16.
+    ``eval_transform`` takes any image: made gray, squeezed to 8 x 8 (antialiased), 255 counting as 16.
 
     Args:
         batch_size: images in a batch of one process, 1 to 1257.

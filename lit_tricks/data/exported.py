@@ -25,8 +25,8 @@ class ExportedData(PhotoDataModule):
     """Images to predict with an exported network.
 
     Args:
-        input_size: channels (1 or 3), height and width of an image as the network sees it.
-        resize_size: length of the short side before the centre crop in pixels; of both sides with "squash".
+        input_size: channels (1 or 3), height and width of the network's input.
+        resize_size: length of the short side before the center crop in pixels; of both sides with "squash".
         crop_mode: "center" keeps the aspect ratio of an image, "squash" does not.
         mean: of the channels, on the scale from 0 to 255.
         std: standard deviation of the channels, on the scale from 0 to 255.
@@ -52,11 +52,11 @@ class ExportedData(PhotoDataModule):
         if channels == 3 and crop_mode == "center":
             self.eval_transform = CentreCrop(size, resize_size)
         else:
-            read = partial(_pixels, size=resize_size, grey=channels == 1, squash=crop_mode == "squash")
+            read = partial(_pixels, size=resize_size, gray=channels == 1, squash=crop_mode == "squash")
             self.eval_transform = v2.Compose([read, v2.CenterCrop(size), v2.Normalize(list(mean), list(std))])
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> NoReturn:
-        """Refuse: an exported network takes images of one size.
+        """Raise, because an exported network takes images of one size.
 
         Raises:
             ValueError: always.
@@ -91,10 +91,10 @@ class ExportedDetectionData(DetectionDataModule):
         raise FileNotFoundError(f"an exported network has no {split} images: give images to predict.")
 
 
-def _pixels(image: Image.Image, size: int, grey: bool, squash: bool) -> Tensor:
+def _pixels(image: Image.Image, size: int, gray: bool, squash: bool) -> Tensor:
     """Resize an image (bilinear, antialiased), and return its float32 pixels on the 0-255 scale."""
     image = to_rgb(image)
-    if grey:
+    if gray:
         image = image.convert("L").convert("F")
     short = min(image.size)
     width, height = (size, size) if squash else (round(side * size / short) for side in image.size)

@@ -52,26 +52,26 @@ class ImageFolder(PhotoDataModule):
 
     The folder for validation may also be called ``valid``, ``validation``, ``eval`` or ``dev``.
 
-    With the defaults it is the input pipeline of [He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1. For
-    training a crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, resized to ``image_size``; a horizontal
-    flip for every second image; coefficients of brightness, saturation and hue from U[0.6, 1.4]; PCA noise with
-    coefficients from N(0, 0.1). Otherwise the short side to ``resize_size`` and the centre crop. All resizing is
-    antialiased bilinear.
+    With the defaults it is the input pipeline of [He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1.
+    Training crops 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3 and resizes the crop to ``image_size``. Every
+    second image is flipped horizontally. Coefficients of brightness, saturation and hue come from U[0.6, 1.4], and PCA
+    noise has coefficients from N(0, 0.1). Evaluation resizes the short side to ``resize_size`` and crops the center.
+    All resizing is antialiased bilinear.
 
-    The workers read, decode, crop, resize and flip, and give uint8. The colours follow on the device that trains, all
-    in one pass over the batch (``on_after_batch_transfer``), in floating point and without clipping; the hue turns by
-    (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. So give the module itself to the
-    Trainer: its loaders alone give uint8.
+    The workers read, decode, crop, resize and flip, and return uint8. All color transforms run on the training device
+    in one pass over the batch (``on_after_batch_transfer``), in floating point and without clipping. The hue rotates by
+    (coefficient - 1) * pi radians in YIQ, as in the authors' framework, MXNet. Pass the data module to the Trainer, not
+    its loaders, which return uint8.
 
     The classes are the folders of ``root/train``, sorted, unless ``classes`` sets their order. Hidden folders and files
-    are left out: names that begin with a dot, and those that systems make, such as ``__MACOSX`` and ``@eaDir``. Without
-    ``root/test`` there is no test. Files are found by their ending, at any depth: .jpg, .jpeg, .png, .ppm, .bmp, .pgm,
-    .tif, .tiff, .webp, .gif (the first frame), .avif (Pillow 11.3 or newer) and .heic, .heif (with ``pip install
-    "lit-tricks[heic]"``). Grey, CMYK, palette and transparent images become RGB (alpha is dropped). In validation,
-    several processes share the images, and each is counted once.
+    are ignored: names that begin with a dot, and folders of operating systems, such as ``__MACOSX`` and ``@eaDir``.
+    Without ``root/test`` there is no test. Files are found by their ending, at any depth: .jpg, .jpeg, .png, .ppm,
+    .bmp, .pgm, .tif, .tiff, .webp, .gif (the first frame), .avif (Pillow 11.3 or newer) and .heic, .heif (with ``pip
+    install "lit-tricks[heic]"``). Gray, CMYK, palette and transparent images become RGB (alpha is dropped). In
+    validation, several processes share the images, and each image is counted once.
 
-    The list of 5000 files and more is remembered in the cache folder of the user, and only folders that have changed
-    are read again. ``LIT_TRICKS_CACHE`` names another folder; where it is empty, nothing is remembered.
+    Lists of 5000 files and more are stored in the cache folder of the user, and only folders that have changed are read
+    again. ``LIT_TRICKS_CACHE`` sets another folder; if it is empty, nothing is stored.
 
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
@@ -82,44 +82,45 @@ class ImageFolder(PhotoDataModule):
             smaller, so that all have as many batches.
         num_workers: processes or threads that load, for each loader; "auto" shares the available cores among the
             processes of the machine, 16 at most; 0 loads in the main process.
-        resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
+        resize_size: short side before the center crop in pixels, at least ``image_size``; None is ``image_size``
             times 256/224, rounded.
-        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on the resized centre crop;
+        augmentation: "paper" is the above; "basic" only crops and flips; "none" trains on the resized center crop;
             "trivial" (TrivialAugment), "rand" (RandAugment), "augmix" (AugMix) are torchvision's, after "basic".
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
-        random_erasing: probability that a rectangle of a training image, 2 to 33 % of it, gets the mean colour
-            ([Zhong et al., 2017](https://arxiv.org/abs/1708.04896)), before the colours are changed; 0 to 1.
-        repeats: how often an image is in an epoch, augmented anew each time; the epoch has as many samples, of fewer
-            images ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). At least 1.
-        decode: "auto" decodes a JPEG down to the crop's bottom, which gives the same pixels, and finds files that were
-            cut off, but not what is broken below; "exact" decodes all of it. Where TurboJPEG 3 is installed (the extra
-            ``turbojpeg``, or the system's library), either leaves out what is beside the crop.
-        workers: "process", or "thread" for threads in one process for each loader, which saves memory and reads ahead
-            fewer batches. In threads, what torchvision augments takes turns.
+        random_erasing: probability that a rectangle of a training image, 2 to 33 % of it, gets the mean color
+            ([Zhong et al., 2017](https://arxiv.org/abs/1708.04896)), before the colors are changed; 0 to 1.
+        repeats: number of times that an image is in an epoch, augmented differently each time; the epoch has the same
+            number of samples, from fewer images ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). At least 1.
+        decode: "auto" decodes a JPEG down to the bottom of the crop, which gives the same pixels. It finds truncated
+            files, but no damage below the crop. "exact" decodes the whole file. If TurboJPEG 3 is installed (the extra
+            ``turbojpeg``, or the system's library), both skip the columns to the sides of the crop.
+        workers: "process", or "thread" for threads in one process per loader, which saves memory and prefetches fewer
+            batches. Threads take turns in torchvision's augmentations.
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
-        on_bad_image: "raise" stops at a file that cannot be read; "skip" goes on. In training another image, which the
-            seed decides, takes the place of such a one; otherwise the batch is smaller (one with no other image gets
-            another). Files skipped are counted (``data/bad_images``, by the first process) and listed in
-            ``bad_images.csv`` in the folder of the run.
-        exif: turn images as their EXIF orientation says, in every split, in prediction and in ``input_transform``. Give
+        on_bad_image: "raise" stops at a file that cannot be read; "skip" continues. In training, another image replaces
+            the bad one, chosen by the seed. In evaluation, the batch is smaller (a batch without other images gets a
+            replacement). Skipped files are counted (``data/bad_images``, by the first process) and listed in
+            ``bad_images.csv`` in the run folder.
+        exif: rotate images by their EXIF orientation, in every split, in prediction and in ``input_transform``. Use
             true for photos of phones and cameras. The default is false, as in torchvision and timm: published figures
-            and weights are for images that are not turned. HEIC files are always turned. Exported models keep the rule.
+            and weights are for images that are not rotated. HEIC files are always turned. Exported models keep the
+            rule.
         cache: decode the images once, and keep their pixels at the short side that evaluation needs: ``resize_size``,
             or more with ``eval_size``. "memory" keeps them in memory, "disk" in one file per split in the cache folder,
-            which all processes share. Evaluation stays as it is. Random crops come from the smaller image, so that
-            small ones have less detail. None decodes each time.
+            which all processes share. Evaluation does not change. Random crops come from the smaller image, so small
+            crops have less detail. None decodes each time.
         val_fraction: part of each class that is held out for validation, above 0 and below 1, where ``root`` has no
-            folder for it. The classes may then be folders of ``root`` itself. The choice is kept in a file beside the
-            images, split_FRACTION_SEED.csv, so that images that are added do not move others.
+            folder for it. The classes may then be folders of ``root`` itself. The split is stored with the images in
+            split_FRACTION_SEED.csv, so that images that are added later do not move others.
         split_seed: decides which images are held out.
         classes: names of the class folders in the order of the labels, for a model that was trained in another order;
             None sorts them.
 
     Raises:
-        ValueError: if an argument is out of range, the class folders of train, val and test differ, or there is no room
-            for the ``cache``; the message has the number of bytes.
+        ValueError: if an argument is out of range, the class folders of train, val and test differ, or the ``cache``
+            does not fit; the message has the number of bytes.
         FileNotFoundError: if a folder is missing or holds no image.
         RuntimeError: while loading, for a file that cannot be read, which the message names; with "skip" for 20 in a
             row; and if a process that loads was killed.
@@ -209,7 +210,7 @@ class ImageFolder(PhotoDataModule):
 
     @property
     def has_test(self) -> bool:
-        """Whether there is a folder ``root/test``."""
+        """Return whether there is a folder ``root/test``."""
         return os.path.isdir(os.path.join(self.root, "test"))
 
     def fits_small_batch(self) -> bool:
@@ -235,7 +236,7 @@ class ImageFolder(PhotoDataModule):
         return partial(read_image, exact=self.decode == "exact", exif=self.exif)
 
     def _read_classes(self) -> list[str]:
-        # To predict, the folders that a model was trained on need not be there: its checkpoint knows the classes.
+        # Prediction needs no training folders, since the checkpoint has the classes.
         is_there = os.path.isdir(os.path.join(self.root, "train"))
         if self.predict_dir is not None and not is_there:
             return []
@@ -318,7 +319,7 @@ def _find_classes(root: str, train: str, val_fraction: float | None) -> list[str
 
 
 def _remedy(root: str, split: str) -> str:
-    """Say what to do where a folder is missing, by what is there."""
+    """Return the remedy for a missing folder, from the folders that exist."""
     names = class_folders(root)
     if split == "val":
         return ": give --data.val_fraction 0.2 to hold out a fifth of the training images"
@@ -344,6 +345,6 @@ def check_same_classes(classes: Mapping[str, Sequence[str]], what: str, root: st
 
 
 def _some(names: list[str]) -> str:
-    """Name the first few, and tell how many more there are."""
+    """Return the first few names, and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (", ".join(names[:SHOWN]) or "none") + more

@@ -82,7 +82,7 @@ class ImageTable(ImageFolder):
 
     @property
     def has_test(self) -> bool:
-        """Whether the table has test images."""
+        """Return whether the table has test images."""
         return self._list is not None and "test" in self._list.splits
 
     def _read_classes(self) -> list[str]:

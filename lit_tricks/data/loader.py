@@ -1,4 +1,4 @@
-"""The order of the samples, and a loader that can go on in the middle of an epoch."""
+"""The order of the samples, and a loader that resumes in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ __all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "check_same_batches",
 
 
 class ShuffleSampler(DistributedSampler[int]):
-    """Shuffle by (seed, epoch) alone, whatever was drawn before, and hand out indices that carry the epoch.
+    """Shuffle only by (seed, epoch), and yield indices that carry the epoch.
 
     It is a ``DistributedSampler`` even for one process, because Lightning leaves such a sampler in place and calls
-    its ``set_epoch``. Like its parent it repeats a few samples where they do not divide among the processes.
+    its ``set_epoch``. Like its parent, it repeats a few samples if the number of processes does not divide their
+    number.
 
-    With repeats, an epoch has as many samples of fewer images, each several times in a row, for as many processes or in
-    one batch ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). The index then carries the number of the pass
-    over the images, ``epoch * repeats + repeat``, so that each is augmented in its own way.
+    With repeats, an epoch has the same number of samples from fewer images. Each image occurs several times in a row,
+    on several processes or in one batch ([Hoffer et al., 2020](https://arxiv.org/abs/1901.09335)). The index then
+    carries the number of the pass over the images, ``epoch * repeats + repeat``, so that each repeat is augmented
+    differently.
 
     Args:
-        samples: what is shuffled.
+        samples: samples to shuffle.
         num_replicas: number of processes.
-        rank: of this process.
-        seed: the same in all processes.
-        repeats: how often each image of an epoch is in it.
+        rank: rank of this process.
+        seed: seed, the same in all processes.
+        repeats: number of times that each image is in an epoch.
     """
 
     def __init__(self, samples: Samples, num_replicas: int, rank: int, seed: int, repeats: int = 1) -> None:
@@ -78,9 +80,9 @@ class _Order(Iterator[int]):
 
 
 class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is untyped
-    """A loader that starts its workers when the first batch is asked for, and resumes in the middle of an epoch.
+    """A loader that starts its workers at the first batch, and resumes in the middle of an epoch.
 
-    Lightning makes the iterator before it tells the sampler the epoch, and workers read ahead at once: after a resume
+    Lightning makes the iterator before it sets the epoch of the sampler, and workers prefetch at once. After a resume
     they would load the batches of epoch 0. Lightning saves ``state_dict`` in its checkpoints.
     """
 
@@ -101,22 +103,22 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
         yield from guarded(self, super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell what was handed out in the epoch."""
+        """Return the state: the batches that were returned in the epoch."""
         if not has_iterator(self):  # not begun: the parent would start the workers
             return dict(self.next_iter_state or {})
         now = {"epoch": self._epoch(), "workers": self.num_workers > 0, "batch_size": self.batch_size}
         return {**super().state_dict(), **now, "processes": self._processes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last batch that was handed out, if the next epoch is the one that it belongs to.
+        """Continue after the last batch that was returned, if the next epoch is its epoch.
 
         Raises:
-            RuntimeError: if it was saved with worker processes, and there are none now, or the other way round.
+            RuntimeError: if the state was saved with worker processes and there are none now, or the reverse.
         """
         if state and state["workers"] != (self.num_workers > 0):
             before = "at least 1" if state["workers"] else "0"
             raise RuntimeError(
-                f"num_workers={self.num_workers} cannot go on in the middle of an epoch that was begun with "
+                f"num_workers={self.num_workers} cannot resume in the middle of an epoch that started with "
                 f"num_workers of {before}: resume with such a number, or from a checkpoint at the end of an epoch"
             )
         super().load_state_dict(state)
@@ -131,8 +133,8 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
 def check_same_batches(before: tuple[int, int], now: tuple[int, int]) -> None:
     """Compare (number of processes, batch size) of the beginning of an epoch and of its rest.
 
-    Lightning goes on where it counts the batches of one process, and ends the epoch at their number: with others it
-    would leave out samples, or the validation.
+    Lightning counts the batches of one process, and ends the epoch at their number. With other values it would skip
+    samples or the validation.
 
     Raises:
         ValueError: if they differ.
@@ -140,7 +142,7 @@ def check_same_batches(before: tuple[int, int], now: tuple[int, int]) -> None:
     if before != now:
         (processes, size), (processes_now, size_now) = before, now
         raise ValueError(
-            f"an epoch that was begun in {processes} processes with batches of {size} can not go on in {processes_now} "
+            f"an epoch that started in {processes} processes with batches of {size} cannot resume in {processes_now} "
             f"with batches of {size_now}: resume with as many, or from a checkpoint of the end of an epoch"
         )
 

@@ -1,4 +1,4 @@
-"""Data modules whose workers give uint8 crops; colours are for the device that trains, a batch at a time."""
+"""Data modules whose workers give uint8 crops; colors are for the device that trains, a batch at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from lit_tricks.data.color import Jitter, Triple, apply_matrices, normalisation
+from lit_tricks.data.color import Jitter, Triple, apply_matrices, normalization
 from lit_tricks.data.crops import RandomCrop
 from lit_tricks.data.datamodule import ImageDataModule
 from lit_tricks.data.samples import Reader
@@ -38,7 +38,7 @@ def random_crop(size: int, augmentation: str, mean: Triple, std: Triple, random_
     Args:
         size: side of the square result in pixels.
         augmentation: "paper", "basic", "trivial", "rand" or "augmix".
-        mean: of the channels R, G, B on the 0-255 scale; what is erased has this colour.
+        mean: of the channels R, G, B on the 0-255 scale; what is erased has this color.
         std: standard deviation of the channels R, G, B on the 0-255 scale.
         random_erasing: probability that a rectangle is erased.
     """
@@ -50,19 +50,19 @@ def random_crop(size: int, augmentation: str, mean: Triple, std: Triple, random_
 
 
 class PhotoInput(InputTransform):
-    """From an image to the input of a model (see the base class), normalised after a transform that gives uint8.
+    """Convert an image to the input of a model (see the base class), normalized after a transform to uint8.
 
     Args:
         transform: of evaluation, from a PIL image to uint8 pixels (3, H, W).
         read: reads an image file.
-        exif: whether an image is turned as its EXIF orientation says.
+        exif: whether an image is rotated by its EXIF orientation.
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale.
     """
 
     def __init__(self, transform: Transform, read: Reader, exif: bool, mean: Triple, std: Triple) -> None:
         super().__init__(transform, read, exif)
-        self.matrix: Tensor = normalisation(mean, std)
+        self.matrix: Tensor = normalization(mean, std)
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
         """Transform a PIL image, or the image in a file."""
@@ -70,9 +70,9 @@ class PhotoInput(InputTransform):
 
 
 class PhotoDataModule(ImageDataModule, ABC):
-    """Base: loaders give [uint8 images, labels], in training with the matrices of the colours as a third.
+    """Base: loaders give [uint8 images, labels], in training with the matrices of the colors as a third.
 
-    ``on_after_batch_transfer`` makes [images, labels] of it, with images in the precision of the run, normalised,
+    ``on_after_batch_transfer`` makes [images, labels] of it, with images in the precision of the run, normalized,
     contiguous or channels last as the filters of the model are.
 
     Attributes:
@@ -88,27 +88,27 @@ class PhotoDataModule(ImageDataModule, ABC):
         return PhotoInput(self.eval_transform, self._file_reader(), self.exif, self.mean, self.std)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Do the colours of a batch; images that are no uint8 any more are left as they are."""
+        """Do the colors of a batch; images that are no uint8 any more are left as they are."""
         self._report.update(self._bad.values(), self.trainer)
         if not isinstance(batch, list | tuple) or len(batch) < 2:
             return batch
         images, labels, *matrices = batch
-        return [self._coloured(images, *matrices), labels]
+        return [self._colored(images, *matrices), labels]
 
-    def _coloured(self, images: Any, matrices: Tensor | None = None) -> Any:
-        """Do the colours of images (N, 3, H, W), of one (3, H, W), or of any of these in a list or tuple."""
+    def _colored(self, images: Any, matrices: Tensor | None = None) -> Any:
+        """Do the colors of images (N, 3, H, W), of one (3, H, W), or of any of these in a list or tuple."""
         if isinstance(images, list | tuple):
-            return [self._coloured(part, matrices) for part in images]
+            return [self._colored(part, matrices) for part in images]
         if images.dtype != torch.uint8:
             return images
-        floats = normalisation(self.mean, self.std) if matrices is None else matrices.view(torch.float32)
+        floats = normalization(self.mean, self.std) if matrices is None else matrices.view(torch.float32)
         single = images.dim() == 3
         images = images[None] if single else images
         result = apply_matrices(images, floats, self._dtype(), self._is_channels_last())
         return result[0] if single else result
 
     def _dtype(self) -> torch.dtype:
-        """Of the run: half or double where all of it is; autocast takes floats, and rounds by itself."""
+        """Return the dtype of inputs: half or double if the whole run uses it. Autocast takes floats."""
         precision = str(getattr(self.trainer, "precision", "32-true"))
         kinds = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
         return kinds.get(precision, torch.float32)

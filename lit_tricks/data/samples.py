@@ -62,20 +62,20 @@ def find_images(folder: str) -> Paths:
 class Samples(Transient, Dataset[tuple[Any, ...]]):
     """Transformed samples; random transforms give the same for the same (seed, epoch, index), in any process.
 
-    The index carries the epoch: ``index + epoch * len(samples)``, so that workers that live on from epoch to epoch
-    know it. A transform of ours (a ``Crop``) draws from a generator of its own, and fills its part of one batch, in
-    memory that is shared between processes. For any other, torch's generator of the CPU is seeded, and put back.
+    The index carries the epoch: ``index + epoch * len(samples)``, for workers that persist across epochs. A ``Crop``
+    draws from its own generator, and fills its part of a batch in memory that is shared between processes. For any
+    other transform, torch's CPU generator is seeded and restored.
 
-    A sample is (image, label), or (image, label, matrix) where the transform has a jitter of the colours; the matrix is
+    A sample is (image, label), or (image, label, matrix) where the transform has a jitter of the colors; the matrix is
     the bits of float32, shape (3, 4).
 
     Args:
         source: gives (image, label).
         transform: PIL image to tensor. May be replaced at any time before the workers start.
         seed: of the random transforms.
-        threads: how many transform the samples of a batch, in a worker process.
-        bad: where bad images are noted, which are skipped then: another sample, which (seed, epoch, index) decides as
-            well, takes the place of such a one, or the batch is smaller, as it says. None raises the error.
+        threads: number of threads that transform the samples of a batch, in a worker process.
+        bad: record of bad images, which are skipped: another sample replaces a bad one, chosen by (seed, epoch, index),
+            or the batch is smaller. None raises the error.
     """
 
     transient: ClassVar[dict[str, Any]] = {"_pool": None}
@@ -124,7 +124,7 @@ class Samples(Transient, Dataset[tuple[Any, ...]]):
             return self.transform(image), label
 
     def _crop(self, index: int, sample: tuple[Image.Image, Any], epoch: int, out: Tensor) -> tuple[Any, Any]:
-        """Crop one sample, and give its label and what was drawn for its colours."""
+        """Crop one sample, and give its label and what was drawn for its colors."""
         transform = self.transform
         assert isinstance(transform, Crop)
         image, label = sample
@@ -147,10 +147,10 @@ class Samples(Transient, Dataset[tuple[Any, ...]]):
                     return None
                 last = error
             place = derive_seed(self.seed, epoch, index, attempt) % len(self)
-        raise BadImageError(f"{TRIES} images in a row were bad, too many to go on without them: {last}") from last
+        raise BadImageError(f"{TRIES} images in a row were bad, which is too many to skip: {last}") from last
 
     def _map(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``_load`` gives for each index and what goes with it."""
+        """Return the result of ``_load`` for an index, and its context."""
         load = partial(self._load, function, self.bad is not None and self.bad.replace)
         if self.threads == 1 or not get_worker_info():
             loaded = list(map(load, *args))

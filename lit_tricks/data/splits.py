@@ -1,4 +1,4 @@
-"""Which folder is which split, and validation images that are held out of the training images."""
+"""Find the folders of the splits, and hold out validation images of the training images."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def held_out(
     seed decide where new images go.
 
     Args:
-        folder: that the images lie in.
-        paths: of the images.
-        labels: their classes.
+        folder: folder of the images.
+        paths: paths of the images.
+        labels: classes of the images.
         fraction: part of each class that is held out, above 0 and below 1; at least one image, and never all.
         seed: of the decision.
         file: that keeps the decision.
@@ -80,7 +80,7 @@ def held_out(
         chosen[new[: max(0, wanted)]] = True
     if not known.keys() >= set(names):
         _write(file, names, chosen)
-    rank_zero_info(f"{folder}: {int(chosen.sum())} of {len(names)} images are for validation, as {file.name} says")
+    rank_zero_info(f"{folder}: {int(chosen.sum())} of {len(names)} images are for validation, by {file.name}")
     return chosen
 
 

@@ -1,8 +1,8 @@
 """The image pipeline of "Bag of Tricks" ([He et al., 2019](https://arxiv.org/abs/1812.01187), section 2.1).
 
-Every transform takes a PIL image and gives a float32 tensor of shape (3, H, W). Random ones draw from torch's global
-generator of the CPU, so that whoever calls them decides the seed. Mean, standard deviation and PCA noise are on the
-0-255 RGB scale, as the paper states them.
+Every transform takes a PIL image and gives a float32 tensor of shape (3, H, W). Random transforms draw from torch's
+global CPU generator, so the caller sets the seed. Mean, standard deviation and PCA noise are on the 0-255 RGB scale, as
+in the paper.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836
 
 
 def pca_noise(image: Tensor, alpha: Tensor) -> Tensor:
-    """Shift the colours of an image along the principal components of ImageNet's colours.
+    """Shift the colors of an image along the principal components of ImageNet's colors.
 
     Each channel c gets ``sum_k eigenvector[c, k] * alpha[k] * eigenvalue[k]``, the same for all pixels
     ([Krizhevsky et al., 2012](https://papers.nips.cc/paper/4824)). Nothing is clipped.
@@ -55,9 +55,9 @@ def pca_noise(image: Tensor, alpha: Tensor) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any image into 8-bit RGB: grey is repeated, CMYK and palettes are converted, alpha is dropped.
+    """Turn any image into 8-bit RGB: gray is repeated, CMYK and palettes are converted, alpha is dropped.
 
-    16-bit grey keeps its upper 8 bits. The EXIF orientation is not applied, as in torchvision.
+    16-bit gray keeps its upper 8 bits. The EXIF orientation is not applied, as in torchvision.
 
     Raises:
         ValueError: for 32-bit pixels, whose range is not known.
@@ -68,18 +68,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"32-bit pixels (mode {image.mode}) have no fixed range: save the image with 8 or 16 bits")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:  # a palette or a colour key: PIL warns when it goes to RGB in one step
+    if "transparency" in image.info:  # a palette or a color key: PIL warns when it goes to RGB in one step
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 class InputTransform:
-    """From an image to the input of a model, as in validation: float32 (C, H, W), normalised.
+    """Convert an image to the input of a model, as in validation: float32 (C, H, W), normalized.
 
     Args:
         transform: of evaluation, from a PIL image to a tensor.
         read: reads an image file.
-        exif: whether an image is turned as its EXIF orientation says. ``read`` does so itself.
+        exif: whether an image is rotated by its EXIF orientation. ``read`` does so itself.
     """
 
     def __init__(self, transform: Transform, read: Callable[[str], Image.Image], exif: bool) -> None:
@@ -140,7 +140,7 @@ def train_transform(
 def eval_transform(
     image_size: int, resize_size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Transform:
-    """Make the transform of validation images: short side to ``resize_size``, centre crop, normalise.
+    """Make the transform of validation images: short side to ``resize_size``, center crop, normalize.
 
     Args:
         image_size: side of the square result in pixels.
@@ -154,7 +154,7 @@ def eval_transform(
 
 
 class PCANoise:
-    """Add PCA noise with one random draw for each image (see ``pca_noise``).
+    """Add PCA noise with one random draw per image (see ``pca_noise``).
 
     Args:
         std: standard deviation of the three coefficients, at least 0; 0 changes nothing, the paper has 0.1.

@@ -15,23 +15,25 @@ __all__ = ["Backbone"]
 
 
 class Backbone(nn.Module):
-    """The feature maps of a network, fine to coarse, without its head.
+    """A backbone: the feature maps of a network, fine to coarse, without its head.
 
     Args:
-        name: "resnet" for ours (see `resnet`), or any model of timm that gives feature maps.
-        levels: how many of the maps, from the coarsest; or which, counted from the finest: of a ResNet 0 is the stem,
-            before its max-pooling, and 1 to 4 are the stages.
+        name: "resnet" (see `resnet`), or any timm model with feature maps.
+        levels: number of maps, from the coarsest; or a list of maps, counted from the finest. In a ResNet, 0 is the
+            stem before max-pooling, and 1 to 4 are the stages.
         in_chans: channels of the images.
-        weights: of a classifier to start from, see `load_weights`: timm's, or a checkpoint of a ``Classifier``.
-        **model_args: as ``depth=50, variant="D", output_stride=8``; those that ``weights`` were made with.
+        weights: weights of a classifier to start from (see `load_weights`): a timm name, or a checkpoint of a
+            ``Classifier``.
+        **model_args: arguments of the network, such as ``depth=50, variant="D", output_stride=8``. They must fit
+            ``weights``.
 
     Attributes:
         net: the network.
-        channels: of each map.
-        strides: side of the image over that of each map.
+        channels: number of channels per map.
+        strides: side of the image divided by the side of the map, per map.
 
     Raises:
-        ValueError: for an unknown network, one without feature maps, or levels that it does not have.
+        ValueError: for an unknown network, a network without feature maps, or levels that the network does not have.
 
     Example:
         ``Backbone("resnet", weights="classifier.ckpt", depth=50, variant="D")``

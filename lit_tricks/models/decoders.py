@@ -1,7 +1,7 @@
-"""What makes a map of classes of the feature maps of a backbone: FCN, ASPP, PPM, FPN and PAN.
+"""Decoders from the feature maps of a backbone to a map of logits: FCN, ASPP, PPM, FPN and PAN.
 
-Nothing here is written anew: FCN and ASPP are torchvision's, the others are built of segmentation_models_pytorch, which
-is imported where one of them is asked for.
+FCN and ASPP come from torchvision. The others come from segmentation_models_pytorch, which is imported when one of them
+is built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Decoder", "DecoderName", "create_decoder", "levels_of"]
 DecoderName = Literal["fcn", "aspp", "ppm", "fpn", "pan"]
 
 INSTALL = 'pip install "lit-tricks[segmentation]"'
-PYRAMID = ("fpn", "pan")  # all stages of a backbone, the others see the last one alone
+PYRAMID = ("fpn", "pan")  # all stages of a backbone; the other decoders use only the last stage
 
 
 class Decoder(nn.Module):
@@ -43,11 +43,11 @@ class Decoder(nn.Module):
         """Logits ``(N, num_classes, h, w)``, of the sides of the finest of the feature maps that the decoder uses.
 
         Raises:
-            ValueError: if it trains on a single image, and would normalise one number by itself.
+            ValueError: if it trains on a single image, and would normalize one number by itself.
         """
-        if self.training and len(features[-1]) == 1 and any(map(_normalises_a_mean, self.body.modules())):
+        if self.training and len(features[-1]) == 1 and any(map(_normalizes_a_mean, self.body.modules())):
             raise ValueError(
-                "this decoder normalises the mean of each image over the batch, which is one image here: train with a "
+                "this decoder normalizes the mean of each image over the batch, which is one image here: train with a "
                 "batch_size of at least 2, or with the decoder fcn or fpn"
             )
         logits: Tensor = self.body(features)
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
 
 
 def levels_of(name: DecoderName) -> int:
-    """How many feature maps a decoder takes, from the coarsest.
+    """Return the number of feature maps that a decoder uses, from the coarsest.
 
     Raises:
         ValueError: for an unknown name.
@@ -69,13 +69,13 @@ def create_decoder(name: DecoderName, channels: Sequence[int], strides: Sequence
     """Build a decoder for the feature maps of a backbone.
 
     ====  =====================================================================  ======================================
-    name  what it does                                                           whose
+    name  layers                                                                 source
     ====  =====================================================================  ======================================
-    fcn   3x3 convolution to a quarter of the channels, dropout 0.1, classifier  torchvision's ``FCNHead``, that of Bag
+    fcn   3x3 convolution to a quarter of the channels, dropout 0.1, classifier  torchvision's ``FCNHead``, as in Bag
           ([Long et al., 2015](https://arxiv.org/abs/1411.4038))                 of Tricks, section 6.2 (GluonCV)
     aspp  a 1x1, three dilated 3x3 and the image's mean, in 256 channels         torchvision's ``DeepLabHead``
           ([DeepLabv3](https://arxiv.org/abs/1706.05587))
-    ppm   means over 1, 2, 3 and 6 bins beside the map, a 3x3 convolution to a   smp's ``PSPModule``, whose bin 1 has no
+    ppm   means over 1, 2, 3 and 6 bins, and the map, a 3x3 convolution to a     smp's ``PSPModule``, whose bin 1 has no
           quarter of the channels, dropout 0.1                                   batch norm
           ([PSPNet](https://arxiv.org/abs/1612.01105))
     fpn   a top-down pyramid of 256 channels; its levels, in 128, are added      smp's ``FPNDecoder``
@@ -88,13 +88,13 @@ def create_decoder(name: DecoderName, channels: Sequence[int], strides: Sequence
     others. ``fpn`` needs maps that halve from each to the next.
 
     Args:
-        name: of the decoder. All but "fcn" and "aspp" need segmentation_models_pytorch, the extra "segmentation".
-        channels: of the feature maps, fine to coarse: at least ``levels_of(name)``.
-        strides: of the feature maps.
+        name: name of the decoder. All except "fcn" and "aspp" need the extra "segmentation".
+        channels: channels per feature map, fine to coarse: at least ``levels_of(name)`` maps.
+        strides: strides of the feature maps.
         num_classes: number of logits, at least 1.
 
     Raises:
-        ValueError: for an unknown name, too few feature maps, or strides that the decoder can not take.
+        ValueError: for an unknown name, too few feature maps, or strides that the decoder does not support.
         ImportError: if segmentation_models_pytorch is needed and missing.
     """
     levels = levels_of(name)
@@ -159,8 +159,8 @@ def _ppm(channels: int, num_classes: int) -> nn.Module:
     )
 
 
-def _normalises_a_mean(layer: nn.Module) -> bool:
-    """Whether it has a batch norm of what is one pixel an image."""
+def _normalizes_a_mean(layer: nn.Module) -> bool:
+    """Return whether a decoder applies batch norm to maps of one pixel per image."""
     if not isinstance(layer, nn.Sequential) or not isinstance(layer[0], nn.AdaptiveAvgPool2d):
         return False
     norms = (norm for norm in layer.modules() if isinstance(norm, nn.BatchNorm2d))
@@ -168,7 +168,7 @@ def _normalises_a_mean(layer: nn.Module) -> bool:
 
 
 def _smp(decoder: str) -> Any:
-    """The module of a decoder of segmentation_models_pytorch."""
+    """Return the module of a decoder of segmentation_models_pytorch."""
     try:
         return importlib.import_module(f"segmentation_models_pytorch.decoders.{decoder}.decoder")
     except ImportError as error:

@@ -46,7 +46,7 @@ class Pyramid(nn.Module):
 
     Attributes:
         out_channels: ``channels``.
-        strides: side of the image over that of each map.
+        strides: side of the image divided by the side of each map.
 
     Raises:
         ValueError: for a backbone whose maps do not shrink.
@@ -56,7 +56,7 @@ class Pyramid(nn.Module):
         super().__init__()
         if sorted(set(body.strides)) != body.strides:
             raise ValueError(
-                f"the feature maps of {type(body.net).__name__} have strides {body.strides}, and those of a feature "
+                f"the feature maps of {type(body.net).__name__} have strides {body.strides}, and the maps of a feature "
                 "pyramid must rise: give levels=1, or a backbone that shrinks its maps, such as resnet or convnext_tiny"
             )
         self.body = body
@@ -66,7 +66,7 @@ class Pyramid(nn.Module):
         self.strides: list[int] = [*body.strides, *(last * 2**i for i in range(1, extra_maps + 1))]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The maps ``(N, channels, H / stride, W / stride)`` of images, fine to coarse, by name."""
+        """Return the maps ``(N, channels, H / stride, W / stride)`` of images, fine to coarse, by name."""
         maps = self.body(images)
         pyramid: dict[str, Tensor] = self.fpn(OrderedDict((str(level), each) for level, each in enumerate(maps)))
         return pyramid
@@ -84,16 +84,16 @@ def faster_rcnn(
     in_chans: int = 3,
     **model_args: Any,
 ) -> FasterRCNN:
-    """Build a Faster R-CNN that takes images as they are normalised already.
+    """Build a Faster R-CNN for images that are already normalized.
 
     Args:
         body: the backbone.
         num_classes: classes of objects, without the background; their labels are 1 to ``num_classes``.
         channels: of the feature pyramid.
-        head_width: of the two layers that look at a region.
-        anchor_scale: side of an anchor, over the stride of its feature map.
-        aspect_ratios: of the anchors, height over width.
-        beta: where the smooth L1 losses turn from a square into a line; 0 is L1, None torchvision's 1/9.
+        head_width: width of the two layers that process a region.
+        anchor_scale: side of an anchor divided by the stride of its feature map.
+        aspect_ratios: aspect ratios of the anchors, height divided by width.
+        beta: error at which the smooth L1 losses change from quadratic to linear; 0 is L1, None is torchvision's 1/9.
         in_chans: channels of the images.
         **model_args: further arguments of ``torchvision.models.detection.FasterRCNN``.
 
@@ -130,7 +130,7 @@ def retinanet(
     in_chans: int = 3,
     **model_args: Any,
 ) -> RetinaNet:
-    """Build a RetinaNet that takes images as they are normalised already.
+    """Build a RetinaNet for images that are already normalized.
 
     Its focal loss has the paper's alpha 0.25 and gamma 2. Unlike Faster R-CNN it has no background: labels are 0 to
     ``num_classes - 1``.
@@ -141,9 +141,9 @@ def retinanet(
         channels: of the feature pyramid, and of the heads.
         anchor_scale: side of the smallest anchor over the stride of its feature map; there are three, a third of an
             octave apart.
-        aspect_ratios: of the anchors, height over width.
-        beta: where the smooth L1 loss turns from a square into a line; 0, and None, is torchvision's L1. The paper says
-            smooth L1; its published code has 0.11.
+        aspect_ratios: aspect ratios of the anchors, height divided by width.
+        beta: error at which the smooth L1 loss changes from quadratic to linear; 0 and None are torchvision's L1. The
+            paper names smooth L1, and its published code has 0.11.
         in_chans: channels of the images.
         **model_args: further arguments of ``torchvision.models.detection.RetinaNet``.
 
@@ -224,7 +224,7 @@ class _RegressionHead(RetinaNetRegressionHead):  # type: ignore[misc]
 
 
 def _transform_args(body: Backbone, in_chans: int) -> dict[str, Any]:
-    """For torchvision's resizing and padding: no second normalisation, and sides that every feature map divides."""
+    """Return arguments of torchvision's resizing: no second normalization, and sides that fit every feature map."""
     return {
         "image_mean": [0.0] * in_chans,
         "image_std": [1.0] * in_chans,

@@ -1,4 +1,4 @@
-"""One door to every model: our ResNet of https://arxiv.org/abs/1812.01187, and whatever timm has."""
+"""Create a model by name: the ResNet of https://arxiv.org/abs/1812.01187, or any timm model."""
 
 import inspect
 import re
@@ -25,10 +25,10 @@ def create_model(
         num_classes: number of logits, at least 1.
         in_chans: channels of the images, at least 1.
         weights: file or timm name of weights to start from, see `load_weights`; None starts at random.
-        **model_args: whatever else the model takes, as ``depth=50, variant="D"`` or ``drop_path_rate=0.1``.
+        **model_args: further arguments of the model, such as ``depth=50, variant="D"`` or ``drop_path_rate=0.1``.
 
     Raises:
-        ValueError: for an unknown name or argument (the nearest valid one is told), or a value out of range.
+        ValueError: for an unknown name or argument (the message names the nearest valid one), or a value out of range.
         FileNotFoundError: if ``weights`` is a file that does not exist.
         RuntimeError: if ``weights`` belongs to another architecture.
 
@@ -57,7 +57,8 @@ def create_model(
     try:
         model: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **model_args)
     except TypeError as error:
-        # Only the TypeError of a call names an argument; any other is a fault inside and goes on as it is.
+        # Only the TypeError of a call names an argument. Any other TypeError is a fault inside, and is raised
+        # unchanged.
         found = re.search(r"argument '(\w+)'", str(error))
         if found is None or found[1] not in model_args:
             raise

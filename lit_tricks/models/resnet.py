@@ -1,8 +1,8 @@
 """ResNet in the four variants that Bag of Tricks compares: A, B, C and D.
 
 Paper: https://arxiv.org/abs/1812.01187, section 4 and table 5. The network is timm's, with its state-dict keys, so
-weights go both ways. One caveat: A and B hold the same tensors under the same keys and differ in strides alone, so a
-checkpoint of one loads into the other without an error and computes something else.
+weights can be exchanged with timm. One caveat: A and B have the same tensors under the same keys and differ only in
+strides. A checkpoint of A therefore loads into B without an error, and gives wrong outputs.
 """
 
 from typing import Any, Literal
@@ -73,8 +73,8 @@ def resnet(
             least that still shrinks in every stage.
         width: factor on all channel counts, a multiple of 1/32 above 0. Parameters and multiply-adds grow with its
             square; 0.125 makes a net for tests, 2 makes every layer twice as wide.
-        output_stride: side of the image over that of the last feature map. 16 and 8 dilate the last stages in the place
-            of their strides, as segmentation has it; with ``small_input`` both are a quarter of that.
+        output_stride: side of the image divided by the side of the last feature map. 16 and 8 dilate the last stages
+            instead of using strides, as usual in segmentation. With ``small_input`` the strides are a quarter of these.
         norm: "batch"; "group", over groups of 32 channels, or of all of fewer; "layer", over all channels of an image;
             "instance", over each channel of an image; or "frozen_batch", which keeps what ``weights`` have.
             "layer" and "group" do not depend on the batch, for batches of a few images.
@@ -86,7 +86,7 @@ def resnet(
         drop_path_rate: of the last residual branch, in [0, 1); those before it in proportion to their depth
             ([stochastic depth](https://arxiv.org/abs/1603.09382)).
         zero_init_last: start the last batch norm of every block at gamma 0, so that every block starts as its shortcut.
-            timm does that by default; here it is off, because it is a trick of its own that must be seen to act.
+            This is timm's default. Here the default is off, because the trick `ZeroGamma` does this and logs it.
         init: "timm" is Kaiming normal over the fan-out for convolutions and torch's own for the classifier; "xavier" is
             the paper's, Xavier uniform for both and biases 0. Batch norm starts at gamma 1 and beta 0 in both.
         weights: file or timm name of weights to start from, see `load_weights`; None starts at random.
@@ -120,13 +120,13 @@ def resnet(
     stem_width = _stem_width(width)
 
     block, layers = _STAGES[depth]
-    # Any: timm's annotations say less than it takes, and differ between its versions.
+    # Any: timm's annotations are narrower than the accepted values, and differ between versions.
     net: Any = ResNet(
         block,
         layers,
         num_classes=num_classes,
         in_chans=in_chans,
-        stem_type="deep",  # timm's plain stem has 64 channels whatever the width, so A and B get theirs below
+        stem_type="deep",  # timm's plain stem has 64 channels at any width, so A and B get their stem below
         stem_width=stem_width,
         channels=tuple(2 * stem_width * factor for factor in (1, 2, 4, 8)),
         avg_down=variant == "D",

@@ -23,7 +23,7 @@ class SegmentationNet(nn.Module):
         backbone: gives the feature maps.
         decoder: name of the decoder, see ``create_decoder``.
         num_classes: number of logits.
-        aux: whether an FCN head on the second last feature map gives logits of its own in training, as in GluonCV and
+        aux: whether an FCN head on the second last feature map gives additional logits in training, as in GluonCV and
             [PSPNet](https://arxiv.org/abs/1612.01105).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Depthwise separable convolutions in the place of a network's own ([Howard et al., 2017](https://arxiv.org/abs/1704.04861))."""
+"""Replace convolutions by depthwise separable ones ([Howard et al., 2017](https://arxiv.org/abs/1704.04861))."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["make_separable", "separable_conv"]
 
 
 def separable_conv(conv: nn.Conv2d) -> nn.Sequential:
-    """A depthwise convolution and a 1x1 that map what ``conv`` maps, at 1/out_channels + 1/k^2 of its cost.
+    """A depthwise convolution and a 1x1 convolution that replace ``conv`` at 1/out_channels + 1/k^2 of its cost.
 
-    Kernel, stride, padding and dilation are those of ``conv``; its weights are not used. Nothing stands between the
-    two, as in [Xception](https://arxiv.org/abs/1610.02357): the network's norm and activation follow as before.
+    Kernel, stride, padding and dilation come from ``conv``. Its weights are not used. There is no layer between the
+    two, as in [Xception](https://arxiv.org/abs/1610.02357). The network's norm and activation follow as before.
     """
     same = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     settings: dict[str, Any] = {name: getattr(conv, name) for name in same}
@@ -27,8 +27,8 @@ def separable_conv(conv: nn.Conv2d) -> nn.Sequential:
 def make_separable(net: nn.Module) -> nn.Module:
     """Replace, in place, each convolution that has a kernel above 1x1, no groups, and as its input a feature map.
 
-    The first convolution of a network sees the image, of which a depthwise one would keep the few channels apart: with
-    all of a deep stem (``conv1``, ``stem``, ``features.0``) it stays as it is.
+    The stem (``conv1``, ``stem``, ``features.0``) is not changed: its input is the image, and a depthwise convolution
+    would not mix the few channels of an image.
 
     Args:
         net: a network of torch's ``Conv2d`` layers, in the order in which they run.

@@ -34,7 +34,7 @@ class SpatialPyramidPool2d(nn.Module):
         self.bins: tuple[int, ...] = tuple(integers(self, "bins", bins, 1, fix, 1000))
 
     def feat_mult(self) -> int:
-        """How many features each channel becomes (timm's name for it)."""
+        """Return the number of features per channel (timm's name for it)."""
         return sum(side * side for side in self.bins)
 
     def forward(self, features: Tensor) -> Tensor:

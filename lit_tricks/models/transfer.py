@@ -1,4 +1,4 @@
-"""What is trained of a network that starts from weights: which parts, and how fast each layer."""
+"""Select the trained parts of a pretrained network, and the learning rate per layer."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def freeze(network: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
-    """Factors on the learning rate, smaller from block to block away from the logits.
+    """Return factors on the learning rate, which decrease from the logits to the stem.
 
-    As in [BEiT](https://arxiv.org/abs/2106.08254): the classifier has 1, the last block ``decay``, the one before it
-    ``decay ** 2``, down to the stem. A network without a classifier starts at ``decay`` too.
+    As in [BEiT](https://arxiv.org/abs/2106.08254), the classifier has 1, the last block has ``decay``, the block before
+    it has ``decay ** 2``, and so on to the stem. A network without a classifier also starts at ``decay``.
 
     Args:
-        network: knows its blocks, as timm's do, by ``group_matcher()``.
+        network: network whose method ``group_matcher()`` lists its blocks, as in timm.
         decay: above 0 and at most 1.
 
     Raises:
-        ValueError: if it does not know them.
+        ValueError: if the network has no such method.
     """
     decay = number("layer_scales", "decay", decay, "(0, 1]", "1 is one learning rate for all layers.")
     net: Any = network
@@ -76,7 +76,7 @@ def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
 
 
 def _heads_of(network: nn.Module) -> list[str]:
-    """Names of the layers that give the logits, as timm's models tell; none for a network without them."""
+    """Return the names of the layers that give the logits, by timm's attributes. Empty without logits."""
     find: Any = getattr(network, "get_classifier", tuple)
     given = find()
     heads = given if isinstance(given, tuple) else (given,)

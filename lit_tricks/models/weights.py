@@ -1,7 +1,7 @@
-"""Start a model from weights: a file of timm's or of ours, or a name that timm downloads.
+"""Load weights into a model: a file of timm or of this library, or a name that timm downloads.
 
-One caveat: variants A and B of the ResNet (https://arxiv.org/abs/1812.01187) have the same keys and shapes, so nothing
-here can tell them apart.
+One caveat: variants A and B of the ResNet (https://arxiv.org/abs/1812.01187) have the same keys and shapes, so this
+module cannot distinguish them.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str] | None]:
             raise
         raise RuntimeError(
             f"{path} is no readable checkpoint of tensors ({type(error).__name__}): copy it again. If it is whole, and "
-            "holds pickled objects that you trust, save its state_dict alone with torch.save and load that"
+            "holds pickled objects that you trust, save only its state_dict with torch.save and load that file"
         ) from error
     content = content if isinstance(content, dict) else {}
     nested = [content[key] for key in _NESTED if isinstance(content.get(key), dict)]
@@ -140,7 +140,7 @@ def _label_names(metadata: dict[str, str] | None) -> list[str] | None:
 
 
 def _download(name: str) -> dict[str, torch.Tensor]:
-    """Weights by name, through timm's own model: it knows where they lie and how they are renamed."""
+    """Return weights by name, through timm's own model, which downloads and renames them."""
     try:
         return dict(timm.create_model(name, pretrained=True).state_dict())
     except OSError as error:
@@ -188,7 +188,7 @@ def _bridge_classes(
 
 
 def _classifiers(model: nn.Module, own: dict[str, torch.Tensor]) -> list[str]:
-    """Return the names of the layers that give logits: all that timm knows of, and the last one."""
+    """Return the names of the layers that give logits: timm's classifiers, and the last layer."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = [known] if isinstance(known, str) else list(known)
     get_classifier = getattr(model, "get_classifier", None)

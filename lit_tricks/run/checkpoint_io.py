@@ -1,4 +1,4 @@
-"""How a run of the command line reads and writes its checkpoints: checked for damage, and whole."""
+"""Checkpoints of command-line runs: checked for damage when read, and written atomically."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint beside the path, and rename it once it is on the disk."""
+        """Write a checkpoint next to the path, and rename it when it is on the disk."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -46,7 +46,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def use_whole_checkpoints(trainer: Trainer) -> None:
-    """Let a Trainer write whole checkpoints, unless it has a way of its own to write them."""
+    """Make a Trainer write checkpoints atomically, unless it has its own checkpoint plugin."""
     try:
         found = trainer.strategy.checkpoint_io
     except NotImplementedError:  # FSDP writes folders, by itself

@@ -12,7 +12,7 @@ __all__ = ["CPUTimer"]
 
 
 class CPUTimer(Callback):
-    """Count the CPU seconds of training and validation, with those of the runs that a run resumes."""
+    """Count the CPU seconds of training and validation, including the runs that a run resumes."""
 
     def __init__(self) -> None:
         self._before = 0.0  # seconds of the parts that have ended

@@ -53,7 +53,7 @@ class FiniteLoss(Transient, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss of this step, and of those before it that have arrived from a GPU."""
+        """Check the loss of this step, and losses of earlier steps that have arrived from a GPU."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._found or not isinstance(loss, Tensor) or not (loss.is_floating_point() and loss.numel() == 1):
             return
@@ -64,7 +64,7 @@ class FiniteLoss(Transient, Callback):
             self._report(f"the loss of step {trainer.global_step} is {float(loss):g}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the weights, too."""
+        """Also check the weights."""
         self._receive(wait=True)
         if not self._found and not all_finite(pl_module):
             self._report(f"{first_not_finite_in(pl_module)!r} is not finite after step {trainer.global_step}")
@@ -89,7 +89,7 @@ class FiniteLoss(Transient, Callback):
 
     def _report(self, what: str) -> None:
         self._found = True
-        remedy = "Lower the learning rate, clip gradients (gradient_clip_val=1), or look for such values in the data"
+        remedy = "Lower the learning rate, clip gradients (gradient_clip_val=1), or check the data for such values"
         if self.on_nan == "stop":
             raise RuntimeError(f"{what}: on_nan='stop' ends the run. {remedy}.")
         rank_zero_only(warnings.warn)(f"{what}. {remedy}. on_nan='stop' ends a run here.", stacklevel=2)

@@ -54,7 +54,7 @@ class RunFolder:
                 number += 1
             except OSError as error:
                 raise type(error)(
-                    f"the folder of the run, {path}, can not be made ({error.strerror}): choose another place with "
+                    f"the run folder {path} cannot be made ({error.strerror}): choose another folder with "
                     "--trainer.default_root_dir."
                 ) from error
         self.path = path

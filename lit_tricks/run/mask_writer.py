@@ -19,18 +19,18 @@ __all__ = ["MaskWriter"]
 
 
 class MaskWriter(Callback):
-    """Write what ``predict_step`` returns, labels (N, H, W), as a PNG file for each image, and collect table rows.
+    """Write the labels (N, H, W) of ``predict_step`` as one PNG file per image, and collect table rows.
 
-    Batches are (images, paths). A mask has the size of its image (nearest), the labels as indices of the palette of
-    Pascal VOC (of more than 256 classes as 16-bit grey), and lies in ``folder`` as its image does in its root. The
-    columns are ``mask``, and for each class the part of the pixels that it has.
+    Batches are (images, paths). A mask has the size of its image (nearest), and the labels as indices of the palette of
+    Pascal VOC (16-bit gray for more than 256 classes). Its path in ``folder`` is the path of its image in its root. The
+    columns are ``mask``, and the share of the pixels per class.
 
     Args:
-        folder: for the masks; it is made when it is needed.
-        roots: folders that the images lie in, for the paths of their masks; of a file the folder that it lies in.
+        folder: folder for the masks, made when needed.
+        roots: root folders of the images, for the paths of their masks; the parent folder for a single file.
 
     Attributes:
-        columns: names of the columns behind the file's, and how their numbers are written (see ``run.tables``).
+        columns: names of the columns after the file's, and the format of their numbers (see ``run.tables``).
         rows: cells of each row, by file.
     """
 
@@ -97,4 +97,4 @@ class MaskWriter(Callback):
     def _path(self, file: str, taken: set[Path]) -> Path:
         relative = Path(file).relative_to(self.roots.get(file, Path(file).parent))
         path = self.folder / relative.with_suffix(".png")
-        return self.folder / f"{relative}.png" if path in taken else path  # a.jpg beside a.png
+        return self.folder / f"{relative}.png" if path in taken else path  # a.jpg and a.png in one folder

@@ -1,4 +1,4 @@
-"""How much memory a run takes."""
+"""Measure the memory of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PeakMemory:
         self._before = _resident()
 
     def read(self) -> int | None:
-        """In bytes; None where the system does not tell."""
+        """Return bytes, or None if the system does not report them."""
         if allocated := max(map(torch.cuda.max_memory_allocated, _gpus()), default=0):
             return allocated
         now = _resident()
@@ -38,7 +38,7 @@ class PeakMemory:
 
 
 def _gpus() -> range:
-    """Those that this process may use, if it has begun to."""
+    """Return the GPUs that this process uses."""
     return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
 
 

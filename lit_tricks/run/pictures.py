@@ -1,4 +1,4 @@
-"""What a model predicts, for W&B: its own chart of the confusion matrix, and tables that can be sorted."""
+"""Predictions for W&B: its own chart of the confusion matrix, and tables that can be sorted."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class PredictionRows(Callback):
         top: how many classes of an image, at most.
 
     Attributes:
-        columns: names of the columns behind the file's, and how their numbers are written (see ``run.tables``).
+        columns: names of the columns after the file's, and the format of their numbers (see ``run.tables``).
         rows: cells of each row, by file.
     """
 

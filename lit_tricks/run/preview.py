@@ -1,4 +1,4 @@
-"""A picture of a training batch as the model sees it: for ``lit-tricks data preview``, and once a run for W&B."""
+"""A picture of a training batch as the model's input: for ``lit-tricks data preview``, and once per run for W&B."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from lit_tricks.utils.log import log
 __all__ = ["Preview", "PreviewLogger", "preview_of"]
 
 
-LEAST_SHARE = 0.05  # of a class in a label, to be told
+LEAST_SHARE = 0.05  # smallest share of a class in a label that is printed
 INCHES = 1.4  # of a cell
-BOX = (255, 140, 0)  # colour of its edge
+BOX = (255, 140, 0)  # color of its edge
 Shares = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Images for people, and what each is labelled as.
+    """Images to show, and their labels.
 
     Attributes:
-        images: uint8, shape (n, H, W, 3) or, grey, (n, H, W).
-        labels: of each, its classes and their shares, the largest first; empty where the batch has none.
-        size: (channels, height, width) of an image as the model sees it.
-        note: how the colours were found, where that is a guess.
+        images: uint8, shape (n, H, W, 3), or (n, H, W) if gray.
+        labels: classes and their shares per image, the largest first; empty without labels.
+        size: (channels, height, width) of the model's input.
+        note: how the colors were guessed, if they were.
     """
 
     images: npt.NDArray[np.uint8]
@@ -48,14 +48,14 @@ class Preview:
     note: str = ""
 
     def titles(self) -> list[str]:
-        """One line for each image: "cat", or of a mixture "cat 0.70, dog 0.30"."""
+        """Return one line per image: "cat", or "cat 0.70, dog 0.30" for a mixture."""
         return [
             ", ".join(name if share > 1 - LEAST_SHARE / 10 else f"{name} {share:.2f}" for name, share in shares.items())
             for shares in self.labels
         ]
 
     def png(self) -> bytes:
-        """The grid as a PNG file."""
+        """Return the grid as a PNG file."""
         from matplotlib.figure import Figure  # here, as the import takes a while and not every run needs it
 
         columns = min(8, math.ceil(math.sqrt(len(self.images))))
@@ -77,9 +77,9 @@ class Preview:
 
 
 class PreviewLogger(Callback):
-    """Log a picture of the first training batch, as the model sees it, to W&B, as ``data/preview``.
+    """Log a picture of the first training batch, as the model's input, to W&B as ``data/preview``.
 
-    It changes nothing of the run, its random numbers included; if the picture can not be made, it says so.
+    The run does not change, including its random numbers. If the picture cannot be made, a line is logged.
 
     Args:
         count: images in the picture, at least 1.
@@ -110,7 +110,7 @@ def preview_of(batch: Any, data: object, count: int) -> Preview:
 
     Args:
         batch: on any device, in any layout, after all that changes it.
-        data: the data module. Its ``mean`` and ``std`` (of the channels, on the 0-255 scale) turn normalised images
+        data: the data module. Its ``mean`` and ``std`` (of the channels, on the 0-255 scale) turn normalized images
             back into pixels, and its ``classes`` are the names of the labels, where it has them.
         count: images, the first of the batch.
 
@@ -153,7 +153,7 @@ def _objects_of(images: Sequence[Tensor], targets: Any, data: object) -> Preview
 
 
 def _labels(target: Tensor, classes: Sequence[str] | None, count: int) -> list[Shares]:
-    """The distribution that the loss will see: tricks turn it soft when it is one-hot."""
+    """Return the distribution that the loss will see: tricks turn it soft when it is one-hot."""
     target = target[:count]
     names = classes if classes and int(target.max()) < len(classes) else None
     shares = F.one_hot(target.long(), len(names) if names else -1).float().cpu()

@@ -1,4 +1,4 @@
-"""Where the time of a fit goes: a profiler that costs next to nothing, under every fit that has no other one."""
+"""Measure the time of a fit by part. The profiler is cheap, and runs in every fit without another profiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP_PARTS = ("data", "forward", "backward", "optimizer", "callbacks", "other")
 PARTS = (*STEP_PARTS, "validation", "checkpoints")
 
 # Actions, as Lightning names them, and the part that their time belongs to, what they call aside. The first match
-# counts; those without any belong to whoever called them. EMA and PreciseBN act in on_validation_model_eval.
+# counts; actions without a part belong to their caller. EMA and PreciseBN act in on_validation_model_eval.
 ACTIONS = {
     r"^\[Callback\]|on_validation_model_(eval|train)$": "callbacks",
     r"train_dataloader_next|val_next|batch_transfer$|batch_to_device": "data",
@@ -31,16 +31,16 @@ SAMPLED = 11  # one batch in so many is timed on the device; a prime, so that th
 
 
 class TimeSplit(Profiler):
-    """Seconds of the training that each of ``PARTS`` takes, from its first epoch to its end; they add up to the whole.
+    """Seconds of the training per part of ``PARTS``, from the first epoch to the end. They add up to the total.
 
-    An action's time is that of its own, without that of the actions which it calls. ``data`` is the wait for the
-    loader, the transfer to the device and what is done to the batch there (``on_after_batch_transfer``, where MixUp and
-    CutMix act); ``forward`` is the training step; ``callbacks`` are the hooks of all callbacks; ``validation`` is all
-    of it, callbacks and checkpoints aside; ``other`` is the loop itself and its loggers.
+    An action's time excludes the actions that it calls. ``data`` is the wait for the loader, the transfer to the device
+    and transforms there (``on_after_batch_transfer``, where MixUp and CutMix act). ``forward`` is the training step.
+    ``callbacks`` are the hooks of all callbacks. ``validation`` excludes callbacks and checkpoints. ``other`` is the
+    loop itself and its loggers.
 
-    A CPU does one thing after the other, and its clock says what took how long. A GPU lags behind the process that
-    feeds it; so events in its stream time every 11th training step there, and divide the time of all steps. Then
-    ``data`` is what the GPU waits for. Nothing ever waits for an event.
+    On a CPU, the parts run one after the other and are timed by a clock. A GPU runs behind the host process, so events
+    in its stream time every 11th training step, and their shares divide the time of all steps. ``data`` is then the
+    time that the GPU waits. The host never waits for an event.
 
     Args:
         clock: seconds.
@@ -94,7 +94,7 @@ class TimeSplit(Profiler):
             self._running = False
 
     def describe(self) -> None:
-        """Say nothing: the report of the run does."""
+        """Return an empty summary, since the report of the run has the numbers."""
 
     def result(self) -> dict[str, Any]:
         """Give ``seconds`` of each part, and the ``clock`` that divided the steps: "host" or "device"."""

@@ -1,4 +1,4 @@
-"""What a resumed run takes over from the run that it resumes, besides what Lightning restores: the best checkpoint."""
+"""Carry over the best checkpoint to a resumed run, which Lightning does not restore."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["BestSoFar"]
 
 log: logging.Logger = logging.getLogger("lit_tricks")
 
-# What a ModelCheckpoint knows of its files, when there are none yet.
+# State of a ModelCheckpoint without files.
 NOTHING_YET: dict[str, Any] = {
     "best_model_score": None,
     "best_model_path": "",

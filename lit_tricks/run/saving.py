@@ -1,4 +1,4 @@
-"""What a run saves in its folder for those who go on with it: its configuration, and its last checkpoint."""
+"""Save the configuration and the last checkpoint of a run in its folder."""
 
 from __future__ import annotations
 

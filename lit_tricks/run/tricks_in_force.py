@@ -1,4 +1,4 @@
-"""The tricks of a run: which, with which arguments, to which effect; kept in its folder and told to its loggers."""
+"""Record the tricks of a run, with arguments and effects, in the run folder and its loggers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["TricksInForce", "tricks_in_force"]
 
 
 def tricks_in_force(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    """The tricks among the callbacks, in their order, by class name: its ``arguments``, and its ``effect`` in words."""
+    """Return the tricks among the callbacks, in their order, by class name: ``arguments`` and announced ``effect``."""
     found: dict[str, dict[str, Any]] = {}
     for trick in callbacks_of(trainer):
         if isinstance(trick, Trick):
@@ -31,10 +31,10 @@ def tricks_in_force(trainer: Trainer) -> dict[str, dict[str, Any]]:
 
 
 class TricksInForce(Callback):
-    """Keeps the tricks in ``tricks.json`` once all of them have said what they do, and tells W&B and its like.
+    """Writes the tricks to ``tricks.json`` after all of them have announced their effect, and logs them to W&B.
 
     Args:
-        folder: of the run; there only on rank zero.
+        folder: the run folder; only on rank zero.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,7 +54,7 @@ class TricksInForce(Callback):
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; a module, such as a teacher, by its class."""
+    """Return a value as JSON has it; a module, such as a teacher, by its class."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):

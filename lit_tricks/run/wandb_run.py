@@ -1,4 +1,4 @@
-"""What Weights & Biases is told of a run: where it lies, its name, its axes; offline where nobody is logged in."""
+"""Set up Weights & Biases for a run: folder, name and axes, and offline mode without a login."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONSTANTS = (
 
 @contextlib.contextmanager
 def own_wandb_run() -> Iterator[None]:
-    """End the W&B run that is started meanwhile, or the next fit of the same process would go on in it."""
+    """End the W&B run that starts in this context. Otherwise the next fit of the process would continue it."""
     before, code = _wandb_run(), 1
     try:
         yield
@@ -44,21 +44,21 @@ def own_wandb_run() -> Iterator[None]:
 
 
 def is_wandb(logger: Any) -> bool:
-    """Whether the configuration of a logger is that of W&B's."""
+    """Return whether the configuration of a logger belongs to W&B."""
     return str(getattr(logger, "class_path", "")).endswith(".WandbLogger")
 
 
 def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None, watch: str | None) -> None:
-    """Tell W&B where the run lies and what it is called; offline where nobody is logged in; resume where it stopped.
+    """Set the folder and name of the W&B run, offline mode without a login, and the id of a resumed run.
 
     Args:
-        loggers: configuration of ``trainer.logger``, changed in place: what it sets itself stays.
-        run: the folder of the run.
-        checkpoint: the checkpoint that is resumed; if it lies in the folder of a tracked run, that run goes on.
-        watch: what is to be watched, see ``tell_wandb``.
+        loggers: configuration of ``trainer.logger``, changed in place; its own settings stay.
+        run: the run folder.
+        checkpoint: the checkpoint to resume; if its folder belongs to a tracked run, this run continues.
+        watch: kind of histograms, see ``tell_wandb``.
 
     Raises:
-        ValueError: if something is to be watched, and nothing is tracked.
+        ValueError: if ``watch`` is set, and there is no W&B logger.
     """
     found = [logger for logger in (loggers if isinstance(loggers, list) else [loggers]) if is_wandb(logger)]
     if watch and not found:
@@ -71,7 +71,7 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None, watch: s
         if checkpoint and not (settings.id or settings.version):
             settings.id = _last_id(Path(checkpoint).resolve().parent.parent)
         if not settings.offline and tracking_mode() == "offline":
-            settings.mode = "offline"  # Lightning's own `offline` would refuse to keep a checkpoint as an artifact
+            settings.mode = "offline"  # Lightning's own `offline` would reject checkpoints as artifacts
 
 
 def tell_wandb(logger: Any, config: dict[str, Any], module: Any, watch: str | None) -> None:
@@ -112,7 +112,7 @@ def log_summary(
     rows: Sequence[Sequence[str]],
     plot: Path,
 ) -> None:
-    """Track the table of several runs in a run of its own, in their group.
+    """Track the table of several runs in a separate W&B run of their group.
 
     Args:
         kind: "ablation" or "race": type of the run, and name of the table.
@@ -142,7 +142,7 @@ def log_summary(
 
 
 def tracking_mode() -> Literal["offline"] | None:
-    """Offline, where nobody is logged in and nothing else is said."""
+    """Return offline mode without a login, unless another mode is set."""
     if os.environ.get("WANDB_MODE") or _logged_in():
         return None
     rank_zero_info("wandb: no login found, so the run is tracked offline; `wandb sync` uploads it later.")
@@ -150,7 +150,7 @@ def tracking_mode() -> Literal["offline"] | None:
 
 
 def _last_id(folder: Path) -> str | None:
-    """Of the W&B run whose files lie in a folder."""
+    """Return the id of the W&B run with files in a folder."""
     found = sorted(folder.glob("wandb/*run-*-*"), key=os.path.getmtime)
     return found[-1].name.rpartition("-")[2] if found else None
 
@@ -160,7 +160,7 @@ def _wandb_run() -> Any:
 
 
 def _logged_in() -> bool:
-    """Whether W&B would find a key. W&B itself can not be asked: it settles on online or offline when it is."""
+    """Return whether W&B would find a key. Calling W&B would already choose between online and offline."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname

@@ -1,4 +1,4 @@
-"""The LightningModules, one a task. They bring timm, so that their modules are imported when they are asked for."""
+"""The LightningModules, one per task. They import timm, so each module is imported at its first use."""
 
 __all__ = ["TASKS"]
 

@@ -1,4 +1,4 @@
-"""What the LightningModules of the command line share: the optimizer, what is frozen, and how a run is resumed."""
+"""Base of the LightningModules of the command line: optimizer, frozen parts, and resuming."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["Task", "is_of_module"]
 
 log: logging.Logger = logging.getLogger("lit_tricks")
 
-TOO_HIGH = 10  # a loss over that of guessing, to warn of
+TOO_HIGH = 10  # ratio to the loss of guessing, to warn about
 
 
 class Task(LightningModule):
-    """Base of the modules that train a network for a task; a subclass adds its network, steps and metrics.
+    """Base of the modules that train a network for a task. A subclass adds its network, steps and metrics.
 
     Metrics are collections named ``train_metrics``, ``val_metrics`` and ``test_metrics``, with their prefix; the last
     line of ``__init__`` of a subclass is ``self._freeze(freeze)``.
 
     Attributes:
-        score: name of the metric that says which epoch is the best; more is better.
-        least_classes: the fewest classes that there is something to learn of.
+        score: name of the metric that selects the best epoch; higher is better.
+        least_classes: smallest valid number of classes.
         lr: learning rate instead of the optimizer's. Lightning's learning rate finders set it. None, by default, keeps
             the optimizer's.
 
@@ -108,14 +108,14 @@ class Task(LightningModule):
 
     @abstractmethod
     def _network(self) -> nn.Module:
-        """The network that has the names in ``freeze``, and the blocks of ``layer_decay``."""
+        """Return the network that has the names in ``freeze``, and the blocks of ``layer_decay``."""
 
     @abstractmethod
     def _evaluate(self, batch: Any, name: str, metrics: MetricCollection) -> None:
         """Update the metrics by a batch of the split ``name``, and log the loss, where there is one."""
 
     def setup(self, stage: str) -> None:
-        """Compare the classes with those of the data, before anything is trained or evaluated.
+        """Compare the classes of model and data, before training or evaluation.
 
         Raises:
             ValueError: if the names or the number differ; predictions only have a warning.
@@ -125,7 +125,7 @@ class Task(LightningModule):
         if stage == "predict":
             ours, theirs = names_of(self), names_of(data)
             if ours and theirs and (other := apart(ours, theirs, "the model", "the data")):
-                log.warning("predictions have the class names of the model, and those of the data differ: %s", other)
+                log.warning("predictions use the class names of the model, which differ from the data's: %s", other)
             return
         remedy = "Use data of the same classes, or start a new run from the weights."
         require_same_classes(self, data, "the model", "the data", remedy)
@@ -137,13 +137,13 @@ class Task(LightningModule):
             )
 
     def transform(self) -> InputTransform:
-        """Return the transform of evaluation: from a PIL image, or the path of a file, to an input (C, H, W).
+        """Return the evaluation transform: from a PIL image, or the path of a file, to an input (C, H, W).
 
         It is the data module's that the module was trained with, at the size and normalization of its checkpoint. Make
         a batch with ``torch.stack``, or ``transform(image)[None]``; a Detector takes a list.
 
         Raises:
-            ValueError: if neither a checkpoint nor a Trainer says what data the module was trained on.
+            ValueError: if neither a checkpoint nor a Trainer has the data module of the training.
         """
         return input_transform(self, self._data_settings)
 
@@ -181,12 +181,12 @@ class Task(LightningModule):
         if self.trainer.ckpt_path and self._resumed_optimizers not in (None, names):
             raise ValueError(
                 f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
-                f"{', '.join(names)}: keep the optimizer, or start from the weights alone, with --model.weights."
+                f"{', '.join(names)}: keep the optimizer, or load only the weights, with --model.weights."
             )
         if self.trainer.ckpt_path and self._resumed_states != len(names):
             raise ValueError(
                 f"the checkpoint holds the state of {self._resumed_states} optimizers, and the run has {len(names)}: "
-                "momentum would start anew. Start from the weights alone, with --model.weights."
+                "momentum would be lost. Load only the weights, with --model.weights."
             )
         if self.lr is not None and self.layer_decay < 1:
             scales = layer_scales(self._network(), self.layer_decay)
@@ -196,7 +196,7 @@ class Task(LightningModule):
         self._settings = [_settings(group) for group in self._groups()]
 
     def on_train_start(self) -> None:
-        """Let the settings of this run win over those of the checkpoint that it resumes; hold what is frozen."""
+        """Override settings of the resumed checkpoint by this run's settings, and freeze parts again."""
         self._set_frozen(training=False)  # now, as Lightning warns of layers that are in evaluation mode before
         if self._settings is None:  # a tuner trains before the fit starts, at its own learning rate
             return
@@ -227,7 +227,7 @@ class Task(LightningModule):
         self._log_metrics(self.test_metrics)
 
     def epoch_metrics(self) -> list[str]:
-        """Names of what is logged once an epoch, also of the trained weights beside an average."""
+        """Return the names of the metrics per epoch, also for the trained weights in addition to an average."""
         train, val, test = (
             [str(name) for name in metrics.keys()]  # noqa: SIM118  # which, unlike iteration, has the prefix
             for metrics in (self.train_metrics, self.val_metrics, self.test_metrics)
@@ -254,17 +254,17 @@ class Task(LightningModule):
         return [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
 
     def _objects(self, **networks: Any) -> list[str]:
-        """Arguments that no checkpoint saves.
+        """Return the arguments that no checkpoint saves.
 
-        What the command line was given is plain text and numbers, and rebuilds all of the module from the checkpoint
-        alone. Objects given in Python are none of a checkpoint's business: they would have to be pickled.
+        Arguments of the command line are plain text and numbers, so a checkpoint can rebuild the module from them.
+        Objects from Python are not saved, because they would have to be pickled.
         """
         if is_built_by_command_line():
             return []
         return ["optimizer", *(name for name, value in networks.items() if isinstance(value, nn.Module))]
 
     def on_train_end(self) -> None:
-        """Let go of what is frozen, for whatever comes next."""
+        """Restore the frozen parts after the fit."""
         self._set_frozen(training=True)
 
     def _set_frozen(self, training: bool) -> None:
@@ -303,7 +303,7 @@ class Task(LightningModule):
             )
 
     def _watch_loss(self, loss: Tensor, batch_idx: int) -> None:
-        """Warn once of a loss far above that of guessing. It is read every 50 batches, as reading waits for the GPU."""
+        """Warn once if the loss is far above the loss of guessing. Check every 50 batches: reading waits for a GPU."""
         guess = math.log(self.num_classes)
         if self._has_warned or batch_idx % 50 or not float(loss.detach()) > TOO_HIGH * guess:
             return

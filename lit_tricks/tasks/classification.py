@@ -21,14 +21,14 @@ __all__ = ["Classifier"]
 class Classifier(Task):
     """Train an image classifier with cross entropy; log loss, top-1, top-5 and calibration error.
 
-    Batches are ``(images, labels)``: float images (N, C, H, W), normalised, and int64 labels (N,) in
-    [0, num_classes). Metrics are named ``train/loss``, ``val/top1``, ``test/ece``, ...: top-1 and top-5 (from six
-    classes on) are fractions in [0, 1], ``ece`` is the expected calibration error with 15 bins. ``forward`` gives
-    logits (N, num_classes), ``predict_step`` probabilities.
+    Batches are ``(images, labels)``: float images (N, C, H, W), normalized, and int64 labels (N,) in [0, num_classes).
+    Metrics are named ``train/loss``, ``val/top1``, ``test/ece``, ...: top-1 and top-5 (from six classes on) are
+    fractions in [0, 1], ``ece`` is the expected calibration error with 15 bins. ``forward`` returns logits (N,
+    num_classes), and ``predict_step`` returns probabilities.
 
-    Which optimizer: SGD with momentum for the best final accuracy of a convolutional network; AdamW for transformers
-    and a good result with little tuning; RMSprop for the recipes of Inception and MobileNet; ``timm.optim.Lars`` and
-    ``timm.optim.Lamb`` for batches of thousands of images.
+    Use SGD with momentum for the best final accuracy of a convolutional network. Use AdamW for transformers and good
+    results with little tuning. RMSprop is for the recipes of Inception and MobileNet. ``timm.optim.Lars`` and
+    ``timm.optim.Lamb`` are for batches of thousands of images.
 
     Args:
         model: ``resnet`` (see ``lit_tricks.models.resnet``), the name of any timm model, or a module that maps images
@@ -40,11 +40,11 @@ class Classifier(Task):
             weights are for other classes, by number or by name, the classifier is initialized anew.
         class_names: one name a class, for predictions. The command line takes them from the data.
         input_size: channels, height and width of an image. The command line takes it from the data.
-        optimizer: from parameters to optimizer; in YAML a class with its arguments.
+        optimizer: function from parameters to an optimizer; in YAML a class with its arguments.
         freeze: names of the network's parts that are not trained, such as ``[conv1, bn1, layer1]``, or "backbone" for
-            all but its classifier. They stay in evaluation mode: dropout and batch statistics too.
-        layer_decay: learning rate of a block over that of the next one towards the logits, above 0 and at most 1; the
-            classifier has the whole rate. 0.65 to 0.9 keeps early layers near the weights that they started from.
+            all except its classifier. They stay in evaluation mode, including dropout and batch statistics.
+        layer_decay: learning rate of a block divided by the rate of the next block towards the logits, above 0 and at
+            most 1; the classifier has the full rate. 0.65 to 0.9 keeps early layers near their pretrained weights.
 
     Raises:
         ValueError: for an unknown model or model argument, or numbers that contradict each other.
@@ -118,7 +118,7 @@ class Classifier(Task):
         self._log_metrics(self.train_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Probabilities (N, num_classes) of a batch: images alone, or images and anything."""
+        """Return probabilities (N, num_classes) of a batch: images, or images with other items."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         probabilities: Tensor = self(images).softmax(dim=-1)
         return probabilities

@@ -34,17 +34,17 @@ class Detector(Task):
     The detectors are torchvision's, with a feature pyramid: Faster R-CNN (two stages; cross entropy and smooth L1), or
     RetinaNet (one stage; focal loss and L1). Batches are ``(images, targets)``: a list of float images (C, H, W) of any
     sizes, and a list of dicts with ``boxes``, float (n, 4): (x0, y0, x1, y1) in pixels, and ``labels``, int64 (n,) from
-    1 to num_classes; objects whose ``iscrowd`` is 1 do not count in the evaluation. The data normalises the images, as
-    for a Classifier; torchvision's own normalisation is off. ``forward`` and ``predict_step`` give for each image a
-    dict of ``boxes``, ``labels`` and ``scores``, the best first, in the pixels of the image as it came.
+    1 to num_classes; objects with ``iscrowd`` 1 are ignored in the evaluation. The data module normalizes the images,
+    as for a Classifier, and torchvision's own normalization is off. ``forward`` and ``predict_step`` return one dict
+    per image with ``boxes``, ``labels`` and ``scores``, the best first, in pixels of the original image.
 
     Metrics are ``train/loss`` and its parts by torchvision's names (``train/loss_classifier``, ...); ``val/map``, the
     mean over thresholds of overlap from 0.5 to 0.95, ``val/map50`` and ``val/map75``, and the same for ``test``, all in
     [0, 1], by COCO's own code over the images of all processes. There is no validation loss: torchvision's detectors
     have none in evaluation mode. It needs ``pip install "lit-tricks[detection]"``.
 
-    What is drawn in training, as the regions of an image that the loss is computed from, depends on the seed, the epoch
-    and the batch alone, and a checkpoint keeps the seed, so that a resumed run draws the same.
+    Random draws in training, such as the regions for the loss, depend only on the seed, the epoch and the batch. A
+    checkpoint stores the seed, so a resumed run draws the same numbers.
 
     Args:
         model: "faster_rcnn" or "retinanet".
@@ -68,19 +68,19 @@ class Detector(Task):
         beta: where the smooth L1 of boxes turns from a square into a line, at least 0, which is L1. None is
             torchvision's: 1/9, and 0 for RetinaNet.
         model_args: further arguments of ``FasterRCNN`` or ``RetinaNet`` of torchvision, as ``{box_score_thresh: 0.1}``.
-        class_names: one name a class, for predictions. The command line takes them from the data.
-        input_size: channels, height and width of an image, of which only the channels count. The command line takes it
-            from the data.
-        optimizer: from parameters to optimizer; in YAML a class with its arguments.
+        class_names: one name per class, for predictions. The command line takes them from the data.
+        input_size: channels, height and width of an image; only the channels are used. The command line takes it from
+            the data.
+        optimizer: function from parameters to an optimizer; in YAML a class with its arguments.
         freeze: names of parts of the backbone that are not trained, such as ``[conv1, bn1, layer1]``. They stay in
             evaluation mode.
-        layer_decay: learning rate of a block of the backbone over that of the next one, above 0 and at most 1; pyramid
-            and heads have the whole rate.
+        layer_decay: learning rate of a block of the backbone divided by the rate of the next block, above 0 and at most
+            1; pyramid and heads have the full rate.
 
     Raises:
         ValueError: for an unknown model, backbone or argument, or numbers out of range.
         ModuleNotFoundError: when it is trained or evaluated, if pycocotools is not installed.
-        RuntimeError: where the precision of the run would round boxes.
+        RuntimeError: if the precision of the run would round boxes.
 
     Example:
         ``Detector("faster_rcnn", num_classes=20, backbone_args={"depth": 50}, weights="classifier.ckpt")``
@@ -131,7 +131,7 @@ class Detector(Task):
             raise ValueError(f"model={model!r} is unknown: write 'faster_rcnn' or 'retinanet'.")
         two_stages = model == "faster_rcnn"
         # a label of RetinaNet's is the number of an output, and none of these is the background's
-        self.label_offset = 0 if two_stages else 1  # from torchvision's labels to those of the data
+        self.label_offset = 0 if two_stages else 1  # from torchvision's labels to the labels of the data
         args: dict[str, Any] = {"channels": channels, "aspect_ratios": aspect_ratios, "beta": beta}
         args |= {"in_chans": input_size[0], "min_size": tuple(sizes), "max_size": max_size, **(model_args or {})}
         if anchor_scale is not None:
@@ -167,7 +167,7 @@ class Detector(Task):
             self.test_metrics: MetricCollection = MetricCollection({"map": _AveragePrecision()}, prefix="test/")
 
     def on_fit_start(self) -> None:
-        """Take the seed of the process, or that of the run that is resumed."""
+        """Set the seed of the process, or of the resumed run."""
         super().on_fit_start()
         resumed = self._resumed_seed if self.trainer.ckpt_path else None
         # one for all processes, as a checkpoint has but one
@@ -200,7 +200,7 @@ class Detector(Task):
         return [each | {"labels": each["labels"] + self.label_offset} for each in found]
 
     def losses(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The parts of the loss of a batch, by torchvision's names; in training mode."""
+        """Return the parts of the loss of a batch, by torchvision's names; in training mode."""
         wanted = [{"boxes": each["boxes"], "labels": each["labels"] - self.label_offset} for each in targets]
         found: dict[str, Tensor] = self.model(list(images), wanted)
         return found
@@ -212,7 +212,7 @@ class Detector(Task):
             ValueError: for labels that are no class, in the first batch of an epoch.
         """
         images, targets = batch
-        if batch_idx == 0:  # not in each: on a GPU, to look at labels is to wait for them
+        if batch_idx == 0:  # not in each step, since reading labels waits for the GPU
             self._check_labels(targets)
         seed = torch.initial_seed() if self._seed is None else self._seed
         with _drawing(self.device, (seed, self.current_epoch, batch_idx, self.global_rank)):
@@ -224,13 +224,13 @@ class Detector(Task):
         return total
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> list[dict[str, Tensor]]:
-        """Objects in a batch: images alone, or images and anything."""
+        """Return the objects in a batch: images, or images with other items."""
         is_pair = isinstance(batch, list | tuple) and len(batch) == 2 and not isinstance(batch[0], Tensor)
         found: list[dict[str, Tensor]] = self(batch[0] if is_pair else batch)
         return found
 
     def epoch_metrics(self) -> list[str]:
-        """Names of what is logged once an epoch, also of the trained weights beside an average."""
+        """Return the names of the metrics per epoch, also for the trained weights in addition to an average."""
         parts = {
             "faster_rcnn": ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"),
             "retinanet": ("loss_classification", "loss_bbox_regression"),
@@ -240,7 +240,7 @@ class Detector(Task):
         return [*train, *val, *(f"raw/{name}" for name in val), *test]
 
     def _check_labels(self, targets: Sequence[dict[str, Tensor]]) -> None:
-        """In torchvision's losses a label that no class has would be another one's, in silence."""
+        """Raise for labels without a class, since torchvision's losses would use another class."""
         labels = {label for target in targets for label in target["labels"].tolist()}
         if not labels <= set(range(1, self.num_classes + 1)):
             raise ValueError(
@@ -269,11 +269,11 @@ class _AveragePrecision(MeanAveragePrecision):
                 'average precision is computed by pycocotools: pip install "lit-tricks[detection]"', name="pycocotools"
             )
         super().__init__(backend="pycocotools")
-        self.warn_on_many_detections = False  # the best 100 of an image count, whatever the model gives
+        self.warn_on_many_detections = False  # COCO evaluates the best 100 objects of an image
 
     def compute(self) -> dict[str, Tensor]:
         found = super().compute()
-        # -1 stands for "nothing to find"
+        # -1 means that there are no objects
         return {name: found[theirs].clamp(min=0) for name, theirs in _PRECISIONS.items()}
 
     @overrides(MeanAveragePrecision)
@@ -289,7 +289,7 @@ class _AveragePrecision(MeanAveragePrecision):
 
 @contextmanager
 def _drawing(device: torch.device, key: tuple[int, ...]) -> Iterator[None]:
-    """Let torch draw from generators that a key decides, and put those of the process back."""
+    """Seed torch's generators by a key, and restore them afterwards."""
     kind = device.type if device.type != "cpu" else "cuda"
     with torch.random.fork_rng([device.index] if device.type != "cpu" else [], device_type=kind):
         torch.manual_seed(hash(key) % 2**63)  # of numbers, which is the same in every process

@@ -24,11 +24,11 @@ __all__ = ["Segmenter"]
 class Segmenter(Task):
     """Train a segmentation network; log loss, mean intersection over union and pixel accuracy.
 
-    Batches are ``(images, masks)``: float images (N, C, H, W), normalised, and int64 masks (N, H, W) with labels in
-    [0, num_classes), or ``ignore_index``. Metrics are named ``train/loss``, ``val/miou``, ``test/pixel_accuracy``, ...:
-    fractions in [0, 1] over the pixels of all images that are not ignored. The mean of ``miou`` is over the classes
-    that occur, in the masks or in what was said of them. Losses are means over pixels. ``forward`` gives logits
-    (N, num_classes, H, W) for images of any size, ``predict_step`` labels (N, H, W), uint8 for up to 256 classes.
+    Batches are ``(images, masks)``: float images (N, C, H, W), normalized, and int64 masks (N, H, W) with labels in [0,
+    num_classes), or ``ignore_index``. Metrics are named ``train/loss``, ``val/miou``, ``test/pixel_accuracy``, ...:
+    fractions in [0, 1] over the pixels of all images that are not ignored. The mean of ``miou`` is over the classes in
+    the masks or the predictions. Losses are means over pixels. ``forward`` returns logits (N, num_classes, H, W) for
+    images of any size, and ``predict_step`` returns labels (N, H, W), uint8 for up to 256 classes.
 
     The segmentation network of [Bag of Tricks](https://arxiv.org/abs/1812.01187), section 6.2, is ``decoder: fcn`` with
     ``model_args: {depth: 50, output_stride: 8}`` and ``aux_weight: 0.5``, from a classifier's ``weights``.
@@ -37,23 +37,23 @@ class Segmenter(Task):
         model: ``resnet`` (see ``lit_tricks.models.resnet``), or the name of a timm model with feature maps.
         num_classes: number of classes, at least 2. The command line takes it from the data.
         model_args: further arguments of the model, such as ``{depth: 50, variant: D, output_stride: 8}``.
-        weights: to start from: of the encoder, a file (timm's, or a checkpoint of a Classifier) or the name of
-            pretrained weights of timm; or of all of it, a checkpoint of a Segmenter. They are not looked for again when
-            a checkpoint of this module is loaded.
+        weights: weights to start from. For the encoder: a file (timm's, or a checkpoint of a Classifier) or the name of
+            pretrained weights of timm. For the whole network: a checkpoint of a Segmenter. They are not loaded again
+            when a checkpoint of this module is loaded.
         decoder: "fcn", "aspp", "ppm", "fpn" or "pan", see ``lit_tricks.models.decoders``. ``fpn`` is for an encoder
             with ``output_stride: 32``, the others are better with 8 or 16.
-        aux_weight: of the loss of an auxiliary head on the second last feature map, 0 or more; 0 builds none. 0.5 is
-            GluonCV's for the FCN, 0.4 the paper's for PSPNet.
-        loss: "cross_entropy", or "focal", that of the trick ``FocalLoss``, in validation too.
-        gamma: of the focal loss, 0 or more.
-        ignore_index: label of pixels that are no class; the data's must be the same.
-        class_names: one name a class, for predictions. The command line takes them from the data.
+        aux_weight: weight of the loss of an auxiliary head on the second last feature map, 0 or more; 0 builds no head.
+            GluonCV uses 0.5 for the FCN, and the paper of PSPNet 0.4.
+        loss: "cross_entropy", or "focal", the loss of the trick ``FocalLoss``, also in validation.
+        gamma: exponent of the focal loss, 0 or more.
+        ignore_index: label of pixels without a class; must be the same as the data's.
+        class_names: one name per class, for predictions. The command line takes them from the data.
         input_size: channels, height and width of an image. The command line takes it from the data.
-        optimizer: from parameters to optimizer; in YAML a class with its arguments.
+        optimizer: function from parameters to an optimizer; in YAML a class with its arguments.
         freeze: names of the encoder's parts that are not trained, such as ``[conv1, bn1, layer1]``, or "backbone" for
             all of it. They stay in evaluation mode.
-        layer_decay: learning rate of a block of the encoder over that of the next one, above 0 and at most 1; the
-            decoder has the whole rate.
+        layer_decay: learning rate of a block of the encoder divided by the rate of the next block, above 0 and at most
+            1; the decoder has the full rate.
 
     Raises:
         ValueError: for an unknown model, decoder or argument, or numbers that contradict each other.
@@ -106,7 +106,7 @@ class Segmenter(Task):
         self.ignore_index = ignore_index
         self.example_input_array = torch.zeros(2, *input_size)
         self.criterion: nn.CrossEntropyLoss = nn.CrossEntropyLoss(ignore_index=ignore_index)
-        # arguments are not validated, which would look for all labels of each batch
+        # arguments are not validated, because this would check all labels of each batch
         known: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}
         metrics = MetricCollection(
             {
@@ -123,12 +123,12 @@ class Segmenter(Task):
         return self.model.backbone.net
 
     def setup(self, stage: str) -> None:
-        """Compare the classes, and the label that is none, with those of the data, before anything is trained."""
+        """Compare the classes and the ignored label of model and data, before training."""
         super().setup(stage)
         found = getattr(getattr(self.trainer, "datamodule", None), "ignore_index", self.ignore_index)
         if stage != "predict" and found != self.ignore_index:
             raise ValueError(
-                f"ignore_index={self.ignore_index} of the model disagrees with that of the data, {found}: set the two "
+                f"ignore_index={self.ignore_index} of the model disagrees with the data's, {found}: set the two "
                 "to the same."
             )
 
@@ -156,7 +156,7 @@ class Segmenter(Task):
         self._log_metrics(self.train_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
-        """Labels (N, H, W) of a batch: images alone, or images and anything."""
+        """Return labels (N, H, W) of a batch: images, or images with other items."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         labels: Tensor = self(images).argmax(1)
         return labels.to(torch.uint8 if self.num_classes <= 256 else torch.int32)
@@ -166,7 +166,7 @@ class Segmenter(Task):
         logits = self(images)
         metrics.update(logits.argmax(1), masks)
         loss = self._loss(logits, focal_target(masks, self.gamma) if self.gamma else masks)
-        pixels = int((masks != self.ignore_index).sum())  # so that the mean of all batches is that of all pixels
+        pixels = int((masks != self.ignore_index).sum())  # so that the mean over batches is the mean over pixels
         self.log(f"{name}/loss", loss, prog_bar=name == "val", batch_size=pixels, sync_dist=True)
 
     def _loss(self, logits: Tensor, masks: Tensor) -> Tensor:

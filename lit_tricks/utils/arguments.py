@@ -68,12 +68,12 @@ def number(owner: object, name: str, value: _Float, interval: str, fix: str, or_
     """Return a number as a float, an integer as an int, or raise.
 
     Args:
-        owner: object whose argument it is, or the name of a function.
-        name: of the argument.
-        value: what was given.
+        owner: object with the argument, or the name of a function.
+        name: name of the argument.
+        value: value of the argument.
         interval: the legal values, as "[0, 1)". NaN and infinity are in none.
         fix: sentence that helps to choose a value.
-        or_none: what None stands for; empty where None is not legal.
+        or_none: meaning of None; empty if None is not legal.
 
     Raises:
         ValueError: if the value is no number of the interval.
@@ -87,13 +87,13 @@ def integer(
     """Return a whole number as an int, or raise.
 
     Args:
-        owner: object whose argument it is, or the name of a function.
-        name: of the argument.
-        value: what was given.
+        owner: object with the argument, or the name of a function.
+        name: name of the argument.
+        value: value of the argument.
         least: smallest legal value.
         fix: sentence that helps to choose a value.
         most: largest legal value.
-        or_none: what None stands for; empty where None is not legal.
+        or_none: meaning of None; empty if None is not legal.
 
     Raises:
         ValueError: if the value is no integer of this range.
@@ -116,9 +116,9 @@ def choice(owner: object, name: str, value: _Value, options: Sequence[object], f
     """Return one of several values, or raise. ``True`` is not 1 here, and 1.0 is not either.
 
     Args:
-        owner: object whose argument it is, or the name of a function.
-        name: of the argument.
-        value: what was given.
+        owner: object with the argument, or the name of a function.
+        name: name of the argument.
+        value: value of the argument.
         options: the legal values.
         fix: sentence that helps to choose one.
 
@@ -161,13 +161,13 @@ def numbers(
     """Return a list of numbers as floats, or raise.
 
     Args:
-        owner: object whose argument it is, or the name of a function.
-        name: of the argument.
-        value: what was given.
+        owner: object with the argument, or the name of a function.
+        name: name of the argument.
+        value: value of the argument.
         interval: the legal numbers, as "[0, 1)".
         fix: sentence that helps to choose them.
-        length: how many there must be; None is any number of them, but not none.
-        or_none: what None stands for; empty where None is not legal.
+        length: required number of values; None is any number above 0.
+        or_none: meaning of None; empty if None is not legal.
 
     Raises:
         ValueError: if the value is no such list.
@@ -244,7 +244,7 @@ def _checked(
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar or array, or a tensor, as Python's numbers and lists."""
+    """Return a NumPy scalar or array, or a tensor, as Python's numbers and lists."""
     return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 

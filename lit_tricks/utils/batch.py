@@ -21,15 +21,15 @@ NAMES = {"label", "labels", "target", "targets", "class", "classes", "mask", "ma
 def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
     """Find the inputs of a batch and its target.
 
-    The target is the one integer tensor of shape (N,), or dense: (N, H, W); a channel of size 1 may stand between.
-    Several of them are told apart by name, as ``label``, ``class_label``, ``mask``. An uint8 tensor is a target where
-    no other integers are. Beside images, or by its name, a matrix (N, K) without another target is one: several labels
-    of each item. The inputs are all other tensors of floats or uint8 with N items and at least 3 dimensions, or, where
-    there are none, all matrices of floats.
+    The target is the only integer tensor of shape (N,), or of shape (N, H, W) or (N, 1, H, W) for dense targets. Among
+    several, the name decides, such as ``label``, ``class_label`` or ``mask``. A uint8 tensor is a target if there are
+    no other integers. A matrix (N, K) is a target with several labels per item if the batch has images or the matrix
+    has the name of a target, and there is no other target. The inputs are all other tensors of floats or uint8 with N
+    items and at least 3 dimensions. Without these, all matrices of floats are inputs.
 
     Args:
-        batch: what the module's ``training_step`` gets.
-        trick: who asks, for the message.
+        batch: the batch of the module's ``training_step``.
+        trick: name of the trick, for the message.
 
     Returns:
         The inputs by their path (there may be none), the path of the target, and the target.
@@ -53,9 +53,9 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
 
 
 def inputs_of(batch: Any, trick: str) -> list[Tensor]:
-    """Find the inputs of a batch that may have a target or not: in their order, as ``find`` tells them.
+    """Find the inputs of a batch with or without a target, in their order, as ``find`` does.
 
-    Without a target they are all floats, or uint8, of at least 3 dimensions, or where there are none all matrices.
+    Without a target, the inputs are all tensors of floats or uint8 with at least 3 dimensions, or else all matrices.
 
     Raises:
         RuntimeError: if there are none.
@@ -67,14 +67,14 @@ def inputs_of(batch: Any, trick: str) -> list[Tensor]:
         inputs = [t for t in tensors if _is_images(t)] or [t for t in tensors if _is_float_matrix(t)]
     if not inputs:
         raise RuntimeError(
-            f"{trick} found no inputs in the training batch: {describe(batch)}. It looks for tensors of floats, or "
+            f"{trick} found no inputs in the training batch: {describe(batch)}. It needs tensors of floats, or "
             "uint8 images, with a dimension for the samples. Let the collate_fn of the loader return such."
         )
     return inputs
 
 
 def arguments_of(batch: Any, trick: str) -> list[Any]:
-    """What ``forward`` of a module is given of a batch: its inputs, or its images in their list.
+    """Return the argument of a module's ``forward`` from a batch: its inputs, or the list of its images.
 
     Raises:
         RuntimeError: if there are none.
@@ -84,12 +84,12 @@ def arguments_of(batch: Any, trick: str) -> list[Any]:
 
 
 def refuse_boxes(batch: Any, trick: str, what: str) -> None:
-    """See that a batch is none of object detection.
+    """Raise if a batch belongs to object detection.
 
     Args:
-        batch: what the module's ``training_step`` gets.
-        trick: who asks, for the message.
-        what: what the trick works on.
+        batch: the batch of the module's ``training_step``.
+        trick: name of the trick, for the message.
+        what: the kind of input that the trick changes.
 
     Raises:
         RuntimeError: if the batch has a target with boxes.
@@ -102,7 +102,7 @@ def refuse_boxes(batch: Any, trick: str, what: str) -> None:
 
 
 def images_in_list(batch: Any) -> list[Tensor]:
-    """The images of a batch that has them as a list, since they differ in size; each (C, H, W). Empty if it has not."""
+    """Return the images (C, H, W) of a batch with a list of images of different sizes, or an empty list."""
     images = batch[0] if isinstance(batch, list | tuple) and batch else batch
     if not isinstance(images, list | tuple):
         return []
@@ -110,7 +110,7 @@ def images_in_list(batch: Any) -> list[Tensor]:
 
 
 def replace(batch: Any, path: Path, value: Any) -> Any:
-    """A shallow copy of the batch with ``value`` at ``path``."""
+    """Return a shallow copy of the batch with ``value`` at ``path``."""
     if not path:
         return value
     key, rest = path[0], path[1:]
@@ -129,7 +129,7 @@ def replace(batch: Any, path: Path, value: Any) -> Any:
 
 
 def describe(batch: Any) -> str:
-    """The structure of a batch in words: types, keys, and of tensors the dtype and shape."""
+    """Return the structure of a batch in words: types, keys, and of tensors the dtype and shape."""
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
     children = _children(batch)
@@ -139,7 +139,7 @@ def describe(batch: Any) -> str:
 
 
 def _fields(value: Any) -> tuple[str, ...]:
-    """Names of the fields of a NamedTuple or a dataclass."""
+    """Return the names of the fields of a NamedTuple or a dataclass."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return tuple(field.name for field in dataclasses.fields(value))
     return getattr(value, "_fields", ()) if isinstance(value, tuple) else ()
@@ -154,7 +154,7 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
 
 
 def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """All tensors of a batch with at least one dimension, each with its path."""
+    """Yield all tensors of a batch with at least one dimension, each with its path."""
     if isinstance(value, Tensor) and value.dim():
         yield path, value
     for key, child in _children(value):
@@ -175,7 +175,7 @@ def _no_single_target(batch: Any, trick: str, tensors: dict[Path, Tensor], numbe
             "(which unpacks as the tuple before)."
         )
     return RuntimeError(
-        f"{trick} found {found} in the training batch: {describe(batch)}. It looks for one tensor of integer class "
+        f"{trick} found {found} in the training batch: {describe(batch)}. It needs one tensor of integer class "
         "indices, of shape (N,) or (N, H, W), or of several labels an item, of shape (N, K) with values from 0 to "
         f"1. {remedy}"
     )
@@ -214,7 +214,7 @@ def _byte_targets(tensors: dict[Path, Tensor], images: dict[Path, Tensor]) -> di
 
 
 def _several_labels(tensors: dict[Path, Tensor], images: dict[Path, Tensor]) -> dict[Path, Tensor]:
-    """Find what may be several labels of each item: by name, or beside images, integers and booleans before floats."""
+    """Find several labels per item: by name, or next to images, with integers and booleans before floats."""
     matrices = {path: t for path, t in tensors.items() if t.dim() == 2 and t.size(1) > 1}
     named = {path: t for path, t in matrices.items() if _is_named(path)}
     if named or not images:
@@ -224,6 +224,6 @@ def _several_labels(tensors: dict[Path, Tensor], images: dict[Path, Tensor]) -> 
 
 
 def _is_named(path: Path) -> bool:
-    """Whether the last name on the way to a tensor is that of a target: ``mask``, ``class_label``, ``Target``."""
+    """Return whether the last name in the path of a tensor names a target: ``mask``, ``class_label``, ``Target``."""
     names = [key for key in path if isinstance(key, str)]
     return bool(names) and not NAMES.isdisjoint(re.split("[^a-z]+", names[-1].lower()))

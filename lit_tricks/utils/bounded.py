@@ -27,17 +27,17 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         OSError: if the path is not a regular file, or the file is too large.
-        ValueError: if its aliases stand for too many values.
+        ValueError: if its aliases expand to too many values.
         yaml.YAMLError: if the file is not YAML.
     """
     return parse_yaml(read_regular(path, MOST_TEXT).decode("utf-8"))
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML text. Its aliases are counted before anything is made of them.
+    """Return the content of a YAML text. Its aliases are counted before values are created.
 
     Raises:
-        ValueError: if the aliases stand for too many values, or refer to themselves.
+        ValueError: if the aliases expand to too many values, or refer to themselves.
         yaml.YAMLError: if the text is not YAML.
     """
     loader = yaml.SafeLoader(text)
@@ -46,7 +46,7 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         if _size(node, {}, 0) > MOST_NODES:
-            raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")
+            raise ValueError(f"its aliases expand to more than {MOST_NODES:,} values")
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
@@ -77,7 +77,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
 
     Raises:
         OSError: if the path is not a regular file.
-        ValueError: if the file is not an archive of arrays, or they are larger than its directory says or than allowed.
+        ValueError: if the file is not an archive of arrays, or the arrays are larger than its directory states or than
+            allowed.
     """
     import numpy as np
 
@@ -92,7 +93,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
                 shape, _, dtype = read(member)
                 size = math.prod(shape) * dtype.itemsize
                 if dtype.hasobject or min(shape, default=0) < 0 or size != part.file_size - member.tell():
-                    raise ValueError(f"{part.filename} is not the array that it says to be, of {size:,} bytes")
+                    raise ValueError(f"{part.filename} is not an array of {size:,} bytes, as its header states")
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as file:
             return dict(file)

@@ -70,7 +70,7 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
-    """Compare the parts of a file of ``torch.save`` with their checksums, which torch writes and never looks at.
+    """Compare the parts of a file of ``torch.save`` with their checksums, which torch writes and does not check.
 
     Reading is as fast as the disk or memory allows. Files of an older format have no checksums, nor have those that
     were written with ``torch.serialization.set_crc32_options(False)``.
@@ -101,7 +101,7 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint whole: whatever was at the path stays until the new file is complete and on the disk.
+    """Write a checkpoint atomically: a file at the path stays until the new file is complete and on the disk.
 
     Raises:
         OSError: if the file cannot be written; the message names it.
@@ -114,7 +114,7 @@ def require_resumable(content: Mapping[str, Any], path: str | os.PathLike[str]) 
     """Raise unless a run can continue from a checkpoint.
 
     Raises:
-        ValueError: if the state of the loops, optimizers or schedulers is missing; the message says what to do.
+        ValueError: if the state of the loops, optimizers or schedulers is missing; the message names the remedy.
     """
     loops = content.get("loops")
     lacks = [name for name in ("epoch", "global_step", *LISTS) if name not in content]
@@ -206,7 +206,7 @@ def _resolve(name: Any, path: str | os.PathLike[str]) -> Any:
             raise ValueError(f"{path} names {name!r}, which cannot be imported ({error}).") from error
     if module not in sys.modules:
         raise ValueError(
-            f"{path} names {name!r}, and code is imported for a checkpoint only if you ask for it: give --import "
+            f"{path} names {name!r}, and code is imported for a checkpoint only if you request it: pass --import "
             f"{module or name}, or import it in Python, if you trust that module."
         )
     try:
@@ -231,7 +231,7 @@ def _is_whole(content: mmap.mmap, part: zipfile.ZipInfo) -> bool:
 
 
 def _fault(content: Any) -> str:
-    """Return why content is not that of a checkpoint, or nothing."""
+    """Return why the content is no checkpoint, or an empty string."""
     if not isinstance(content, dict):
         return f"it holds a {type(content).__name__}, and not the parts of a checkpoint"
     for key in ("pytorch-lightning_version", "state_dict"):

@@ -1,6 +1,6 @@
-"""Names of classes, compared wherever two of a checkpoint, a model and data meet.
+"""Compare the class names of checkpoints, models and data.
 
-The numbers of classes alone say little: a renamed folder leaves the number as it was, and moves every label.
+Comparing only the number of classes is not enough: renaming a folder keeps the number and shifts every label.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def composed(name: str) -> str:
 
 
 def require_same_classes(left: Any, right: Any, left_name: str, right_name: str, remedy: str = "") -> None:
-    """Raise unless two have the same classes in the same order, as far as both have names.
+    """Raise unless two objects with class names have the same classes in the same order.
 
     Args:
         left: see ``names_of``; what sets the order.
@@ -98,6 +98,6 @@ def permutation(names: Sequence[str], order: Sequence[str]) -> list[int]:
     names, order = [composed(name) for name in names], [composed(name) for name in order]
     if sorted(names) != sorted(order) or len(set(order)) < len(order):
         found = apart(order, names, "classes", "the data") or "a name occurs twice"
-        raise ValueError(f"classes must be those of the data, in any order: {found}.")
+        raise ValueError(f"classes must be the data's, in any order: {found}.")
     label_of = {name: label for label, name in enumerate(order)}
     return [label_of[name] for name in names]

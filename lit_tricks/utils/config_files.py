@@ -40,15 +40,16 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
     """Find the configurations that are given by name among those installed with the package.
 
     Args:
-        args: words of a command line. A ``--config`` that is no file but a bare name ("quickstart", "tricks/ema") is
-            looked up. One that begins with a brace is JSON, and holds the settings themselves; so does ``--row``, for
-            sweeps: of a parameter "config" W&B would show the value in the place of the run's resolved configuration.
+        args: arguments of a command line. A ``--config`` that is a bare name ("quickstart", "tricks/ema") and no file
+            is searched. A ``--config`` that begins with a brace is JSON with the settings. ``--row`` is the same for
+            sweeps, because W&B would show the value of a parameter "config" instead of the run's resolved
+            configuration.
 
     Returns:
-        The words with paths in place of names, and the paths.
+        The arguments with paths instead of names, and the paths.
 
     Raises:
-        FileNotFoundError: for a name that is neither; it tells the nearest names.
+        FileNotFoundError: for a name that is neither; the message lists the nearest names.
         ValueError: for a file that is no YAML, or holds no settings.
     """
     args = ["--config" + arg[5:] if arg.startswith("--row={") else arg for arg in args]
@@ -92,10 +93,10 @@ def strings_in(args: list[str]) -> set[str]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration that is given by name or path.
+    """Return the file of a configuration by its name or path.
 
     Raises:
-        FileNotFoundError: if there is none; it tells the nearest names.
+        FileNotFoundError: if there is none; the message lists the nearest names.
     """
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml", CONFIGS.parent / name):
         if path.is_file():
@@ -107,7 +108,7 @@ def find_config(name: str) -> Path:
 
 
 def config_name(path: Path) -> str | None:
-    """The name of a configuration that is installed with the package."""
+    """Return the name of a configuration that is installed with the package."""
     path = path.resolve()
     return path.relative_to(CONFIGS).with_suffix("").as_posix() if CONFIGS in path.parents else None
 

@@ -36,14 +36,14 @@ class Flipped:
 
 
 def at_size(transform: Any, size: int) -> Any:
-    """A transform of evaluation for another size: a copy with its resizing and its centre crop scaled alike.
+    """Return a copy of an evaluation transform for another size, with resizing and center crop scaled alike.
 
-    The image keeps its share of the picture: with a resize to 256 and a crop of 224 before, 288 comes from 329. What is
-    neither of torchvision's nor of timm's steps stays as it is, and so may the size.
+    The crop keeps its share of the image: with a resize to 256 and a crop of 224, a size of 288 uses a resize to 329.
+    Steps that are neither torchvision's nor timm's stay unchanged, so the result may keep its size.
 
     Args:
-        transform: one step, or several in a ``transforms``, as that of ``Compose``.
-        size: of the result in pixels.
+        transform: one step, or several steps in an attribute ``transforms``, as in ``Compose``.
+        size: size of the result in pixels.
     """
     twin = copy.deepcopy(transform)
     steps = list(_steps(twin))
@@ -66,7 +66,7 @@ def _classes(names: Sequence[str]) -> tuple[type[Any], ...]:
 
 
 def nested(dataset: Any) -> Iterator[Any]:
-    """A data set and those that it is made of: in ``dataset``, as a ``Subset``, or in ``datasets``."""
+    """Yield a data set and those that it is made of: in ``dataset``, as a ``Subset``, or in ``datasets``."""
     yield dataset
     parts = getattr(dataset, "datasets", ())
     inner = [getattr(dataset, "dataset", None), *(parts if isinstance(parts, list | tuple) else ())]
@@ -76,7 +76,7 @@ def nested(dataset: Any) -> Iterator[Any]:
 
 
 def changed(dataset: Any, change: Callable[[Any], None]) -> Any:
-    """A copy of a data set, as shallow as can be, in which those parts that have a ``transform`` are changed.
+    """Return a copy of a data set, as shallow as can be, in which those parts that have a ``transform`` are changed.
 
     Args:
         dataset: with a ``transform``, or made of data sets that have one (see ``nested``).
@@ -105,7 +105,7 @@ def _steps(transform: Any) -> Iterator[Any]:
 
 
 def _side(size: Any) -> int:
-    """The shorter side."""
+    """Return the shorter side."""
     return int(min(size)) if isinstance(size, Sequence) else int(size)
 
 

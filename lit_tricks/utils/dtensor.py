@@ -13,12 +13,12 @@ __all__ = ["full_tensor", "is_sharded", "part_for", "read", "shard_like", "to_lo
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process has a part of it."""
+    """Return whether each process has a part of the tensor."""
     return hasattr(tensor, "to_local")
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """The part of this process; of a tensor that is not sharded, all of it."""
+    """Return the part of this process; of a tensor that is not sharded, all of it."""
     with torch.no_grad():
         local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return local
@@ -36,13 +36,13 @@ def shard_like(tensor: Any, local: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """The whole of it, on the CPU if it was sharded."""
+    """Return the whole of it, on the CPU if it was sharded."""
     whole: Tensor = tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
     return whole
 
 
 def part_for(tensor: Any, value: Tensor) -> Tensor:
-    """The part of a value that belongs to this process's part of a tensor."""
+    """Return the part of a value that belongs to this process's part of a tensor."""
     if is_sharded(tensor) and not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 

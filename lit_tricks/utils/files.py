@@ -108,10 +108,10 @@ def locked(path: str | os.PathLike[str], timeout: float = -1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str], durable: bool = True) -> Iterator[Path]:
-    """Give a new file beside a path, which takes the path's name once it is complete.
+    """Yield a new file next to a path, which gets the path's name when it is complete.
 
-    Until then, whatever was at the path stays as it was, also if the disk is full or the process is killed. A link at
-    the path is replaced, and what it points to is left alone.
+    Until then a file at the path stays unchanged, also if the disk is full or the process is killed. A link at the path
+    is replaced, and the target of the link is not changed.
 
     Args:
         path: of the file to write.
@@ -144,14 +144,14 @@ def written_whole(path: str | os.PathLike[str], durable: bool = True) -> Iterato
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes, durable: bool = True) -> None:
-    """Write a file at once (see ``written_whole``); text is UTF-8, whatever it holds."""
+    """Write a file atomically (see ``written_whole``). Text is written as UTF-8."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     with written_whole(path, durable) as part:
         part.write_bytes(data)
 
 
 def abandoned(path: str | os.PathLike[str], infix: str = "") -> list[Path]:
-    """List what killed processes of this machine left beside a path, the oldest first.
+    """List the files that killed processes of this machine left next to a path, the oldest first.
 
     Args:
         path: of the file or folder that was to be written.

@@ -51,8 +51,8 @@ def first_not_finite(state: Mapping[str, Tensor], names: Collection[str] = ()) -
 
     Args:
         state: by name.
-        names: of those that have to be finite. Without them, weights are told by their usual names from buffers, which
-            may hold infinities on purpose.
+        names: names of the tensors that must be finite. By default, these are weights by their usual names, since
+            buffers may be infinite on purpose.
     """
     for name, value in state.items():
         if names:

@@ -1,4 +1,4 @@
-"""The sizes of images: another one, that of those in a batch, and those that a network can take."""
+"""Image sizes: resize a batch, read its size, and check which sizes a network supports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_nearest(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map at another size: each of its places takes the value that is nearest.
+    """Return a map at another size: each of its places takes the value that is nearest.
 
     Args:
         target: (..., H, W), of any type.
@@ -44,10 +44,10 @@ def resize_nearest(target: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def require_size(batch: Any, size: int, trick: str, remedy: str) -> None:
-    """See that the images of a batch have a size, if it has any: a tensor with four dimensions.
+    """Check the size of the images of a batch, if it has images (tensors with four dimensions).
 
     Raises:
-        RuntimeError: if they have another one.
+        RuntimeError: if the images have another size.
     """
     images = [tensor for _, tensor in tensors_in(batch) if tensor.dim() == 4]
     if images and not any(size in tensor.shape[1:] for tensor in images):
@@ -55,17 +55,17 @@ def require_size(batch: Any, size: int, trick: str, remedy: str) -> None:
 
 
 def require_fit(module: Any, size: tuple[int, int], known: Tensor | None, trick: str) -> None:
-    """See that a network can take images of a size, as far as it can take others.
+    """Raise if a network fails at this image size but works at its usual size.
 
     Args:
-        module: a LightningModule, with a ``forward`` that takes images. Of another one nothing can be told.
+        module: a LightningModule with a ``forward`` that takes images. Other modules are not checked.
         size: height and width.
-        known: an image (1, C, H, W) of a size that it should take; None is like the module's example input, or one of
-            224 pixels.
-        trick: who asks, for the message.
+        known: an image (1, C, H, W) of a size that should work; None is the module's example
+            input, or an image of 224 pixels.
+        trick: name of the trick, for the message.
 
     Raises:
-        RuntimeError: if it can not, or nothing is left of the image before the network's end.
+        RuntimeError: if the network fails, or its feature map becomes empty.
     """
     known = _example(module) if known is None else known
     if known is None:
@@ -97,7 +97,7 @@ def _example(module: Any) -> Tensor | None:
 
 
 def _try(module: Any, image: Tensor) -> tuple[Exception | None, str]:
-    """The error of a forward pass, and the name of a layer with strides that got a single pixel."""
+    """Return the error of a forward pass, and the name of a layer with strides that got a single pixel."""
     vanished: list[str] = []
 
     def look(name: str) -> Any:

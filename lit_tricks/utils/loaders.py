@@ -1,4 +1,4 @@
-"""A second pass over the training data beside the one in progress, which is not disturbed by it."""
+"""A second pass over the training data that does not affect the pass in progress."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ __all__ = ["copied_train_loader"]
 def copied_train_loader(trainer: Trainer, trick: str, like_validation: bool = False) -> Any:
     """A copy of the training loaders that starts anew, with workers of its own.
 
-    Samplers are copied with their state, and data sets are shared, except for iterable ones that the main process
-    goes through.
+    Samplers are copied with their state. Data sets are shared, except iterable data sets that the main process reads.
 
     Args:
-        trainer: in a fit, its loaders set up.
-        trick: who asks, for messages.
+        trainer: Trainer in a fit, after its loaders are set up.
+        trick: name of the trick, for messages.
         like_validation: load with the ``transform`` of the validation data set.
 
     Raises:
-        RuntimeError: if a loader can not be copied, or a data set has no ``transform`` to replace.
+        RuntimeError: if a loader cannot be copied, or a data set has no ``transform`` to replace.
     """
     combined = combined_loader(trainer.fit_loop)
     copied = copy.copy(combined)
@@ -92,7 +91,7 @@ def _transforms_of(trainer: Trainer, trick: str) -> dict[str, Any]:
 
 
 def _with(transforms: dict[str, Any], dataset: Any, trick: str) -> Any:
-    """A copy of a data set with another transform in the place of its own."""
+    """Return a copy of a data set with another transform."""
 
     def change(part: Any) -> None:
         vars(part).update({name: value for name, value in transforms.items() if hasattr(part, name)})
@@ -105,6 +104,6 @@ def _with(transforms: dict[str, Any], dataset: Any, trick: str) -> Any:
 
 def _no_transform(trick: str, what: str) -> str:
     return (
-        f'{trick}(transform="eval") puts the `transform` of the validation data set in the place of that of the '
-        f'training data, and {what} has no such attribute: use transform="train", or name it so.'
+        f'{trick}(transform="eval") replaces the `transform` of the training data by the one of the validation data, '
+        f'but {what} has no such attribute. Use transform="train", or name the attribute `transform`.'
     )

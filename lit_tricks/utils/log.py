@@ -11,9 +11,9 @@ log: logging.Logger = logging.getLogger("lit_tricks")
 
 
 class _Fallback(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 cannot subscript it
-    """Writes lines to stderr while the program has no handler of its own, as ``logging.lastResort`` does for warnings.
+    """Writes lines to stderr while the program has no handler, as ``logging.lastResort`` does for warnings.
 
-    It is there beside the handlers of a program or of pytest's ``caplog``, and the lines reach those as usual.
+    Handlers of the program and of pytest's ``caplog`` get the lines as usual.
     """
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""Look into modules: kinds of layers and parameters, the classifier, the norm layers before it."""
+"""Inspect modules: kinds of layers and parameters, the classifier, the norm layers before it."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether a layer is a convolution or linear."""
+    """Return whether a layer is a convolution or a linear layer."""
     return isinstance(module, _MATRICES)
 
 
 def kinds(name: str, parameter: Tensor, owner: nn.Module) -> set[Kind]:
-    """What a parameter is, if not the weight of a convolution or linear layer. A bias of a norm layer is both.
+    """Return the kinds of a parameter that is no weight of a convolution or linear layer. A norm layer's bias has two.
 
     Args:
         name: its name in the module that owns it.
@@ -72,7 +72,7 @@ def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def batchnorms_of(module: nn.Module) -> dict[str, BatchNorm]:
-    """The BatchNorm layers that keep running statistics, by name. A shared one has several names."""
+    """Return the BatchNorm layers that keep running statistics, by name. A shared one has several names."""
     return {
         name: layer
         for name, layer in module.named_modules(remove_duplicate=False)
@@ -131,14 +131,14 @@ def require_initialized(module: nn.Module, trick: str) -> None:
 
 
 def check_shapes(module: nn.Module, trick: str) -> None:
-    """See that parameters have their shapes.
+    """Raise if parameters do not have their own shapes.
 
     Args:
         module: the module that a strategy may have changed.
-        trick: who asks, for the message.
+        trick: name of the trick, for the message.
 
     Raises:
-        RuntimeError: if they are flattened, so that nothing can be told from them.
+        RuntimeError: if they are flattened, which hides their kind.
     """
     require_initialized(module, trick)
     matrices = [own_parameter(part, "weight") for part in module.modules() if has_matrix(part)]
@@ -153,7 +153,7 @@ _BESIDE_TRUNK = re.compile(r"downsample|shortcut|aux", re.IGNORECASE)  # defined
 
 
 def find_classifier(module: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
-    """The layers that give the logits, by name.
+    """Return the layers that give the logits, by name.
 
     They are what ``get_classifier`` of timm's models returns, or the last linear layer that is trained, or where there
     is none the last convolution.
@@ -190,7 +190,7 @@ def find_classifier(module: nn.Module, name: str | None = None) -> dict[str, nn.
 
 
 def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[str, Any]:
-    """The BatchNorm layers that have running statistics and are not frozen, by name.
+    """Return the BatchNorm layers that have running statistics and are not frozen, by name.
 
     Args:
         module: with layers in the order in which they run, as networks define them.
@@ -214,7 +214,7 @@ def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[s
         what = "BatchNorm with running statistics" + (f" that is called {name!r}" if name else "")
         raise RuntimeError(
             f"FixRes found no {what} in {type(module).__name__}: give "
-            'FixRes(train_bn="none"), which trains the classifier alone.'
+            'FixRes(train_bn="none"), which trains only the classifier.'
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Where the residual branches of a network end, found by tracing what its modules compute, or by their drop path."""
+"""Find the ends of the residual branches of a network, by tracing its modules or by its drop-path layers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 
 def last_norms(module: nn.Module) -> dict[str, nn.Module]:
-    """The norm layers that end a residual branch, by name.
+    """Return the norm layers that end a residual branch, by name.
 
-    Where two values are added, the one that came through more layers with weights is the branch, if the other one
-    passed one at most (a projection). Between norm and addition may stand what keeps 0 at 0: dropout, drop path, a
-    gate. A norm before a convolution or an activation is not the end of its branch (from scale 0, a ReLU lets no
-    gradient back).
+    Of two values that are added, the branch is the value that passed more layers with weights, if the other value
+    passed one such layer at most (a projection). Between norm and addition, only layers that map 0 to 0 are allowed:
+    dropout, drop path, a gate. A norm before a convolution or an activation does not end its branch: at scale 0, a ReLU
+    passes no gradient.
 
-    The network is traced with ``torch.fx``, on a copy that shares its tensors, as a whole or in the largest parts that
+    A copy of the network that shares its tensors is traced with ``torch.fx``, as a whole or in the largest parts that
     can be traced. Neither the module nor the random state changes.
     """
     found: dict[str, nn.Module] = {}
@@ -44,10 +44,11 @@ def last_norms(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def residual_branches(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose output is a residual branch, by name, in their order.
+    """Return the modules whose output is a residual branch, by name, in their order.
 
-    They are drop-path layers, and in blocks without any what a branch ends with: its last norm (that of `last_norms`),
-    or the outermost module around it. A branch that goes on in the code of the block, after its last module, has none.
+    These are the drop-path layers. In blocks without drop path, these are the last norm of the branch (see
+    `last_norms`), or the outermost module around it. A branch that continues in the code of the block after its last
+    module has no such module.
     """
     names = {name: part for name, part in module.named_modules() if name}
     chosen = {name for name, part in names.items() if is_drop_path(name, part)}
@@ -82,7 +83,7 @@ class _Tracer(fx.Tracer):
 
 
 def _search(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
-    """Names of the last norm of each branch, and of the module that the branch ends with, if any."""
+    """Yield the names of the last norm of each branch, and of the module that the branch ends with, if any."""
     if is_norm(module) or not any(map(is_norm, module.modules())):
         return
     prefix = f"{path}." if path else ""
@@ -96,10 +97,10 @@ def _search(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
 
 
 def _ends(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """Names of the norm layers that end the residual branches of a graph, and of the outermost modules around."""
+    """Yield the names of the norm layers that end residual branches of a graph, and of the outermost modules around."""
     bits: dict[fx.Node, int] = {}  # one for each node
-    above: dict[fx.Node, int] = {}  # those of the node itself and all that it is computed from
-    layers = 0  # those of the layers with weights, norm layers aside
+    above: dict[fx.Node, int] = {}  # layers of the node itself and of all its inputs
+    layers = 0  # only layers with weights, without norm layers
     for i, node in enumerate(graph.nodes):
         bits[node] = above[node] = 1 << i
         for source in node.all_input_nodes:
@@ -117,7 +118,7 @@ def _ends(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[str,
 
 
 def _stack(node: fx.Node) -> list[str]:
-    """Names of the modules in whose call a value is computed, from the outside in."""
+    """Return the names of the modules in whose call a value is computed, from the outside in."""
     return [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
@@ -130,14 +131,14 @@ def _trace(module: nn.Module) -> tuple[fx.Graph | None, nn.Module]:
             parameters = inspect.signature(twin.forward).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
             return _Tracer().trace(twin, defaults), twin
-    except Exception:  # whatever the code of others raises when it gets symbols for tensors
+    except Exception:  # code of other libraries raises any exception when it gets symbols instead of tensors
         return None, module
 
 
 def _last_norm(
     node: fx.Node, modules: dict[str, nn.Module], bits: dict[fx.Node, int], above: dict[fx.Node, int]
 ) -> str | None:
-    """Name of the norm layer that a value comes from, but for what keeps 0 at 0."""
+    """Return the name of the norm layer that a value comes from, through layers that map 0 to 0."""
     while True:
         inputs = node.all_input_nodes
         if node.op == "call_module":

@@ -1,7 +1,7 @@
-"""Random states that are restored after a while: those of the process, and those that loaders have of their own.
+"""Restore random states: the states of the process, and the generators of loaders.
 
-One caveat: what a data set draws with a generator that is hidden from Python's attributes (in C, or in a closure) is
-drawn for good, where it is loaded in the main process.
+One caveat: a generator that is hidden from Python's attributes (in C, or in a closure) is not restored, if its data set
+is loaded in the main process.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["isolated_random_state"]
 
 @contextlib.contextmanager
 def isolated_random_state(device: torch.device | None = None, loaders: Sequence[Any] = ()) -> Iterator[None]:
-    """Restore all random states afterwards: those of Python, NumPy, torch and of loaders.
+    """Restore the random states of Python, NumPy, torch and loaders when the context ends.
 
     Args:
-        device: the device whose state is restored, besides the CPU's.
+        device: device whose state is restored in addition to the CPU's.
         loaders: loaders whose samplers, data sets and collate functions may draw from generators of their own.
     """
     numpy = sys.modules.get("numpy")
@@ -44,7 +44,7 @@ def isolated_random_state(device: torch.device | None = None, loaders: Sequence[
 
 
 def _owners(loaders: Sequence[Any]) -> list[Any]:
-    """What may hold generators in this process: workers have copies of data sets and collate functions."""
+    """Return objects of this process with generators. Workers have copies of data sets and collate functions."""
     here = [loader for loader in loaders if not getattr(loader, "num_workers", 0)]
     parts = [getattr(loader, name, None) for loader in here for name in ("dataset", "collate_fn")]
     samplers = [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]

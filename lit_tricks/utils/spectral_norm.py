@@ -30,7 +30,7 @@ __all__ = ["SpectralNorm", "iterate_in", "singular_vectors", "spectral_norms"]
 def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the vectors that a power iteration converges to, None for a matrix that is not finite.
 
-    They are computed exactly, and from the matrix alone: the result does not depend on where an iteration started.
+    The vectors are exact and depend only on the matrix, not on the start of an iteration.
 
     Args:
         matrix: (rows, columns).
@@ -81,11 +81,11 @@ def spectral_norms(module: nn.Module) -> list[SpectralNorm]:
 
 
 def iterate_in(state: dict[str, Tensor], trained: dict[str, Tensor]) -> list[str]:
-    """Replace the vectors of the spectral norms in a state dict by those of the weights in it.
+    """Replace the vectors of the spectral norms in a state dict by the vectors of its weights.
 
     Args:
         state: weights, and vectors by torch's names.
-        trained: vectors that belong to weights, by which the dimension of the norm is known.
+        trained: vectors that belong to weights, which give the dimension of the norm.
 
     Returns:
         The names of vectors that belong to a weight which is not in the state dict as such.
@@ -111,7 +111,7 @@ def _matrix(weight: Tensor, dim: int) -> Tensor:
 
 
 def _dim(weight: Tensor, u: Tensor, v: Tensor) -> int | None:
-    """The dimension that comes first in the matrix: of those that fit, the one whose norm the vectors give."""
+    """Return the dimension that comes first in the matrix: of those that fit, the one whose norm the vectors give."""
     fits = [d for d in range(weight.dim()) if weight.size(d) == len(u) and weight.numel() == len(u) * len(v)]
     return max(fits, key=lambda d: float((u.conj() @ _matrix(weight, d) @ v).abs()), default=None)
 

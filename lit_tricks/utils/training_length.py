@@ -1,7 +1,7 @@
-"""The steps of a run: how many of them an epoch and the whole run have, and how many are done.
+"""Count the steps of a run: steps per epoch, in the whole run, and done so far.
 
-A step is an optimizer step. Under manual optimization, where only the module knows how many of them a batch makes, it
-is a batch. A step that a gradient scaler skips counts, as it does for ``max_steps``.
+A step is an optimizer step. Under manual optimization a step is a batch, because a batch can have any number of
+optimizer steps. A step that a gradient scaler skips counts, as in ``max_steps``.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ __all__ = ["TrainingLength", "steps_done"]
 
 
 def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
-    """Steps that are over, in this run and the runs it resumes."""
+    """Return the steps that are over, in this run and the runs it resumes."""
     if pl_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[union-attr, no-any-return]
 
 
 class TrainingLength:
-    """Measures a run in steps. In ``on_train_start``: earlier, loaders are not there and checkpoints not restored.
+    """Measures a run in steps, from ``on_train_start`` on. Earlier, loaders and restored checkpoints are missing.
 
     Args:
-        trick: the name of who asks, for messages.
-        epoch_remedy: what to give where an epoch has no known length.
-        run_remedy: what to give where the run has none.
+        trick: name of the trick, for messages.
+        epoch_remedy: argument to set if the length of an epoch is unknown.
+        run_remedy: argument to set if the length of the run is unknown.
         total_steps: steps of the run, if they were given.
     """
 
@@ -41,12 +41,12 @@ class TrainingLength:
         self.total_steps = total_steps
         self._epoch: float | None = None
         self._run: int | None = None
-        self._first_global_step: int | None = None  # to be compared with that of the first batch's end
+        self._first_global_step: int | None = None  # compared with the value at the end of the first batch
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the steps of an epoch and of the run, as far as they are known."""
+        """Count the steps of an epoch and of the run, if they are known."""
         batches, epochs = trainer.num_training_batches, trainer.max_epochs or 0
-        # where accumulation differs from epoch to epoch, no epoch stands for the others
+        # if accumulation differs between epochs, no epoch represents the others
         schedulers = lightning_classes("callbacks.GradientAccumulationScheduler")
         uneven = any(isinstance(callback, schedulers) for callback in callbacks_of(trainer))
         self._epoch = None
@@ -64,7 +64,7 @@ class TrainingLength:
         self._first_global_step = trainer.global_step if guessed else None
 
     def check(self, trainer: Trainer) -> None:
-        """At the end of a batch see, once, that it made the steps by which ``max_steps`` was turned into batches.
+        """Check once, after a batch, that it made the number of steps that converts ``max_steps`` to batches.
 
         Raises:
             RuntimeError: if it made more or fewer.
@@ -102,12 +102,12 @@ class TrainingLength:
         """
         if self._run is None:
             raise RuntimeError(
-                f"{self.trick} must know where the run ends, and neither max_steps nor max_epochs with the length of "
-                f"the loader says it. Give {self.run_remedy}."
+                f"{self.trick} needs the length of the run, and neither max_steps nor max_epochs with the length of "
+                f"the loader gives it. Set {self.run_remedy}."
             )
         return self._run
 
     @property
     def knows_run(self) -> bool:
-        """Whether the length of the run is known."""
+        """Return whether the length of the run is known."""
         return self._run is not None

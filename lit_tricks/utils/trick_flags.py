@@ -41,7 +41,7 @@ class TrickFlag:
 
     @property
     def is_named(self) -> bool:
-        """Whether the flag names its callback."""
+        """Return whether the flag names its callback."""
         return bool(self.name) or self.flag == REMOVE
 
 
@@ -69,16 +69,16 @@ def behind_configs(words: Sequence[str]) -> list[str]:
 
 
 def apply_to_rows(words: Sequence[str], rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Change settings of several runs as the flags say that name a callback.
+    """Apply flags that name a callback to the settings of several runs.
 
-    A run without the callback has no use for its flags, which ``lit-tricks fit`` would reject there.
+    Flags of a callback that a run lacks are dropped, because ``lit-tricks fit`` would reject them.
 
     Args:
-        words: for each run.
-        rows: settings that the runs differ in, changed in place.
+        words: arguments of every run.
+        rows: the settings that differ between the runs, changed in place.
 
     Returns:
-        The words without the flags about callbacks that a row has.
+        The arguments without the flags of callbacks in a row.
     """
     rows, done = list(rows), set()
     for flag in find_trick_flags(words):

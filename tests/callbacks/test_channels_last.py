@@ -20,7 +20,7 @@ def is_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=NHWC) and not tensor.is_contiguous()
 
 
-class Colour(module_class("lightning")):
+class Color(module_class("lightning")):
     """Of images with three channels, whose order in memory can be seen."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ def fit(module: Any, *tricks: Any, **kwargs: Any) -> dict[str, Tensor]:
 
 
 def test_images_filters_and_features_are_laid_out():
-    module = Colour()
+    module = Color()
     found = fit(module, ChannelsLast())
     training, validation = [True] * 4, [False] * 4
     assert module.images == 2 * (training + validation)
@@ -77,7 +77,7 @@ def test_outputs_in_channels_last_are_equal(precision):
 
 
 def test_optimizer_sees_filters_as_they_are_trained():
-    class Looking(Colour):
+    class Looking(Color):
         def configure_optimizers(self) -> Any:
             assert is_last(self.net[0][0].weight)
             return super().configure_optimizers()
@@ -90,7 +90,7 @@ def test_optimizer_sees_filters_as_they_are_trained():
 
 
 def test_checkpoint_is_that_of_any_run(tmp_path):
-    module = Colour()
+    module = Color()
     saved: dict[str, Any] = {}
 
     class Saving(MixUp):
@@ -99,14 +99,14 @@ def test_checkpoint_is_that_of_any_run(tmp_path):
 
     fit(module, ChannelsLast(), Saving())
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    other = Colour()
+    other = Color()
     other.load_state_dict(saved)
     assert not differences(weights_of(other), weights_of(module))
     assert other.net[0][0].weight.is_contiguous()
 
 
 def test_layers_that_configure_model_builds():
-    class Late(Colour):
+    class Late(Color):
         def __init__(self) -> None:
             super().__init__()
             self.net = None
@@ -123,7 +123,7 @@ def test_layers_that_configure_model_builds():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_after_mixing_in_any_order(order):
-    module = Colour()
+    module = Color()
     fit(module, *[MixUp(alpha=1.0), ChannelsLast()][::order], max_epochs=1, limit_val_batches=0)
     assert module.images == [True] * 4
 
@@ -141,7 +141,7 @@ def test_weights_false_converts_images_only():
 def test_tensors_of_other_kinds_stay():
     seen = {}
 
-    class Looking(Colour):
+    class Looking(Color):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             seen.update({name: value.stride() for name, value in batch.items()})
             return self(batch["image"]).sum()

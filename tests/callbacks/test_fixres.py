@@ -213,18 +213,18 @@ def test_the_test_is_at_the_size_and_loaders_get_their_data_back():
 
 
 def test_a_datamodule_gives_its_transform_and_checkpoints_note_the_size(tmp_path):
-    class Grey(Net):
+    class Gray(Net):
         def __init__(self) -> None:
             super().__init__()
             self.body[0], self.head = nn.Conv2d(1, 4, 3), nn.Linear(6, 10)
 
-    data, module, trainer = Digits(batch_size=400), Grey(), make_trainer(FixRes(12), max_epochs=1)
+    data, module, trainer = Digits(batch_size=400), Gray(), make_trainer(FixRes(12), max_epochs=1)
     trainer.fit(module, datamodule=data)
     assert {tuple(images.shape[1:]) for _, images in module.seen} == {(1, 12, 12)}
     for i, weights_only in enumerate((False, True)):
         trainer.save_checkpoint(tmp_path / f"{i}.ckpt", weights_only=weights_only)
     trainer = make_trainer(FixRes(12), Saver(tmp_path, steps=[3]), max_epochs=1)
-    trainer.fit(Grey(), datamodule=data)
+    trainer.fit(Gray(), datamodule=data)
     for path in (tmp_path / "0.ckpt", *tmp_path.glob("3-*.ckpt")):
         settings = torch.load(path, weights_only=True)["datamodule_hyper_parameters"]
         assert settings["eval_size"] == 12
@@ -426,7 +426,7 @@ def test_refuses_other_callbacks_that_freeze_drop_or_resize():
 def test_refuses_to_go_on_with_the_run_that_trained_the_weights(tmp_path):
     saver = Saver(tmp_path, steps=[2])
     make_trainer(saver, max_epochs=1).fit(Net(), *loaders())
-    with pytest.raises(RuntimeError, match="start from its weights"):
+    with pytest.raises(RuntimeError, match="Load only the weights"):
         make_trainer(FixRes(24)).fit(Net(), *loaders(), ckpt_path=saver.paths[0], weights_only=True)
 
 

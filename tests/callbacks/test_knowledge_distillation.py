@@ -206,7 +206,7 @@ def test_an_ignored_label_of_a_mixture_is_not_taught():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Normalisation
+# Normalization
 
 
 def test_images_are_normalised_for_the_teacher():
@@ -462,7 +462,7 @@ def fit(*tricks: Any, module: Any = None) -> None:
     [
         (
             lambda: nn.Sequential(small_teacher(), nn.Linear(3, 5)),
-            "tells 5 classes apart, and the loss of the student 3",
+            "has 5 classes, and the loss of the student 3",
         ),
         (lambda: nn.Conv2d(3, 3, 3), r"Conv2d, fails on the images .*float32 \(4, 1, 8, 8\): .*wrap it in a module"),
         (lambda: nn.Conv2d(1, 3, 3), r"Conv2d, returns logits of shape \(4, 3, 6, 6\) for labels of shape \(4,\)"),

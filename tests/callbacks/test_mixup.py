@@ -203,7 +203,7 @@ def test_a_fast_dev_run_is_mixed_though_it_has_one_epoch():
 
 @pytest.mark.parametrize("max_epochs", [2, -1])
 def test_off_epochs_must_fit_the_run(max_epochs):
-    message = "off_epochs=2.*(leaves all of max_epochs=2 epochs unmixed|must know the last epoch)"
+    message = "off_epochs=2.*(leaves all of max_epochs=2 epochs unmixed|needs the last epoch)"
     with pytest.raises(RuntimeError, match=message):
         fit_with(CE, MixUp(off_epochs=2), max_epochs=max_epochs, max_steps=5)
 

@@ -190,14 +190,14 @@ def test_synchronised_layers_count_the_batches_of_their_own_process(monkeypatch)
     """What they track is of all processes, who each would count it as theirs."""
     monkeypatch.setattr("lit_tricks.callbacks.batchnorm.statistics.world_size", lambda: 2)
 
-    class Synchronised(nn.SyncBatchNorm):
+    class Synchronized(nn.SyncBatchNorm):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             image = super().forward(image)
             self.running_mean += 7
             return image
 
     data = halves(64)
-    [found] = estimated(nn.Sequential(Synchronised(3)), data.split([5, 27, 32])).values()
+    [found] = estimated(nn.Sequential(Synchronized(3)), data.split([5, 27, 32])).values()
     assert_precise(found, population(data))
 
 
@@ -287,7 +287,7 @@ def test_an_error_in_the_pass_leaves_everything_as_it_was(error):
 
 
 def test_no_batch_is_an_error():
-    with pytest.raises(RuntimeError, match="gave no batch"):
+    with pytest.raises(RuntimeError, match="has no batch"):
         estimated(nn.Sequential(nn.BatchNorm2d(3)), [])
 
 
@@ -1021,7 +1021,7 @@ def test_strategies_that_hide_the_layers_are_refused(strategy):
         module.other = wrapped_by_fsdp1(nn.Linear(1, 1))
     else:
         module.net[1].weight.ds_id = 0
-    assert "PreciseBN can not run the layers under SingleDeviceStrategy: use FSDP2" in refusal(module=module)
+    assert "PreciseBN cannot run the layers under SingleDeviceStrategy: use FSDP2" in refusal(module=module)
 
 
 def test_batches_without_inputs_are_refused():

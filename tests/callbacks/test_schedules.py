@@ -395,7 +395,7 @@ def test_step_without_milestones_needs_no_length():
 
 
 def test_end_must_be_known():
-    with pytest.raises(RuntimeError, match="where the run ends"):
+    with pytest.raises(RuntimeError, match="the length of the run"):
         run(WarmupCosine(warmup_epochs=1), max_epochs=-1)
 
 

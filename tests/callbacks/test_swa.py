@@ -523,7 +523,7 @@ def test_accumulation_that_changes_from_epoch_to_epoch():
     def accumulation() -> Any:
         return pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
 
-    with pytest.raises(RuntimeError, match=r"SWA .*where the run ends"):
+    with pytest.raises(RuntimeError, match=r"SWA .*the length of the run"):
         run(SWA(0.1), accumulation())
     history = History()
     result = run(SWA(0.1, start=0.5, every_n_steps=1), accumulation(), history, max_steps=7)

@@ -296,7 +296,7 @@ def test_resumed_runs_are_left_alone(tmp_path):
         resumed = run(XavierInit(seed=9), max_epochs=1, ckpt_path=saver.paths[0])
     assert not differences(resumed.weights, full.weights)
     assert [record.getMessage() for record in records] == [
-        "XavierInit: nothing to do, the run goes on with the weights that it was stopped with"
+        "XavierInit: nothing to do, since the run resumes with its own weights"
     ]
 
 

@@ -446,7 +446,7 @@ def test_resumed_runs_are_left_alone(tmp_path):
         trainer.fit(resumed, train_loader(), ckpt_path=saver.paths[0], weights_only=True)
     assert not differences(weights_of(resumed), weights_of(full))
     assert [record.getMessage() for record in records] == [
-        "ZeroGamma: nothing to do, the run goes on with the weights that it was stopped with"
+        "ZeroGamma: nothing to do, since the run resumes with its own weights"
     ]
     assert trainer.logger.metrics[2]["zero_gamma/scale"] > 0
 

@@ -381,7 +381,7 @@ def test_the_schedule_and_the_length_change_on_resume(whole: Path) -> None:
 def test_the_data_change_on_resume_and_the_seed_does_not(whole: Path) -> None:
     run, outcome = resume(whole, "epoch=1", "--data.batch_size=1257", "--seed_everything=5")
     assert checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7  # one batch in the last epoch
-    assert "the data goes on with the seed of the resumed run, 0" in outcome.log
+    assert "the data continues with the seed of the resumed run, 0" in outcome.log
 
 
 def test_another_optimizer_on_resume_is_refused(whole: Path) -> None:

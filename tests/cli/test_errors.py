@@ -69,7 +69,7 @@ FLAGS = {
         r"say what to do: data bench, data check, data preview.*\. `lit-tricks data --help` explains them\.",
     ),
     "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
-    "no command": ((), "say what to do, such as fit; `lit-tricks --help` lists the commands."),
+    "no command": ((), "choose a command, such as fit; `lit-tricks --help` lists the commands."),
     "no data": (("fit",), r"fit needs --data\."),
     "no data to test": (("test",), r"test needs --data, or --ckpt_path.*"),
     "trick": (
@@ -336,7 +336,7 @@ def test_a_checkpoint_of_other_classes(good: str) -> None:
 def test_a_file_is_in_the_way_of_the_runs() -> None:
     Path("taken").write_text("mine")
     for place in ("taken", "taken/deeper"):
-        message = rf"the folder of the run, {place}/tiny/v0, can not be made \(.+\): .*--trainer\.default_root_dir\."
+        message = rf"the run folder {place}/tiny/v0 cannot be made \(.+\): .*--trainer\.default_root_dir\."
         refused(message, *FIT, f"--trainer.default_root_dir={place}")
     assert Path("taken").read_text() == "mine"
 
@@ -346,7 +346,7 @@ def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # a read-only folder is no obstacle where the tests run as root
-    refused(r"the folder of the run, runs/tiny/v0, can not be made \(Permission denied\): choose another .*", *FIT)
+    refused(r"the run folder runs/tiny/v0 cannot be made \(Permission denied\): choose another .*", *FIT)
 
 
 def test_a_failed_run_leaves_the_others_alone(good: str) -> None:

@@ -36,7 +36,7 @@ def message_of(*words: str) -> str:
 
 FIT = ("fit", "--data=Digits")
 CASES = {
-    "_no_command": [((), "say what to do, such as fit")],
+    "_no_command": [((), "choose a command, such as fit")],
     "_unknown_command": [(("fitt",), "there is no command 'fitt'; did you mean 'fit'?")],
     "_unknown_argument_of_class": [
         ((*FIT, "--optimizer=torch.optim.SGD", "--optimizer.momentun=1"), "SGD has no argument 'momentun'; did you"),

@@ -181,7 +181,7 @@ def own_schedule(scheduler: str, module: str) -> dict[str, str]:
     """The errors of our schedules in a module that has a scheduler of its own."""
     message = (
         "{0} sets the learning rate, and so does the {1} that configure_optimizers of {2} returns: "
-        "return the optimizers alone, or remove {0}."
+        "return only the optimizers, or remove {0}."
     )
     return {name: f"^{re.escape(message.format(name, scheduler, module))}$" for name in SCHEDULES}
 

@@ -119,7 +119,7 @@ def test_report_of_paired_runs_has_change_and_interval(folder: Path, relative_to
         (("--mode", "stacked"), "mode"),
         (
             ("--out", "taken"),
-            "taken holds another ablation, as taken/plan.json says: choose another folder with --out.",
+            "taken holds another ablation (see taken/plan.json): choose another folder with --out.",
         ),
     ],
 )

@@ -168,7 +168,7 @@ def test_greedy_takes_what_does_not_make_it_worse(values, taken):
     assert state("x.ckpt")["net.1.bias"][0] == pytest.approx(expected)
     lines = [record.getMessage() for record in records]
     assert len(lines) == len(paths) + 1
-    assert re.match(rf"{taken[0]}: val/top1 [\d.]+, alone$", lines[0])
+    assert re.match(rf"{taken[0]}: val/top1 [\d.]+, by itself$", lines[0])
 
 
 def test_greedy_with_a_metric_that_should_be_small():
@@ -178,9 +178,11 @@ def test_greedy_with_a_metric_that_should_be_small():
 
 def test_greedy_soup_is_at_least_as_good_as_the_best(trained):
     outcome = done("average", *trained, "-o", "x.ckpt", "--greedy", *DATA, "--metric=val/loss", "--mode=min")
-    assert outcome.log.count("alone") == 3
+    assert outcome.log.count("by itself") == 3
     assert outcome.out == ""  # no progress bar where there is no terminal
-    scores = [float(line.split("val/loss ")[1].split(",")[0]) for line in outcome.log.splitlines() if "alone" in line]
+    scores = [
+        float(line.split("val/loss ")[1].split(",")[0]) for line in outcome.log.splitlines() if "by itself" in line
+    ]
     chosen = checkpoint("x.ckpt")["averaged_from"]
     assert 1 <= len(chosen) <= 3
     assert scores[0] < 3
@@ -250,12 +252,10 @@ def test_average_wrong_files_explain_themselves(trained):
     del (content := checkpoint(good))["hyper_parameters"]
     torch.save(content, "a.ckpt")
     torch.save(content, "b.ckpt")
-    refused(
-        "a.ckpt does not say what module its weights are of: give --module.", "a.ckpt", "b.ckpt", "-o", "x.ckpt", *DATA
-    )
+    refused("a.ckpt does not name the module of its weights: set --module.", "a.ckpt", "b.ckpt", "-o", "x.ckpt", *DATA)
     for bad in ("text.ckpt", "weights.ckpt", "cut.ckpt"):
         refused(rf"{bad} is not a checkpoint of Lightning, or damaged.*", good, bad, "-o", "x.ckpt")
-    refused("average needs two checkpoints or more: .*", good, "-o", "x.ckpt")
+    refused("average needs two checkpoints or more, got one.", good, "-o", "x.ckpt")
     refused("a checkpoint is given twice: .*", good, good, "-o", "x.ckpt")
     refused("--output no/x.ckpt lies in a folder that does not exist: make it first.", *trained, "-o", "no/x.ckpt")
 

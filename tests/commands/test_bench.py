@@ -102,7 +102,7 @@ def test_the_loader_alone() -> None:
 def test_from_the_command_line(workers: int) -> None:
     words = ("--config=tricks/ema", "--config=tricks/mixup", f"--data.num_workers={workers}", "--seconds=0.3")
     outcome = done("data", "bench", *FIT[1:], *words, "--out=digits.json")
-    for text in ("loader alone: ", "model alone: ", "both together: ", "limits the run", "written to digits.json"):
+    for text in ("only loader: ", "only model: ", "both together: ", "limits the run", "written to digits.json"):
         assert text in outcome.log
     result = json.loads(Path("digits.json").read_text())
     assert result["num_workers"] == workers

@@ -496,7 +496,7 @@ def test_settings_of_cifar(folder: Path) -> None:
 def test_a_checkpoint_that_knows_no_data() -> None:
     settings = {"model_args": {"depth": 18, "width": 0.125}, "num_classes": 4, "input_size": (3, 32, 32)}
     path = saved("resnet", **settings)
-    message = r"made\.ckpt does not say how its images were normalised: give --mean and --std, on .* that is not 32\."
+    message = r"made\.ckpt has no normalization: set --mean and --std, on .* that is not 32\."
     refused(message, path, "--format=timm")
     known = ("--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.2")
     config = json.loads(Path(made("timm", *known, checkpoint=path), "config.json").read_text())
@@ -545,7 +545,7 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     refused(r"made\.ckpt names 'nowhere\.Net', .*--import nowhere.*", path, "--format=onnx")
     del content["hyper_parameters"]
     torch.save(content, path)
-    refused(r"made\.ckpt is not of a Classifier: it does not say what module .*", path, "--format=onnx")
+    refused(r"made\.ckpt is not of a Classifier: it does not name its module.*", path, "--format=onnx")
     module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
     with pytest.raises(ValueError, match="Doubled is no Classifier"):
         export(BEST, format="onnx", module=module)
@@ -634,7 +634,7 @@ def test_an_exported_detector_predicts_the_same(folder: Path) -> None:
     data.hparams["_class_path"] = "lit_tricks.data.DigitDetection"
     path = saved(module, data=data)
     write_images(folder / "objects", 2)
-    Image.new("L", (40, 64), 99).save(folder / "objects" / "grey.png")
+    Image.new("L", (40, 64), 99).save(folder / "objects" / "gray.png")
     made("onnx", checkpoint=path)
     tables = []
     for ckpt in (path, "made.onnx"):
@@ -682,7 +682,7 @@ def test_a_network_that_was_given_as_an_object() -> None:
     network = shaken(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
     module = Classifier(network, num_classes=3, input_size=(3, 2, 2))
     path = saved(module)
-    refused(r"made\.ckpt does not say what network .*: give --module, a Classifier with it\.", path, "--format=onnx")
+    refused(r"made\.ckpt does not name the network .*: set --module to a Classifier with it\.", path, "--format=onnx")
     fresh = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), num_classes=3, input_size=(3, 2, 2))
     statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
     images = torch.randn(4, 3, 2, 2)

@@ -255,7 +255,7 @@ def stop(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupted_pass_goes_on_and_ends_the_same(trained, monkeypatch):
     stop(trained, monkeypatch)
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
-    assert "x.ckpt.features: goes on after 128 of 1257 images" in outcome.log
+    assert "x.ckpt.features: continues after 128 of 1257 images" in outcome.log
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=10", "-o", "y.ckpt")
     assert "goes on" not in outcome.log
     first, second = state("x.ckpt"), state("y.ckpt")
@@ -309,7 +309,7 @@ def test_fixres_wrong_arguments_explain_themselves(trained):
     refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt", "--test-size=10", "-o", "x.ckpt")
     refused("--test_size=0 is below 1: .*", f"--ckpt={trained}", "--test-size=0", "-o", "x.ckpt")
     refused("nothing of an image is left at 3 pixels .*", f"--ckpt={trained}", "--test-size=3", "-o", "x.ckpt")
-    refused("--crop_ratio 0.9: Digits can not keep it. Leave it out.", *good, "--crop-ratio=0.9")
+    refused("--crop_ratio 0.9: Digits does not support it. Leave it out.", *good, "--crop-ratio=0.9")
     refused("--crop_ratio 9 is not above 0 .*", *good, "--crop-ratio=9")
     refused("--num_samples=0 is below 1; .*", *good, "--num_samples=0")
     refused("--weight_decay=0.0 must be above 0: .*", *good, "--weight_decay=0")

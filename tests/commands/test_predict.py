@@ -25,7 +25,7 @@ from lit_tricks.data import Digits, ImageFolder
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.run.tables import check_table, write_table
 
-FILES = ("b.png", "deep/a, b.jpg", "deep/er/alpha.PNG", "deep/er/grey.png", "deep/moving.gif")
+FILES = ("b.png", "deep/a, b.jpg", "deep/er/alpha.PNG", "deep/er/gray.png", "deep/moving.gif")
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (root / "deep" / "er").mkdir(parents=True)
         Image.fromarray(noise(9, 8, 3)).save(root / "b.png")
         Image.fromarray(noise(30, 20, 3)).save(root / "deep" / "a, b.jpg")
-        Image.fromarray(noise(8, 8)).save(root / "deep" / "er" / "grey.png")
+        Image.fromarray(noise(8, 8)).save(root / "deep" / "er" / "gray.png")
         Image.fromarray(noise(11, 11, 4)).save(root / "deep" / "er" / "alpha.PNG")
         frames = [Image.fromarray(noise(8, 8, 3)) for _ in range(3)]
         frames[0].save(root / "deep" / "moving.gif", save_all=True, append_images=frames[1:])
@@ -140,7 +140,7 @@ def test_files_folders_and_globs(folder: Path, words: tuple[str, ...], files: li
 
 def test_omitted_images_are_counted(folder: Path) -> None:
     log = predicted("-o=out.csv", "--top-k=1").log
-    assert "2 files were left out" in log
+    assert "2 files were ignored" in log
     assert "images/notes.txt" in log
     assert "1 .mov" in log
     assert list(table("out.csv")[0]) == ["file", "label1", "probability1", "error"]

@@ -63,7 +63,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def test_from_the_command_line() -> None:
     outcome = done("data", "preview", *FIT[1:], "--out=digits.png", "--count", "9")
-    assert "digits.png: 9 training images, as the model sees them: 1 x 8 x 8" in outcome.log
+    assert "digits.png: 9 training images, as the model's input: 1 x 8 x 8" in outcome.log
     width, height = size_of(Path("digits.png"))
     assert width > 500
     assert height > 500
@@ -159,7 +159,7 @@ def test_without_labels() -> None:
         (("--count=0",), "--count=0 is below 1: it is the number of images to draw."),
         (("--count=many",), "--count: 'many' is not int."),
         (("--data.batch_sise=3",), "Digits has no argument 'batch_sise'; did you mean 'batch_size'?"),
-        (("--trainer.limit_train_batches=0",), "there was no training batch to look at: see "),
+        (("--trainer.limit_train_batches=0",), "there was no training batch: check "),
     ],
 )
 def test_preview_wrong_arguments_explain_themselves(words: tuple[str, ...], message: str) -> None:

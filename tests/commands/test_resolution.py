@@ -195,7 +195,7 @@ def test_timm_by_name_with_its_own_normalisation(tmp_path):
     words = ("--data=ImageFolder", f"--data.root={root}", "--data.batch_size=2", "--data.num_workers=0")
     outcome = done("resolution", "--ckpt=test_resnet", f"--weights={weights}", *words, "--sizes", "64")
     known = timm.get_pretrained_cfg("test_resnet")
-    assert "test_resnet: images are normalised by its mean" in outcome.log
+    assert "test_resnet: images are normalized by its mean" in outcome.log
     steps = [v2.Resize(round(64 / known.crop_pct)), v2.CenterCrop(64), v2.ToImage()]
     folder = Folder(str(root / "val"), v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)]))
     images, labels = next(iter(DataLoader(folder, batch_size=6)))
@@ -282,7 +282,7 @@ def test_resolution_wrong_arguments_explain_themselves(trained):
     refused("give --ckpt, a checkpoint, or the name of one of timm's models.")
     refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt")
     refused(".*resnet1 is neither a file nor a model of timm's.*", "--ckpt=resnet1", "--data=Digits")
-    refused("resnet18 does not say what data it was trained on: give --data, .*", "--ckpt=resnet18")
+    refused("resnet18 does not name its training data: set --data, .*", "--ckpt=resnet18")
     refused("--sizes '8:a' is no size: .*", ckpt, "--sizes", "8:a")
     refused("--crop_ratio 2 is not above 0 and at most 1: .*", ckpt, "--crop-ratio", "2")
     refused(
@@ -292,7 +292,7 @@ def test_resolution_wrong_arguments_explain_themselves(trained):
     )  # fmt: skip
     content = torch.load(trained, weights_only=True)
     torch.save({key: value for key, value in content.items() if key != "datamodule_hyper_parameters"}, "bare.ckpt")
-    refused("bare.ckpt does not say what data it was trained on: give --data, .*--config.*", "--ckpt=bare.ckpt")
+    refused("bare.ckpt does not name its training data: set --data, .*--config.*", "--ckpt=bare.ckpt")
     done("resolution", "--ckpt=bare.ckpt", "--sizes", "8", "--config=data/digits")
     Path("text.ckpt").write_text("text")
 
@@ -314,7 +314,7 @@ def test_a_transformer_of_one_size(tmp_path):
     words = ("--ckpt=vit_tiny_patch16_224", "--weights=weights.pth", "--data=ImageFolder", f"--data.root={root}")
     words += ("--data.batch_size=2", "--data.num_workers=0", "--sizes", "256")
     refused(
-        r"VisionTransformer takes images of 224 pixels alone .*--model_args '\{dynamic_img_size: true\}' .*",
+        r"VisionTransformer supports only images of 224 pixels .*--model_args '\{dynamic_img_size: true\}' .*",
         *words, "--model_args", "{depth: 1}",
     )  # fmt: skip
     done("resolution", *words, "--model_args", "{depth: 1, dynamic_img_size: true}")

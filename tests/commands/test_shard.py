@@ -68,7 +68,7 @@ def test_short_side_shrinks_what_is_larger(tmp_path: Path) -> None:
     picture = Image.fromarray(pixels).resize((50, 40), Image.Resampling.BICUBIC)
     for name, image in {
         "rgb.png": picture,
-        "grey.png": picture.convert("L"),
+        "gray.png": picture.convert("L"),
         "cmyk.jpg": picture.convert("CMYK"),
     }.items():
         path = tmp_path / name

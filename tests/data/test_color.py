@@ -1,4 +1,4 @@
-"""Colours as matrices: against the formulas in float64, and against torchvision where it does the same."""
+"""Colors as matrices: against the formulas in float64, and against torchvision where it does the same."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torchvision.transforms.v2 import functional as v2
 
 from lit_tricks.data import color as _colour
-from lit_tricks.data.color import Jitter, apply_matrices, normalisation
+from lit_tricks.data.color import Jitter, apply_matrices, normalization
 from lit_tricks.data.transforms import pca_noise
 
 MEAN, STD = (123.68, 116.779, 103.939), (58.393, 57.12, 57.375)
-GREY = np.array([0.299, 0.587, 0.114])
-TO_YIQ = np.array([GREY, [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+GRAY = np.array([0.299, 0.587, 0.114])
+TO_YIQ = np.array([GRAY, [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 
 def images(count: int = 6, height: int = 7, width: int = 5, low: int = 0, high: int = 256) -> torch.Tensor:
@@ -32,7 +32,7 @@ def reference(image: torch.Tensor, draws: np.ndarray[Any, Any]) -> np.ndarray[An
     """Each step after the other, as written in the paper's framework, in float64."""
     brightness, saturation, hue, *alpha = draws
     pixels = image.numpy().astype(np.float64).reshape(3, -1) * brightness
-    pixels = saturation * pixels + (1 - saturation) * (GREY @ pixels)
+    pixels = saturation * pixels + (1 - saturation) * (GRAY @ pixels)
     y, i, q = TO_YIQ @ pixels
     u, w = math.cos((hue - 1) * math.pi), math.sin((hue - 1) * math.pi)
     pixels = np.linalg.solve(TO_YIQ, np.stack([y, u * i - w * q, w * i + u * q]))
@@ -59,7 +59,7 @@ def test_hue_turns_as_in_mxnet() -> None:
         np.testing.assert_allclose(
             matrix[:, :3], back @ np.array([[1, 0, 0], [0, u, -w], [0, w, u]]) @ TO_YIQ, atol=6e-3
         )
-        np.testing.assert_allclose(GREY @ matrix[:, :3], GREY, atol=1e-6)  # brightness stays
+        np.testing.assert_allclose(GRAY @ matrix[:, :3], GRAY, atol=1e-6)  # brightness stays
     np.testing.assert_allclose(jitter.matrices(np.array([[1, 1, 1, 0, 0, 0]]))[0], np.eye(3, 4), atol=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_hue_turns_as_in_mxnet() -> None:
     [
         ([0.7, 1, 1, 0, 0, 0], lambda image: v2.adjust_brightness(image, 0.7), 1e-5),
         ([1, 1, 1, 0.1, -0.2, 0.05], lambda image: pca_noise(255 * image, torch.tensor([0.1, -0.2, 0.05])) / 255, 1e-5),
-        # torchvision's grey has 0.2989 for red: 0.0001 of 160, over 58
+        # torchvision's gray has 0.2989 for red: 0.0001 of 160, over 58
         ([1, 0.6, 1, 0, 0, 0], lambda image: v2.adjust_saturation(image, 0.6), 3e-4),
         ([0.8, 1.2, 1, 0, 0, 0], lambda i: v2.adjust_saturation(v2.adjust_brightness(i, 0.8), 1.2), 3e-4),
     ],
@@ -93,10 +93,10 @@ def test_draws_are_those_of_the_paper() -> None:
     assert np.abs(np.corrcoef(draws.T) - np.eye(6)).max() < 5 / math.sqrt(4000)
 
 
-def test_normalisation_is_exact() -> None:
+def test_normalization_is_exact() -> None:
     batch = images(3)
     expected = (batch.double() - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    found = apply_matrices(batch, normalisation(MEAN, STD), torch.float64, False)
+    found = apply_matrices(batch, normalization(MEAN, STD), torch.float64, False)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -106,9 +106,9 @@ def test_normalisation_is_exact() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_precision_and_memory_format(count: int, dtype: torch.dtype, channels_last: bool) -> None:
     batch = images(count)
-    expected = apply_matrices(batch, normalisation(MEAN, STD), torch.float32, False)
+    expected = apply_matrices(batch, normalization(MEAN, STD), torch.float32, False)
     for given in (batch, batch.contiguous()):
-        found = apply_matrices(given, normalisation(MEAN, STD), dtype, channels_last)
+        found = apply_matrices(given, normalization(MEAN, STD), dtype, channels_last)
         assert torch.equal(found, expected.to(dtype))
         layout = torch.channels_last if channels_last else torch.contiguous_format
         assert found.is_contiguous(memory_format=layout)
@@ -116,7 +116,7 @@ def test_precision_and_memory_format(count: int, dtype: torch.dtype, channels_la
 
 def test_memory_is_used_again_when_nobody_has_it() -> None:
     def made(high: int) -> torch.Tensor:
-        return apply_matrices(images(high=high), normalisation(MEAN, STD), torch.float32, False)
+        return apply_matrices(images(high=high), normalization(MEAN, STD), torch.float32, False)
 
     batches = [made(high) for high in (50, 100, 150, 200)]
     copies = [batch.clone() for batch in batches]

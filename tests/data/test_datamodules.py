@@ -190,11 +190,11 @@ def test_digits_predict_any_image(tmp_path: Path) -> None:
     digit = data.source("val")[3][0]
     pixels = Image.fromarray(np.asarray(digit).round().astype(np.uint8))
     (tmp_path / "b" / "c").mkdir(parents=True)
-    pixels.save(tmp_path / "b" / "c" / "grey.png")
+    pixels.save(tmp_path / "b" / "c" / "gray.png")
     pixels.convert("RGB").resize((16, 16), Image.Resampling.NEAREST).save(tmp_path / "a.PNG")
     (tmp_path / "notes.txt").write_text("not an image")
     images, paths = next(iter(data.predict_dataloader()))
-    assert list(paths) == [str(tmp_path / "a.PNG"), str(tmp_path / "b" / "c" / "grey.png")]
+    assert list(paths) == [str(tmp_path / "a.PNG"), str(tmp_path / "b" / "c" / "gray.png")]
     exact = data.eval_transform(digit)
     torch.testing.assert_close(images[1], exact, rtol=0, atol=0.5 / 255 * 16 / 6.02 + 1e-6)
     assert torch.corrcoef(torch.stack([images[0].flatten(), exact.flatten()]))[0, 1] > 0.95

@@ -105,7 +105,7 @@ def test_crowds_and_difficult_objects_are_not_trained_on(kind: str, tmp_path: Pa
 
 def test_images_of_many_sizes_are_a_batch(tmp_path: Path) -> None:
     root = write_coco(tmp_path)
-    Image.new("L", (17, 90)).save(root / "val2017" / "1.jpg")  # grey; the annotation is silent on its size
+    Image.new("L", (17, 90)).save(root / "val2017" / "1.jpg")  # gray; the annotation is silent on its size
     content = coco_content()
     del content["images"][1]["width"]
     change_coco(root, "val", content)

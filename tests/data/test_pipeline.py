@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> str:
 
 
 class Net(LightningModule):
-    """A convolution with batch normalisation that notes what it is given."""
+    """A convolution with batch normalization that notes what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def test_tricks_see_the_final_images(folder: str) -> None:
         trainer(max_epochs=1, callbacks=callbacks).fit(model, ImageFolder(folder, 16, 7, 0))
     for before, after in zip(plain.batches, mixed.batches, strict=True):
         assert not torch.equal(before, after)
-        assert set(after.flatten().tolist()) <= set(before.flatten().tolist())  # pasted, when normalised
+        assert set(after.flatten().tolist()) <= set(before.flatten().tolist())  # pasted, when normalized
 
 
 def test_erased_parts_have_the_mean_colour(folder: str) -> None:

@@ -73,7 +73,7 @@ def test_the_classes_of_voc_and_ade(tmp_path: Path) -> None:
 
 
 def test_labels_of_a_palette_are_its_indices_and_borders_are_ignored(tmp_path: Path) -> None:
-    """Of Pascal VOC: what PIL shows as colours is 0 to 20, and 255."""
+    """Of Pascal VOC: what PIL shows as colors is 0 to 20, and 255."""
     root = write_voc(tmp_path)
     data = VOCSegmentation(str(root), **SMALL)
     data.setup()
@@ -244,9 +244,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: spoil(root, labels=[0, 4, 9]),
         r"the mask '.*bad\.png' has labels out of range: 4, 9\. The 4 classes are 0 to 3, and 255 is ignored",
     ),
-    "colours": (
+    "colors": (
         lambda root: spoil(root, mode="RGB"),
-        r"the mask '.*bad\.png' has colours \(mode RGB\) and no labels",
+        r"the mask '.*bad\.png' has colors \(mode RGB\) and no labels",
     ),
     "broken mask": (
         lambda root: (spoil(root), (root / "train/masks/bad.png").write_bytes(b"no image")),
@@ -278,7 +278,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "black and white": (
         lambda root: [spoil_all(root, file) for file in (root / "train/masks").iterdir()],
-        r"have the labels \[0, 255\], of which 255 is ignored, so that there is nothing to tell apart",
+        r"have the labels \[0, 255\], of which 255 is ignored, so that no two classes are left",
     ),
 }
 

@@ -270,7 +270,7 @@ def test_an_epoch_does_not_go_on_with_other_batches(
     root = str(shards if kind is Streaming else images)
     steps = len(fit(kind(root, 16, 4, 0), Saver(tmp_path), max_epochs=2).seen) // 2
     monkeypatch.setattr(kind, "_replicas", lambda self: (processes, 0))
-    said = f"begun in 1 processes with batches of 4 can not go on in {processes} with batches of {batch_size}: resume"
+    said = f"started in 1 processes with batches of 4 cannot resume in {processes} with batches of {batch_size}: resume"
     with pytest.raises(ValueError, match=said):
         fit(kind(root, 16, batch_size, 0), ckpt_path=tmp_path / f"{steps + 2}-batch.ckpt")
     data = kind(root, 16, batch_size, 0)

@@ -92,8 +92,8 @@ def test_paper_transform_is_the_steps_of_the_paper_in_order() -> None:
 def test_coefficients_of_the_jitter_span_the_range_of_the_paper() -> None:
     torch.manual_seed(0)
     transform = train_transform(1, "paper", (0, 0, 0), (1, 1, 1))
-    grey = Image.new("RGB", (8, 8), (100, 100, 100))  # saturation and hue do nothing to it
-    values = torch.stack([transform(grey)[:, 0, 0].mean() for _ in range(500)])
+    gray = Image.new("RGB", (8, 8), (100, 100, 100))  # saturation and hue do nothing to it
+    values = torch.stack([transform(gray)[:, 0, 0].mean() for _ in range(500)])
     noise = 3 * 0.1 * 55.46 * 0.58
     assert 60 - noise < values.min() < 70
     assert 130 < values.max() < 140 + noise
@@ -133,8 +133,8 @@ def test_transforms_pickle() -> None:
 def test_every_kind_of_image_becomes_rgb() -> None:
     rgb = photo()
     assert to_rgb(rgb) is rgb
-    grey = rgb.convert("L")
-    for image in (grey, grey.convert("LA"), grey.convert("1").convert("L")):
+    gray = rgb.convert("L")
+    for image in (gray, gray.convert("LA"), gray.convert("1").convert("L")):
         assert np.array_equal(np.array(to_rgb(image)), np.array(image.convert("L"))[..., None].repeat(3, -1))
     transparent = rgb.copy()
     transparent.putalpha(0)

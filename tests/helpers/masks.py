@@ -20,16 +20,16 @@ def write_pair(
     mode: str = "L",
     seed: int = 0,
 ) -> None:
-    """An image whose colour says the label, with noise, and its mask in vertical stripes of random width."""
+    """An image whose color says the label, with noise, and its mask in vertical stripes of random width."""
     rng = np.random.default_rng(seed)
     width, height = mask_size or size
     ends = np.sort(rng.choice(np.arange(1, width), len(labels) - 1, replace=False))
     stripes = np.repeat(np.array(labels), np.diff([0, *ends, width]))
     stored = np.broadcast_to(stripes, (height, width)).astype(np.uint8)
-    colours = np.zeros((256, 3))
+    colors = np.zeros((256, 3))
     for label in (1, 2, 3):
-        colours[label, label - 1] = 200
-    pixels = np.resize(colours[stored], (size[1], size[0], 3)) + rng.uniform(0, 40, (size[1], size[0], 3))
+        colors[label, label - 1] = 200
+    pixels = np.resize(colors[stored], (size[1], size[0], 3)) + rng.uniform(0, 40, (size[1], size[0], 3))
     for path in (image, mask):
         path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(image)

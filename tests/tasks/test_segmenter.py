@@ -356,8 +356,8 @@ def test_masks_are_predicted(run: Path, folder: Path) -> None:
         assert [float(share) for share in shares] == pytest.approx(found.tolist(), abs=1e-6)
     module = Segmenter.load_from_checkpoint(best, map_location="cpu", weights_only=True).eval()
     with Image.open("images/a.jpg") as image:  # of 64 pixels, as in training
-        grey = torch.from_numpy(np.array(image.convert("L"))).float()
-    said = module(((grey - 31.97) / 53.16)[None, None]).argmax(1)[0]
+        gray = torch.from_numpy(np.array(image.convert("L"))).float()
+    said = module(((gray - 31.97) / 53.16)[None, None]).argmax(1)[0]
     assert (torch.from_numpy(np.array(Image.open("said/a.png"))) == said).float().mean() > 0.99
 
 

@@ -1,4 +1,4 @@
-"""What the tricks that average weights share: when they count, what is validated and saved, what a run ends with."""
+"""Base of the tricks that average weights: when they update, what is validated and saved, and the final weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Averaging(KeptAverage):
     """
 
     _handles: list[Any]
-    _raw_metrics: dict[str, float]  # to be logged with those of the average
+    _raw_metrics: dict[str, float]  # logged with the metrics of the average
 
     def __init__(self, buffers: str, validate: bool | str, name: str | None, on_cpu: bool = False) -> None:
         validate = choice(self, "validate", validate, (True, False, "both"))
@@ -52,7 +52,7 @@ class Averaging(KeptAverage):
     # The life of a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before a fit that goes on with the last one's module, put the weights that are trained back into it."""
+        """Restore the trained weights before another fit of the same module."""
         if stage != "fit":
             return
         self._end_fit()
@@ -91,11 +91,11 @@ class Averaging(KeptAverage):
         if self.validate:
             # It precedes on_validation_start of all callbacks, in any order of the list.
             self.wrap(pl_module, "on_validation_model_eval", self._around_validation_start)
-            # Checkpoints of the weights alone skip the hooks of callbacks.
+            # Weights-only checkpoints skip the hooks of callbacks.
             self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
             # It precedes on_train_end of all callbacks, in any order of the list.
             self.wrap(trainer.fit_loop, "on_run_end", self._around_run_end)
-            # After it the modes are those of training. No hook comes that late, nor before the first validation hook.
+            # Afterwards the modules are in training mode. No hook runs that late, or before the first validation hook.
             self.wrap(trainer.fit_loop.epoch_loop.val_loop, "run", partial(self._around_validation, trainer))
 
     def on_train_batch_end(
@@ -112,7 +112,7 @@ class Averaging(KeptAverage):
             pl_module.log_dict(raw, sync_dist=True, add_dataloader_idx=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there is no average."""
+        """Warn if there is no average."""
         if not self._updates and not trainer.fast_dev_run:  # type: ignore[union-attr]
             rank_zero_only(warnings.warn)(
                 f"{self.state_key} averaged nothing in {self._steps} steps: the model keeps the weights it was "
@@ -139,7 +139,7 @@ class Averaging(KeptAverage):
         if self.validate and not self._wrappers and weights and weights.belongs_to(pl_module) and weights.is_as_left():
             self._put_average(trainer, checkpoint)
 
-    # The brackets: each is called in the place of a method
+    # The wrappers: each is called instead of a method
 
     def _around_validation(self, trainer: Trainer, run: Callable[[], Any]) -> Any:
         self._catch_up()
@@ -155,7 +155,7 @@ class Averaging(KeptAverage):
                 self._showing_raw = False
         result = run()
         if self._weights:
-            self._weights.swap(False)  # now that the modes are those of training again: adapters have unmerged
+            self._weights.swap(False)  # modules are in training mode again, so adapters have unmerged
         return result
 
     def _around_validation_start(self, on_validation_model_eval: Callable[..., Any]) -> Any:
@@ -203,7 +203,7 @@ class Averaging(KeptAverage):
         self._raw_metrics = {}
 
     def _what_for(self) -> str:
-        uses = {True: "validated and saved", "both": "validated beside the trained weights, and saved"}
+        uses = {True: "validated and saved", "both": "validated in addition to the trained weights, and saved"}
         buffers = self._weights.describe_buffers() if self._weights else ""
         return uses.get(self.validate, "kept only") + (f"; {buffers}" if buffers else "")
 

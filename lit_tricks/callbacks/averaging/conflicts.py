@@ -1,4 +1,4 @@
-"""What an average of the weights can not go with: another one that is validated, and what hides weights or steps."""
+"""Conflicts of averaged weights: another average that is validated, and strategies that hide weights or steps."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def refuse_conflicts(average: KeptAverage, trainer: Trainer) -> None:
 
 
 def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: LightningModule) -> None:
-    """See that the module's parameters are its weights.
+    """Raise if the module's parameters are not its weights.
 
     Raises:
-        RuntimeError: if the strategy has them elsewhere.
+        RuntimeError: if the strategy stores the weights elsewhere.
     """
     require_initialized(pl_module, average.state_key)
     if is_flattened(trainer.strategy.model or pl_module):
@@ -47,15 +47,15 @@ def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: Lig
 
 
 def refuse_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
-    """See that the optimizers say when they step.
+    """Raise if an optimizer does not report its steps.
 
     Raises:
-        RuntimeError: if one does not, as many that are made round another one.
+        RuntimeError: if an optimizer does not call step hooks, as many wrappers of optimizers.
     """
     for optimizer in trainer.optimizers:
         if not calls_step_hooks(optimizer):
             name = type(optimizer).__name__
             raise RuntimeError(
                 f"{average.state_key} cannot see the steps of {name}, which does not call the step hooks of torch's "
-                f"optimizers: let its __init__ call that of torch.optim.Optimizer, or train without {name}."
+                f"optimizers: call torch.optim.Optimizer.__init__ in its __init__, or train without {name}."
             )

@@ -51,11 +51,11 @@ class KeptAverage(Trick):
 
     @abstractmethod
     def share(self, step: int, updates: int) -> float | None:
-        """Share of the weights in the average after a step, None if it is to stay as it is.
+        """Return the share of the weights in the average after a step, or None for no update.
 
         Args:
-            step: steps done, this one included.
-            updates: those of them after which the average was updated. At 0 the share is 1.
+            step: number of steps, including this step.
+            updates: number of earlier updates of the average. At 0 the share is 1.
         """
 
     @property
@@ -67,12 +67,12 @@ class KeptAverage(Trick):
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         # a gradient scaler does not call the optimizer for a step that it skips, except if that is fused: it then
-        # tells the optimizer to skip it
+        # the optimizer then skips the step
         if not was_skipped_by_scaler(optimizer):
             self._stepped = True
 
     def _steps_done(self) -> int:
-        """Steps that are over, the last one included, whether it is counted or not."""
+        """Return the steps that are over, the last one included, whether it is counted or not."""
         return self._steps + self._stepped
 
     def _catch_up(self) -> None:
@@ -91,9 +91,9 @@ class KeptAverage(Trick):
     # Saving and restoring
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, and the weights that the ``state_dict`` beside it does not hold.
+        """Return the counts, and the weights that the checkpoint's ``state_dict`` lacks.
 
-        With ``validate=False`` these are the averaged ones: ``state_dict()["average"]``, by name.
+        With ``validate=False`` these are the averaged weights: ``state_dict()["average"]``, by name.
         """
         if self._weights is None or not (self._wrappers or self._weights.is_as_left()):
             return {}

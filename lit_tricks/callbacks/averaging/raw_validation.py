@@ -1,7 +1,7 @@
-"""A validation beside the one that a fit makes: its metrics, and nothing else of it.
+"""An additional validation in a fit that only returns its metrics.
 
-Callbacks and loggers do not see it. The random states, the module and its metrics, and the counts and results of the
-loop are afterwards as if it had not been.
+Callbacks and loggers are not called. The random states, the module and its metrics, and the counts and results of the
+loop are restored afterwards.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def validate_trained(trainer: Trainer, pl_module: LightningModule, run: Callable
 
 @contextlib.contextmanager
 def _kept(*things: dict[str, Any]) -> Iterator[None]:
-    """Put back, afterwards, what these name: numbers, tensors, collections of them. Other objects are left alone."""
+    """Restore the named attributes afterwards: numbers, tensors, collections of them. Other objects are not changed."""
     seen: set[int] = set()
     with torch.no_grad():
         put_back = [_as_now(thing, seen) for thing in things]

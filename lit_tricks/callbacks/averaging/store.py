@@ -1,6 +1,6 @@
-"""The store of averaged weights that EMA and SWA share: a running average beside the weights, and the swap of the two.
+"""The store of averaged weights of EMA and SWA: a running average, and its swap with the weights.
 
-One caveat: the swap exchanges the tensors' memory. A captured CUDA graph would go on reading the old one.
+One caveat: the swap exchanges the tensors' memory. A captured CUDA graph would still read the old memory.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ __all__ = ["AveragedWeights"]
 class AveragedWeights:
     """A running average of the weights of a module, in fp32 (fp64 for fp64).
 
-    Averaged are parameters, shared ones once, and running statistics of norm layers. All other buffers are copied: the
-    average is shown with the module's own ones. The vectors of spectral norms are computed for the averaged weights.
-    Sharded parameters (DTensor) are averaged shard by shard.
+    The average covers parameters, shared parameters once, and running statistics of norm layers. All other buffers are
+    copied from the module. The vectors of spectral norms are computed for the averaged weights. Sharded parameters
+    (DTensor) are averaged shard by shard.
 
     Args:
-        module: the module, on its final device, in its final precision, sharded if it will be.
+        module: the module, on its final device, in its final precision, after sharding.
         buffers: which floating-point buffers are averaged: "statistics" of norm layers, all ("average"), or none
             ("copy").
-        on_cpu: keep the average there, wherever the module is. An update then copies the weights to the CPU without
-            waiting for them, and they are averaged when they are there, at the latest before the next one.
+        on_cpu: store the average on the CPU. An update copies the weights asynchronously, and averages them when the
+            copy is complete, at the latest before the next update.
 
     Attributes:
-        names: of what has an average.
-        swapped: whether the module shows the average.
+        names: names of the averaged tensors.
+        swapped: whether the average is swapped into the module.
     """
 
     def __init__(self, module: nn.Module, buffers: str = "statistics", on_cpu: bool = False) -> None:
@@ -47,7 +47,7 @@ class AveragedWeights:
         self._on_cpu = on_cpu
         self._reshard()
         self._params = {name: param for name, param in module.named_parameters() if _is_averaged(param)}
-        floating = {  # by owner: modules put new tensors in the place of their buffers
+        floating = {  # by owner, since modules replace their buffers by new tensors
             f"{path}.{name}" if path else name: (owner, name)
             for path, owner in module.named_modules()
             for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False)
@@ -69,14 +69,14 @@ class AveragedWeights:
         mergeable = set(self._modes.params)
         self._mergeable = {i for i, param in enumerate(self._params.values()) if param in mergeable}
         self.swapped: bool = False
-        self._stale = True  # the vectors are not those of the average
+        self._stale = True  # the vectors do not belong to the average
         self._sharded = any(map(is_sharded, self._params.values()))
         self._raw: list[Tensor] = []  # the module's own, while it shows the average
         self._left: tuple[list[int], list[int]] | None = None
         self._average = [_precise(to_local(tensor), on_cpu) for tensor in self._live()]
         self._arriving: list[Tensor] = []  # the weights of the last update, on their way to the CPU
         self._arrival: torch.cuda.Event | None = None
-        self._share: float | None = None  # that of these weights, until they are averaged
+        self._share: float | None = None  # the share of these weights, until they are averaged
         if on_cpu:
             self._arriving = [_on_cpu(to_local(tensor.detach())) for tensor in self._live()]
         self._group()
@@ -90,7 +90,7 @@ class AveragedWeights:
         return f"buffers: {', '.join(parts)}" if parts else ""
 
     def belongs_to(self, module: nn.Module) -> bool:
-        """Whether this is the average of the module as it is now."""
+        """Return whether this is the average of the module in its current form."""
         params = [param for param in module.parameters() if _is_averaged(param)]
         return (
             module is self._module
@@ -223,11 +223,11 @@ class AveragedWeights:
 
     @torch.no_grad()
     def state(self, shown: bool, saved: Collection[str], whole: bool = True) -> dict[str, dict[str, Tensor]]:
-        """Return the own weights ``raw`` and the ``average``, as far as the module's state_dict does not contain them.
+        """Return the parts of the own weights ``raw`` and of the ``average`` that the module's state_dict lacks.
 
         | the state_dict contains | ``raw`` contains | ``average`` contains |
         |---|---|---|
-        | own weights | nothing | all averages that differ from the own weights |
+        | own weights | - | all averages that differ from the own weights |
         | the average (``shown``) | own weights that differ from their average | averages that the state_dict rounds: of
           bf16 weights, the remainder in 16 bits; averages that it lacks |
 
@@ -271,10 +271,10 @@ class AveragedWeights:
 
     @torch.no_grad()
     def restore(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take up what ``state`` gave, after the module was given the state_dict that was beside it.
+        """Load the result of ``state``, after the module has loaded the state_dict of the same checkpoint.
 
         Raises:
-            RuntimeError: if the state is that of another module.
+            RuntimeError: if the state belongs to another module.
         """
         if self.swapped:  # a tuner ran to the end of a fit within the fit, and then restored the module
             given = [to_local(tensor).clone() for tensor in self._live()]
@@ -386,7 +386,7 @@ class AveragedWeights:
         self._groups = [(indices, [self._average[i] for i in indices]) for indices in groups.values()]
 
     def _reshard(self) -> None:
-        """Drop the gathered weights that FSDP2 keeps for the next forward pass: they are those of before."""
+        """Drop the gathered weights that FSDP2 keeps for the next forward pass, since they are outdated."""
         for module in self._module.modules():
             if hasattr(module, "reshard") and hasattr(module, "unshard"):
                 module.reshard()  # type: ignore[operator]
@@ -397,7 +397,7 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 
 def _precise(tensor: Tensor, on_cpu: bool) -> Tensor:
-    """A copy in fp32, or in the tensor's own type if that is better."""
+    """Return a copy in fp32, or in the tensor's own type if that is better."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     return _on_cpu(tensor.detach(), dtype) if on_cpu else tensor.detach().to(dtype, copy=True)
 
@@ -415,7 +415,7 @@ def _gathered(shards: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy there, in memory that a GPU can write to by itself if it comes from one."""
+    """Return a copy there, in memory that a GPU can write to by itself if it comes from one."""
     return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Other values in the buffers of a module, for a while; and in its checkpoints, beside those that they stand for."""
+"""Override buffers of a module for a while, and store both values in its checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["BufferOverride"]
 
 
 class BufferOverride:
-    """Shows other values in the buffers of a module.
+    """Overrides the values in the buffers of a module.
 
-    They are written into the memory that the buffers have at the time, and later that memory gets back what it had,
-    whoever shows it by then: weights that are averaged are swapped by exchanging pointers.
+    The values are written into the current memory of the buffers, and this memory is restored later. The memory may
+    belong to other tensors by then, since averaged weights are swapped by exchanging pointers.
 
     Attributes:
-        values: to be shown and saved, by their names in the ``state_dict``. Empty while none are right.
+        values: values to use and save, by their names in the ``state_dict``. Empty while there are no valid values.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class BufferOverride:
         self.forget()
 
     def is_as_left(self) -> bool:
-        """Whether the memory still has what was written, and no other weights were loaded."""
+        """Return whether the memory still has the written values, and no other weights were loaded."""
         return all(_same(where, shown) for where, _, shown in self._memory.values())
 
     def forget(self) -> None:
@@ -69,7 +69,7 @@ class BufferOverride:
             checkpoint["callbacks"][key] = {"replaced": {name: value for name, (_, value, _) in known.items()}}
 
     def load(self, checkpoint: dict[str, Any], key: str, module: nn.Module) -> None:
-        """Take the values out of a checkpoint, and put back into it what they replaced."""
+        """Remove the values from a checkpoint, and restore the values that they replaced."""
         self.forget()
         replaced: dict[str, Tensor] = checkpoint.get("callbacks", {}).get(key, {}).get("replaced", {})
         # some strategies have loaded it into the module already

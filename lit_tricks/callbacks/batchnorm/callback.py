@@ -1,4 +1,4 @@
-"""What a trick needs that shows estimates in buffers: in validation, in checkpoints, and at the end of a fit."""
+"""Base of a trick that estimates buffers for validation, checkpoints and the end of a fit."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Estimating"]
 
 
 class Estimating(Trick):
-    """Keeps what training has in the buffers apart from what is estimated for the weights that are shown.
+    """Separates the buffers of training from the estimates for the validated weights.
 
-    After a validation the buffers are training's again; checkpoints from then to the next step have the estimate as
-    their ``state_dict``, and training's buffers in the state of the callback. The fit ends with the estimate.
+    After a validation, the buffers of training are restored. Checkpoints before the next step have the estimate in
+    their ``state_dict``, and the buffers of training in the state of the callback. The fit ends with the estimate.
 
     Attributes:
-        restore: False: training goes on from the estimate.
+        restore: False lets training continue from the estimate.
     """
 
     transient: ClassVar[tuple[str, ...]] = ("_fit",)
@@ -32,7 +32,7 @@ class Estimating(Trick):
     _fit: _Fit | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before a fit that goes on with the last one's module, put training's own statistics back into it."""
+        """Restore the statistics of training before another fit of the same module."""
         if stage != "fit":
             return
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
@@ -40,17 +40,17 @@ class Estimating(Trick):
             last.override.put_back()
         # The module's hook precedes those of all callbacks.
         self.wrap(pl_module, "on_load_checkpoint", self._around_loading)
-        # The module's hook follows those of all callbacks, and checkpoints of the weights alone skip theirs.
+        # The module's hook follows the hooks of all callbacks, and weights-only checkpoints skip those hooks.
         self.wrap(pl_module, "on_save_checkpoint", self._around_saving)
-        # The module's hook follows those of all callbacks.
+        # The module's hook follows the hooks of all callbacks.
         self.wrap(pl_module, "teardown", self._around_teardown)
         # Other callbacks' on_exception may still save a checkpoint; the strategy's comes last.
         self.wrap(trainer.strategy, "on_exception", self._around_exception)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With the training, begin to follow steps and validations."""
+        """Start to follow steps and validations when training starts."""
         self._now.handles = [optimizer.register_step_post_hook(self._on_step) for optimizer in trainer.optimizers]
-        # The module's hook follows those of all callbacks, such as ModelCheckpoint.
+        # The module's hook follows the hooks of all callbacks, such as ModelCheckpoint.
         self.wrap(pl_module, "on_validation_end", self._around_validation_end)
 
     def _show(self, pl_module: LightningModule) -> None:
@@ -64,17 +64,17 @@ class Estimating(Trick):
             self._fit.override.put_back()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: the module's own hook, which comes last, finds the weights that other callbacks leave."""
+        """Do nothing here. The module's own hook runs last, after other callbacks have set the weights."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Out of a fit too, save what is needed to resume."""
         if self._fit and not self._wrappers:
             self._fit.override.save_as_shown(checkpoint, self.state_key)
 
-    # The brackets: each is called in the place of a method, also in a copy of the module, whose copy of this has no fit
+    # The wrappers: each is called instead of a method, also in a copy of the module, whose copy of the trick has no fit
 
     def _around_validation_end(self, on_validation_end: Callable[..., Any]) -> Any:
-        result = on_validation_end()  # the module's hook; those of the callbacks came before
+        result = on_validation_end()  # the module's hook; the hooks of the callbacks ran before
         if self._fit:
             self._fit.override.put_back()
         return result
@@ -118,7 +118,7 @@ class Estimating(Trick):
 
 @dataclass
 class _Fit:
-    """What a fit knows."""
+    """The state of a fit."""
 
     trainer: Callable[[], Any]
     module: Callable[[], Any]

@@ -89,12 +89,12 @@ def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform:
     for other in others:
         if any(isinstance(other, lightning_classes(average)) for average in averages):
             raise RuntimeError(
-                f"PreciseBN and {type(other).__name__} do not know of each other's swaps of the weights: average with "
+                f"PreciseBN and {type(other).__name__} do not coordinate their swaps of the weights: average with "
                 "EMA or SWA of lit_tricks, or remove PreciseBN."
             )
     name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
     if is_flattened(trainer.strategy.model or pl_module):
-        raise RuntimeError(f"PreciseBN can not run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
+        raise RuntimeError(f"PreciseBN cannot run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
     if not is_overridden("forward", pl_module):
         raise RuntimeError(
             f"PreciseBN runs `forward` of {name}, which has none: give it one that takes the inputs of a batch, such "

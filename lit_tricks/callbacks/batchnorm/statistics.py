@@ -1,7 +1,7 @@
-"""The statistics of BatchNorm over a population: mean and variance of all that the layers see, with the weights fixed.
+"""Population statistics of BatchNorm: mean and variance of all inputs of the layers, with fixed weights.
 
-One caveat: the variance is that of the population, which is what a layer divides by that sees it as one batch. torch's
-running variance has Bessel's factor n / (n - 1) besides, for n values of a channel: 1.0001 for 10,000.
+One caveat: the variance is the population variance, as in a layer that gets the population as one batch. torch's
+running variance also has Bessel's factor n / (n - 1) for n values of a channel, which is 1.0001 for 10,000 values.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def pooled(means: Sequence[Tensor], variances: Sequence[Tensor], sizes: Sequence
 
 
 def shift(old: Mapping[str, Sequence[Tensor]], new: Statistics, eps: float = 1e-5) -> float:
-    """How far statistics moved: root mean square over the channels, in their new standard deviations.
+    """Return the distance between two statistics: root mean square over the channels, in new standard deviations.
 
-    The distance of a channel is that of the two normal distributions (Wasserstein's): ``(mu - mu')^2 + (s - s')^2``.
+    The distance of a channel is the Wasserstein distance of the two normal distributions: ``(mu - mu')^2 + (s -
+    s')^2``.
     """
     squares = []
     for name, (mean, variance) in new.items():
@@ -149,7 +150,7 @@ class _Population:
             self.sums = [part.view_as(sums) for part, sums in zip(parts, self.sums, strict=True)]
         forwards, *sizes = map(int, counts.tolist())
         if not forwards:
-            raise RuntimeError("BatchNorm can not be estimated: the training data gave no batch.")
+            raise RuntimeError("BatchNorm cannot be estimated: the training data has no batch.")
         return {
             layer: _moments(sums, size) for layer, sums, size in zip(self.layers, self.sums, sizes, strict=True) if size
         }
@@ -160,7 +161,7 @@ class _Population:
 
 
 def _of_batch(layer: Any, batch: Tensor, device: torch.device) -> tuple[int, Tensor, Tensor]:
-    """Number of values, mean and variance of a channel, after the layer was called."""
+    """Return the number of values, mean and variance of a channel, after the layer was called."""
     size = batch.numel() // batch.size(1)
     mean, variance = layer.running_mean, layer.running_var
     of_all_ranks = isinstance(layer, nn.SyncBatchNorm) and world_size() > 1

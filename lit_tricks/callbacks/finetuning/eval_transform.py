@@ -19,26 +19,26 @@ __all__ = ["SwitchedTransforms"]
 
 
 class SwitchedTransforms:
-    """Gives every loader the transform of evaluation at a size, before its workers start.
+    """Sets the evaluation transform at a size in every loader, before its workers start.
 
-    Data sets stay as they are: loaders get shallow copies of them.
+    Data sets do not change: loaders get shallow copies of them.
 
     Args:
-        trainer: whose loaders.
+        trainer: the Trainer with the loaders.
         size: side of the images in pixels.
-        transform: "test" takes that of a datamodule's ``eval_transform_at``, or of the validation data, which is
-            resized; "test+flip" flips half of the training images besides. A function is taken as it is.
+        transform: "test" uses a datamodule's ``eval_transform_at``, or the transform of the validation data at the new
+            size; "test+flip" also flips half of the training images. A function is used unchanged.
     """
 
     def __init__(self, trainer: Trainer, size: int, transform: str | Callable[[Any], Any]) -> None:
         self._trainer: Any = trainer
         self._size = size
         self._transform = transform
-        # of loaders, the data sets before and now; a loader that was replaced is let go, and its workers with it
+        # per loader, the data sets before and now; a replaced loader and its workers are freed
         self._loaders: weakref.WeakKeyDictionary[Any, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
     def around(self, process_dataloader: Callable[..., Any], loader: Any) -> Any:
-        """In the place of the strategy's method, which each loader comes by before it is used.
+        """Replace the strategy's method, which processes each loader before its use.
 
         Raises:
             RuntimeError: if a data set has no transform.
@@ -79,7 +79,7 @@ class SwitchedTransforms:
         return Flipped(new) if training and self._transform == "test+flip" else new
 
     def _of_validation(self) -> Any:
-        """The transform of the validation data, which has the size by now."""
+        """Return the transform of the validation data, which has the size by now."""
         loop = self._trainer.fit_loop.epoch_loop.val_loop
         if combined_loader(loop) is None:
             self._trainer.validating = True

@@ -31,12 +31,12 @@ def refuse_rivals(trainer: Trainer, trick: Trick) -> None:
 
 
 class Frozen:
-    """Freezes what is not trained, and can put it all back.
+    """Freezes all parameters that are not trained, and restores them.
 
     Args:
-        module: as a whole; a strategy may wrap it afterwards, or put other layers of the same names into it.
-        layers: names of the layers that go on in training mode.
-        trained: the parameters that are trained.
+        module: the whole module; a strategy may wrap it later, or replace layers by others of the same names.
+        layers: names of the layers that stay in training mode.
+        trained: the parameters to train.
     """
 
     def __init__(self, module: nn.Module, layers: Iterable[str], trained: set[nn.Parameter]) -> None:
@@ -49,7 +49,7 @@ class Frozen:
         self._modes: dict[nn.Module, bool] = {}
 
     def hold(self) -> None:
-        """Set the modes, whoever has changed them since. That of the module itself is its own."""
+        """Restore the train/eval mode of all submodules. The mode of the root module does not change."""
         if not self._modes:
             self._begin()
         for part, training in self._modes.items():
@@ -63,7 +63,7 @@ class Frozen:
         self._modes = {part: part in working for part in self._before if part is not self._module}
 
     def loose(self) -> nn.Module | None:
-        """A part that is in training mode and should not be."""
+        """Return a part that is in training mode and should not be."""
         return next((part for part, training in self._modes.items() if part.training and not training), None)
 
     def put_back(self) -> None:

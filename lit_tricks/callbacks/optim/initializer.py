@@ -1,4 +1,4 @@
-"""What the tricks that set weights share: when a run is at its very start, and which weights are trained."""
+"""Base of the tricks that set weights: detect the start of a run, and the trained weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Initializer", "sign_of_training"]
 
-_LEFT_ALONE = "nothing to do, the run goes on with the weights that it was stopped with"
+_LEFT_ALONE = "nothing to do, since the run resumes with its own weights"
 
 
 class Initializer(Trick):
     """Sets weights that are trained, once, at the start of a run from scratch.
 
-    It does so when the optimizers are there: the weights are where they will be trained (device, precision, shards),
-    and nothing has made a copy of them yet, whatever the order of the callbacks.
+    This happens when the optimizers exist. The weights then have their final device, precision and shards, and no copy
+    of them exists yet, in any order of the callbacks.
     """
 
     def __init__(self) -> None:
@@ -47,26 +47,26 @@ class Initializer(Trick):
 
     @abstractmethod
     def initialize(self, pl_module: LightningModule) -> str:
-        """Set it; say what was done, in words."""
+        """Set the weights, and return the line to announce."""
 
     def find(self, pl_module: LightningModule) -> Any:
-        """Look at the module before a strategy changes it."""
+        """Inspect the module before a strategy changes it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be there when the module builds its optimizers."""
+        """Wrap the creation of the module's optimizers."""
         if stage == "fit":
             self._begun = None
             # No hook comes between the optimizers' creation and what copies the weights, such as averages.
             self.wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Know whether the weights are those of a run that had begun; some strategies restore them last."""
+        """Check whether the weights belong to a run that had started. Some strategies restore weights last."""
         self._begun = checkpoint["global_step"] > 0
         if self._begun:
             self._effect = _LEFT_ALONE
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was done."""
+        """Announce the change."""
         self.announce(self._effect)
 
     def _start(
@@ -100,7 +100,7 @@ class Initializer(Trick):
 
 
 def sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
-    """Where a norm layer is not as it starts: the same in all channels, and without statistics."""
+    """Return how a norm layer differs from its initial state: equal channels, without statistics."""
     for name, part in module.named_modules():
         weight, bias = own_parameter(part, "weight"), own_parameter(part, "bias")
         if not is_norm(part) or weight is None or weight not in trained:

@@ -29,15 +29,15 @@ def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -
 
 
 class TemporaryLRs:
-    """Other learning rates that stand in the optimizers while they step, in the place of the scheduled ones.
+    """Other learning rates during the steps of the optimizers, instead of the scheduled rates.
 
-    Whoever sets or reads rates between steps, as schedulers that go on from the last one do, finds the scheduled ones.
+    Between steps, the optimizers have the scheduled rates, for schedulers that read the last rate.
 
     Args:
-        optimizers: all of the run. Their groups keep the proportions that they were configured with.
-        configured: the rates of these groups.
-        lr: the rate to go to, of the group that was configured with the highest one.
-        way: gives the part of the way to go there from the scheduled rate, in the present step.
+        optimizers: all optimizers of the run. Their groups keep their configured proportions.
+        configured: the configured rates of these groups.
+        lr: the target rate of the group with the highest configured rate.
+        way: function that returns the position between the scheduled rate (0) and ``lr`` (1) in the current step.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TemporaryLRs:
         return handles
 
     def remove(self) -> None:
-        """Lend them no more, and let go of the optimizers."""
+        """Stop the override, and drop the references to the optimizers."""
         self.give_back()
         self._optimizers = []
 
@@ -70,7 +70,7 @@ class TemporaryLRs:
                 group.setdefault("initial_lr", rate)
 
     def lend(self) -> None:
-        """Put them in the place of the scheduled rates."""
+        """Replace the scheduled rates."""
         self.give_back()
         way = self._way()
         if not way:
@@ -89,7 +89,7 @@ class TemporaryLRs:
                 self._lent.append((group, scheduled, group["lr"]))
 
     def give_back(self) -> None:
-        """Put the scheduled rates back, but for those that were set anew meanwhile."""
+        """Restore the scheduled rates, except rates that were set meanwhile."""
         for group, scheduled, lent in self._lent:
             if group["lr"] is not lent:
                 continue
@@ -100,7 +100,7 @@ class TemporaryLRs:
         self._lent = []
 
     def used(self) -> dict[str, float]:
-        """The rates of the present step, by name. In it, this also lends those again that were set anew."""
+        """Return the rates of the present step, by name. In it, this also lends those again that were set anew."""
         self.lend()
         rates = rates_of(self._optimizers)
         if not self._stepping:  # a gradient scaler has yet to decide whether it calls the optimizer

@@ -1,6 +1,6 @@
-"""What the tricks that change parameter groups share: a hand on each group as an optimizer takes it in.
+"""Base of the tricks that change parameter groups, when an optimizer adds them.
 
-That is the one moment when every optimizer has its groups and no scheduler has seen them.
+At this moment every optimizer has its groups, and no scheduler has read them.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def on_each_group(act: Callable[[Optimizer, Group, Callable[[Group], None]], Non
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
-    """The optimizers in what ``configure_optimizers`` returned, in any of its forms."""
+    """Return the optimizers in what ``configure_optimizers`` returned, in any of its forms."""
     return [leaf for leaf in leaves(configured) if isinstance(leaf, Optimizer)]
 
 
 def groups_of(optimizers: list[Optimizer]) -> list[Group]:
-    """All their parameter groups."""
+    """Return all their parameter groups."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def split_group(group: Group, weight_decay: float | None, is_free: Callable[[Tensor], bool]) -> list[Group]:
-    """The parameter groups to put in the place of one: what keeps its weight decay, then what goes without.
+    """Return the parameter groups that replace a group: with its weight decay, and without.
 
     Args:
         group: a group as an optimizer takes it: ``params`` is one tensor or several, or pairs of a name and a tensor.
-        weight_decay: that of the group, or of the optimizer if it has none of its own.
-        is_free: whether a tensor goes without.
+        weight_decay: weight decay of the group, or of the optimizer if the group has none.
+        is_free: returns whether a tensor has no weight decay.
 
     Returns:
-        Two groups with its other options; the group itself, if nothing of it goes without.
+        Two groups with the other options of the group, or the group itself if all of it has weight decay.
     """
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-    if not weight_decay or isinstance(params, set):  # torch takes no sets, and says so
+    if not weight_decay or isinstance(params, set):  # torch rejects sets
         return [group]
     items = group["params"] = list(params)
     if "param_names" in group:  # one that was in an optimizer before

@@ -1,4 +1,4 @@
-"""What the learning rate schedules share: which step of the run a batch is, and how a rate reaches the optimizers."""
+"""Base of the learning rate schedules: count steps, and set the learning rates of the optimizers."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def require_falling(schedule: Schedule, min_lr: float, base_lrs: list[list[float
 class Schedule(Trick):
     """Sets the learning rate of every parameter group before each step, as a closed form of the step's number.
 
-    Nothing is saved, so nothing can drift: the number of the step and the rates that the optimizers were configured
-    with say it all.
+    No state is saved or can drift: the rate depends only on the step and on the configured rates of the optimizers.
     """
 
     def __init__(self, warmup_epochs: float, total_steps: int | None) -> None:
@@ -101,7 +100,7 @@ class Schedule(Trick):
             other = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise RuntimeError(
                 f"{name} sets the learning rate, and so does the {other} that configure_optimizers of {module} "
-                f"returns: return the optimizers alone, or remove {name}."
+                f"returns: return only the optimizers, or remove {name}."
             )
         self._base_lrs = configured_rates(name, trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""What the tricks that change training batches and their loss share: the place where they act, and the order."""
+"""Base of the tricks that change training batches and their loss: where they act, and in which order."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["LossTrick"]
 
 
 class LossTrick(Trick):
-    """Acts on training batches after their transfer to the device, in whoever owns that hook: module or datamodule.
+    """Acts on training batches after their transfer to the device, in the module or the datamodule that owns the hook.
 
-    The first such trick of the Trainer gives the batch a target that carries its loss, and lets each trick act on it:
-    in an order of their own, so that their order in the list of callbacks has no meaning.
+    The first such trick of the Trainer replaces the target of the batch by a soft target, and applies all such tricks
+    to it. Their order is fixed, so their order in the list of callbacks has no effect.
     """
 
-    stage = 1  # 0: changes inputs and labels; 1: changes the loss of the labels; 2: looks at what became of the inputs
+    stage = 1  # 0: changes inputs and labels; 1: changes the loss of the labels; 2: uses the changed inputs
 
     _trainer: Trainer | None = None
     transient: ClassVar[tuple[str, ...]] = ("_trainer", "spec")
@@ -36,11 +36,11 @@ class LossTrick(Trick):
     _seen = False  # a loss has seen the target, in this fit
 
     def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
-        """Return the tensors of a batch that ``act`` gets.
+        """Return the tensors of a batch that are passed to ``act``.
 
         Args:
             tensors: all tensors of the batch except the target, by their path.
-            inputs: those of them that are inputs, as ``find`` has it.
+            inputs: the tensors that are inputs, from ``find``.
         """
         return inputs
 
@@ -49,21 +49,21 @@ class LossTrick(Trick):
         return inputs, target
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
-        """What to log for a batch."""
+        """Return the quantities to log for a batch."""
         return {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the tricks around the hook.
+        """Wrap the hook with the tricks.
 
         Raises:
-            RuntimeError: if there is a second trick of the kind, or the batches can not be reached.
+            RuntimeError: if there is a second trick of the same class, or the batches cannot be reached.
         """
         name, team = type(self).__name__, _team(trainer)
         if [type(trick) for trick in team].count(type(self)) > 1:
             raise RuntimeError(f"{name} is there twice: leave one of them in the list of callbacks.")
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise RuntimeError(
-                f"{name} can not reach the batches that {type(pl_module).__name__}.training_step takes from "
+                f"{name} cannot reach the batches that {type(pl_module).__name__}.training_step takes from "
                 "`dataloader_iter`: let it take `batch`."
             )
         self._trainer, self._seen = trainer, False
@@ -101,7 +101,7 @@ class LossTrick(Trick):
             if not self._seen:
                 raise RuntimeError(
                     f"{type(self).__name__} has no effect: in the first training step of {type(pl_module).__name__}, "
-                    "no loss that it knows saw the target of the batch. Let training_step give it, as it is in the "
+                    "no supported loss saw the target of the batch. Let training_step pass it, as it is in the "
                     "batch, to F.cross_entropy, nn.CrossEntropyLoss or F.nll_loss, or as F.one_hot(target, "
                     "num_classes).float() to a binary or soft-target loss; several labels an item to a binary one."
                 )

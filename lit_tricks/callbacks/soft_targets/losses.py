@@ -1,9 +1,9 @@
-"""Losses of a target that carries a spec: those of torch, under the distribution that the tricks made of the labels.
+"""Losses of soft targets: torch's losses, under the distribution that the tricks made of the labels.
 
-Weights, ``ignore_index`` and the mean are torch's. A label weighs by its share of the mixture: an ignored one adds
-neither to the sum nor to what a mean divides by, and the mean of cross entropy divides by the class weights of the
-labels, before smoothing. Factors that tricks put on a loss act on the sum only. The divergence from a teacher counts
-each label as much, whatever the class weights: its mean is over the labels that are not ignored.
+Weights, ``ignore_index`` and the mean are torch's. The weight of a label is its share of the mixture. An ignored label
+adds neither to the sum nor to the divisor of the mean. The mean of cross entropy divides by the class weights of the
+labels, before smoothing. Factors of tricks on a loss only scale the sum. The divergence from a teacher ignores class
+weights: its mean is over the labels that are not ignored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["LOSSES", "Target", "mixed_labels"]
 
 
 class Target(Protocol):
-    """What a loss reads of a soft target.
+    """The data of a soft target that a loss reads.
 
     Attributes:
         spec: the loss, as the tricks of the batch specify it.
         kind: "labels", integers; "one-hot", integers made of labels; "soft", a distribution in floats; "binary",
             several labels of each item.
-        lost: name of the function after which the parts do not match the value any more. Empty as long as they match.
-        parts: tensors of one shape. "value" is what the target shows. Mixed labels also have "other", the labels they
-            are mixed with, and "weight", the share of "value". One-hot integers also have "soft", the distribution, and
-            so has a function of several labels: the function of the mixed ones.
-            With a teacher there is "row", the row of the teacher's logits for each label.
+        lost: name of the function that made the parts differ from the value. Empty while they match.
+        parts: tensors of one shape. "value" is the visible value of the target. Mixed labels also have "other", the
+            labels they are mixed with, and "weight", the share of "value". One-hot integers also have "soft", the
+            distribution, and so has a function of several labels: the function of the mixed ones. With a teacher there
+            is "row", the row of the teacher's logits for each label.
     """
 
     spec: LossSpec
@@ -198,7 +198,7 @@ def _with_teacher(loss: Tensor, logits: Tensor, target: Target, ignore_index: in
     taught, logits = spec.teacher[row], logits.movedim(dim, -1)
     if taught.shape != logits.shape:
         raise RuntimeError(
-            f"KnowledgeDistillation: the teacher tells {taught.size(-1)} classes apart, and the loss of the student "
+            f"KnowledgeDistillation: the teacher has {taught.size(-1)} classes, and the loss of the student "
             f"{logits.size(-1)}: take a teacher that was trained on the same classes, in the same order."
         )
     divergence = spec.divergence(logits, taught)

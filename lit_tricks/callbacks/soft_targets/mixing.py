@@ -1,4 +1,4 @@
-"""What MixUp and CutMix share: when they act, which of the two, with whom, and random numbers that can be resumed."""
+"""Base of MixUp and CutMix: when they act, which of the two acts, pairs of images, and resumable random numbers."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ class Mixing(LossTrick):
         """Mix a batch with its permutation; also return the mean share that an item keeps of itself."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Seed the random numbers of a new run. One that goes on, or is resumed, goes on with its own."""
+        """Seed the random numbers of a new run. A continued or resumed run keeps its random numbers."""
         if stage == "fit" and trainer.global_step == 0:
             seed: int = trainer.strategy.broadcast(torch.initial_seed())
             self._seeds.manual_seed(seed ^ zlib.crc32(type(self).__name__.encode()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it to work, and say so.
+        """Start the trick, and announce it.
 
         Raises:
-            RuntimeError: if the last epochs can not be told, or are all there are.
+            RuntimeError: if the last epochs are unknown, or are the whole run.
         """
         super().on_fit_start(trainer, pl_module)
         self._told = False
         epochs, name = trainer.max_epochs, type(self).__name__
         if self.off_epochs and (epochs is None or epochs < 0):
             raise RuntimeError(
-                f"{name}(off_epochs={self.off_epochs}) must know the last epoch: give Trainer(max_epochs=...)."
+                f"{name}(off_epochs={self.off_epochs}) needs the last epoch: set Trainer(max_epochs=...)."
             )
         if epochs is not None and 0 <= epochs <= self.off_epochs and not trainer.fast_dev_run:  # type: ignore[union-attr]
             raise RuntimeError(
@@ -141,13 +141,13 @@ class Mixing(LossTrick):
         return inputs, target
 
     def is_on(self, trainer: Trainer) -> bool:
-        """Whether this is not one of the last epochs."""
+        """Return whether this is not one of the last epochs."""
         if not self.off_epochs or trainer.fast_dev_run:  # type: ignore[union-attr]
             return True
         return trainer.current_epoch < (trainer.max_epochs or 0) - self.off_epochs
 
     def _draw_turns(self, mixers: list[Mixing]) -> None:
-        """Of several, one mixes a batch, by the odds of their ``prob``; a single one mixes with this probability."""
+        """Choose the trick that mixes a batch: among several in proportion to ``prob``, a single one with ``prob``."""
         draw = float(torch.rand((), generator=self._draws, dtype=torch.float64))
         if len(mixers) > 1:
             draw *= sum(trick.prob for trick in mixers)
@@ -156,11 +156,11 @@ class Mixing(LossTrick):
             draw -= trick.prob
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
-        """The share that items kept of themselves, 1 in a batch that was not mixed."""
+        """Return the share that items kept of themselves, 1 in a batch that was not mixed."""
         return {f"{type(self).__name__.lower()}/lambda": self._lambda}
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator of the seeds."""
+        """Return the generator of the seeds."""
         return {"seeds": self._seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

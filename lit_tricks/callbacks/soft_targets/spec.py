@@ -22,7 +22,7 @@ class LossSpec:
     smoothing: Callable[[int], float] | None = None  # label_smoothing of torch's cross entropy, for K classes
     factor: Callable[[Tensor], Tensor] | None = None  # of the loss, from the probability given to the target
     class_weight: Callable[[int], Tensor] | None = None  # factor of each of K classes, in the sum only
-    positive_weight: Callable[[], float] | None = None  # binary: factor of positives; that of negatives is 1 minus it
+    positive_weight: Callable[[], float] | None = None  # binary: factor of positives; 1 minus this for negatives
     teacher: Tensor | None = None  # its logits, a row for each label of the batch
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of a loss's logits from the teacher's, row by row
     weights: tuple[float, float] = (1.0, 1.0)  # of the loss of the labels, and of the divergence

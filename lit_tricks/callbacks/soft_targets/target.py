@@ -59,7 +59,7 @@ if torch.__version__ < "2.15":  # torch.compile cannot trace it there: the graph
 
 
 def carrying(labels: Tensor, spec: LossSpec, other: Tensor | None = None, share: Tensor | None = None) -> SoftTarget:
-    """Labels that carry a spec.
+    """Return labels that carry a spec.
 
     Args:
         labels: integers, or several labels of each item, (N, K).

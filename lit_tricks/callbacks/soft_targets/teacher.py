@@ -35,7 +35,7 @@ def load_teacher(teacher: str | nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: if it looks like a file and none is there.
-        ValueError: if it is neither a file nor a name known to timm; the nearest names are told.
+        ValueError: if it is neither a file nor a timm name; the message lists the nearest names.
         ConnectionError: if the download fails.
         RuntimeError: if the file holds neither.
     """
@@ -49,7 +49,7 @@ def load_teacher(teacher: str | nn.Module) -> nn.Module:
 
 
 def require_apart(teacher: nn.Module, student: nn.Module) -> None:
-    """See that a teacher is no part of its student, nor the other way round.
+    """Raise if a teacher is part of its student, or the student part of its teacher.
 
     Raises:
         RuntimeError: if they have a parameter in common.
@@ -59,20 +59,20 @@ def require_apart(teacher: nn.Module, student: nn.Module) -> None:
     if shared is not None:
         raise RuntimeError(
             f"KnowledgeDistillation: the teacher shares {shared!r} with the student, {type(student).__name__}, and "
-            "would be trained and saved with it. Give the callback a network of its own (copy.deepcopy makes one), and "
-            "the student none."
+            "would be trained and saved with it. Pass a separate network as the teacher (copy.deepcopy makes one), and "
+            "do not store it in the student."
         )
 
 
 class Renormalized(nn.Module):
-    """A teacher that sees images normalised its own way, and not the way of the batch.
+    """A teacher whose images have another normalization than the batch.
 
     Args:
-        teacher: it.
-        mean: of each channel, that it wants subtracted.
-        std: that it wants the channels divided by.
-        input_mean: what has been subtracted from the images in the batch.
-        input_std: what they have been divided by.
+        teacher: the teacher.
+        mean: mean per channel of the teacher's normalization.
+        std: standard deviation per channel of the teacher's normalization.
+        input_mean: mean per channel of the batch's normalization.
+        input_std: standard deviation per channel of the batch's normalization.
     """
 
     scale: Tensor
@@ -96,7 +96,7 @@ class Renormalized(nn.Module):
         self.register_buffer("shift", ((was - to) / by).float())
 
     def forward(self, images: Tensor) -> Any:
-        """The teacher's output.
+        """Return the teacher's output.
 
         Args:
             images: (N, C, H, W), floats, or uint8, which are divided by 255 first.
@@ -114,16 +114,16 @@ class Renormalized(nn.Module):
 
 
 def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor, name: str) -> Tensor:
-    """The teacher's logits for a batch, (rows, K): one row for each label, in their order.
+    """Return the teacher's logits for a batch, (rows, K), with one row per label, in their order.
 
     Args:
-        teacher: it.
-        images: of the batch.
-        labels: of the batch.
-        name: of the teacher, for messages.
+        teacher: the teacher.
+        images: images of the batch.
+        labels: labels of the batch.
+        name: name of the teacher, for messages.
 
     Raises:
-        RuntimeError: if the teacher fails on the images, or does not tell classes apart for each label.
+        RuntimeError: if the teacher fails on the images, or does not return logits for each label.
     """
     who = f"KnowledgeDistillation: the teacher, {name},"
     try:
@@ -132,7 +132,7 @@ def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor, name: str) -> 
         if not is_about_input(error):
             raise
         raise RuntimeError(
-            f"{who} fails on the images of the batch, {describe(images)}: {error}. It sees what the student is given, "
+            f"{who} fails on the images of the batch, {describe(images)}: {error}. It gets the images of the student, "
             "mixed or not: take one for this size and these channels, or wrap it in a module that resizes."
         ) from error
     logits = getattr(output, "logits", output)
@@ -145,7 +145,7 @@ def logits_of(teacher: nn.Module, images: Tensor, labels: Tensor, name: str) -> 
     if len(rows) != labels.numel():
         raise RuntimeError(
             f"{who} returns logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: it must "
-            "tell the classes apart for each of them."
+            "return one row of logits for each of them."
         )
     return rows
 

@@ -1,6 +1,6 @@
-"""``lit-tricks ablate``: which trick is worth it, on the user's own data, in the form of the paper's tables.
+"""``lit-tricks ablate``: measure the effect of each trick on your data, as in the paper's tables.
 
-One caveat: a few seeds tell large differences only. The table has the intervals; read them before the means.
+One caveat: a few seeds show only large differences. The table has the intervals. Read the intervals before the means.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Mode = Literal["stack", "single", "drop"]
 
 
 def rows_of(tricks: Sequence[str], mode: Mode) -> dict[str, list[str]]:
-    """The rows of an ablation, in their order: the name of each, and its tricks.
+    """Return the rows of an ablation, in their order: the name and the tricks of each row.
 
     Args:
         tricks: names of configurations, such as ``tricks/ema``.
-        mode: "stack": a baseline without any, then one more in each row; "single": the baseline, then each alone;
-            "drop": all of them, then all but one.
+        mode: "stack": a baseline without tricks, then one more trick per row; "single": the baseline, then one trick
+            per row; "drop": all tricks, then all except one.
     """
     short = {trick: Path(trick).stem for trick in tricks}
     if mode == "drop":
@@ -62,25 +62,25 @@ def ablate(
 ) -> Path:
     """Train with and without tricks over several seeds, and compare.
 
-    Each cell of the table is a plain ``lit-tricks fit`` in a process and a run folder of its own. A stopped ablation
-    goes on where it was when the command is given again: finished runs are kept, others resume from their last
-    checkpoint. A run that fails is reported, and the others go on. In one seed all rows start from the same weights and
-    see the same data in the same order. With ``loggers/wandb`` among the configurations the runs are a group of W&B,
-    and the table is in a run of that group.
+    Each cell of the table is a plain ``lit-tricks fit`` in its own process and run folder. A stopped ablation continues
+    when you repeat the command: finished runs are kept, and others resume from their last checkpoint. A run that fails
+    is reported, and the others continue. Within a seed, all rows start from the same weights and get the same data in
+    the same order. With ``loggers/wandb`` among the configurations, the runs are a W&B group, and the table is in a run
+    of this group.
 
     Args:
         config: configurations of all runs, by name or file.
-        stack: configurations of the tricks, one a row.
-        seeds: one run for each of them in every row; 0, 1 and 2 by default.
-        mode: one more trick in each row ("stack"), each alone ("single"), or all but one ("drop").
+        stack: configurations of the tricks, one per row.
+        seeds: one run per seed in every row; 0, 1 and 2 by default.
+        mode: one more trick per row ("stack"), one trick per row ("single"), or all except one ("drop").
         jobs: runs at a time, 1 or more. They share the cores, and take turns with the GPUs.
         engine: "local", or "ray": as tasks of a Ray cluster, as many at a time as its resources allow.
         cpus: CPUs of each run on the cluster, 1 by default.
-        gpus: GPUs of each run on the cluster; by default 1 where it has any.
+        gpus: GPUs of each run on the cluster; by default 1 if it has any.
         out: folder for the runs, ``ablation.csv``, ``ablation.md`` and ``ablation.png``.
-        fit_args: words for every ``lit-tricks fit``; on the command line what follows ``--``.
-        as_sweep: write the same grid as a W&B sweep to this file, for ``wandb sweep``, and train nothing. The file
-            holds all settings: agents on any machine that has the data need no other.
+        fit_args: arguments of every ``lit-tricks fit``; on the command line all arguments after ``--``.
+        as_sweep: write the same grid as a W&B sweep to this file, for ``wandb sweep``, without training. The file has
+            all settings: agents on any machine with the data need no other file.
 
     Returns:
         The folder, or the file of the sweep.
@@ -104,7 +104,7 @@ def ablate(
     with alone_in(folder, "ablate"):
         _write_plan(folder, plan, settings)
         runs = folder.resolve() / "runs"  # processes elsewhere have other working folders
-        cells = [  # the first seed of all rows comes first: so the table says something early
+        cells = [  # the first seed of all rows comes first, so that the table is useful early
             Cell(
                 name,
                 seed,
@@ -156,7 +156,7 @@ def _write_plan(folder: Path, plan: dict[str, Any], settings: dict[str, dict[str
             raise ValueError(f"{path} is damaged, and {folder} has rows of another ablation ({others[0]}): see --out.")
         log.warning("%s was damaged, and is written again", path)
     elif before not in (None, plan):
-        raise ValueError(f"{folder} holds another ablation, as {path} says: choose another folder with --out.")
+        raise ValueError(f"{folder} holds another ablation (see {path}): choose another folder with --out.")
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     for name, row in settings.items():
         write_whole(_row_file(folder, name), yaml.safe_dump(row, sort_keys=False))
@@ -215,7 +215,7 @@ def _write_sweep(
 
 
 def _score(configs: list[Path]) -> str:
-    """The metric that the runs are judged by, as their module says."""
+    """Return the main metric of the runs, from their module."""
     settings: dict[str, Any] = {}
     for path in configs:
         settings = _merged(settings, _read(path))
@@ -224,7 +224,7 @@ def _score(configs: list[Path]) -> str:
 
 
 def _portable(words: Sequence[str]) -> list[str]:
-    """The words with installed configurations by their names, and others with all they hold: for other machines."""
+    """Return arguments for other machines: installed configurations by name, and the content of others."""
     found: list[str] = []
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""The runs of an ablation: each a ``lit-tricks fit`` in a process of its own, several at a time."""
+"""The runs of an ablation: each a ``lit-tricks fit`` in its own process, several at a time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def words(self) -> list[str]:
-        """What follows ``python``."""
+        """Return the arguments of ``python``."""
         own = [f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder.parent}"]
         checkpoint = self.checkpoint
         own += [f"--name={self.folder.name}"] + [f"--ckpt_path={checkpoint}"] * bool(checkpoint)
@@ -81,11 +81,11 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """What the run prints."""
+        """Return the file with the output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def last_words(self) -> str:
-        """The last line that the run printed."""
+        """Return the last line that the run printed."""
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.is_file() else []
         return lines[-1] if lines else "it printed nothing"
 
@@ -164,7 +164,7 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
     Args:
         cells: to run.
         jobs: runs at a time.
-        environment: variables of the runs, besides those of this process.
+        environment: variables of the runs, in addition to the environment of this process.
     """
     running: set[Any] = set()
     slots: queue.Queue[dict[str, str]] = queue.Queue()
@@ -178,7 +178,7 @@ def run_here(cells: Sequence[Cell], jobs: int, environment: Mapping[str, str]) -
             cell.state = "resumes" if cell.checkpoint else "runs"
             with held_pipe() as (pipe, variable):
                 with cell.log.open("ab") as stream:
-                    # a session of its own: Ctrl-C is for this process, which then ends the others
+                    # a separate session: Ctrl-C reaches only this process, which then ends the others
                     process = subprocess.Popen(
                         [sys.executable, *cell.words], stdin=pipe, stdout=stream, stderr=stream, env=share | variable,
                         start_new_session=True,
@@ -218,7 +218,7 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 
 def _shares(jobs: int) -> list[dict[str, str]]:
-    """The environment of each run at a time: its share of the cores, and its GPU."""
+    """Return the environment of each run at a time: its share of the cores, and its GPU."""
     if jobs == 1:
         return [dict(os.environ)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

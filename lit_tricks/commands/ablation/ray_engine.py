@@ -1,4 +1,4 @@
-"""The runs of an ablation as tasks of a Ray cluster, wherever their resources are free."""
+"""The runs of an ablation as tasks of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ def run_on_ray(
 ) -> Generator[Cell, None, None]:
     """Run cells as tasks of a Ray cluster (see ``connected``).
 
-    All nodes must see the folders of the runs, the configurations and the data, at the same paths, and have
-    ``lit_tricks``.
+    All nodes need the run folders, the configurations and the data at the same paths, and an installed ``lit_tricks``.
 
     Args:
         cells: to run.
         cpus: CPUs of each run.
-        gpus: GPUs of each run, such as 0.5 where two share one; by default one where the cluster has any.
-        environment: variables of the runs, besides those of their nodes.
+        gpus: GPUs of each run, such as 0.5 if two share one; by default one if the cluster has any.
+        environment: variables of the runs, in addition to the environment of their nodes.
 
     Raises:
         ModuleNotFoundError: without Ray.

@@ -1,4 +1,4 @@
-"""``lit-tricks data preview``: what the model is trained on, to look at before it is trained."""
+"""``lit-tricks data preview``: draw the model's training images before training."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def preview(
     out: str = "preview.png",
     count: int = 16,
 ) -> Path:
-    """Draw the first training images as the model sees them, with their labels.
+    """Draw the first training images as the model's input, with their labels.
 
-    It is the first batch that ``lit-tricks fit`` with the same words trains on: after augmentation, colours and the
-    tricks that change batches, such as MixUp, in the order of the run's seed. Normalised images are turned back into
-    pixels; of a data module without ``mean`` and ``std`` the range is stretched to black and white, which the picture
-    then says. Nothing is trained, and no run folder is made.
+    This is the first batch of ``lit-tricks fit`` with the same arguments: after augmentation, color transforms and
+    tricks that change batches, such as MixUp, in the order of the run's seed. The normalization is reversed. For a data
+    module without ``mean`` and ``std`` the range is stretched to black and white, with a note in the picture. The model
+    is not trained, and no run folder is made.
 
     Args:
         data: the data.
         model: the model, for the tricks of ``trainer``.
         trainer: the Trainer, whose callbacks may change batches.
-        out: PNG file to write; the labels and their shares go into a CSV file beside it.
-        count: images to draw, at least 1; a batch may hold fewer.
+        out: PNG file to write; labels and their shares are in a CSV file next to it.
+        count: images to draw, at least 1; a batch may have fewer.
 
     Returns:
         The path of the picture.
@@ -48,7 +48,7 @@ def preview(
     Raises:
         ValueError: if ``count`` is below 1, or ``out`` is not a PNG file.
         FileNotFoundError: if the folder of ``out`` does not exist.
-        RuntimeError: if the training batches hold no images.
+        RuntimeError: if the training batches have no images.
     """
     path = png_path(out)
     if count < 1:
@@ -62,7 +62,7 @@ def preview(
         rows = ((i, text_cell(name), share) for i, shares in enumerate(found.labels) for name, share in shares.items())
         writer.writerows(rows)
     shape = " x ".join(map(str, found.size))
-    log.info("%s: %d training images, as the model sees them: %s", path, len(found.images), shape)
+    log.info("%s: %d training images as the model's input: %s", path, len(found.images), shape)
     return path
 
 
@@ -88,10 +88,10 @@ class _NoModel(LightningModule):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing."""
+        """Do not train."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """None of them."""
+        """Return no optimizers."""
         return []
 
 
@@ -111,7 +111,7 @@ def _first_batch(data: LightningDataModule, model: LightningModule, trainer: Tra
         callbacks[:] = before
         vars(model).pop("configure_optimizers", None)
     if look.preview is None:
-        raise RuntimeError("there was no training batch to look at: see trainer.limit_train_batches and max_epochs.")
+        raise RuntimeError("there was no training batch: check trainer.limit_train_batches and max_epochs.")
     return look.preview
 
 

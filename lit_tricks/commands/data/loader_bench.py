@@ -1,6 +1,6 @@
-"""``lit-tricks data bench``: whether the data or the model limits the speed of training.
+"""``lit-tricks data bench``: find out whether the data or the model limits the speed of training.
 
-One caveat: on a CPU that trains, loader and model share the cores: each alone is faster than beside the other.
+One caveat: in training on a CPU, loader and model share the cores, so each is faster by itself than with the other.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def bench(
     out: str = "bench.json",
     seconds: float = 10.0,
 ) -> Path:
-    """Measure the loader of the training data alone, the model alone, and both, on one device.
+    """Measure the loader of the training data, the model, and both together, on one device.
 
-    The model alone trains on one batch again and again, with what is done to it on the device and all callbacks but
-    checkpoints. Nothing of it is kept, and no run folder is made.
+    The model trains on one batch repeatedly, including transforms on the device and all callbacks except checkpoints.
+    No result of the training is kept, and no run folder is made.
 
     Args:
         data: the data.
-        model: the model; without one, or without a Trainer, the loader alone is measured.
+        model: the model; without a model or a Trainer, only the loader is measured.
         trainer: the Trainer.
         out: JSON file to write.
         seconds: for each of the three measurements, above 0.
@@ -124,11 +124,11 @@ class _DoneError(Exception):
 
 
 class _Clock(Callback):
-    """Measures the model on one batch that is repeated, then the model on what the loader gives.
+    """Measures the model on one repeated batch, then the model with the loader.
 
     Args:
-        seconds: of each.
-        advance: is told of each second.
+        seconds: seconds per measurement.
+        advance: function that is called each second.
     """
 
     def __init__(self, seconds: float, advance: Advance) -> None:
@@ -141,7 +141,7 @@ class _Clock(Callback):
         self.last: float | None = None
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """What the Trainer gets for one epoch."""
+        """Yield the batches of the Trainer for one epoch."""
         for batch in batches:
             yield batch
             while self.stage == "model":
@@ -190,7 +190,7 @@ def _trained(
             raise RuntimeError(f"train_dataloader gives a {type(loader).__name__}: data bench needs a DataLoader.")
         kind: Any = type(loader)
         clock.prefetched = loader.num_workers * (loader.prefetch_factor or 0)
-        # a loader that is what it was to all who ask, such as tricks that want its batch size
+        # a loader with the attributes of the original, for tricks that read its batch size
         loader.__class__ = type(kind.__name__, (kind,), {"__iter__": lambda self: clock.iterate(kind.__iter__(self))})
         return loader
 
@@ -218,10 +218,10 @@ def _wait(device: torch.device) -> None:
 
 def _tell(result: dict[str, Any]) -> None:
     how = f"{result['num_workers']} workers on {result['cores']} cores; a core busy all the time"
-    log.info("loader alone:  %8.0f images/s (%s: %.0f)", result["loader"], how, result["loader_per_core"])
+    log.info("only loader:   %8.0f images/s (%s: %.0f)", result["loader"], how, result["loader_per_core"])
     if "model" not in result:
         return
-    log.info("model alone:   %8.0f images/s on %s", result["model"], result["device"])
+    log.info("only model:    %8.0f images/s on %s", result["model"], result["device"])
     log.info("both together: %8.0f images/s", result["together"])
     ratio = result["loader"] / result["model"]
     if result["limit"] == "data":

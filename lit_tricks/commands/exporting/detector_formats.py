@@ -25,7 +25,7 @@ from lit_tricks.tasks.detection import Detector
 __all__ = ["DETECTOR_WRITERS", "DetectorNetwork", "ExportedDetector"]
 
 OUTPUTS = ["boxes", "scores", "labels"]
-PIXELS, SCORE = 0.01, 1e-4  # how far boxes and scores may be from those of the checkpoint
+PIXELS, SCORE = 0.01, 1e-4  # largest difference of boxes and scores to the checkpoint's
 SAME = 0.99  # part of the objects that must agree: equal scores may come in another order
 
 Objects = tuple[Tensor, Tensor, Tensor]
@@ -92,10 +92,10 @@ def agreement(expected: Objects, found: Objects) -> float:
 
 
 def write_onnx(exported: ExportedDetector, path: Path) -> None:
-    """Write an ONNX file from an ``image`` of any size to boxes, scores and labels; onnxruntime must find the same.
+    """Write an ONNX file from an ``image`` of any size to boxes, scores and labels, and compare onnxruntime's output.
 
     Raises:
-        ValueError: if the network can not be written so.
+        ValueError: if the network cannot be written in this format.
     """
     import onnx
     import onnxruntime
@@ -131,7 +131,7 @@ def write_torch_export(exported: ExportedDetector, path: Path) -> None:
     """Write a file for ``torch.export.load``, for images of one size, with ``metadata.json`` among its extra files.
 
     Raises:
-        ValueError: if the network can not be written so.
+        ValueError: if the network cannot be written in this format.
     """
     network: Any = copy.deepcopy(exported.network)
     if hasattr(network.model, "roi_heads"):

@@ -1,6 +1,7 @@
-"""``lit-tricks export``: a checkpoint as others use it: timm and the Hugging Face Hub, ONNX, torch.export, safetensors.
+"""``lit-tricks export``: write a checkpoint for timm and the Hugging Face Hub, ONNX, torch.export or safetensors.
 
-One caveat: what is exported maps normalised images to logits. The normalisation is told beside it, not done in it.
+One caveat: the exported network maps normalized images to logits. The normalization is stored as metadata, and is not
+part of the network.
 """
 
 from __future__ import annotations
@@ -51,27 +52,27 @@ def export(
     module: LightningModule | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the network of a checkpoint for use without lit_tricks, and check that it gives the same logits there.
+    """Export the network of a checkpoint for use without lit_tricks, and check that its logits are the same.
 
-    The weights are those that the checkpoint evaluates: the averaged ones of a run with EMA or SWA. Beside them stand
-    the size of the images, their normalisation and crop, the names of the classes and the metrics, in timm's words.
-    "timm" is a folder for timm.create_model("local-dir:FOLDER", pretrained=True) and for the Hugging Face Hub, with a
-    model card; "onnx" a file for ONNX Runtime and others; "torch-export" a file for torch.export.load; "safetensors"
-    the weights alone. The first three take any number of images, all of one size. A Detector takes one image, with
-    "onnx" of any size, and gives boxes in pixels, scores, and labels from 1; they are compared with the checkpoint's to
-    0.01 pixels and a score of 1e-4.
+    The weights are the evaluated weights of the checkpoint: averaged weights for a run with EMA or SWA. The export
+    includes input size, normalization, crop ratio, class names and metrics, under timm's field names. "timm" is a
+    folder for timm.create_model("local-dir:FOLDER", pretrained=True) and for the Hugging Face Hub, with a model card.
+    "onnx" is a file for ONNX Runtime and other tools. "torch-export" is a file for torch.export.load. "safetensors" has
+    only the weights. The first three take any number of images of one size. A Detector takes one image, of any size
+    with "onnx", and returns boxes in pixels, scores, and labels from 1. These are compared with the checkpoint to 0.01
+    pixels and a score of 1e-4.
 
     Args:
-        checkpoint: of a Classifier, a Segmenter or a Detector, or the folder of its run, runs/NAME/vN, of which the
-            best one is taken. timm can hold classifiers only.
-        format: what to write.
-        output: file, or for timm the folder, to write; by default it is named after the checkpoint, and lies beside it.
-        license: identifier of the licence that the model is given away under, such as apache-2.0.
-        input_size: side of the images in pixels, at least 1; by default that of the test, of a Detector its min_size.
-        mean: of each channel, on the scale from 0 to 1; by default that of the data.
-        std: standard deviation of each channel, on the scale from 0 to 1, above 0; by default that of the data.
-        crop_ratio: size over the short side before the centre crop, in (0, 1]; by default that of the data.
-        module: what the weights are of, and are filled into; by default the checkpoint says what it is.
+        checkpoint: checkpoint of a Classifier, a Segmenter or a Detector, or its run folder, runs/NAME/vN, with its
+            best checkpoint. The format timm is only for classifiers.
+        format: output format.
+        output: file to write, or folder for timm; by default next to the checkpoint, and named after it.
+        license: identifier of the model's license, such as apache-2.0.
+        input_size: side of the images in pixels, at least 1; by default the test size, or min_size of a Detector.
+        mean: mean per channel, on the scale from 0 to 1; by default the data's.
+        std: standard deviation per channel, on the scale from 0 to 1, above 0; by default the data's.
+        crop_ratio: size divided by the short side before the center crop, in (0, 1]; by default the data's.
+        module: module that the weights belong to; by default from the checkpoint.
         overwrite: replace what exists.
 
     Returns:
@@ -79,11 +80,11 @@ def export(
 
     Raises:
         FileNotFoundError: if the checkpoint, or the folder of ``output``, does not exist.
-        FileExistsError: if ``output`` exists, unless it is to be replaced.
-        PermissionError: if nothing can be written there.
+        FileExistsError: if ``output`` exists, without ``overwrite``.
+        PermissionError: if the folder is not writable.
         ModuleNotFoundError: for ONNX without the packages of the extra ``export``.
-        ValueError: if the checkpoint is damaged, of another module, does not say what images it is for, or is of a
-            network that the format can not hold.
+        ValueError: if the checkpoint is damaged, belongs to another module, lacks the input of its network, or if the
+            format does not support the network.
     """
     path = checkpoint_at(checkpoint)
     target = _check(path, format, output, overwrite)
@@ -159,7 +160,7 @@ def _check(path: Path, format: str, output: str | None, overwrite: bool) -> Path
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise PermissionError(f"{target} can not be written ({error.strerror}): choose another --output.") from error
+        raise PermissionError(f"{target} cannot be written ({error.strerror}): choose another --output.") from error
     if format == "onnx":
         import_onnx()
     return target

@@ -30,10 +30,10 @@ MOST_ONNX = 2**31 - 2**20  # bytes of weights in one file of protobuf
 
 
 def import_onnx() -> None:
-    """See that what writes and checks ONNX is installed; it is optional.
+    """Raise if the optional packages for ONNX are missing.
 
     Raises:
-        ModuleNotFoundError: that says how to install it.
+        ModuleNotFoundError: with the command that installs it.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
@@ -44,10 +44,10 @@ def import_onnx() -> None:
 
 
 def write_onnx(exported: Exported, path: Path) -> None:
-    """Write an ONNX file with any number of ``images``, to ``logits``; onnxruntime must give the same as torch.
+    """Write an ONNX file from any number of ``images`` to ``logits``, and compare onnxruntime's output with torch's.
 
     Raises:
-        ValueError: if the network can not be written so.
+        ValueError: if the network cannot be written in this format.
     """
     import onnxruntime
 
@@ -82,7 +82,7 @@ def write_torch_export(exported: Exported, path: Path) -> None:
     """Write a file for ``torch.export.load``, with ``metadata.json`` among its extra files.
 
     Raises:
-        ValueError: if the network can not be written so.
+        ValueError: if the network cannot be written in this format.
     """
     try:
         program = torch.export.export(exported.network, (exported.images(2),), dynamic_shapes=({0: Dim("batch")},))
@@ -97,7 +97,7 @@ def write_torch_export(exported: Exported, path: Path) -> None:
 
 
 def write_safetensors(exported: Exported, path: Path) -> None:
-    """Write the weights alone, under timm's keys; the metadata is in the header of the file."""
+    """Write only the weights, under timm's keys, with the metadata in the header of the file."""
     state = {key: tensor.contiguous().clone() for key, tensor in exported.network.state_dict().items()}
     path.write_bytes(save(state, exported.metadata() | {"format": "pt"}))  # save_file lets nobody else read the file
     found = load_file(path)

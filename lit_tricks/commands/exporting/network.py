@@ -1,6 +1,6 @@
-"""What is exported: the network of a checkpoint, how images are made its input, and what its output stands for.
+"""The exported network: its weights, its preprocessing, and the meaning of its output.
 
-One vocabulary for all formats, timm's: what reads timm's ``config.json`` knows what the words mean.
+All formats use the field names of timm's ``config.json``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ BATCH_SIZES = (1, 2, 5)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the input of a network; the fields except ``exif`` are those of timm's ``pretrained_cfg``.
+    """The preprocessing of images. All fields except ``exif`` are fields of timm's ``pretrained_cfg``.
 
     Args:
         input_size: channels, height and width.
         mean: of the channels, on the scale from 0 to 1.
         std: standard deviation of the channels, on the scale from 0 to 1.
-        crop_pct: side over the short side before the centre crop, in (0, 1].
+        crop_pct: side divided by the short side before the center crop, in (0, 1].
         crop_mode: "center" keeps the aspect ratio, "squash" makes the image a square.
         interpolation: of the resizing, antialiased.
-        exif: whether images are turned as their EXIF orientation says.
+        exif: whether images are rotated by their EXIF orientation.
     """
 
     input_size: tuple[int, int, int]
@@ -60,18 +60,18 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Exported:
-    """A network in evaluation mode on the CPU, and what belongs to it.
+    """A network in evaluation mode on the CPU, and its metadata.
 
     Args:
         task: "image-classification", "image-segmentation" or "object-detection".
-        network: gives logits (N, classes), or (N, classes, H, W), of images (N, C, H, W); or objects, see
+        network: maps images (N, C, H, W) to logits (N, classes) or (N, classes, H, W), or to objects, see
             ``ExportedDetector``.
-        model: what it was made by: a name, or the settings of a class; None where the checkpoint does not say.
+        model: name of the model, or the settings of its class; None if the checkpoint lacks it.
         model_args: arguments of a model given by name.
-        preprocessing: of its images.
-        label_names: of the classes.
-        metrics: of the checkpoint, by split, where they are known.
-        license: identifier of the licence.
+        preprocessing: preprocessing of its images.
+        label_names: names of the classes.
+        metrics: metrics of the checkpoint, by split, if known.
+        license: identifier of the license.
     """
 
     task: str
@@ -84,7 +84,7 @@ class Exported:
     license: str
 
     def metadata(self) -> dict[str, str]:
-        """All of it as text: what is no text by nature is JSON."""
+        """Return all of it as text: what is no text by nature is JSON."""
         known: dict[str, Any] = asdict(self.preprocessing)
         known |= {"num_classes": len(self.label_names), "label_names": self.label_names, "metrics": self.metrics}
         known |= {"model": self.model, "model_args": self.model_args} if self.model else {}
@@ -93,16 +93,12 @@ class Exported:
         return {key: value if isinstance(value, str) else to_json(value) for key, value in known.items()}
 
     def images(self, count: int) -> Tensor:
-        """Noise as it comes out of the normalisation, (count, C, H, W)."""
+        """Noise as it comes out of the normalization, (count, C, H, W)."""
         return torch.randn(count, *self.preprocessing.input_size, generator=torch.Generator().manual_seed(count))
 
     @torch.no_grad()
     def check_size(self) -> None:
-        """See that the network takes its images.
-
-        Raises:
-            ValueError: if it does not.
-        """
+        """Raise if the network fails on its images. Raises: ValueError: if it fails."""
         try:
             self.network(self.images(2))
         except Exception as error:
@@ -112,7 +108,7 @@ class Exported:
 
     @torch.no_grad()
     def check(self, logits_of: Any, where: str, exact: bool = False) -> None:
-        """See that something else gives the same logits, for batches of several sizes.
+        """Raise if another function returns different logits, for batches of several sizes.
 
         Raises:
             ValueError: if it does not.
@@ -129,7 +125,7 @@ class Exported:
 
 
 class _Logits(nn.Module):
-    """A segmentation network, of which the logits alone are given: there is no auxiliary head in evaluation."""
+    """A segmentation network that returns only the logits, since evaluation has no auxiliary head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -145,10 +141,10 @@ def network_of(module: Classifier | Segmenter) -> nn.Module:
 
 
 def module_to_export(path: Path, module: LightningModule | None) -> Classifier | Segmenter | Detector:
-    """What a checkpoint is of, in evaluation mode on the CPU, with the weights that it was saved with.
+    """Return the module of a checkpoint, in evaluation mode on the CPU, with the saved weights.
 
     Raises:
-        ValueError: if it is of another module, or does not say what network it is of.
+        ValueError: if the checkpoint belongs to another module, or lacks its network.
     """
     content = read_checkpoint(path)
     settings = content.get("hyper_parameters", {})
@@ -163,15 +159,13 @@ def module_to_export(path: Path, module: LightningModule | None) -> Classifier |
         kind = Segmenter if "decoder" in settings else Detector if "backbone" in settings else Classifier
         foreign = sorted(settings.keys() - inspect.signature(kind).parameters.keys())
         if foreign or "num_classes" not in settings:
-            what = f"it has the setting {foreign[0]!r}" if foreign else "it does not say what module it is of"
+            what = f"it has the setting {foreign[0]!r}" if foreign else "it does not name its module"
             raise ValueError(f"{path} is not of a {kind.__name__}: {what}. Give --module, if it is one.")
         if "model" not in settings:
-            raise ValueError(
-                f"{path} does not say what network its weights are of: give --module, a Classifier with it."
-            )
+            raise ValueError(f"{path} does not name the network of its weights: set --module to a Classifier with it.")
         module = module_of(path)
     if not isinstance(module, KINDS) or type(module).forward not in [kind.forward for kind in KINDS]:
-        raise ValueError(f"{type(module).__name__} is no {NAMES}, or has a forward of its own: export takes neither.")
+        raise ValueError(f"{type(module).__name__} is no {NAMES}, or has its own forward: export supports neither.")
     return module.cpu().eval()
 
 
@@ -183,10 +177,10 @@ def preprocessing_of(
     std: list[float] | None,
     crop_ratio: float | None,
 ) -> Preprocessing:
-    """How the images of a checkpoint's data are made its input; what is given counts more.
+    """Return the preprocessing of a checkpoint's data. Given values override it.
 
     Raises:
-        ValueError: if the checkpoint does not say, and it is not given; or for values out of range.
+        ValueError: if a value is neither given nor in the checkpoint, or out of range.
     """
     data = _data_of(path, needed=mean is None or std is None)
     channels, *_, trained = module.hparams.get("input_size") or (3, 224, 224)
@@ -200,7 +194,7 @@ def preprocessing_of(
         std = [value / 255 for value in data.std] if std is None else std
     if mean is None or std is None:
         raise ValueError(
-            f"{path} does not say how its images were normalised: give --mean and --std, on the scale from 0 to 1, and "
+            f"{path} has no normalization: set --mean and --std, on the scale from 0 to 1, and "
             f"--input_size, if that is not {trained}."
         )
     if shortest:  # it resizes images of any size to this one, or of several to the last
@@ -224,7 +218,7 @@ def preprocessing_of(
 
 
 def crop_pct(size: int, resize_size: int) -> float:
-    """The ratio from which timm, which rounds down, comes to just this size before the crop."""
+    """Return the ratio from which timm, which rounds down, comes to just this size before the crop."""
     ratio = size / resize_size
     while math.floor(size / ratio) < resize_size:
         ratio = math.nextafter(ratio, 0)

@@ -30,14 +30,14 @@ START = (
     "weights",
     "num_classes",
     "in_chans",
-)  # they say how training starts, or are elsewhere
+)  # they only affect training, or are stored elsewhere
 
 
 def write_timm(exported: Exported, folder: Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``, and see that timm makes the same network of them.
+    """Write ``config.json`` and ``model.safetensors``, and check that timm builds the same network from them.
 
     Raises:
-        ValueError: if timm can not.
+        ValueError: if timm cannot build the network.
     """
     architecture, model_args = timm_arguments(exported.model, exported.model_args)
     network: Any = exported.network
@@ -48,7 +48,7 @@ def write_timm(exported: Exported, folder: Path) -> None:
         key: known[key] for key in ("fixed_input_size", "min_input_size", "first_conv", "classifier") if key in known
     }
     preprocessing = asdict(exported.preprocessing)
-    exif = preprocessing.pop("exif")  # timm knows no such field
+    exif = preprocessing.pop("exif")  # timm has no such field
     pretrained_cfg = preprocessing | kept | {"num_classes": num_classes, "pool_size": None}
     if exported.license != "unknown":
         pretrained_cfg["license"] = exported.license
@@ -75,14 +75,14 @@ def write_timm(exported: Exported, folder: Path) -> None:
 
 
 def timm_arguments(model: Any, model_args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of timm's, and the arguments, that a model of ours has there.
+    """Return timm's name and arguments for a model of this library.
 
     Args:
-        model: its name, or whatever else it was made by.
-        model_args: arguments that it was made with.
+        model: name of the model, or its class.
+        model_args: arguments of the model.
 
     Raises:
-        ValueError: if it has none; the message names each reason.
+        ValueError: if timm has no such model; the message lists the reasons.
     """
     if not isinstance(model, str):
         name = model.get("class_path", "an object") if isinstance(model, dict) else "an object"

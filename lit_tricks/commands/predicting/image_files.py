@@ -19,19 +19,19 @@ SHOWN = 5  # names in a message
 
 
 def image_files(words: Iterable[str]) -> dict[str, str]:
-    """Find the image files that words name, and log which files of the folders were left out.
+    """Find the image files of the given paths, and log ignored files of folders.
 
-    A file that is named itself is taken whatever its ending. Below a folder, at any depth, the files with the ending of
-    an image are taken.
+    A file that is named itself is used with any ending. Below a folder, at any depth, files with the ending of an image
+    are used.
 
     Args:
-        words: files, folders, and globs such as ``photos/**/*.jpg``.
+        words: paths of files and folders, and globs such as ``photos/**/*.jpg``.
 
     Returns:
-        For each file the folder that was named, or that it lies in, in the order of the words; each file is there once.
+        The named folder, or the parent folder, for each file, in the order of the paths. Each file occurs once.
 
     Raises:
-        FileNotFoundError: if a word names nothing, or no image is found.
+        FileNotFoundError: if a path does not exist, or there is no image.
     """
     found: dict[str, str] = {}
     others: list[str] = []
@@ -47,7 +47,7 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         shown = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
         log.warning(
-            "%d files were left out, as their endings are not those of images (%s): %s", len(others), counts, shown
+            "%d files were ignored, since their endings do not belong to images (%s): %s", len(others), counts, shown
         )
     if not found:
         raise FileNotFoundError(f"images={' '.join(words)}: no image was found. Files must end in {' '.join(ENDINGS)}.")

@@ -43,18 +43,18 @@ def predict(
 ) -> list[Prediction]:
     """Predict the classes of images.
 
-    Images are made the input of the network as in validation. The last model that was used stays in memory.
+    Images are transformed as in validation. The last model stays in memory.
 
     Args:
-        checkpoint: of a classifier: a file, a run folder (its best checkpoint), or an exported ONNX file.
+        checkpoint: checkpoint of a classifier: a file, a run folder (its best checkpoint), or an exported ONNX file.
         images: one image, or several: paths of files, PIL images, arrays of uint8 pixels (H, W, 3) or (H, W), tensors
             of uint8 pixels (3, H, W) or (1, H, W).
-        top_k: how many classes of an image, at least 1.
-        device: where the model runs, such as "cuda".
+        top_k: number of classes per image, at least 1.
+        device: device of the model, such as "cuda".
         batch_size: images at a time, at least 1.
 
     Returns:
-        For each image, the names of its most probable classes, and their probabilities.
+        The names of the most probable classes and their probabilities, per image.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -85,7 +85,7 @@ def predict(
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, changed: int, device: str) -> tuple[LightningModule, InputTransform]:
-    """Load a model; ``changed`` tells versions of a file apart."""
+    """Load a model. ``changed`` distinguishes versions of a file."""
     module, data = load(path)
     return module.to(device), data.input_transform()
 

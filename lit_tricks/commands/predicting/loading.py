@@ -1,4 +1,4 @@
-"""What predicts: a module with its weights, and the data module that prepares its images."""
+"""Load a module with its weights, and the data module that prepares its images, for predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load(ckpt: str | Path) -> tuple[LightningModule, ImageDataModule]:
     data = data_of(path, predict_dir=tempfile.gettempdir())
     if not isinstance(data, ImageDataModule):
         raise ValueError(
-            f"{path} does not say how its images are prepared: give --data, such as --data ImageFolder --data.root "
+            f"{path} does not define how its images are prepared: set --data, such as --data ImageFolder --data.root "
             "FOLDER --data.image_size 224."
         )
     return module, data

@@ -57,7 +57,7 @@ class ONNXNetwork(LightningModule):
         self.finds_objects: bool = task == "object-detection"
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of normalised images (N, C, H, W)."""
+        """Return the logits of normalized images (N, C, H, W)."""
         [logits] = self.session.run(["logits"], {"images": images.float().cpu().numpy()})
         return torch.from_numpy(logits)
 

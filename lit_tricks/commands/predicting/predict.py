@@ -37,18 +37,18 @@ def predict(
 ) -> Path | None:
     """Predict images with a trained model, and write a table of the results.
 
-    A classifier's table has a row for each image: the file, its most probable classes and their probabilities. A
-    Detector's has a row for each object: class, score, and box in pixels. A Segmenter's masks are PNG files, in a
-    folder beside the table. A file that cannot be read has a row with the reason, in the column ``error``. Files that
-    are no images are counted and logged.
+    A classifier's table has one row per image: the file, its most probable classes and their probabilities. A
+    Detector's table has one row per object: class, score, and box in pixels. A Segmenter's masks are PNG files, in a
+    folder next to the table. A file that cannot be read has a row with the reason, in the column ``error``. Other files
+    are counted and logged.
 
     Args:
         images: image files, folders of images at any depth, and globs such as ``photos/**/*.jpg``, one or more.
         ckpt: checkpoint, run folder (its best checkpoint), or exported ONNX file.
         output: table to write: .csv, .json, .jsonl (a JSON object in each line) or .parquet (pip install
             "lit-tricks[parquet]"); "-" is standard output, as CSV. Its folder is made. An existing table is replaced.
-        top_k: how many of the most probable classes of an image are written, at least 1.
-        device: where the model runs: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        top_k: number of the most probable classes to write per image, at least 1.
+        device: device of the model: "auto", "cpu", "cuda", "cuda:1" or "mps".
         batch_size: images at a time, at least 1; by default as in training.
         data: data module that prepares the images; by default the one of the checkpoint.
         model: module that the weights are for; by default the one of the checkpoint.
@@ -59,7 +59,7 @@ def predict(
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or no image.
-        ValueError: for an argument out of its range, or a checkpoint that does not say how images are prepared.
+        ValueError: for an argument out of its range, or a checkpoint that does not define how images are prepared.
         ModuleNotFoundError: for Parquet without pyarrow.
         RuntimeError: if none of the files can be read.
     """
@@ -126,6 +126,6 @@ def _collector(model: LightningModule, output: str, top_k: int, files: dict[str,
     if not (isinstance(model, Segmenter) or (isinstance(model, ONNXNetwork) and model.is_dense)):
         return PredictionRows(top_k)
     if output == STDOUT:
-        raise ValueError("output='-': masks are files, in a folder beside the table. Give a file, such as masks.csv.")
+        raise ValueError("output='-': masks are files, in a folder next to the table. Set a file, such as masks.csv.")
     path = Path(output)
     return MaskWriter(path.with_suffix("") if path.suffix else path.with_name(f"{path.name}_masks"), files)

@@ -1,15 +1,15 @@
 """The decisions of a race, without any run: which trials to make next, which trick to keep, and when to stop.
 
-A round looks for one more trick on top of the leader, in two stages.
+A round searches one more trick on top of the leader, in two stages.
 
 1. **Screening.** All candidates run with the same few seeds. After one, two and four seeds the better half stays. No
    claim is made from these seeds.
 2. **Test.** The best candidate, and if it fails the second, is compared with the leader on seeds that were not used to
-   choose it. Differences are paired by seed. A group sequential one-sided t-test looks at them after 3, 4, 5, 6, 8, ...
-   seeds, and spends its error probability as ``alpha * (n / N)^2``
-   ([Lan & DeMets, 1983](https://doi.org/10.1093/biomet/70.3.659)). The first test gets four fifths of alpha, the second
-   one fifth (the fallback procedure, [Wiens, 2003](https://doi.org/10.1002/pst.64)). So the probability to keep a trick
-   without gain in a round is at most alpha.
+   choose it. Differences are paired by seed. A group sequential one-sided t-test evaluates them after 3, 4, 5, 6, 8,
+   ... seeds, and spends its error probability as ``alpha * (n / N)^2`` ([Lan & DeMets,
+   1983](https://doi.org/10.1093/biomet/70.3.659)). The first test gets four fifths of alpha, the second one fifth (the
+   fallback procedure, [Wiens, 2003](https://doi.org/10.1002/pst.64)). So the probability to keep a trick without gain
+   in a round is at most alpha.
 
 A test ends early without a keep where even the estimate plus one standard error would not reach significance. That can
 only lower the error probability.
@@ -59,7 +59,7 @@ Ask = Generator[list[Trial], Mapping[Trial, Outcome], None]
 
 
 class OutOfBudget(Exception):  # noqa: N818  # a signal, not an error
-    """Thrown into ``decide`` where the trials that it asks for do not fit into the budget."""
+    """Thrown into ``decide`` if the requested trials do not fit into the budget."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Settings:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Numbers of seeds at which a test looks at its differences."""
+        """Return the numbers of seeds at which a test evaluates its differences."""
         return tuple(sorted({look for look in LOOKS if look < self.max_seeds} | {self.max_seeds}))
 
     @property
@@ -132,7 +132,7 @@ class Round:
 
 @dataclass
 class Verdict:
-    """Where a race stands: the kept tricks, its rounds, and whether the budget ended it."""
+    """The state of a race: the kept tricks, its rounds, and whether the budget ended it."""
 
     kept: tuple[str, ...] = ()
     rounds: list[Round] = field(default_factory=list)
@@ -172,9 +172,9 @@ def critical_values(alpha: float, looks: tuple[int, ...]) -> dict[int, float]:
 def decide(
     candidates: Sequence[Sequence[str]], exclusive: Sequence[frozenset[str]], settings: Settings, verdict: Verdict
 ) -> Ask:
-    """Ask for trials, and note in ``verdict`` what follows from their outcomes. Ends when the race is decided.
+    """Yield requests for trials, and record the decisions from their outcomes in ``verdict``.
 
-    Send the outcomes of all trials that were asked for; throw ``OutOfBudget`` to end.
+    Send the outcomes of all requested trials. Throw ``OutOfBudget`` to end.
 
     Args:
         candidates: groups of alternatives, of which at most one is kept.
@@ -231,7 +231,7 @@ def _screen(this: Round, rest: list[str], settings: Settings, verdict: Verdict) 
         if each.mean <= 0:
             each.state, each.reason = "out", f"no gain in {_seeds(first)}"
         else:
-            each.reason = "goes on to the test"
+            each.reason = "continues to the test"
 
 
 def _test(this: Round, settings: Settings, verdict: Verdict) -> Ask:
@@ -284,7 +284,7 @@ def _look(test: Comparison, look: int, values: Mapping[int, float], settings: Se
 def _compare(
     leader: tuple[str, ...], arms: Sequence[Comparison], seeds: Sequence[int], settings: Settings, length: float
 ) -> Ask:
-    """Add the differences of the arms to the leader at these seeds, at equal cost if that is asked for."""
+    """Add the differences of the arms to the leader at these seeds, at equal cost if the settings request it."""
     if not arms or not seeds:
         return
     pairs = {each.candidate: _pair(leader, each, settings, length) for each in arms}

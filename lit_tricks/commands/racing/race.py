@@ -327,7 +327,7 @@ def _write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON does not know."""
+    """Convert values that JSON does not support."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
-"""What the classifier of a network gets for each image, in a file that an interrupted pass goes on with.
+"""Store the features of the classifier per image in a file, so that an interrupted pass can continue.
 
-One caveat: a file is known by its path, size and time, and data without files by a few of its samples.
+One caveat: files are identified by path, size and time, and data without files by a few samples.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class FeatureFile:
             folder.mkdir(parents=True)
 
     def remember(self, **values: Any) -> None:
-        """Keep values beside the features; ``state`` has them again after an interruption."""
+        """Store values with the features. ``state`` returns them after an interruption."""
         self.state.update(values)
         write_whole(self.folder / "state.json", json.dumps(self.state), durable=False)
 
     def append(self, features: Tensor, labels: Tensor) -> None:
-        """Add those of the next samples: (N, features) and (N)."""
+        """Add the features and labels of the next samples: (N, features) and (N)."""
         if self.maps is None:
             self.state |= {"dim": features.shape[1], "dtype": str(features.dtype).removeprefix("torch.")}
             self._map()
@@ -73,7 +73,7 @@ class FeatureFile:
         self.remember(done=self.done)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """All features and labels."""
+        """Return all features and labels."""
         assert self.maps is not None
         return self.maps
 
@@ -114,7 +114,7 @@ def input_of(layer: nn.Module) -> Any:
 
 
 def digest_of_weights(module: nn.Module) -> str:
-    """Of names and values of all that a module keeps."""
+    """Return a fingerprint of the names and values of a module's state."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor):
@@ -124,11 +124,11 @@ def digest_of_weights(module: nn.Module) -> str:
 
 
 def digest_of_data(dataset: Any, samples: Callable[[list[int]], Iterable[Any]]) -> str:
-    """Of the files of a data set, by path, size, time and label, and of a few samples as they are loaded.
+    """Return a fingerprint of the files of a data set (path, size, time, label), and of a few loaded samples.
 
     Args:
-        dataset: files are found in ``samples`` or ``paths`` of it, or of a data set in it.
-        samples: gives (image, label) tensors for a few indices.
+        dataset: data set with files in ``samples`` or ``paths``, or in an inner data set.
+        samples: returns (image, label) tensors for a few indices.
     """
     digest = hashlib.sha256(f"{len(dataset)}".encode())
     inner = [part for whole in nested(dataset) for part in (whole, getattr(whole, "source", None))]

@@ -52,26 +52,26 @@ def fixres(
 ) -> Path:
     """Fit the classifier of a network to another size of the test images.
 
-    It is the fine-tuning of [Touvron et al., 2019](https://arxiv.org/abs/1906.06423) without its epochs. Images that
-    are transformed as in the test never change, nor does what the trunk of the network makes of them. So one pass is
-    enough: the statistics of the last BatchNorm are estimated at the new size, what the classifier gets is kept in a
-    file, and the classifier is trained on that to convergence, a convex problem. The weight decay is chosen on a tenth
-    of the training images. An interrupted pass goes on when the command is given again.
+    This is the fine-tuning of [Touvron et al., 2019](https://arxiv.org/abs/1906.06423) in one pass. The test transform
+    always returns the same images, so the features of the network do not change either. The pass estimates the
+    statistics of the last BatchNorm at the new size, and stores the features of the classifier in a file. The
+    classifier is then trained on them to convergence, which is a convex problem. The weight decay is chosen on a tenth
+    of the training images. An interrupted pass continues when you repeat the command.
 
     Args:
-        ckpt: a checkpoint, a run folder (its best one is taken), or the name of one of timm's pretrained models.
+        ckpt: a checkpoint, a run folder (its best checkpoint), or the name of a pretrained timm model.
         test_size: side of the test images in pixels, at least 1.
-        output: checkpoint to write. It loads like any other, and is tested at the new size.
-        crop_ratio: size over the short side before the centre crop, in (0, 1]; by default that of the data.
+        output: checkpoint to write. It loads like any other checkpoint, and is tested at the new size.
+        crop_ratio: size divided by the short side before the center crop, in (0, 1]; by default the data's.
         train_bn: the BatchNorm layers whose statistics are estimated at the new size: "last", "all", or "none".
         classifier: name of the linear layer that gives the logits, if it is not the last one.
         batch_norm: name of the last BatchNorm of the trunk, if it is not the one defined last.
-        num_samples: training images to estimate them from, 1 or more.
-        weight_decay: of the classifier, above 0; by default what is best for images that it is not fitted to.
-        data: the images; by default those that the checkpoint was trained on.
-        module: what the weights of the checkpoint are of; by default it says what it is.
-        weights: a file of weights for a model of timm's.
-        model_args: arguments of the model, on top of those of the checkpoint, such as {dynamic_img_size: true}.
+        num_samples: training images for these statistics, 1 or more.
+        weight_decay: weight decay of the classifier, above 0; by default the best value on held-out training images.
+        data: the images; by default the data of the checkpoint.
+        module: module that the weights belong to; by default from the checkpoint.
+        weights: a file of weights for a timm model.
+        model_args: arguments of the model in addition to the checkpoint's, such as {dynamic_img_size: true}.
         overwrite: replace ``output`` if it exists.
 
     Returns:
@@ -79,12 +79,14 @@ def fixres(
 
     Raises:
         FileNotFoundError: if the checkpoint, or the folder of ``output``, does not exist.
-        FileExistsError: if ``output`` exists, unless it is to be replaced.
-        ValueError: for arguments that go not together, and networks that have no such classifier or BatchNorm.
+        FileExistsError: if ``output`` exists, without ``overwrite``.
+        ValueError: for arguments that exclude each other, and networks without such a classifier or BatchNorm.
     """
     _check(test_size, output, crop_ratio, num_samples, weight_decay, overwrite)
     subject = subject_of(ckpt, data, module, weights, model_args)
-    macs(subject, test_size, (getattr(subject.data, "input_size", None) or (3,))[0])  # see that it takes the size
+    macs(
+        subject, test_size, (getattr(subject.data, "input_size", None) or (3,))[0]
+    )  # raises for a size without support
     name, head = _classifier(subject.module, classifier)
     norms = _norms(subject.module, train_bn, batch_norm)
     crop_ratio = _settled(subject, crop_ratio)
@@ -100,7 +102,7 @@ def fixres(
 def _features(
     subject: Subject, dataset: Any, like: Any, norms: dict[str, Any], head: nn.Linear, num_samples: int, folder: Path
 ) -> FeatureFile:
-    """Fill a file with what the classifier gets, the statistics of BatchNorm being those of the new size."""
+    """Write the features of the classifier to a file, with BatchNorm statistics of the new size."""
     batch_size = like.batch_size or 64
 
     def batches(indices: Any) -> Any:
@@ -124,7 +126,7 @@ def _features(
         for buffer, values in zip((norms[layer].running_mean, norms[layer].running_var), pair, strict=True):
             buffer.copy_(torch.tensor(values, dtype=torch.float64))
     if file.done:
-        log.info("%s: goes on after %d of %d images", folder, file.done, file.samples)
+        log.info("%s: continues after %d of %d images", folder, file.done, file.samples)
     with torch.no_grad(), input_of(head) as seen, progress("features", file.samples, file.done) as advance:
         for images, labels in batches(range(file.done, file.samples)):
             subject.logits(images)
@@ -187,13 +189,13 @@ def _write(subject: Subject, path: Path, test_size: int, crop_ratio: float | Non
 
 
 def _settled(subject: Subject, crop_ratio: float | None) -> float | None:
-    """The crop ratio as the settings of the data can hold it: by a size to resize to, in whole pixels."""
+    """Return the crop ratio as the settings of the data can hold it: by a size to resize to, in whole pixels."""
     settings = subject.data.hparams
     ratio = crop_ratio or subject.crop_ratio
     if ratio and "eval_size" in settings:
         if "resize_size" not in settings:
             name = type(subject.data).__name__
-            raise ValueError(f"--crop_ratio {ratio:g}: {name} can not keep it. Leave it out.")
+            raise ValueError(f"--crop_ratio {ratio:g}: {name} does not support it. Leave it out.")
         size = settings["image_size"]
         ratio = size / round(size / ratio)
     return ratio
@@ -209,7 +211,7 @@ def _classifier(module: LightningModule, name: str | None) -> tuple[str, nn.Line
         what = " and ".join(f"{key} ({type(layer).__name__})" for key, layer in found.items()) or "none"
         asked = f" {name!r}" if name else ""
         raise ValueError(
-            f"the classifier of {type(module).__name__} must be one linear layer, and found{asked} was {what}: name it "
+            f"the classifier of {type(module).__name__} must be one linear layer, but{asked} {what} was found: name it "
             "with --classifier, or fine-tune with the callback FixRes."
         )
     return linear[0]
@@ -221,8 +223,8 @@ def _norms(module: LightningModule, which: str, name: str | None) -> dict[str, A
     except RuntimeError:
         what = f"BatchNorm {name!r}" if name else "BatchNorm"
         raise ValueError(
-            f"{type(module).__name__} has no {what} with running statistics: give --train_bn none, which fits the "
-            "classifier alone."
+            f"{type(module).__name__} has no {what} with running statistics: set --train_bn none, which fits "
+            "only the classifier."
         ) from None
 
 

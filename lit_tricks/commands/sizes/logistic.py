@@ -94,7 +94,7 @@ def fit(
         max_iter: iterations at most.
     """
     mean, covariance = spread
-    if start.bias is None:  # then the mean can not be taken out of the features
+    if start.bias is None:  # then the mean cannot be removed from the features
         covariance, mean = covariance + torch.outer(mean, mean), torch.zeros_like(mean)
     spare = 1e-5 * (covariance.diagonal() + mean.square()).mean()  # of float32, where there are few samples
     floor = weight_decay + spare
@@ -105,7 +105,7 @@ def fit(
     )
     bias = start.weight.new_zeros(len(start.weight)) if start.bias is None else start.bias
     weight = start.weight.double()
-    weight = weight - weight.mean(0)  # that does not change a probability, only the decay sees it, and it is slow
+    weight = weight - weight.mean(0)  # this changes no probability and only affects the decay, and converges slowly
     flat = torch.cat([weight @ root, (bias + weight @ mean)[:, None]], 1).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [flat], max_iter=max_iter, max_eval=2 * max_iter, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-7,
@@ -119,7 +119,7 @@ def fit(
     @torch.no_grad()
     def closure() -> Tensor:
         now = linear()
-        loss = 0.5 * weight_decay * now.weight.double().square().sum()  # float32 could not tell small steps apart
+        loss = 0.5 * weight_decay * now.weight.double().square().sum()  # float32 cannot resolve small steps
         slope_w, slope_b = torch.zeros_like(weight), torch.zeros_like(bias, dtype=torch.float64)
         for features, labels in data.chunks():
             log_p = F.linear(features, now.weight, now.bias).log_softmax(1)

@@ -1,6 +1,6 @@
-"""``lit-tricks resolution``: at which size of the images a network is best, and what that costs.
+"""``lit-tricks resolution``: accuracy and cost of a network by image size.
 
-One caveat: the best of many sizes is chosen on the images that it is told for; test it on others.
+One caveat: the best size is chosen on the evaluated images. Test it on other images.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ def resolution(
 ) -> Path:
     """Evaluate a network at many sizes of the test images.
 
-    With random crops in training, objects look larger there than in a test at the same size, and a larger one is
-    better ([Touvron et al., 2019](https://arxiv.org/abs/1906.06423)): about the size in training / 0.81. Each image is
-    read once, and resized to all sizes from there. A result that the folder holds is replaced.
+    With random crops in training, objects are larger in training than in a test at the same size. A larger test size is
+    better, about the training size / 0.81 ([Touvron et al., 2019](https://arxiv.org/abs/1906.06423)). Each image is
+    read once, and resized to all sizes. Existing results in the folder are replaced.
 
     Args:
-        ckpt: a checkpoint, a run folder (its best one is taken), or the name of one of timm's pretrained models.
-        sizes: sides in pixels: 128:448:32 (both ends are in), or single ones. By default from 4/7 to twice the size in
-            training.
-        crop_ratio: size over the short side before the centre crop, in (0, 1], one or more: each is a line of the
-            picture. By default that of the data.
-        split: the images: those of validation, or the test, once nothing is chosen any more.
+        ckpt: a checkpoint, a run folder (its best checkpoint), or the name of a pretrained timm model.
+        sizes: sides in pixels: 128:448:32 (including both ends), or single sizes. By default from 4/7 to twice the
+            training size.
+        crop_ratio: size divided by the short side before the center crop, in (0, 1], one or more: each is a line of the
+            picture. By default the data's.
+        split: the images: validation, or test after all choices are made.
         out: folder for ``resolution.csv`` and ``resolution.png``.
-        wandb: log table and picture to Weights & Biases too, offline where nobody is logged in.
-        data: the images; by default those that the checkpoint was trained on, with its own normalisation.
-        module: what the weights of the checkpoint are of; by default it says what it is.
-        weights: a file of weights for a model of timm's.
-        model_args: arguments of the model, on top of those of the checkpoint, such as {dynamic_img_size: true}.
+        wandb: also log table and picture to Weights & Biases, offline without a login.
+        data: the images; by default the data of the checkpoint, with its own normalization.
+        module: module that the weights belong to; by default from the checkpoint.
+        weights: a file of weights for a timm model.
+        model_args: arguments of the model in addition to the checkpoint's, such as {dynamic_img_size: true}.
 
     Returns:
         The folder.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: for arguments that can not be understood or go not together, and for sizes that the network does
-            not take.
+        ValueError: for invalid arguments or arguments that exclude each other, and for sizes that the network does not
+            support.
     """
     asked = parse_sizes(sizes) if sizes else None
     ratios: list[float | None] = [*crop_ratio] if crop_ratio else [None]
@@ -126,7 +126,7 @@ def _metrics(logits: Tensor) -> MetricCollection:
 
 
 def _log(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
-    """Track the result in a W&B run of its own."""
+    """Log the result to a separate W&B run."""
     import wandb  # takes a second to import
 
     from lit_tricks.run.wandb_run import tracking_mode

@@ -54,10 +54,10 @@ def default_sizes(subject: Subject, channels: int) -> list[int]:
 
 
 def macs(subject: Subject, size: int, channels: int) -> float:
-    """Multiply-adds for one image of a size, in convolutions and products of matrices.
+    """Count the multiply-adds for one image of a size, in convolutions and matrix products.
 
     Raises:
-        ValueError: if the network does not take images of this size, with the reason as far as it can be told.
+        ValueError: if the network does not support images of this size, with the reason if it is known.
     """
     if error := _fault(subject, size, channels):
         raise ValueError(_explained(subject, size, channels, error)) from (None if isinstance(error, str) else error)
@@ -72,7 +72,7 @@ def _forward(subject: Subject, size: int, channels: int) -> Tensor:
 
 
 def _fault(subject: Subject, size: int, channels: int) -> str | Exception | None:
-    """What goes wrong at a size: an error, or the layer that has nothing to shrink."""
+    """Return the fault at a size: an error, or the layer whose input is too small."""
     starved: list[str] = []
     images = torch.zeros(1, channels, size, size, device=subject.device)
     with _watched(subject.module, starved):
@@ -125,7 +125,7 @@ def _explained(subject: Subject, size: int, channels: int, error: str | Exceptio
         return f"nothing of an image is left at {size} pixels ({why}): {remedy}."
     if train and size != train and works(train):
         return (
-            f"{name} takes images of {train} pixels alone ({error}). Where it is one of timm's transformers, "
+            f"{name} supports only images of {train} pixels ({error}). If it is one of timm's transformers, "
             "--model_args '{dynamic_img_size: true}' lets it take other sizes."
         )
     return f"{name} fails on {channels} x {size} x {size} pixels ({type(error).__name__}: {error}): give other --sizes."

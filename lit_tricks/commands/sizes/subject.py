@@ -1,4 +1,4 @@
-"""What a command looks into: a trained network, and the data that belongs to it."""
+"""Load a trained network and its data."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ class Views:
 
     def __call__(self, image: Any) -> list[Tensor]:
         """Transform an image in each way."""
-        if hasattr(image, "pixels"):  # decoded as far as it is asked for: then all of it, once
+        if hasattr(image, "pixels"):  # lazily decoded: decode the whole image once
             image.pixels()
         return [transform(image) for transform in self.transforms]
 
 
 class Subject:
-    """A network in evaluation mode on its device, with what it is to see.
+    """A network in evaluation mode on its device, with its data.
 
     Args:
-        module: gives logits (N, classes) for images (N, C, H, W).
-        data: gives the images.
-        train_size: side of the images in training in pixels, where that is known.
-        crop_ratio: of evaluation; None is that of the data.
-        checkpoint: file of the weights; None for a model of timm's.
+        module: maps images (N, C, H, W) to logits (N, classes).
+        data: data module of the images.
+        train_size: side of the training images in pixels, if known.
+        crop_ratio: crop ratio of evaluation; None is the data's.
+        checkpoint: file of the weights; None for a timm model.
 
     Raises:
         ValueError: if the module has no ``forward``.
@@ -78,15 +78,15 @@ class Subject:
         self.train_size = train_size
         self.crop_ratio = crop_ratio
         self.checkpoint = checkpoint
-        module.trainer = data.trainer = self.trainer  # hooks look at the stage
+        module.trainer = data.trainer = self.trainer  # hooks read the stage
         self.trainer.validating = True
         data.prepare_data()
 
     def dataset(self, split: Literal["train", "val", "test"], transform: Any) -> tuple[Any, Any]:
-        """A data set with another transform, and the loader that it is of.
+        """Return a data set with another transform, and its loader.
 
         Raises:
-            ValueError: for data in which that can not be.
+            ValueError: for data that does not support this.
         """
         self.data.setup({"train": "fit", "val": "validate", "test": "test"}[split])
         loader: Any = getattr(self.data, f"{split}_dataloader")()
@@ -100,13 +100,13 @@ class Subject:
             raise ValueError(f"the data set of {name}, {error}, has no attribute `transform`: give it one.") from None
 
     def transform_at(self, size: int, crop_ratio: float | None = None) -> Any:
-        """The transform of evaluation for a size and a crop ratio."""
+        """Return the transform of evaluation for a size and a crop ratio."""
         ratio = crop_ratio or self.crop_ratio
         if make := getattr(self.data, "eval_transform_at", None):
             return make(size, ratio)
         if ratio:
             raise ValueError(
-                f"{type(self.data).__name__} does not say how to crop: give it a method `eval_transform_at(image_size, "
+                f"{type(self.data).__name__} does not define its crop: give it a method `eval_transform_at(image_size, "
                 "crop_ratio)`, or leave the crop ratio out."
             )
         self.data.setup("validate")
@@ -144,18 +144,18 @@ def subject_of(
     weights: str | None = None,
     model_args: dict[str, Any] | None = None,
 ) -> Subject:
-    """Load a network and the data that belongs to it.
+    """Load a network and its data.
 
     Args:
-        ckpt: a checkpoint, a run folder, or the name of one of timm's models.
-        data: in the place of what the checkpoint was trained on.
-        module: what the weights of the checkpoint are of.
-        weights: of a model of timm's.
+        ckpt: a checkpoint, a run folder, or the name of a timm model.
+        data: data module to use instead of the checkpoint's.
+        module: module that the weights belong to.
+        weights: weights of a timm model.
         model_args: arguments of the model.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it does not say what model or data it is of, or these do not go together.
+        ValueError: if the checkpoint lacks its model or data, or these do not fit together.
     """
     if not ckpt and module is None:
         raise ValueError("give --ckpt, a checkpoint, or the name of one of timm's models.")
@@ -164,7 +164,7 @@ def subject_of(
     name = ckpt or type(module).__name__
     if data is None:
         raise ValueError(
-            f"{name} does not say what data it was trained on: give --data, such as --data "
+            f"{name} does not name its training data: set --data, such as --data "
             "ImageFolder --data.root FOLDER, or the --config of a run."
         )
     if module is None:
@@ -197,7 +197,7 @@ def _of_checkpoint(path: Path, name: str, model_args: dict[str, Any] | None) -> 
 
 
 def _of_timm(name: str, data: LightningDataModule, weights: str | None, model_args: dict[str, Any] | None) -> Subject:
-    """A model of timm's, with its own normalisation, size and crop ratio."""
+    """Return a model of timm's, with its own normalization, size and crop ratio."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = nearest(name, timm.list_models()) or "."
@@ -219,7 +219,7 @@ def _of_timm(name: str, data: LightningDataModule, weights: str | None, model_ar
         )
     if hasattr(data, "mean") and hasattr(data, "std"):
         statistics = {key: tuple(255 * value for value in getattr(known, key)) for key in ("mean", "std")}
-        log.info("%s: images are normalised by its mean %s and std %s", name, *statistics.values())
+        log.info("%s: images are normalized by its mean %s and std %s", name, *statistics.values())
         vars(data).update(statistics)
         data.hparams.update(statistics)
     return Subject(module, data, size, known.crop_pct)
@@ -236,4 +236,4 @@ def _check_classes(module: LightningModule, data: LightningDataModule, ckpt: str
     require_same_classes(module, data, "the checkpoint", "the data", remedy)
     ours, theirs = (getattr(thing, "num_classes", None) for thing in (module, data))
     if ours and theirs and ours != theirs:
-        raise ValueError(f"{ckpt} tells {ours} classes apart, and the data has {theirs}: give it data of its own.")
+        raise ValueError(f"{ckpt} has {ours} classes, and the data has {theirs}: pass data with the same classes.")

@@ -28,7 +28,7 @@ VISIBLE = 0.25  # part of a box that must be left for its object to count
 class DetectionDataModule(ImageDataModule):
     """Base: batches are (images, targets), two lists of the same length, since images differ in size.
 
-    An image is float32 (C, H, W), normalised by ``mean`` and ``std``; the model is not to do so again. A target is a
+    An image is float32 (C, H, W), normalized by ``mean`` and ``std``; the model is not to do so again. A target is a
     dict with ``boxes``, float32 (n, 4): (x0, y0, x1, y1) in pixels; ``labels``, int64 (n,), from 1 to ``num_classes``,
     as 0 is the background; and ``iscrowd``, int64 (n,), 1 where an object is neither to be found nor missed (a crowd,
     or difficult), which training images are without. An image without objects has n = 0, and is kept.
@@ -47,7 +47,7 @@ class DetectionDataModule(ImageDataModule):
         return list(images), list(others)
 
     def eval_transform_at(self, image_size: int, crop_ratio: float | None = None) -> NoReturn:
-        """Refuse: a crop would lose objects, and the size at which they are looked for is the model's.
+        """Raise, because a crop would lose objects, and the model sets the size for detection.
 
         Raises:
             ValueError: always.
@@ -108,10 +108,10 @@ class DetectionFolders(DetectionDataModule, ABC):
 
 
 class BoxTransform:
-    """From a PIL image, and its target if there is one, to a normalised tensor and the target that goes with it.
+    """From a PIL image, and its target if there is one, to a normalized tensor and the target that goes with it.
 
     Args:
-        mean: of the channels on the 0-255 scale; one is grey, three are R, G, B.
+        mean: of the channels on the 0-255 scale; one is gray, three are R, G, B.
         std: their standard deviation.
         flip: probability of a horizontal flip.
         scale: factor on the picture, drawn uniformly from this range. It keeps its size: what sticks out is cut at a

@@ -44,15 +44,15 @@ REMEDY = 'mend the annotation, or leave such boxes out with on_bad_box="skip"'
 
 @dataclass
 class Picture:
-    """What is annotated of one image.
+    """The annotation of one image.
 
     Args:
         path: of the image.
         where: the annotation, for messages.
-        size: width and height as the annotation has them; None if it does not say.
-        boxes: of the objects.
-        labels: of the objects.
-        ignored: whether an object is neither to be learnt nor to be found: a crowd, or a difficult one.
+        size: width and height in the annotation; None if it has none.
+        boxes: boxes of the objects.
+        labels: labels of the objects.
+        ignored: whether an object is used neither in training nor in evaluation: a crowd, or a difficult object.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Picture:
 
 
 def target_of(boxes: Tensor, labels: Tensor, iscrowd: Tensor, size: tuple[int, int]) -> Target:
-    """A target as torchvision's detectors take it, with boxes that its transforms move along with the image.
+    """Return a target as torchvision's detectors take it, with boxes that its transforms move along with the image.
 
     Args:
         boxes: float32 (n, 4).
@@ -117,7 +117,7 @@ class BoxFiles:
         mine = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
         boxes, keep = self.boxes[mine].clone(), []
         for i, box in enumerate(boxes.tolist()):
-            # the annotation may have been wrong about the size of the image, or not have told it
+            # the annotation may lack the size of the image, or have a wrong size
             if (fitting := fit(box, image.size, f"the annotation of {path!r}", self.on_bad_box)) is not None:
                 boxes[i] = torch.tensor(fitting)
                 keep.append(i)
@@ -166,7 +166,7 @@ def add_object(
 
 
 def warn_of_skipped(skipped: Counter[str], where: str) -> None:
-    """Tell how many boxes were skipped, if any, and in which images."""
+    """Log how many boxes were skipped, if any, and in which images."""
     if skipped:
         log.warning(
             "%s: %d boxes outside of their image or without an area were skipped, in %s",
@@ -177,7 +177,7 @@ def warn_of_skipped(skipped: Counter[str], where: str) -> None:
 
 
 def require_files(pictures: Iterable[Picture], folder: str) -> None:
-    """See that all images are there: by one look into their folder, since a network answers slowly."""
+    """Raise if images are missing. The folder is listed once, since network file systems are slow."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no folder of images {folder!r}: correct `root` or `images`")
     there = {os.path.join(folder, name) for name in os.listdir(folder)}
@@ -188,6 +188,6 @@ def require_files(pictures: Iterable[Picture], folder: str) -> None:
 
 
 def some_of(names: Sequence[Any]) -> str:
-    """The first five names, and how many more there are."""
+    """Return the first five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(str, names[:5])) + more

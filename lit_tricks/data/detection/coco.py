@@ -1,4 +1,4 @@
-"""Objects in images: COCO, and whatever is in its format."""
+"""Objects in images: COCO, and other data in its format."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ MOST_BYTES = 2**34  # of the annotations of a split
 class CocoDetection(DetectionFolders):
     """Images in a folder, and their objects in one JSON file for each split, in the format of COCO.
 
-    As COCO 2017 lies on disk: ``root/train2017/*.jpg``, ``root/annotations/instances_train2017.json``, and the same
+    The defaults fit COCO 2017: ``root/train2017/*.jpg``, ``root/annotations/instances_train2017.json``, and the same
     with ``val2017``. The classes are the file's categories in the order of their ids, numbered from 1; train and val
-    must have the same. Without annotations of a test there is no test. Crowds are not trained on.
-    Training images are flipped with probability 1/2. See the base class for what a batch is.
+    must have the same. Without annotations of a test there is no test. Crowds are not trained on. Training images are
+    flipped with probability 1/2. See the base class for what a batch is.
 
     Args:
         root: folder that the next two are in.
-        images: folder of the images of a split; ``{split}`` stands for train, val or test.
+        images: folder of the images of a split; ``{split}`` is replaced by train, val or test.
         annotations: file of the annotations of a split.
         classes: names of the categories in the order of the labels, for a model that was trained in another order; None
             is the order of the ids.
@@ -48,7 +48,7 @@ class CocoDetection(DetectionFolders):
             ``predict_dir``, which ``lit-tricks show CocoDetection`` explains.
 
     Raises:
-        ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.
+        ValueError: if an argument is out of range, a file is damaged, or an annotation is invalid.
         FileNotFoundError: if a folder, a file or an image is missing.
 
     Example:
@@ -78,7 +78,7 @@ class CocoDetection(DetectionFolders):
 
     @property
     def has_test(self) -> bool:
-        """Whether there is a file of annotations for the test."""
+        """Return whether there is a file of annotations for the test."""
         return os.path.isfile(self._path(self.annotations, "test"))
 
     def _load(self, split: Split) -> dict[Split, Source]:
@@ -124,7 +124,7 @@ def read_coco(file: str, folder: str, on_bad_box: OnBadBox) -> tuple[list[str], 
 
     Raises:
         FileNotFoundError: if the file, the folder or an image is not there.
-        ValueError: for a damaged file, or an annotation that can not be right; it names the file and the image.
+        ValueError: for a damaged file, or an invalid annotation; the message names the file and the image.
     """
     categories, pictures, objects = _content(file, folder)
     require_files(pictures.values(), folder)
@@ -159,7 +159,7 @@ def _content(file: str, folder: str) -> tuple[dict[int, str], dict[int, Picture]
     if not images or not categories:
         raise ValueError(f"{file!r} has {len(images)} images and {len(categories)} categories: there must be some")
     if len(images) != len(content["images"]):
-        raise ValueError(f"{file!r} gives {len(content['images'])} images {len(images)} ids: each needs one of its own")
+        raise ValueError(f"{file!r} gives {len(content['images'])} images {len(images)} ids: each needs its own id")
     pictures = {
         key: Picture(os.path.join(folder, name), file, (int(width), int(height)) if width and height else None)
         for key, (name, width, height) in zip(images, entries, strict=True)

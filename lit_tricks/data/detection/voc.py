@@ -37,23 +37,23 @@ VOC_CLASSES = [
 class VOCDetection(DetectionFolders):
     """Images and objects in the layout of [Pascal VOC](http://host.robots.ox.ac.uk/pascal/VOC/).
 
-    That is ``FOLDER/JPEGImages/*.jpg``, ``FOLDER/Annotations/*.xml`` and lists of images in
-    ``FOLDER/ImageSets/Main/SET.txt``. Its pixels are counted from 1, so that a box (1, 1, w, h) becomes (0, 0, w, h).
-    Difficult objects are not trained on, and not counted in the evaluation. Training images are flipped with
-    probability 1/2. See the base class for what a batch is.
+    The layout has ``FOLDER/JPEGImages/*.jpg``, ``FOLDER/Annotations/*.xml`` and lists of images in
+    ``FOLDER/ImageSets/Main/SET.txt``. VOC counts pixels from 1, so a box (1, 1, w, h) becomes (0, 0, w, h). Difficult
+    objects are not trained on, and not counted in the evaluation. Training images are flipped with probability 1/2. See
+    the base class for what a batch is.
 
     Args:
-        root: folder that the folders below are in; of VOC it is ``VOCdevkit``.
+        root: folder of the folders below; for VOC it is ``VOCdevkit``.
         train: lists of the training images, as FOLDER/SET: the defaults are the paper's, both years' ``trainval``.
-        val: lists of the validation images. There is none beside the test of 2007, so that this is it, as in published
-            figures.
+        val: lists of the validation images. VOC has no other split than the test of 2007, which published figures also
+            use.
         test: lists of the test images. There is no test with None, or with the lists of ``val``.
         classes: names of the classes in the order of their labels, which start at 1; None are the 20 of VOC.
         kwargs: ``batch_size``, ``num_workers``, ``flip``, ``scale``, ``on_bad_box``, ``mean``, ``std`` and
             ``predict_dir``, which ``lit-tricks show VOCDetection`` explains.
 
     Raises:
-        ValueError: if an argument is out of range, a file is damaged, or an annotation can not be right.
+        ValueError: if an argument is out of range, a file is damaged, or an annotation is invalid.
         FileNotFoundError: if a folder, a file or an image is missing.
 
     Example:
@@ -84,7 +84,7 @@ class VOCDetection(DetectionFolders):
 
     @property
     def has_test(self) -> bool:
-        """Whether ``test`` names lists other than the lists of ``val``."""
+        """Return whether ``test`` names other lists than ``val``."""
         return self.lists.get("test", self.lists["val"]) != self.lists["val"]
 
     def _load(self, split: Split) -> dict[Split, Source]:
@@ -104,8 +104,8 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBox) -> list[Picture]:
     """Read annotations in the layout of Pascal VOC (http://host.robots.ox.ac.uk/pascal/VOC/).
 
-    Its pixels are counted from 1, and the last one belongs to the box: (1, 1, w, h) is all of an image, here
-    (0, 0, w, h).
+    VOC counts pixels from 1, and the last pixel belongs to the box: (1, 1, w, h) covers an image, and becomes (0, 0, w,
+    h).
 
     Args:
         folder: with JPEGImages, Annotations and ImageSets/Main.
@@ -115,7 +115,7 @@ def read_voc(folder: str, name: str, classes: Sequence[str], on_bad_box: OnBadBo
 
     Raises:
         FileNotFoundError: if a folder, the list, an annotation or an image is not there.
-        ValueError: for an empty list, a damaged annotation, or one that can not be right; it names the file.
+        ValueError: for an empty list, or a damaged or invalid annotation; the message names the file.
     """
     stems = _listed(folder, name)
     images = os.path.join(folder, "JPEGImages")

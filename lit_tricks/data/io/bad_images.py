@@ -1,4 +1,4 @@
-"""Files that can not be read as images: marked by the processes that load, told of by the main one."""
+"""Files that cannot be read as images: loading processes mark them, and the main process reports them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OnBadImage = Literal["raise", "skip"]
 
 
 class BadImages:
-    """Which files of a data set are bad, as far as it is known, in memory that all processes share.
+    """The bad files of a data set that were found so far, in memory that all processes share.
 
     Args:
-        source: the data set. What it gives is read anew to tell the reason.
+        source: the data set. A bad item is read again to report the reason.
         name: of the data set.
-        replace: another image takes the place of a bad one; otherwise the batch is smaller.
+        replace: whether another image replaces a bad one; otherwise the batch is smaller.
     """
 
     def __init__(self, source: Any, name: str, replace: bool) -> None:
@@ -46,7 +46,7 @@ class BadImages:
         self.marks[index] = 1
 
     def new(self) -> list[int]:
-        """Give those that were found since this was asked last."""
+        """Return the bad files that were found since the last call."""
         marks = self.marks.numpy().view(bool)
         if np.count_nonzero(marks) == len(self.told):
             return []
@@ -55,7 +55,7 @@ class BadImages:
         return found
 
     def row(self, index: int) -> tuple[str, str, str]:
-        """Tell the data set, the file, and what is wrong with it."""
+        """Return the data set, the file, and the reason."""
         path = self.source.paths[index]
         try:
             self.source[index][0].load()
@@ -77,7 +77,7 @@ class Report:
         self.warned = 0
 
     def update(self, bad: Iterable[BadImages], trainer: Trainer | None) -> None:
-        """Tell of what was found since the last call."""
+        """Report the files that were found since the last call."""
         rows = [each.row(index) for each in bad for index in each.new()]
         if not rows:
             return
@@ -89,7 +89,7 @@ class Report:
                 logger.log_metrics({"data/bad_images": float(len(self.paths))}, step)
 
     def warn(self) -> None:
-        """Tell how many there are, unless it was told."""
+        """Report the number of bad files, once."""
         count = len(self.paths)
         if count > self.warned:
             where = f"see {self.path}" if self.path else "such as " + ", ".join(map(repr, self.paths[:3]))
@@ -109,5 +109,5 @@ class Report:
             with open(self.path, "ab", buffering=0) as stream:  # one write: several processes may do so
                 stream.write(text.getvalue().encode(errors="surrogateescape"))
         except OSError as error:
-            log.warning("%s can not be written (%s)", self.path, os.strerror(error.errno or 0))
+            log.warning("%s cannot be written (%s)", self.path, os.strerror(error.errno or 0))
             self.path = None

@@ -33,7 +33,7 @@ Shapes = npt.NDArray[np.int64]  # height and width of each image; the height is 
 
 
 class Decoded(Image.Image):
-    """An RGB image whose pixels are there, for whatever takes a PIL image."""
+    """An RGB image that is decoded already, with the interface of a PIL image."""
 
     def __init__(self, values: Pixels) -> None:
         super().__init__()
@@ -72,16 +72,16 @@ class Store:
 class DecodedFiles(Transient, Files):
     """Files whose images were decoded once, resized to a short side if that was longer.
 
-    Copies share the pixels. A pickle does not hold them: another process decodes anew, or opens the file of the cache.
+    Copies share the pixels. A pickle has no pixels: another process decodes the files again, or opens the cache file.
 
     Args:
-        files: the files; what cannot be read raises its error when it is asked for.
+        files: the files; a file that cannot be read raises its error when the image is requested.
         short_side: in pixels, at least 1.
         cache: "memory", or "disk" for a file in the cache folder of the user, which all processes share.
         owner: name of the data module, for messages.
 
     Raises:
-        ValueError: if there is no room for the pixels.
+        ValueError: if the pixels do not fit.
         OSError: if the file cannot be written.
     """
 

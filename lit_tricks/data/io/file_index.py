@@ -1,10 +1,10 @@
-"""The image files below a folder, remembered from run to run, and held in a few tensors.
+"""The image files below a folder, cached between runs, in a few tensors.
 
-One walk serves all listings. It follows links, but not in circles, and leaves out what is hidden: names that begin with
-a dot, such as ``.ipynb_checkpoints`` and ``._0.jpg``, and the folders that operating systems and archives add.
+All listings use the same walk. The walk follows links, but not in circles. It ignores hidden names that begin with a
+dot, such as ``.ipynb_checkpoints`` and ``._0.jpg``, and the folders that operating systems and archives add.
 
-A list of a million strings makes loader processes grow: to look at one changes its reference count, and with it a page
-of memory that was shared with the main process until then. Tensors have no such counts.
+A list of a million strings makes loader processes grow: reading a string changes its reference count, which copies a
+page of memory that was shared with the main process. Tensors have no such counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VERSION = 3  # of the files in the cache
 REMEMBER_FROM = 5000  # images; fewer are found as fast
 SETTLED = 2.0  # seconds after which a change moves a folder's time stamp on any file system
 THREADS = 8  # a network file system answers many questions at a time
-# Besides names that begin with a dot: folders of macOS archives, of NAS systems and of Windows, and of file systems.
+# In addition to names that begin with a dot: folders of macOS archives, NAS systems, Windows and file systems.
 SYSTEM = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information"}
 SYSTEM |= {"lost+found"}
 
@@ -71,14 +71,14 @@ class Paths(Sequence[str]):
 
 @dataclass
 class _Folder:
-    """What is known of a folder.
+    """The cached content of a folder.
 
     Args:
         stamp: device, inode, and times of the last change of its list of files and of anything, in nanoseconds.
-        count: of its own images.
-        names: of them, sorted, with a 0 between them.
-        folders: in it, sorted.
-        hidden: number of folders and images in it that are left out.
+        count: number of images in the folder itself.
+        names: names of the images, sorted, with a 0 between them.
+        folders: names of its folders, sorted.
+        hidden: number of its folders and images that are ignored.
     """
 
     stamp: list[int]
@@ -121,20 +121,20 @@ def left_out(root: str) -> tuple[list[str], list[str]]:
 def list_images(root: str) -> tuple[Paths, Tensor, list[str]]:
     """Find all image files below the folders of a folder, at any depth, by their ending.
 
-    The order is that of torchvision: by first folder, then by folder, then by name. What was found is kept in the
-    cache folder of the user (``$LIT_TRICKS_CACHE``, or ``lit_tricks`` in ``$XDG_CACHE_HOME`` or ``~/.cache``) if it is
-    much. The next time only folders are read again whose time stamp has changed, as it does when a file is added,
-    removed or renamed; a folder that was changed just before it was read is read again, as the next change may leave
-    the stamp as it is. A cache that can not be written or read is done without.
+    The order is the same as in torchvision: by first folder, then by folder, then by name. Long listings are kept in
+    the cache folder of the user (``$LIT_TRICKS_CACHE``, or ``lit_tricks`` in ``$XDG_CACHE_HOME`` or ``~/.cache``). The
+    next run reads only folders whose time stamp has changed, which happens when a file is added, removed or renamed. A
+    folder that changed just before it was read is read again, because the next change may not change the stamp. A cache
+    that cannot be written or read is ignored.
 
     Args:
         root: the folder.
 
     Returns:
-        The files; for each its folder in ``root``, as an index, int64; and the names of these folders, sorted.
+        The files, the index of the folder in ``root`` per file, int64, and the names of these folders, sorted.
 
     Raises:
-        OSError: if a folder can not be read.
+        OSError: if a folder cannot be read.
     """
     root, start = os.fspath(root), time.monotonic()
     cache = _cache_file(root)
@@ -227,7 +227,7 @@ def _tell_of_hidden(root: str, found: dict[str, _Folder]) -> None:
     if count and (root, count) not in _told:
         _told.add((root, count))
         rank_zero_info(
-            f"{root}: {count} hidden folders and images were ignored, whose names begin with a dot or are those of "
+            f"{root}: {count} hidden folders and images were ignored, whose names begin with a dot or belong to "
             "systems, such as __MACOSX and @eaDir"
         )
 
@@ -254,7 +254,7 @@ def _cache_file(root: str) -> Path | None:
 
 
 def _read_cache(cache: Path, root: str) -> dict[str, _Folder]:
-    """A line of JSON, then the names of the files."""
+    """Return a line of JSON, then the names of the files."""
     try:
         line, _, text = read_regular(cache).partition(b"\n")
         head = json.loads(line)

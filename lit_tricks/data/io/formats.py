@@ -1,4 +1,4 @@
-"""The image files that are found by their ending, and what reads the formats that Pillow may not know."""
+"""The endings of image files, and readers for formats that Pillow may lack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JPEG files as PIL images that are decoded when their pixels are asked for, by libjpeg-turbo, and no further."""
+"""JPEG files as PIL images that libjpeg-turbo decodes when pixels are requested, only as far as needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["JPEG", "BadImageError", "Box", "Pixels", "decode_image", "pixels_of"
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
-# What libjpeg says at the end of an image whose height was lowered, and of a few files of ImageNet, which are right.
+# libjpeg's message at the end of an image whose height was lowered, and for a few intact files of ImageNet.
 HARMLESS = "extraneous bytes before marker"
 SOF0, SOF1, SOF2, SOS = 0xC0, 0xC1, 0xC2, 0xDA
 END = b"\xff\xd9"
@@ -38,7 +38,7 @@ TURNS = {  # of the EXIF orientations; 1 is upright
 
 
 class BadImageError(RuntimeError):
-    """A file can not be read as an image; the message names it. Its cause says why."""
+    """A file cannot be read as an image. The message names the file, and the cause has the reason."""
 
 
 def read_image(path: str, exact: bool = False, exif: bool = False) -> Image.Image:
@@ -47,7 +47,7 @@ def read_image(path: str, exact: bool = False, exif: bool = False) -> Image.Imag
     Args:
         path: the file.
         exact: see ``JPEG``.
-        exif: turn the image as the EXIF orientation says. A JPEG that must be turned is decoded at once, all of it.
+        exif: rotate the image by its EXIF orientation. A JPEG that must be rotated is decoded at once and completely.
 
     Raises:
         BadImageError: if it cannot be read, now or when it is decoded; the message names the file.
@@ -89,9 +89,9 @@ def _orientation(data: bytes) -> int:
 
 
 def pixels_of(image: Image.Image, box: Box | None = None) -> Pixels:
-    """Give the RGB values of an image, shape (rows, width, 3), rows from the top: of all, or of what is in a box.
+    """Return the RGB values of an image, shape (rows, width, 3), rows from the top: of all, or of a box.
 
-    With a box, the last row is that of the box, and what is beside or above it may be anything.
+    With a box, the last row is the last row of the box, and pixels to the sides of the box or above it are undefined.
     """
     if isinstance(image, JPEG):
         return image.pixels(box)
@@ -99,17 +99,17 @@ def pixels_of(image: Image.Image, box: Box | None = None) -> Pixels:
 
 
 class JPEG(Image.Image):
-    """An RGB image of a JPEG file, for whatever takes a PIL image; decoded when its pixels are asked for.
+    """An RGB image of a JPEG file with the interface of a PIL image, decoded when its pixels are requested.
 
-    Of a box, ``pixels`` decodes no more than it needs, and these as in the whole image, bit for bit. What is above and
-    beside it is read, but made no pixels of (see ``decode_region``). What is below is looked at for its end only:
-    broken data there is not found, a file that was cut off is.
+    For a box, ``pixels`` decodes only the necessary part, bitwise equal to the same pixels of the whole image. Data
+    above and to the sides of the box is read, but not converted to pixels (see ``decode_region``). Below the box only
+    the end of the file is checked: a truncated file is found, and damaged data is not.
 
     Args:
         data: bytes of the file.
-        name: of the file, for messages.
-        exact: read the data below the box as well.
-        header: what ``_header`` gives.
+        name: name of the file, for messages.
+        exact: also read the data below the box.
+        header: result of ``_header``.
 
     Raises:
         BadImageError: when it is decoded, for broken data; the message names the file.
@@ -152,7 +152,7 @@ class JPEG(Image.Image):
 
 
 class _Header(NamedTuple):
-    """Of a JPEG file that libjpeg-turbo turns into RGB.
+    """The header of a JPEG file that libjpeg-turbo can convert to RGB.
 
     Args:
         width: in pixels.
@@ -169,15 +169,15 @@ class _Header(NamedTuple):
     scan: int
 
     def rows_for(self, bottom: int) -> int:
-        """Rows to decode for those above ``bottom``; colours of half the height are smoothed over blocks."""
+        """Rows to decode for those above ``bottom``; colors of half the height are smoothed over blocks."""
         block, _ = self.block
         spare = 0 if block == 8 else 1
         return (-(-bottom // block) + spare) * block
 
     def region(self, box: Box, rows: int) -> Box:
-        """What to decode for a box: from the beginning of a block, and to the last row, where errors may be, too.
+        """Return the region to decode for a box: from the start of a block to the last row, which may contain errors.
 
-        There are 5 columns to spare: colours of half the width are smoothed, but not in less.
+        The region has 5 extra columns, because colors of half width are smoothed only in wider regions.
         """
         top, left, _, width = box
         right = min(left + width + 5, self.width)
@@ -197,7 +197,7 @@ def _header(data: bytes) -> _Header | None:
             continue
         if marker in (SOF0, SOF1, SOF2):
             precision, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
-            bomb = width * height > (Image.MAX_IMAGE_PIXELS or math.inf)  # which PIL warns of, or refuses
+            bomb = width * height > (Image.MAX_IMAGE_PIXELS or math.inf)  # which PIL rejects, or warns about
             if precision != 8 or channels not in (1, 3) or not height or not width or bomb:
                 return None
             sampling = data[at + 11 : at + 11 + 3 * channels : 3]
@@ -224,7 +224,7 @@ def _decode(data: bytes, name: str, pixels: Pixels, region: Box | None) -> Pixel
         message = str(error)
         if HARMLESS in message:
             return pixels
-        if message.startswith("Corrupt JPEG data"):  # PIL would not say so
+        if message.startswith("Corrupt JPEG data"):  # PIL does not report this
             raise _unreadable(name, error) from error
         return np.array(_decode_any(data, name))
     return pixels

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     Args:
         file: path below the root.
         label: name of its class.
-        split: "train", "val" or "test"; None where the table does not say.
+        split: "train", "val" or "test"; None if the table has no split.
         place: of the row, for messages.
     """
 
@@ -155,7 +155,7 @@ def read_list(
     for split, file in files.items():
         reader.read(file, split, (file_column, label_column, split_column))
     if not found.entries and not found.problems:
-        raise invalid("ImageTable", "the table has no rows. Add a line for each image.", table=table)
+        raise invalid("ImageTable", "the table has no rows. Add one line per image.", table=table)
     _split_by_folder(found)
     return found
 

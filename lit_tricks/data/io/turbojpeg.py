@@ -1,7 +1,7 @@
-"""A region of a JPEG file, by the TurboJPEG API of libjpeg-turbo 3, where the machine has it.
+"""Decode a region of a JPEG file by the TurboJPEG API of libjpeg-turbo 3, if the machine has it.
 
-simplejpeg decodes all columns, from the top down; this makes no pixels of the columns beside a crop and the rows above
-it, and the same ones of the crop, bit for bit. The library is the system's or conda's, or that in the package
+simplejpeg decodes all columns from the top down. This module skips the columns to the sides of a crop and the rows
+above it, and the pixels of the crop are bitwise equal. The library is the system's, conda's, or part of the package
 ``turbojpeg`` (the extra of this name).
 """
 
@@ -70,22 +70,21 @@ class _Decoders(threading.local):
 
 
 def decode_region(data: bytes, pixels: npt.NDArray[np.uint8], top: int, left: int, height: int, width: int) -> bool:
-    """Decode a region of a JPEG file into its place in the image; what is beside it may change or not.
+    """Decode a region of a JPEG file into its place in the image. Other pixels of these rows are undefined.
 
     Args:
         data: bytes of the file.
-        pixels: of the whole image, shape (rows, columns, 3), contiguous; this is written into.
+        pixels: pixels of the whole image, shape (rows, columns, 3), contiguous, changed in place.
         top: first row of the region.
         left: first column, a multiple of the width of the blocks that are coded together.
         height: in rows.
         width: in columns.
 
     Returns:
-        Whether it was done: False where there is no such library, or none that takes this file.
+        True, or False without a library that can decode this file.
 
     Raises:
-        ValueError: with the first thing that libjpeg complained about, as simplejpeg does; what it decoded is in
-            ``pixels``.
+        ValueError: with the first error of libjpeg, as in simplejpeg; decoded rows are in ``pixels``.
     """
     decoder = _decoders.own
     if not decoder:

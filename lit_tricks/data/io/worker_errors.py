@@ -1,4 +1,4 @@
-"""A loading process that was killed is one clear error, wherever it is noticed."""
+"""Report a killed loading process as one clear error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["EvalLoader", "explain_death", "guarded"]
 
 
 def guarded(loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
-    """Give the batches of a loader.
+    """Yield the batches of a loader.
 
     Raises:
-        RuntimeError: if one of its workers was killed; it says what to do.
+        RuntimeError: if one of its workers was killed; the message names the remedy.
     """
     try:
         yield from batches
-    except (RuntimeError, OSError, EOFError) as error:  # of a torn connection, or what torch says
+    except (RuntimeError, OSError, EOFError) as error:  # a closed connection, or torch's own message
         message = _death_of_worker(loader, error) or explain_death(error)
         if message is None:
             raise
@@ -31,13 +31,13 @@ def guarded(loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def explain_death(error: BaseException) -> str | None:
-    """Say in other words what torch says of a dead worker, when and wherever it notices; None for other errors."""
+    """Return a clearer error for torch's errors about a dead worker, or None for other errors."""
     match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited)", str(error))
     return _message(match[1], match[2] or "") if match else None
 
 
 class EvalLoader(DataLoader[Any]):
-    """A loader that says what to do when a worker was killed."""
+    """A loader whose error names the remedy when a worker was killed."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return guarded(self, super().__iter__())
@@ -65,5 +65,5 @@ def _message(pid: str, how: str) -> str:
         cause = "if you did not do that, the machine or the container ran out of memory: give it more"
     return (
         f"a process that loads images (pid {pid}) was killed{f' ({how})' if how else ''}; {cause}, or use fewer such "
-        "processes (num_workers) or smaller batches (batch_size). A run goes on from its last checkpoint."
+        "processes (num_workers) or smaller batches (batch_size). A run resumes from its last checkpoint."
     )

@@ -75,6 +75,6 @@ class MemoryDataModule(ImageDataModule, ABC):
         return args
 
     def _is_made_here(self, samples: Samples) -> bool:
-        """Whether batches are made at once, in this process."""
+        """Return whether batches are made at once, in this process."""
         at_once = isinstance(samples, MemorySamples) and isinstance(samples.transform, BatchTransform)
         return at_once and self.num_workers in ("auto", 0)

@@ -112,7 +112,7 @@ class EvalBatch(BatchTransform):
         to_pixels: see the base class.
         mean: see the base class.
         std: see the base class.
-        squash: resize both sides to ``resize_size``, whatever the aspect ratio.
+        squash: resize both sides to ``resize_size``, at any aspect ratio.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class TrainBatch(BatchTransform):
         return pixels.view(count, self.size, channels, self.size).transpose(1, 2)
 
     def _weights(self, start: Tensor, length: Tensor, side: int) -> Tensor:
-        """How much each pixel of a side counts in each of the result, shape (N, size, side)."""
+        """Return the weight of each pixel of a side in each pixel of the result, shape (N, size, side)."""
         start, length = start[:, None, None], length[:, None, None]
         scale = length.float() / self.size
         centers = start + (torch.arange(self.size, device=start.device)[:, None] + 0.5) * scale
@@ -257,7 +257,7 @@ class TrainBatch(BatchTransform):
 
 
 def _mirrored(images: Tensor, border: int) -> Tensor:
-    """Pad images by their reflection, without the pixels at the sides; F.pad does that for floats alone."""
+    """Pad images by their reflection, without the pixels at the border. F.pad supports only floats."""
     for dim in (2, 3):
         size = images.shape[dim]
         before, after = images.narrow(dim, 1, border), images.narrow(dim, size - border - 1, border)
@@ -269,9 +269,9 @@ def _mirrored(images: Tensor, border: int) -> Tensor:
 def boxes(height: int, width: int, least: float, most: float) -> Tensor:
     """List heights and widths of crops, int64, shape (K, 2), each as likely as the others.
 
-    They are those of torchvision's ``RandomResizedCrop``, with area and ratio on a fine grid: areas are uniform in
-    ``least`` to ``most`` of the image, logarithms of the ratio uniform in log(3/4) to log(4/3), what sticks out is left
-    out. The largest crop of an allowed ratio is the only one where no other fits.
+    The distribution is torchvision's ``RandomResizedCrop``, with area and ratio on a fine grid: areas are uniform in
+    ``least`` to ``most`` of the image, logarithms of the ratio are uniform in log(3/4) to log(4/3), and crops that
+    exceed the image are excluded. If no crop fits, the list has only the largest crop of an allowed ratio.
     """
     areas = height * width * (least + (most - least) * (np.arange(AREAS) + 0.5) / AREAS)
     low, high = np.log(RATIO)

@@ -1,8 +1,8 @@
-"""Random numbers by counting: the draws of an image depend on (seed, epoch, index) alone, on any device.
+"""Counter-based random numbers: the draws of an image depend only on (seed, epoch, index), on any device.
 
 A generator with a state gives its numbers one after another, so that an image's draws depend on what was drawn before.
 Here a hash of the key is the draw. The hash is the output function of
-[SplitMix64](https://doi.org/10.1145/2714064.2660195), in integers alone, which are the same on CPU and GPU.
+[SplitMix64](https://doi.org/10.1145/2714064.2660195). It uses only integers, which are the same on CPU and GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 
 
 class Key(NamedTuple):
-    """What decides the draws of a batch.
+    """The key of the draws of a batch.
 
     Attributes:
-        seed: of the run, any integer; 64 bits of it count.
+        seed: seed of the run, any integer; only 64 bits are used.
         epochs: epoch of each image, int64, shape (N,).
         indices: index of each image in its data set, int64, shape (N,), on the device of ``epochs``.
     """

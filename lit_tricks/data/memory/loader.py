@@ -42,7 +42,7 @@ class MemorySamples(Samples):
         return on_device or (images.images, images.labels)
 
     def plan(self, indices: Tensor, place: Place) -> Tensor:
-        """Return rows, epochs and indices, int64, shape (3, N), beside the images.
+        """Return rows, epochs and indices, int64, shape (3, N), for the images.
 
         Args:
             indices: of samples, which carry the epoch; on the CPU.

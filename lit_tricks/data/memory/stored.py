@@ -1,4 +1,4 @@
-"""Images as one tensor: at most one copy in the memory of a process, and one on its device, whoever uses them."""
+"""Images as one tensor: at most one copy in the memory of a process and one on its device, shared by all users."""
 
 from __future__ import annotations
 

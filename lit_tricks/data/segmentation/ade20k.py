@@ -61,7 +61,7 @@ class ADE20KSegmentation(MaskFolders):
 
 
 def _read_classes(file: Path) -> list[str]:
-    """Names of the 150 classes: the last column of the file, or their numbers in it."""
+    """Return the names of the 150 classes: the last column of the file, or their numbers in it."""
     if not file.is_file():
         return [str(number) for number in range(1, 151)]
     _, *rows = read_text(file).splitlines()

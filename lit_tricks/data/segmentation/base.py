@@ -27,11 +27,11 @@ SHOWN = 3  # files in an error message
 
 
 class MaskDataModule(ImageDataModule, ABC):
-    """Base: batches are (images, masks): float32 (N, C, H, W), normalised, and int64 (N, H, W).
+    """Base: batches are (images, masks): float32 (N, C, H, W), normalized, and int64 (N, H, W).
 
     A label of a mask is a class or ``ignore_index``. Training images have their short side resized to a random length
-    and are cropped at random; those of validation and test are resized and cropped at the centre. An image for
-    prediction is resized, not cropped, and a batch of its own, as sizes differ.
+    and are cropped at random. Validation and test images are resized and center-cropped. Images for prediction are
+    resized, not cropped, and each is its own batch, since sizes differ.
     """
 
     sample_type: type[Samples] = JointSamples
@@ -132,7 +132,7 @@ class MaskFolders(MaskDataModule, ABC):
 
 
 def image_files(folder: Path, layout: str) -> dict[str, str]:
-    """The image files in a folder, at any depth, by their path in it without the ending.
+    """Return the image files in a folder, at any depth, by their path in it without the ending.
 
     Raises:
         FileNotFoundError: if it is missing or empty.

@@ -25,11 +25,11 @@ LOOKED_AT = 32  # masks
 class SegmentationFolder(MaskFolders):
     """Images and masks of one name: ``root/train/images/NAME.jpg``, ``root/train/masks/NAME.png``, ``root/val/...``.
 
-    A mask has one channel, or a palette, whose values are labels: 0 for the first class. Without ``root/test``
-    there is no test. The defaults are those of the FCN in [Bag of Tricks](https://arxiv.org/abs/1812.01187), section
-    6.2, as in GluonCV: in training the short side is resized to 0.5 to 2 times 520 pixels, and a crop of 480 is flipped
-    for every second image (their rotation by up to 10 degrees and blur are left out); otherwise the short side is
-    resized to 480, and the centre cropped, masks alike.
+    A mask has one channel, or a palette, whose values are labels: 0 for the first class. Without ``root/test`` there is
+    no test. The defaults come from the FCN in [Bag of Tricks](https://arxiv.org/abs/1812.01187), section 6.2, as in
+    GluonCV. In training, the short side is resized to 0.5 to 2 times 520 pixels, and a crop of 480 is flipped in every
+    second image (without GluonCV's rotation by up to 10 degrees and blur). In evaluation, the short side is resized to
+    480, followed by a center crop. Masks are transformed alike.
 
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
@@ -71,18 +71,18 @@ class SegmentationFolder(MaskFolders):
 
     @property
     def has_test(self) -> bool:
-        """Whether there is a folder ``root/test``."""
+        """Return whether there is a folder ``root/test``."""
         return (self.root / "test").is_dir()
 
     def _read_classes(self) -> list[str]:
         if self.predict_dir is not None and not self.root.is_dir():
-            return []  # a checkpoint knows its classes, and the folders that it was trained on need not be there
+            return []  # a checkpoint has its classes, and the training folders may be missing
         if not self.root.is_dir():
             raise FileNotFoundError(f"root={str(self.root)!r} is not a folder; {LAYOUT}")
         file = self.root / "classes.txt"
         if not file.is_file():
             raise FileNotFoundError(
-                f"no classes.txt in root={str(self.root)!r}: write one, with the name of a class in each line, that of "
+                f"no classes.txt in root={str(self.root)!r}: write one, with the name of a class per line, the name of "
                 "label 0 first; or give classes=[...]"
             )
         names = [line.strip() for line in read_text(file).splitlines()]
@@ -117,6 +117,6 @@ class SegmentationFolder(MaskFolders):
         if self.ignore_index in seen and len(seen) <= 2:
             raise ValueError(
                 f"the masks in {pairs.masks.root!r} have the labels {sorted(seen)}, of which {self.ignore_index} is "
-                "ignored, so that there is nothing to tell apart: number the classes 0, 1, ..., or give another "
+                "ignored, so that no two classes are left: number the classes 0, 1, ..., or set another "
                 "ignore_index, as -1"
             )

@@ -63,7 +63,7 @@ class Pairs:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
-        """An image and its mask.
+        """Return an image and its mask.
 
         Raises:
             ValueError: if they differ in size, or the mask has a label out of range; it names the file.
@@ -78,7 +78,7 @@ class Pairs:
         return image, torch.from_numpy(mask)
 
     def labels(self, index: int) -> npt.NDArray[np.int64]:
-        """The labels of a mask, (H, W)."""
+        """Return the labels of a mask, (H, W)."""
         found = read_mask(self.masks[index])
         labels: npt.NDArray[np.int64] = found.astype(np.int64) - self.offset
         if self.offset:
@@ -100,7 +100,7 @@ class Pairs:
 
 
 def read_mask(path: str) -> Labels:
-    """Read the labels of an image file, (H, W): of a palette the indices, whatever their colours.
+    """Read the labels of an image file, (H, W). A palette's indices are the labels, and its colors are ignored.
 
     Raises:
         ValueError: if it cannot be read, or has colours and no labels; it names the file.
@@ -115,31 +115,31 @@ def read_mask(path: str) -> Labels:
         raise ValueError(f"cannot read the mask {path!r} ({error}): replace the file or remove it") from error
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise ValueError(
-            f"the mask {path!r} has colours (mode {image.mode}) and no labels: save it as a PNG with one channel, or "
+            f"the mask {path!r} has colors (mode {image.mode}) and no labels: save it as a PNG with one channel, or "
             "with a palette, whose values are the labels"
         )
     labels: Labels = np.array(image)
     if image.format == "PPM" and labels.dtype != np.bool_ and (maximum := _maximum(data)):
-        # PIL stretches grey values to 255 or 65535, and labels are no grey values
+        # PIL stretches gray values to 255 or 65535, and labels are no gray values
         labels = np.rint(labels * (maximum / (65535 if image.mode == "I" else 255))).astype(labels.dtype)
     return labels.astype(np.uint8) if labels.dtype == np.bool_ else labels
 
 
 def _maximum(data: bytes) -> int | None:
-    """Return the largest value that a PGM file can have, as its head says: after the kind, the width and the height."""
+    """Return the largest value of a PGM file from its header, after the kind, the width and the height."""
     match = re.match(rb"P[25](?:(?:\s|#[^\n\r]*)+(\d+)){3}", data)
     return int(match[1]) if match else None
 
 
 class EvalPair:
-    """The fixed transform: the short side to ``resize_size``, the centre crop, normalised.
+    """The evaluation transform: resize the short side to ``resize_size``, center crop, normalize.
 
-    An image alone, as in prediction, is resized and not cropped.
+    An image without a mask, as in prediction, is resized and not cropped.
 
     Args:
         size: side of the square result in pixels.
         resize_size: length of the short side before the crop in pixels, at least ``size``.
-        mean: of the channels on the 0-255 scale; of one channel, for grey images.
+        mean: mean per channel on the 0-255 scale; one number for gray images.
         std: standard deviation of the channels on the 0-255 scale.
     """
 
@@ -153,25 +153,25 @@ class EvalPair:
         """Float32 image (C, H, W), and int64 mask (H, W) where there is one."""
         pixels, labels = scaled(image, mask, self.resize_size, len(self.mean))
         if labels is None:
-            return _normalised(pixels, self.mean, self.std)
+            return _normalized(pixels, self.mean, self.std)
         top, left = (round((side - self.size) / 2) for side in labels.shape)
         window = (slice(top, top + self.size), slice(left, left + self.size))
-        return _normalised(pixels[(..., *window)], self.mean, self.std), labels[window].contiguous()
+        return _normalized(pixels[(..., *window)], self.mean, self.std), labels[window].contiguous()
 
     def __repr__(self) -> str:
         return f"EvalPair({self.size}, resize_size={self.resize_size})"
 
 
 class RandomPair:
-    """The random transform: the short side to a random length, a random crop, and perhaps a flip, normalised.
+    """The random transform: the short side to a random length, a random crop, and perhaps a flip, normalized.
 
-    What is missing in a crop, at the right and below, gets the mean colour, and is ignored.
+    What is missing in a crop, at the right and below, gets the mean color, and is ignored.
 
     Args:
         size: side of the square result in pixels.
         sides: least and greatest length of the short side in pixels.
         flip: whether every second image is flipped horizontally.
-        mean: of the channels on the 0-255 scale; of one channel, for grey images.
+        mean: mean per channel on the 0-255 scale; one number for gray images.
         std: standard deviation of the channels on the 0-255 scale.
         ignore_index: label of what is missing.
     """
@@ -199,7 +199,7 @@ class RandomPair:
         assert labels is not None
         top, left = (int(torch.randint(max(0, side - self.size) + 1, ())) for side in labels.shape)
         window = (slice(top, top + self.size), slice(left, left + self.size))
-        result, labels = _normalised(pixels[(..., *window)], self.mean, self.std), labels[window]
+        result, labels = _normalized(pixels[(..., *window)], self.mean, self.std), labels[window]
         height, width = labels.shape
         missing = (0, self.size - width, 0, self.size - height)
         result, labels = F.pad(result, missing), F.pad(labels, missing, value=self.ignore_index)
@@ -212,7 +212,7 @@ class RandomPair:
 
 
 def scaled(image: Image.Image, mask: Tensor | None, short: int, channels: int) -> tuple[Tensor, Tensor | None]:
-    """An image as uint8 (channels, H, W), and its mask, with a short side of ``short`` pixels."""
+    """Return an image as uint8 (channels, H, W), and its mask, with a short side of ``short`` pixels."""
     width, height = image.size
     new_width, new_height = (max(1, round(side * short / min(width, height))) for side in (width, height))
     pixels = pixels_of(image if channels == 3 else to_rgb(image).convert("L"))
@@ -230,6 +230,6 @@ def scaled(image: Image.Image, mask: Tensor | None, short: int, channels: int) -
     return result[:channels], mask
 
 
-def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     shape = (-1, 1, 1)
     return ((pixels.float() - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)).contiguous()

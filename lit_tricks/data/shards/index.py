@@ -1,4 +1,4 @@
-"""What the index of litdata's shards says, in a folder or a bucket, and clear words where there is none."""
+"""Read the index of litdata's shards, in a folder or a bucket, with clear errors if it is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def import_litdata() -> Any:
     """Import litdata, which is optional.
 
     Raises:
-        ModuleNotFoundError: that says how to install it.
+        ModuleNotFoundError: with the command that installs it.
     """
     try:
         import litdata
@@ -47,10 +47,10 @@ class Shards(Transient):
     """The shards of a split: how many samples they hold, of what classes, and single samples of them.
 
     Args:
-        split: of the data.
-        url: where they are.
-        index: what the index says, checked.
-        cache_dir: where litdata keeps what it reads from a bucket; None is its own place.
+        split: name of the split.
+        url: location of the shards.
+        index: content of the index, checked.
+        cache_dir: folder for shards that litdata reads from a bucket; None is litdata's default.
     """
 
     transient: ClassVar[dict[str, Any]] = {"_dataset": None}
@@ -93,12 +93,12 @@ class Shards(Transient):
         return bytes(data), label if self.order is None else self.order[label], name
 
     def place(self, index: int) -> str:
-        """Say where a sample is, for messages."""
+        """Return the location of a sample, for messages."""
         return f"sample {index} in {self.files[bisect_right(self.ends, index)]} of {self.url}"
 
     @property
     def paths(self) -> _Names:
-        """What the samples are called in messages: the file that each was made of, and where it is now."""
+        """Return the names of the samples in messages: the original file, and the location in the shards."""
         return _Names(self)
 
 
@@ -117,8 +117,8 @@ def read_shards(root: str, split: Split, cache_dir: str | None = None) -> Shards
         ModuleNotFoundError: if a package for that kind of bucket is missing.
         FileNotFoundError: if there is no index.
         RuntimeError: if a shard in a folder is missing or cut off.
-        PermissionError: if a bucket refuses the credentials.
-        ConnectionError: if a bucket can not be reached.
+        PermissionError: if a bucket rejects the credentials.
+        ConnectionError: if a bucket cannot be reached.
         ValueError: if the index was not written by ``lit-tricks data shard``.
     """
     remote = root.startswith(SCHEMES)
@@ -142,12 +142,12 @@ def _has_folders(folder: str) -> bool:
 
 
 def _check_whole(folder: str, shards: list[dict[str, Any]]) -> None:
-    """A shard that is shorter than it should be would let litdata wait for the rest."""
+    """Raise if a shard is too short, since litdata would wait for the rest."""
     for shard in shards:
         path = os.path.join(folder, shard["filename"])
         size = os.path.getsize(path) if os.path.isfile(path) else None
         if size != shard["chunk_bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes in the place of {shard['chunk_bytes']}"
+            found = "is missing" if size is None else f"has {size} bytes instead of {shard['chunk_bytes']}"
             raise RuntimeError(f"the shard {path!r} {found}: copy it anew, or write the shards again")
 
 
@@ -173,7 +173,7 @@ def _remote_index(url: str) -> bytes:
 
 
 def _explain(error: Exception, url: str) -> None:
-    """Raise the built-in exception that says what a client of S3 or GCS found."""
+    """Raise the built-in exception that corresponds to an error of a client of S3 or GCS."""
     response = getattr(error, "response", None)  # of botocore
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
     status = status or getattr(error, "code", None)  # of google.api_core
@@ -183,7 +183,7 @@ def _explain(error: Exception, url: str) -> None:
     if status in (400, 401, 403) or "Credentials" in name or name == "ProfileNotFound":
         raise PermissionError(
             f"{url} may not be read ({error}): check the bucket's name and the credentials, of S3 those that boto3 "
-            "finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...), of GCS those of `gcloud auth application-default login`"
+            "finds (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...), and of GCS by `gcloud auth application-default login`"
         ) from error
     if any(word in name for word in ("Connect", "Timeout", "Endpoint", "Retry")):
-        raise ConnectionError(f"{url} can not be reached ({error}): check AWS_ENDPOINT_URL and the network") from error
+        raise ConnectionError(f"{url} cannot be reached ({error}): check AWS_ENDPOINT_URL and the network") from error

@@ -1,7 +1,7 @@
-"""The one format of shards that is read: the one that ``lit-tricks data shard`` writes.
+"""The format of shards that ``lit-tricks data shard`` writes. No other format is read.
 
-litdata reads many, among them "pickle", which runs code, and formats that import what an index names. Shards may come
-from a stranger, so an index is checked before litdata sees it.
+litdata reads many formats. "pickle" runs code, and other formats import names from the index. Shards may come from a
+stranger, so an index is checked before litdata reads it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_index(index: Any) -> None:
     for key, value in config.items():
         if key == "data_spec":
             if not _is_sample(value):
-                raise ValueError(f"data_spec={value!r} is not that of (bytes, label, name)")
+                raise ValueError(f"data_spec={value!r} does not describe (bytes, label, name)")
         elif key in SIZES:
             if not (value is None or _is_count(value)):
                 raise ValueError(f"{key}={value!r} is not a number")

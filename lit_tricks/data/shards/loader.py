@@ -33,13 +33,13 @@ class ShardSamples(CheckedDataset):
     """Samples of shards, to be made into batches by ``collate``, with random draws tied to (seed, epoch, index).
 
     Args:
-        shards: those of one split.
-        samples: how images are transformed.
-        shuffle: anew in each epoch, and leave out the samples that do not fill a batch in each process; otherwise all
-            samples in their order, each in one process.
+        shards: the shards of one split.
+        samples: the transforms of the images.
+        shuffle: whether to shuffle in each epoch and drop the samples that do not fill a batch in each process;
+            otherwise all samples in their order, each in one process.
         num_replicas: number of processes.
-        rank: of this process.
-        decode: makes an image of the bytes of a file, and its name for messages.
+        rank: rank of this process.
+        decode: function that makes an image from the bytes of a file, and from its name for messages.
     """
 
     posix_fast: Any  # of litdata
@@ -111,7 +111,7 @@ class _Batch:
 
     def __getitem__(self, number: int) -> tuple[Image.Image, int]:
         item = self.items.get(number)
-        if item is None:  # in the place of a bad image
+        if item is None:  # instead of a bad image
             item = _Sample(None, number, *self.shards.item(number))
         name = f"{item.name}: {self.shards.place(number)}"
         return self.decode(item.data, name), item.label
@@ -132,7 +132,7 @@ class EqualShares(NoShuffle):  # type: ignore[misc]
     """
 
     def get_chunks_and_intervals_per_workers(self, env: Any, num_workers: int, batch_size: int, epoch: int) -> Any:
-        """Share out the shards; see litdata."""
+        """Return the share out the shards; see litdata."""
         intervals = self.cache.get_chunk_intervals()
         ends = np.cumsum([stop - start for _, start, stop, _ in intervals])
         found: tuple[list[Any], list[Any]] = ([], [])
@@ -151,12 +151,12 @@ class EqualShares(NoShuffle):  # type: ignore[misc]
 
 
 class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
-    """litdata's loader, whose epochs are those of the Trainer; Lightning saves its state in checkpoints.
+    """litdata's loader with the Trainer's epochs. Lightning saves its state in checkpoints.
 
     Args:
-        dataset: what to load.
-        epoch: tells the epoch that begins, from 0; None counts the passes.
-        kwargs: of the loader.
+        dataset: data set to load.
+        epoch: function that returns the epoch that begins, from 0; None counts the passes.
+        kwargs: arguments of the loader.
     """
 
     current_epoch: int  # of litdata, from 1
@@ -182,14 +182,14 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
         if self.restore and self.is_foreign:
             raise ValueError(
                 f"the shards in {self.dataset.shards.url} are not those that the checkpoint was trained on, so that it "
-                "can not go on in the middle of their epoch: use those shards, or a checkpoint of the end of an epoch"
+                "cannot resume in the middle of an epoch: use the same shards, or a checkpoint from the end of an epoch"
             )
         if self.restore:
             check_same_batches(self.begun_with, (self.dataset.distributed_env.world_size, self.batch_size))
         yield from guarded(self, super().__iter__())
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on after the batches that were handed out, wherever the shards are now."""
+        """Continue after the batches that were returned. The shards may be in another place now."""
         state, dataset = dict(obj["dataset"]), self.dataset
         shards = [state["subsampled_files"], [list(part) for part in state["region_of_interest"]]]
         self.is_foreign = shards != [

@@ -28,48 +28,49 @@ __all__ = ["Streaming"]
 
 
 class Streaming(ImageFolder):
-    """Images in shards, in a folder or a bucket, for more of them than a disk holds.
+    """Images in shards, in a folder or a bucket, for data sets that do not fit on a disk.
 
-    ``lit-tricks data shard`` makes the shards of a folder of images; copy them into a bucket, or leave them where they
-    are. [litdata](https://github.com/Lightning-AI/litdata) reads them. All that ``ImageFolder`` says of crops, colours,
-    sizes and classes holds here too.
+    ``lit-tricks data shard`` makes the shards from a folder of images. Copy the shards to a bucket, or use them in
+    place. [litdata](https://github.com/Lightning-AI/litdata) reads them. Crops, colors, sizes and classes are the same
+    as in ``ImageFolder``.
 
-    Each process and worker has samples of its own. For training the shards are shuffled, and the samples in each, by
-    the seed and the epoch; crops and colours depend on the seed, the epoch and the sample alone. A run that is resumed
-    in the middle of an epoch goes on with exactly the samples that were not seen, with the same number of workers in
-    the same order. Training drops the samples that do not fill a batch in each process, others in each epoch.
+    Each process and worker has its own samples. In training, the shards and the samples in each shard are shuffled by
+    seed and epoch. Crops and colors depend only on seed, epoch and sample. A run that is resumed in the middle of an
+    epoch continues with exactly the remaining samples, in the same order if the number of workers is the same. Training
+    drops the samples that do not fill a batch in each process, and drops different samples in each epoch.
 
-    Credentials and endpoint of S3 are those of boto3 (``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``,
-    ...), those of GCS of google-cloud-storage. Shards of a bucket are kept in ``cache_dir``, by default
-    ``~/.lightning/chunks``, up to three quarters of the free disk; shards in a folder are read where they are.
+    boto3 sets the credentials and endpoint of S3 (``AWS_PROFILE``, ``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...),
+    and google-cloud-storage sets them for GCS. Shards of a bucket are cached in ``cache_dir``, by default
+    ``~/.lightning/chunks``, up to three quarters of the free disk. Shards in a folder are read in place.
 
     Cost: needs ``pip install "lit-tricks[streaming]"``, and for GCS google-cloud-storage. It is as fast as
-    ``ImageFolder`` from a local disk; take that where the files fit there, since its batches do not depend on the
-    number of workers. litdata asks PyPI for newer versions if LITDATA_CHECK_UPDATES=1 is set, and not otherwise.
+    ``ImageFolder`` from a local disk. Use ``ImageFolder`` if the files fit on the disk, since its batches do not depend
+    on the number of workers. litdata checks PyPI for newer versions only if LITDATA_CHECK_UPDATES=1 is set.
 
     Args:
         root: folder, or URL that starts with s3:// or gs://, with the shards of ``train``, ``val`` and perhaps
             ``test``.
-        image_size: side of the images as the model sees them in pixels, at least 1.
+        image_size: side of the model's input in pixels, at least 1.
         batch_size: images in a batch of one process, from 1 to the number of training images.
         num_workers: processes that load, for each loader; "auto" shares the available cores among the processes of
             the machine, 16 at most; 0 loads in the main process.
-        resize_size: short side before the centre crop in pixels, at least ``image_size``; None is ``image_size``
+        resize_size: short side before the center crop in pixels, at least ``image_size``; None is ``image_size``
             times 256/224, rounded.
-        augmentation: "paper" crops, flips and changes colours; "basic" only crops and flips; "none" trains on what
-            validation sees.
+        augmentation: "paper" crops, flips and changes colors; "basic" only crops and flips; "none" uses the transform
+            of validation.
         mean: of the channels R, G, B on the 0-255 scale.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
-        random_erasing: probability that a rectangle of a training image is covered with the mean colour, in [0, 1].
-        decode: "auto" stops decoding a JPEG where the crop ends; "exact" decodes all of it, and so finds damage below.
+        random_erasing: probability that a rectangle of a training image is covered with the mean color, in [0, 1].
+        decode: "auto" stops decoding a JPEG at the end of the crop; "exact" decodes the whole file, and also finds
+            damage below the crop.
         workers: "process", or "thread" for one process with ``num_workers`` threads.
-        on_bad_image: "raise" stops; "skip" takes another sample in training, none in evaluation, and lists what is bad
-            in ``bad_images.csv`` in the folder of the run.
-        cache_dir: folder that shards of a bucket are kept in; None is litdata's own.
+        on_bad_image: "raise" stops the run; "skip" uses another sample in training and no sample in evaluation, and
+            lists bad samples in ``bad_images.csv`` in the run folder.
+        cache_dir: folder that caches shards of a bucket; None is litdata's default.
         eval_size: side of the images in validation, test and prediction in pixels, at least 1; None is ``image_size``.
-        exif: turn images as their EXIF orientation says; see ``ImageFolder``. Images that ``data shard --short-side``
-            has shrunk have no EXIF.
+        exif: rotate images by their EXIF orientation; see ``ImageFolder``. Images that ``data shard --short-side`` has
+            shrunk have no EXIF.
         classes: names of the classes in the order of the labels, for a model that was trained in another order; None is
             the order of the shards.
 
@@ -78,7 +79,7 @@ class Streaming(ImageFolder):
         ValueError: if an argument is out of range, the classes of train, val and test differ, or a run is resumed
             with other shards.
         FileNotFoundError: if there are no shards.
-        PermissionError: if the bucket does not let us in.
+        PermissionError: if the bucket denies access.
         RuntimeError: if a shard in a folder is missing or cut off; and while loading, for a sample that cannot be
             read; the message names its shard and number.
 
@@ -179,14 +180,14 @@ class Streaming(ImageFolder):
     def _load(self, split: Split) -> dict[Split, Source]:
         try:
             return {split: read_shards(self.root, split, self.cache_dir)}
-        except (FileNotFoundError, PermissionError) as error:  # a bucket that may not be listed refuses what is missing
+        except (FileNotFoundError, PermissionError) as error:  # also for missing files, without permission to list
             if split == "test":
                 raise self._no_test(self.root, "Add shards of ROOT/test") from error
             raise
 
     @property
     def has_test(self) -> bool:
-        """Whether there are shards of the test."""
+        """Return whether there are test shards."""
         try:
             self.source("test")
         except FileNotFoundError:

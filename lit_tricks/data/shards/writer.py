@@ -1,8 +1,8 @@
-"""Image folders as litdata's shards: files of 64 MB that are read in one go, from a disk or from a bucket.
+"""Write image folders as litdata's shards: files of 64 MB that are read at once, from a disk or a bucket.
 
-A sample is (bytes of a file, label, path below the folder). It is no dict: with pyarrow at hand, litdata packs those
-into tables, whose rows are slow to read one by one, and which can not be read without it. The index of the shards, the
-last file to be written, also keeps the names of the classes.
+A sample is (bytes of a file, label, path below the folder). A sample is no dict: if pyarrow is installed, litdata packs
+dicts into tables, whose rows are slow to read one by one and need pyarrow. The index of the shards is written last, and
+also has the names of the classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log: logging.Logger = logging.getLogger("lit_tricks")
 __all__ = ["CHUNK_BYTES", "image_bytes", "replaced_whole", "write_shards"]
 
 CHUNK_BYTES = 1 << 26  # litdata's own default; objects of this size load from a bucket at full speed
-QUALITY = {"quality": 95, "subsampling": 0}  # no colour is averaged, as in most files of ImageNet
+QUALITY = {"quality": 95, "subsampling": 0}  # no color is averaged, as in most files of ImageNet
 
 
 def image_bytes(path: str, short_side: int | None) -> bytes:
@@ -104,9 +104,9 @@ def write_shards(
 
 @contextmanager
 def replaced_whole(folder: str, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder that takes the place of ``folder`` at the end; an error or Ctrl-C leaves all as it was.
+    """Yield an empty folder that replaces ``folder`` at the end. After an error or Ctrl-C nothing has changed.
 
-    What killed processes left beside the folder is removed first, with a line that names it.
+    Remains of killed processes next to the folder are removed first, with a log line.
 
     Raises:
         FileExistsError: if the folder is there and not to be replaced, or holds other things than shards.
@@ -157,7 +157,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _in_order(function: Callable[[str], bytes], paths: Iterable[str], num_workers: int) -> Iterator[bytes]:
-    """Map in threads, a few items ahead of the one that is asked for."""
+    """Map in threads, a few items ahead of the requested item."""
     rest = iter(paths)
     with ThreadPoolExecutor(num_workers) as pool:
         ahead: deque[Future[bytes]] = deque(pool.submit(function, path) for path in islice(rest, 4 * num_workers))

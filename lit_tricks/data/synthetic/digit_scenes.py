@@ -23,7 +23,7 @@ __all__ = ["DigitDetection", "DigitScenes", "DigitSegmentation", "Placed"]
 
 COUNTS: dict[Split, int] = {"train": 1000, "val": 200, "test": 200}
 MOST = 4  # digits of a scene
-SCALES = (0.25, 0.45)  # side of a digit over that of the scene
+SCALES = (0.25, 0.45)  # side of a digit divided by the side of the scene
 TRIES = 20  # to find room for a digit
 NOISE = 24  # of the ground, at most, of 255
 EDGE = 0.35  # of full ink: what is darker is ground
@@ -38,10 +38,10 @@ class Placed(NamedTuple):
 
 
 class DigitScenes:
-    """Grey scenes with one to four digits of a split at random places and sizes, which do not touch.
+    """Gray scenes with one to four digits of a split at random places and sizes, which do not touch.
 
-    1000 scenes of the training digits, 200 of those for validation, and 200 of those for the test. Each is drawn anew
-    when it is asked for, the same every time.
+    There are 1000 scenes for training, and 200 each for validation and test, each from the digits of its split. A scene
+    is drawn when it is requested, and is the same every time.
 
     Args:
         split: whose digits.
@@ -59,7 +59,7 @@ class DigitScenes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[Placed]]:
-        """An image of mode L, and the digits in it."""
+        """Return an image of mode L, and the digits in it."""
         if not 0 <= index < self.count:
             raise IndexError(f"scene {index} of {self.count}")
         rng = np.random.default_rng((*self.key, index))
@@ -96,18 +96,18 @@ MEAN, STD = 31.97, 53.16  # of the pixels in the training scenes of split_seed=0
 
 
 class DigitSegmentation(MaskDataModule):
-    """Scenes of one to four handwritten digits: 64 x 64 grey pixels in 11 classes, the ground and the ten digits.
+    """Scenes of one to four handwritten digits: 64 x 64 gray pixels in 11 classes, the ground and the ten digits.
 
-    The digits are scikit-learn's (see ``Digits``), of random sizes at random places on a noisy ground, and a mask is
-    where their ink is. 1000 scenes of the training digits, 200 of those for validation, 200 of those for the test. In
-    training the side is scaled by 0.8 to 1.25, and a crop of 64 taken; nothing is flipped. Normalised by the mean and
-    standard deviation of the pixels.
+    The digits are scikit-learn's (see ``Digits``), of random sizes at random places on a noisy ground. A mask marks
+    their ink. There are 1000 scenes for training, and 200 each for validation and test, each from the digits of its
+    split. In training, the side is scaled by 0.8 to 1.25 and cropped to 64, without flips. Images are normalized by the
+    mean and standard deviation of the pixels.
 
     Args:
         batch_size: images in a batch of one process, 1 to 1000.
         num_workers: loading processes; "auto" is 0 here, as a scene is drawn in less than a millisecond.
         split_seed: decides which digits are for training, validation and test; any integer from 0 to 2**32 - 1.
-        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (image, path), in grey.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (image, path), in gray.
         eval_size: side of the images in validation and test, and short side in prediction, in pixels; None is 64.
 
     Raises:
@@ -158,11 +158,11 @@ class _WithMasks:
 
 
 class DigitDetection(DetectionDataModule):
-    """Handwritten digits on grey canvases: one to four of ten classes, at random places and sizes.
+    """Handwritten digits on gray canvases: one to four of ten classes, at random places and sizes.
 
-    Scenes are drawn from scikit-learn's digits (see ``Digits``), those of each split from digits of its own: 1000 to
-    train, 200 for validation, 200 for the test, the same every time. Labels are the digit plus 1. They are not flipped.
-    See the base class for what a batch is.
+    Scenes are drawn from scikit-learn's digits (see ``Digits``): 1000 for training, and 200 each for validation and
+    test, each from the digits of its split, and the same every time. Labels are the digit plus 1. Scenes are not
+    flipped. See the base class for what a batch is.
 
     Args:
         batch_size: images in a batch of one process, 1 to 1000.
@@ -170,7 +170,7 @@ class DigitDetection(DetectionDataModule):
         size: side of a canvas in pixels, at least 32.
         split_seed: decides which digits are for training, validation and test; any integer from 0 to 2**32 - 1.
         scale: range of the factor by which a training scene grows or shrinks in its frame.
-        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths), grey.
+        predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths), gray.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -1,4 +1,4 @@
-"""What a model says of validation and test images, kept as one small file in the run's folder for its report."""
+"""Store predictions of validation and test images in one small file of the run folder, for the report."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Evidence(Transient, Callback):
     """Keeps labels, most probable classes and probabilities of each image, and the images that were most wrong.
 
-    It looks at what ``forward`` of the module returns in a validation or test step, which must be logits,
-    log-probabilities or probabilities (N, classes) for N integer labels in the batch. All of it stays on the device
-    until the end: nothing waits for it, and nothing of the run changes. For 50,000 images of 1000 classes the file has
-    about one megabyte: of each image 22 bytes, and 16 thumbnails of up to 96 pixels.
+    It uses the output of the module's ``forward`` in a validation or test step, which must be logits, log-probabilities
+    or probabilities (N, classes) for N integer labels in the batch. The data stays on the device until the end, so the
+    host does not wait, and the run does not change. For 50,000 images of 1000 classes the file has about one megabyte:
+    22 bytes per image, and 16 thumbnails of up to 96 pixels.
 
-    Of a segmentation, logits (N, classes, H, W) for masks (N, H, W), it keeps the number of pixels of each pair of
-    classes, and the 8 images with the lowest IoU, up to 160 pixels large: for 150 classes about half a megabyte. To
-    count the pixels of an image waits for the GPU.
+    For a segmentation, logits (N, classes, H, W) for masks (N, H, W), it stores the number of pixels per pair of
+    classes, and the 8 images with the lowest IoU, up to 160 pixels large: about half a megabyte for 150 classes.
+    Counting pixels waits for the GPU.
     """
 
     transient: ClassVar[dict[str, Any]] = {"_hook": None, "_last": [], "_splits": {}, "_best": ()}
 
     def __init__(self) -> None:
-        self._splits: dict[str, tuple[_Split | MaskSplit, ...]] = {}  # as one does not know yet what batches hold
+        self._splits: dict[str, tuple[_Split | MaskSplit, ...]] = {}  # before the layout of the batches is known
         self._best: tuple[_Split | MaskSplit, ...] = ()  # the validation of the best checkpoint
         self._score: float | None = None  # of the best checkpoint
         self._last: list[Tensor] = []  # what `forward` gave in this step
@@ -67,7 +67,7 @@ class Evidence(Transient, Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was said of a batch."""
+        """Store the predictions of a batch."""
         self._keep("val", batch, dataloader_idx)
 
     def on_test_batch_end(
@@ -79,7 +79,7 @@ class Evidence(Transient, Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep what was said of a batch."""
+        """Store the predictions of a batch."""
         self._keep("test", batch, dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,7 +130,7 @@ class Evidence(Transient, Callback):
             self._best, self._score = self._splits.get("val", ()), float(score)
 
     def _keep(self, name: str, batch: Any, dataloader_idx: int) -> None:
-        """Of the first loader."""
+        """Store the predictions of a batch of the first loader."""
         last, self._last = self._last, []
         if self._hook and dataloader_idx == 0:
             for split in self._splits[name]:
@@ -160,7 +160,7 @@ class Evidence(Transient, Callback):
 
 
 class _Split(Seen):
-    """What one process sees of a split of images with labels."""
+    """The predictions of one process for a split of images with labels."""
 
     def __init__(self, dataset: Any, rank: int, replicas: int) -> None:
         super().__init__(dataset, rank, replicas)
@@ -209,7 +209,7 @@ class _Split(Seen):
         self.wrong = tuple(part[best] for part in found)
 
     def part(self) -> Arrays | None:
-        """All of it, in memory of the CPU; None if there were no labels."""
+        """Return all of it, in memory of the CPU; None if there were no labels."""
         if not self.batches:
             return None
         arrays = {k: torch.cat([b[k] for b in self.batches]).cpu().numpy() for k in self.batches[0]}
@@ -225,7 +225,7 @@ class _Split(Seen):
 
 
 def _joined(parts: list[Arrays]) -> Arrays:
-    """What all processes saw, in the order of the images."""
+    """Return the predictions of all processes, in the order of the images."""
     each = ("label", "top", "confidence", "probability", "index")
     arrays = {k: np.concatenate([part[k] for part in parts]) for k in each}
     order = np.argsort(arrays["index"], kind="stable")

@@ -1,4 +1,4 @@
-"""What a model says of the pixels of a split: how often each class was taken for each, and the worst images."""
+"""Predictions of the pixels of a split: the confusion matrix, and the images with the lowest IoU."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class MaskSplit(Seen):
-    """What one process sees of a split of images with masks.
+    """The predictions of one process for a split of images with masks.
 
-    The pixels are counted image by image, which gives the IoU of each, and leaves out images that a sampler repeats:
-    the metrics of a module count these twice.
+    The pixels are counted per image. This gives the IoU of each image, and excludes images that a sampler repeats,
+    which the metrics of a module count twice.
     """
 
     def __init__(self, dataset: Any, rank: int, replicas: int) -> None:
@@ -76,7 +76,7 @@ class MaskSplit(Seen):
         self.worst = sorted([*self.worst, found], key=lambda each: (each["iou"], each["index"]))[:WORST]
 
     def part(self) -> dict[str, Any] | None:
-        """All of it, in memory of the CPU; None if there were no masks."""
+        """Return all of it, in memory of the CPU; None if there were no masks."""
         if self.confusion is None:
             return None
         ends = {"low": self.low, "high": self.high}
@@ -89,7 +89,7 @@ class MaskSplit(Seen):
 
 
 def joined_masks(parts: list[dict[str, Any]]) -> Arrays:
-    """What all processes saw; the worst images are numbered from the worst on."""
+    """Return the predictions of all processes. The images with the lowest IoU are numbered from the lowest."""
     arrays: Arrays = {name: np.sum([part[name] for part in parts], 0) for name in ("confusion", "images")}
     worst = sorted((each for part in parts for each in part["worst"]), key=lambda each: (each["iou"], each["index"]))
     worst = worst[:WORST]
@@ -103,12 +103,12 @@ def joined_masks(parts: list[dict[str, Any]]) -> Arrays:
 
 
 def _confusion(mask: Tensor, said: Tensor, classes: int) -> Tensor:
-    """Pixels of an image by true and predicted class, (classes, classes); those of label -1 are left out."""
+    """Return the pixels of an image by true and predicted class, (classes, classes), without label -1."""
     pairs = torch.where(mask >= 0, mask * classes + said, classes**2)
     return torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
 
 
 def _mean_iou(confusion: Tensor) -> Tensor:
-    """Mean IoU over the classes that occur, in the mask or in what was said; NaN without any."""
+    """Return the mean IoU over the classes in the mask or the prediction; NaN without any."""
     both = confusion.diagonal()
     return (both / (confusion.sum(0) + confusion.sum(1) - both)).nanmean()

@@ -1,4 +1,4 @@
-"""What a process sees of the images of a split: their places and files, and small pictures of some."""
+"""Images of a split in one process: their positions and files, and thumbnails of some."""
 
 from __future__ import annotations
 
@@ -31,22 +31,23 @@ class Seen:
         self.high: Tensor | None = None
 
     def note_range(self, images: Tensor) -> None:
-        """Widen the range of the channels by that of images (N, C, H, W)."""
+        """Widen the range of the channels by the range of images (N, C, H, W)."""
         low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def size(self) -> int | None:
-        """Number of images, where it is known and matters: a place from there on is a repetition.
+        """Return the number of images, where it is known and matters: a place from there on is a repetition.
 
         A sampler repeats some images, so that all processes have as many.
         """
         return len(self.dataset) if self.replicas > 1 and hasattr(self.dataset, "__len__") else None
 
     def file_of(self, index: int) -> str:
-        """The file of an image, or "".
+        """Return the file of an image, or "".
 
-        Known where the data set, or one inside of it, knows files as torchvision's folders do, or as ours.
+        The file is known if the data set, or a data set inside it, stores files as torchvision's folders or this
+        library do.
         """
         dataset = self.dataset
         while dataset is not None:
@@ -73,10 +74,10 @@ def smaller(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
 
 
 def pixels_of(images: npt.NDArray[Any], low: npt.NDArray[Any], high: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Normalised images (N, C, H, W) as uint8 (N, H, W, 3), or (N, H, W, 1) for other than three channels.
+    """Return normalized images (N, C, H, W) as uint8 (N, H, W, 3), or (N, H, W, 1) for other than three channels.
 
-    The least and the largest value of a channel over the whole split become 0 and 255. Over many images that undoes
-    any normalisation by channel, whatever it was.
+    The smallest and the largest value of a channel over the whole split become 0 and 255. Over many images this
+    reverses any normalization per channel.
     """
     span = np.where(high > low, high - low, 1)
     scaled = (images - low[:, None, None]) / span[:, None, None]

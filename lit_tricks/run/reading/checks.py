@@ -1,4 +1,4 @@
-"""What the files of a run may hold. A file of another content is damaged, whoever wrote it."""
+"""Check the content of the files of a run. A file with other content is damaged."""
 
 from __future__ import annotations
 

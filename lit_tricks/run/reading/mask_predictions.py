@@ -1,4 +1,4 @@
-"""What a model said of the pixels of a split, and what can be counted of that."""
+"""Read predictions of the pixels of a split, and compute metrics of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["MaskPredictions", "WorstMask", "palette"]
 
 
 def palette(size: int = 256) -> npt.NDArray[np.uint8]:
-    """The colours of Pascal VOC, uint8 (size, 3): black, dark red, dark green, ...
+    """Return the colors of Pascal VOC, uint8 (size, 3): black, dark red, dark green, ...
 
-    The bits of a label, from the lowest, are those of red, green and blue in turn, from the highest.
+    The bits of a label, from the lowest, become bits of red, green and blue in turn, from the highest.
     """
     labels = np.arange(size)
-    colours = np.zeros((size, 3), np.uint8)
+    colors = np.zeros((size, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
-            colours[:, channel] |= ((labels >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colours
+            colors[:, channel] |= ((labels >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colors
 
 
 @dataclass
@@ -55,7 +55,7 @@ class MaskPredictions:
         split: "test" or "val".
         classes: names of the C classes.
         images: their number.
-        pixels: (C, C), their number by true (rows) and predicted class; those of no class are left out.
+        pixels: (C, C), number of pixels by true (rows) and predicted class, without pixels of no class.
         worst: the images with the lowest IoU, the lowest first.
         weights: "best" or "last": the weights of the best checkpoint, or of the last epoch.
     """
@@ -94,16 +94,16 @@ class MaskPredictions:
         return Confusion(label, predicted, self.pixels[label, predicted])
 
     def ious(self) -> Floats:
-        """Intersection over union of each class; NaN if it is neither in the masks nor in what was said."""
+        """Return the intersection over union per class; NaN for classes in neither the masks nor the predictions."""
         return _over(self._right, self.pixels.sum(0) + self.pixels.sum(1) - self._right)
 
     def recalls(self) -> tuple[Floats, Ints]:
-        """Of each class the part of its pixels that was right, NaN without any, and their number."""
+        """Return the recall per class, NaN without pixels, and the number of pixels."""
         count = self.pixels.sum(1)
         return _over(self._right, count), count
 
     def precisions(self) -> Floats:
-        """Of each class the part of what was taken for it that was it; NaN where nothing was."""
+        """Return the precision per class; NaN for classes that were not predicted."""
         return _over(self._right, self.pixels.sum(0))
 
     @property

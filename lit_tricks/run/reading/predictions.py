@@ -1,4 +1,4 @@
-"""What a model said of each image of a split, and what can be counted of that."""
+"""Read predictions of the images of a split, and compute metrics of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.integer[Any]]
 
 @dataclass
 class Confusion:
-    """How often images, or pixels, of a class were taken for another, where that happened: three arrays of one length.
+    """Confusions: the number of images or pixels per true and predicted class, as three arrays of one length.
 
     Args:
         label: the true class.
@@ -34,7 +34,7 @@ class Confusion:
     count: Ints
 
     def dense(self, classes: int) -> Ints:
-        """The matrix, (classes, classes): a row is a true class."""
+        """Return the matrix, (classes, classes): a row is a true class."""
         matrix = np.zeros((classes, classes), dtype=np.int64)
         matrix[self.label, self.predicted] = self.count
         return matrix
@@ -142,21 +142,21 @@ class Predictions:
         return Calibration(count, confidence, accuracy)
 
     def recalls(self) -> tuple[Floats, Ints]:
-        """Of each class the part of its images that was right, NaN without any, and their number."""
+        """Return the recall per class, NaN without images, and the number of images."""
         count = np.bincount(self.label, minlength=len(self.classes))
         right = np.bincount(self.label[self.predicted == self.label], minlength=len(self.classes))
         with np.errstate(invalid="ignore"):
             return right / count, count
 
     def precisions(self) -> Floats:
-        """Of each class the part of what was taken for it that was it; NaN where nothing was."""
+        """Return the precision per class; NaN for classes that were not predicted."""
         taken = np.bincount(self.predicted, minlength=len(self.classes))
         right = np.bincount(self.label[self.predicted == self.label], minlength=len(self.classes))
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(right / taken)
 
     def wrong(self) -> Iterator[tuple[npt.NDArray[np.uint8], str, str, float, float, str]]:
-        """Of the most wrong images: pixels, true class, predicted class, their probabilities, and where it is from."""
+        """Yield an image with a large loss: pixels, true class, predicted class, their probabilities, and its file."""
         places = {int(place): i for i, place in enumerate(self.index)}
         files = self.wrong_file or [""] * len(self.wrong_index)
         for image, place, file in zip(

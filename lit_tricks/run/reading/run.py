@@ -1,4 +1,4 @@
-"""What a run's folder holds, part by part; of a part that it lacks, why."""
+"""Read the parts of a run folder, and the reason for each missing part."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ FILES = ("results.json", "metrics.csv", "config.yaml")  # a folder with one of t
 
 @dataclass
 class Run:
-    """The parts of a run's folder; empty where they are missing.
+    """The parts of a run folder. Missing parts are empty.
 
     Args:
-        name: short, to tell it from the others of a report.
+        name: short name, unique in a report.
         path: the folder.
-        rows: of ``metrics.csv``; of a resumed run also the earlier ones, from the run that it resumes.
-        results: of ``results.json``.
-        tricks: of ``tricks.json``: arguments and effect, by name.
-        config: of ``config.yaml``.
-        predictions: of ``predictions.npz``, of images.
-        masks: of ``predictions.npz``, of the pixels of a segmentation.
-        missing: why a part is missing, by the name of what it would show.
+        rows: rows of ``metrics.csv``; in a resumed run also the earlier rows, from the run that it resumes.
+        results: content of ``results.json``.
+        tricks: content of ``tricks.json``: arguments and effect, by name.
+        config: content of ``config.yaml``.
+        predictions: predictions of images, from ``predictions.npz``.
+        masks: predictions of pixels of a segmentation, from ``predictions.npz``.
+        missing: reason for each missing part, by the name of its figure.
         resumes: checkpoint that the run started from; "" for a run that was not resumed.
-        starts: steps at which this run, and runs that it resumes, took over from an earlier one.
+        starts: steps at which this run, and the runs that it resumes, continued an earlier run.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """Which weights the metrics are of: "raw", "averaged", or "" without results."""
+        """Return the kind of weights of the metrics: "raw", "averaged", or "" without results."""
         return next((kind for kind in ("averaged", "raw") if kind in self.results), "")
 
     @property
@@ -77,11 +77,11 @@ class Run:
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Read several folders, named by as much of their path as tells them apart.
+    """Read several folders. Each name is the shortest end of the path that is unique.
 
     Raises:
-        FileNotFoundError: if one does not exist, or is no run's.
-        ValueError: if one is given twice.
+        FileNotFoundError: if a folder does not exist, or is no run folder.
+        ValueError: if a folder is given twice.
     """
     folders = [Path(path) for path in paths]
     resolved = [folder.resolve() for folder in folders]
@@ -99,7 +99,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def _require_run(path: Path) -> None:
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such folder. Give that of a run, such as runs/quickstart/v0.")
+        raise FileNotFoundError(f"{path}: there is no such folder. Pass a run folder, such as runs/quickstart/v0.")
     if not any((path / file).is_file() for file in FILES):
         inside = sorted(str(found.parent) for found in path.glob("*/metrics.csv"))
         remedy = f"give one of those in it, {', '.join(inside[:3])}" if inside else f"it has none of {', '.join(FILES)}"
@@ -107,12 +107,12 @@ def _require_run(path: Path) -> None:
 
 
 def read_run_folder(path: Path, name: str = "", above: Collection[Path] = ()) -> Run:
-    """Read a run's folder. A part that is missing, or damaged, is noted.
+    """Read a run folder. Missing and damaged parts are recorded.
 
     Args:
-        path: of the folder.
-        name: short, to tell it from others.
-        above: folders of runs that resume this one, directly or not.
+        path: path of the folder.
+        name: short, unique name.
+        above: folders of runs that resume this run, directly or indirectly.
     """
     run = Run(name or "/".join(path.resolve().parts[-2:]), path)
 
@@ -194,7 +194,7 @@ def _read_metrics(path: Path) -> list[Row]:
 
 
 def points(rows: list[Row], key: str) -> list[tuple[float, float]]:
-    """Steps and values of a metric, where it is finite."""
+    """Return the steps and values of a metric, where it is finite."""
     return [(row["step"], row[key]) for row in rows if key in row and "step" in row and math.isfinite(row[key])]
 
 

@@ -1,4 +1,4 @@
-"""The metrics that say how good a model is: fractions in [0, 1], of which more is better."""
+"""The metrics that are scores: fractions in [0, 1], higher is better."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ SCORES = {
 
 
 def scores_in(names: Iterable[str]) -> list[str]:
-    """Those of the metrics that are scores, the one that counts first."""
+    """Return the metrics that are scores, the main score first."""
     found = set(names)
     return [name for name in SCORES if name in found]

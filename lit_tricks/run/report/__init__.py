@@ -1,1 +1,1 @@
-"""Tables, plots and pages, made from the files of run folders alone."""
+"""Tables, plots and pages, made only from the files of run folders."""

@@ -40,9 +40,9 @@ def paired_change(differences: Sequence[float], confidence: float = 0.95) -> tup
 
 
 def read_run(run: Path) -> dict[str, float]:
-    """What the table needs of a run: its scores, the one that counts first, then ``seconds`` and ``memory``.
+    """Return the values of a run for the table: its scores, the main score first, then ``seconds`` and ``memory``.
 
-    Scores are those of the test data, or without any of the validation data. A run without any has top-1, not a number.
+    Scores come from the test data, or else from the validation data. A run without scores has top-1 NaN.
     """
     results: dict[str, Any] = json.loads(read_regular(run / "results.json", MOST_RESULTS))
     metrics = results.get("averaged") or results.get("raw") or {}
@@ -153,7 +153,7 @@ def _legend(runs: Runs, relative_to: str, score: str) -> str:
         f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}, in per cent. Change: points of {score} "
         f"against {reference}, paired by seed, ± the reach of the 95 % interval by Student's t. Time and peak memory: "
         "medians over the seeds, relative to the first row; memory is what torch allocates on a GPU, without one what "
-        "the process takes besides Python and its libraries."
+        "the process takes in addition to Python and its libraries."
     )
     return text + (f" Failed: {', '.join(failed)}." if failed else "")
 

@@ -12,10 +12,10 @@ FILE = Path(__file__).with_name("citations.bib")
 
 
 def citations(links: Collection[str] = (), methods: Collection[str] = ()) -> list[str]:
-    """The entries of the file that belong to links of papers, or to names of models, optimizers, data.
+    """Return the entries of the file for links of papers, or for names of models, optimizers and data.
 
     Args:
-        links: as they stand in the first lines of the tricks' docstrings.
+        links: links in the first lines of the tricks' docstrings.
         methods: names, such as "resnet", "AdamW", "CIFAR10".
 
     Returns:
@@ -33,7 +33,7 @@ def citations(links: Collection[str] = (), methods: Collection[str] = ()) -> lis
 
 
 def link_of(docstring: str | None) -> str:
-    """The link in the first line of a docstring, to the paper of what it describes; "" without any."""
+    """Return the link in the first line of a docstring, to the paper of what it describes; "" without any."""
     first = (docstring or "").strip().partition("\n")[0]
     match = re.search(r"\]\((http\S+?)\)\)?\.?$", first)
     return match[1] if match else ""

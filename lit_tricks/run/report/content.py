@@ -1,4 +1,4 @@
-"""What a report says, in one order for every form of it: sections of text, tables and pictures."""
+"""The content of a report, for all its formats: sections of text, tables and pictures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ IMAGES = {"test": "test", "val": "validation"}
 COLUMNS = ("loss", *SCORES, "ece")
 CLOCKS = {
     "host": "Seconds of the main process, by the clock of the CPU. Where a GPU computes, most of its time is spent "
-    "wherever the process waits for it.",
+    "where the process waits for it.",
     "device": "Steps are divided by events in the stream of the GPU, in every 11th step: data is what it waits for.",
 }
 
@@ -71,7 +71,7 @@ class Picture:
 
 @dataclass
 class Image:
-    """One of the most wrong images: its pixels, and what to say of it."""
+    """An image with a large loss: its pixels, and its caption."""
 
     pixels: Any
     alt: str
@@ -80,7 +80,7 @@ class Image:
 
 @dataclass
 class Section:
-    """A heading and what stands below it, in this order."""
+    """A heading and its content, in this order."""
 
     title: str
     text: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Section:
 
 
 def report_sections(runs: list[Run]) -> list[Section]:
-    """All sections of a report on these runs; those for which no run has anything are left out."""
+    """Return all sections of a report on these runs; those for which no run has anything are left out."""
     sections = [_results(runs), _tricks(runs), _settings(runs), _curves(runs), _time(runs)]
     sections += [*_predictions(runs), *_masks(runs)]
     gaps = [f"{run.name}: no {part}. The reason: {why}." for run in runs for part, why in run.missing.items()]
@@ -99,7 +99,7 @@ def report_sections(runs: list[Run]) -> list[Section]:
 
 
 def results_table(runs: list[Run]) -> Table:
-    """The metrics of the best checkpoint, by run and split."""
+    """Return the metrics of the best checkpoint, by run and split."""
     names = {name for run in runs for found in run.metrics.values() for name in found}
     columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
     rows = []
@@ -112,14 +112,14 @@ def results_table(runs: list[Run]) -> Table:
 
 
 def cell(name: str, value: float | None) -> str:
-    """A metric as it is written: scores in per cent."""
+    """Return a metric as it is written: scores in per cent."""
     if value is None:
         return "-"
     return f"{value:.2%}" if name in SCORES else f"{value:.4f}"
 
 
 def tricks_table(run: Run) -> Table:
-    """The tricks of a run, with their effects, and the arguments that are set."""
+    """Return the tricks of a run, with their effects, and the arguments that are set."""
     rows = [
         [
             name,
@@ -169,7 +169,7 @@ def _tricks(runs: list[Run]) -> Section:
 
 
 def _settings(runs: list[Run]) -> Section:
-    """What is not the same in the configurations of several runs."""
+    """Return the settings that differ between the configurations of several runs."""
     flat = {run.name: dict(_flat(run.config)) for run in runs if run.config}
     keys = sorted({key for settings in flat.values() for key in settings} - {"name"})
     rows = []
@@ -201,7 +201,7 @@ def _curves(runs: list[Run]) -> Section:
     titles = panels_of(list(shown.values()))
     if titles and len(shown) > 1:
         section.text.append(
-            "Solid: validation. Dotted: training. Dashed: trained weights, validated beside an average."
+            "Solid: validation. Dotted: training. Dashed: trained weights, validated in addition to an average."
         )
     starts = sorted({start for run in runs for start in run.starts})
     if starts:
@@ -273,7 +273,7 @@ def _confusions(said: Mapping[str, Predictions | MaskPredictions]) -> Iterator[P
 
 
 def _masks(runs: list[Run]) -> Iterator[Section]:
-    """Of segmentations."""
+    """Return the sections on segmentations."""
     said: SaidOfPixels = {run.name: run.masks for run in runs if run.masks and run.masks.pixels.any()}
     if not said:
         return
@@ -300,7 +300,7 @@ def _masks(runs: list[Run]) -> Iterator[Section]:
 
 
 def _ious(said: SaidOfPixels, names: list[str]) -> Section:
-    """All classes, as their mean is what counts."""
+    """Return all classes, as their mean is what counts."""
     first = next(iter(said.values()))
     order = worst_first([found.ious() for found in said.values()])
     order += [label for label in range(len(first.classes)) if label not in order]  # that did not occur
@@ -313,9 +313,9 @@ def _ious(said: SaidOfPixels, names: list[str]) -> Section:
         rows.append(row)
     heads = [f"{what}{f', {name}' if len(said) > 1 else ''}" for name in said for what in ("IoU", "found", "right")]
     text = [
-        "IoU: of the pixels that are of the class or were taken for it, those that are both; mIoU is the mean over the "
-        "classes that have one. Found: of the pixels of the class, those taken for it. Right: of the pixels taken for "
-        "it, those of the class."
+        "IoU: intersection over union of the true and the predicted pixels of a class. mIoU: mean over classes with "
+        "an IoU. Found: share of the class that was predicted as the class (recall). Right: share of the predictions "
+        "of the class that are right (precision)."
     ]
     alt = "Lowest IoU: " + ", ".join(f"{row[0]} {row[2]}" for row in rows[:10]) + "."
     picture = _picture("classes", alt, draw_ious, said, names)
@@ -335,7 +335,8 @@ def _classes(said: Said, names: list[str]) -> Section:
         rows.append(row)
     heads = [f"{what}{f', {name}' if len(said) > 1 else ''}" for name in said for what in ("found", "right")]
     text = [
-        "Found: of the images of the class, those taken for it. Right: of the images taken for it, those of the class."
+        "Found: share of the class that was predicted as the class (recall). Right: share of the predictions of "
+        "the class that are right (precision)."
     ]
     alt = "Worst classes: " + ", ".join(f"{row[0]} {row[2]}" for row in rows) + "."
     picture = _picture("classes", alt, draw_recalls, said, names)

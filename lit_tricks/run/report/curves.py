@@ -15,7 +15,7 @@ from lit_tricks.utils.files import write_whole
 
 __all__ = ["draw_curves", "draw_panel", "lacking", "panels_of"]
 
-# Of each panel the lines and their metrics. What is validated as "raw" beside an average are the trained weights.
+# The lines of each panel and their metrics. "raw" are the trained weights, validated in addition to an average.
 LOSS, RATE = "Loss", "Learning rate"
 SCORED = {"Top-1 accuracy": "top1", "Mean IoU": "miou", "Mean average precision": "map"}  # a task has one of these
 PANELS: dict[str, dict[str, str]] = {
@@ -24,7 +24,7 @@ PANELS: dict[str, dict[str, str]] = {
         title: {"train": f"train/{name}", "val": f"val/{name}", "val, trained weights": f"raw/val/{name}"}
         for title, name in SCORED.items()
     },
-    RATE: {},  # its lines are those of the optimizers
+    RATE: {},  # its lines are the optimizers
 }
 UNITS = {LOSS: "loss (log scale)", "Top-1 accuracy": "right in %", RATE: "learning rate"}
 WIDTHS = {"train": 1.0, "val": 1.9, "val, trained weights": 1.3}
@@ -37,12 +37,12 @@ MOST = 2000  # points of a line; more are not seen
 
 
 def panels_of(rows: Sequence[list[Row]]) -> list[str]:
-    """The panels for which at least one run has something."""
+    """Return the panels for which at least one run has something."""
     return [title for title in PANELS if any(points(r, key) for r in rows for key in _keys(title, r).values())]
 
 
 def lacking(titles: Sequence[str]) -> list[str]:
-    """The panels that any run should have, and that are not among these."""
+    """Return the panels that any run should have, and that are not among these."""
     scored = next((title for title in titles if title in SCORED), next(iter(SCORED)))
     return [title for title in (LOSS, scored, RATE) if title not in titles]
 
@@ -68,8 +68,8 @@ def draw_curves(rows: list[Row], path: Path, starts: Sequence[float] = ()) -> Pa
 def draw_panel(title: str, runs: dict[str, list[Row]], starts: Sequence[float] = (), theme: Theme = LIGHT) -> Figure:
     """Draw one of ``PANELS``, with the lines of all runs, and a vertical line at each step where a run was resumed.
 
-    One run has a colour for each line. Of several runs each has a colour, and of each the line is solid for validation,
-    dotted for training, dashed for the trained weights beside an average.
+    With one run, each line has a color. With several runs, each run has a color, and lines are solid for validation,
+    dotted for training, and dashed for the trained weights next to an average.
     """
     figure = new_figure(4.8, 3.2)
     _fill(figure.subplots(), title, runs, starts, theme)

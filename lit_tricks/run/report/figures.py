@@ -1,4 +1,4 @@
-"""Pictures of where the time went and of what a model said, of one run or of several."""
+"""Pictures of the time and the predictions of one or several runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 MOST_CLASSES = 30  # of a matrix; with more it is the most frequent mistakes that are shown
 WORST = 10  # classes, or mistakes
-COLOURS = 12  # of classes that are named under masks
+COLORS = 12  # of classes that are named under masks
 IGNORED = (224, 224, 192)  # VOC's, of pixels of no class
 
 Said = dict[str, Predictions]  # by the name of the run
@@ -34,7 +34,7 @@ SaidOfPixels = dict[str, MaskPredictions]
 
 
 def draw_time(runs: dict[str, dict[str, float]], names: list[str], theme: Theme) -> Figure:
-    """Bars of the time that each part of the training took; the colours go by the names of all runs."""
+    """Bars of the time that each part of the training took; the colors go by the names of all runs."""
     parts = [part for part in next(iter(runs.values())) if any(seconds.get(part) for seconds in runs.values())]
     figure = new_figure(4.8, 1.1 + 0.28 * len(parts) * max(1, 0.6 * len(runs)))
     axes = figure.subplots()
@@ -83,12 +83,12 @@ def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
 
 
 def draw_confusion(said: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
-    """The matrix of true and predicted classes; of more than 30 classes the most frequent mistakes instead.
+    """Draw the confusion matrix, or the most frequent mistakes for more than 30 classes.
 
     Args:
-        said: what was said.
-        of: what follows in the title, such as ", quickstart/v0".
-        theme: the ground.
+        said: the predictions.
+        of: end of the title, such as ", quickstart/v0".
+        theme: light or dark theme.
     """
     if len(said.classes) > MOST_CLASSES:
         return _draw_mistakes(said, of, theme)
@@ -140,14 +140,14 @@ def _draw_mistakes(said: Predictions | MaskPredictions, of: str, theme: Theme) -
 
 
 def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
-    """The classes of which the least is found, by the mean over the runs."""
+    """Draw the classes of which the least is found, by the mean over the runs."""
     values = {name: said.recalls()[0] for name, said in runs.items()}
     title = "found, of the images of the class, in %"
     return _draw_classes(values, next(iter(runs.values())).classes, title, names, theme)
 
 
 def draw_ious(runs: SaidOfPixels, names: list[str], theme: Theme) -> Figure:
-    """The classes with the lowest IoU, by the mean over the runs."""
+    """Draw the classes with the lowest IoU, by the mean over the runs."""
     values = {name: said.ious() for name, said in runs.items()}
     return _draw_classes(values, next(iter(runs.values())).classes, "IoU in %", names, theme)
 
@@ -175,19 +175,19 @@ def _draw_classes(runs: dict[str, Floats], classes: list[str], title: str, names
 
 
 def worst_classes(runs: Said) -> list[int]:
-    """Labels of the classes of which the least is found, the worst first; those without images are left out."""
+    """Return labels of the classes of which the least is found, the worst first; those without images are left out."""
     return worst_first([said.recalls()[0] for said in runs.values()])[:WORST]
 
 
 def worst_first(values: list[Floats]) -> list[int]:
-    """Labels of the classes, by the mean of their values over the runs; those without one in each are left out."""
+    """Return labels by the mean of their values over the runs, without classes that lack a value."""
     known = np.flatnonzero(~np.isnan(values).any(0))
     mean = np.array(values)[:, known].mean(0)
     return [int(known[i]) for i in np.argsort(mean, kind="stable")]
 
 
 def draw_wrong(said: Predictions, theme: Theme) -> Figure:
-    """The most wrong images as a grid: what they are, and what they were taken for."""
+    """Draw the most wrong images as a grid: what they are, and what they were taken for."""
     found = list(said.wrong())
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
@@ -204,29 +204,29 @@ def draw_wrong(said: Predictions, theme: Theme) -> Figure:
 
 
 def draw_worst_masks(said: MaskPredictions, theme: Theme) -> Figure:
-    """The images with the lowest IoU: each beside its mask and what was said of it, and the classes of the colours."""
+    """Draw the images with the lowest IoU, each with its mask and prediction, and the classes of the colors."""
     columns = min(2, len(said.worst))
     rows = -(-len(said.worst) // columns)
     figure = new_figure(4.6 * columns, 1.62 * rows + 0.9)
     figure.suptitle("Lowest IoU: image, mask, prediction", x=0.02, ha="left", fontsize=11, fontweight="bold")
-    widths = ([1.0, 1.0, 1.0, 0.12] * columns)[:-1]  # a gap between two that stand side by side
+    widths = ([1.0, 1.0, 1.0, 0.12] * columns)[:-1]  # a gap between two images
     grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axes in grid.flat:
         axes.axis("off")
-    colours = np.concatenate([palette(len(said.classes)), [IGNORED]])  # of label -1, which is the last
+    colors = np.concatenate([palette(len(said.classes)), [IGNORED]])  # of label -1, which is the last
     for i, found in enumerate(said.worst):
         titles = (_short(found.where, 20), "mask", f"IoU {100 * found.iou:.1f} %")
-        pictures = (found.image.squeeze(), colours[found.mask], colours[found.said])
+        pictures = (found.image.squeeze(), colors[found.mask], colors[found.said])
         start = 4 * (i % columns)
         for axes, title, picture in zip(grid[i // columns, start : start + 3], titles, pictures, strict=True):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set_title(title, fontsize=8, fontweight="normal", loc="center", parse_math=False)
             axes.set(xticks=[], yticks=[])
             axes.axis("on")
-            axes.spines[:].set_color(theme.faint)  # a mask may be of the colour of the ground
+            axes.spines[:].set_color(theme.faint)  # a mask may be of the color of the ground
     figure.legend(
         handles=[
-            Patch(facecolor=colours[label] / 255, edgecolor=theme.faint, label=name)
+            Patch(facecolor=colors[label] / 255, edgecolor=theme.faint, label=name)
             for label, name in _shown(said)
         ],
         loc="outside lower center", ncols=6, frameon=False, fontsize=8,
@@ -235,15 +235,15 @@ def draw_worst_masks(said: MaskPredictions, theme: Theme) -> Figure:
 
 
 def _shown(said: MaskPredictions) -> list[tuple[int, str]]:
-    """Labels and names of the classes that have the most pixels in the worst images."""
+    """Return labels and names of the classes that have the most pixels in the worst images."""
     labels: Ints = np.concatenate([part.ravel() for found in said.worst for part in (found.mask, found.said)])
     found, counts = np.unique(labels, return_counts=True)
-    most = sorted(found[np.argsort(-counts, kind="stable")[:COLOURS]].tolist(), key=lambda label: (label < 0, label))
+    most = sorted(found[np.argsort(-counts, kind="stable")[:COLORS]].tolist(), key=lambda label: (label < 0, label))
     return [(label, _short(said.classes[label], 14) if label >= 0 else "ignored") for label in most]
 
 
 def _per_cent(part: float) -> str:
-    """In the cell of a matrix, which is left empty for less than half of one."""
+    """Return the text of a matrix cell, empty below half a per cent."""
     return f"{100 * part:.0f}" if part >= 0.005 else ""
 
 

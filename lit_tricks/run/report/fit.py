@@ -30,20 +30,20 @@ def report_fit(
     memory: int | None = None,
     cpu_seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Sum up a finished fit: print the table, write ``results.json``, ``curves.png`` and the short ``report.md``.
+    """Summarize a finished fit: print the table, and write ``results.json``, ``curves.png`` and a short ``report.md``.
 
     Args:
-        run: folder of the run, with ``metrics.csv``.
+        run: run folder, with ``metrics.csv``.
         best: path of the best checkpoint, or "" if there is none.
-        seconds: that the training took, with the runs that it resumes.
-        time: what this training's seconds went into, see ``TimeSplit.result``.
-        memory: bytes that the run took at most.
-        cpu_seconds: CPU time of the training, with the runs that it resumes; None where a GPU trained.
+        seconds: seconds of the training, including the runs that it resumes.
+        time: seconds of this training by part, see ``TimeSplit.result``.
+        memory: peak memory of the run in bytes.
+        cpu_seconds: CPU time of the training, including the runs that it resumes; None for training on a GPU.
 
     Returns:
-        What ``results.json`` holds: the best checkpoint, its epoch, the metrics of ``train``, ``val`` and ``test``
-        there, under ``raw`` (the weights as they were trained) or ``averaged`` (those of val and test are of the
-        average that the checkpoint has), the seconds, the CPU seconds, the time, and the peak memory.
+        The content of ``results.json``: the best checkpoint, its epoch, its metrics of ``train``, ``val`` and ``test``,
+        under ``raw`` (trained weights) or ``averaged`` (val and test use the average in the checkpoint), the seconds,
+        the CPU seconds, the time, and the peak memory.
     """
     read = read_run_folder(run)
     rows = read.rows
@@ -69,7 +69,7 @@ def _last_epoch(rows: list[Row]) -> int:
 
 
 def metrics_at(rows: list[Row], split: str, epoch: int) -> Row:
-    """Metrics of a split, without its name; those of train and val at the given epoch."""
+    """Return the metrics of a split, without its name. Metrics of train and val are from the given epoch."""
     found: Row = {}
     for row in rows:
         if split == "test" or row.get("epoch") == epoch:
@@ -79,13 +79,13 @@ def metrics_at(rows: list[Row], split: str, epoch: int) -> Row:
 
 
 def _kind(checkpoint: dict[str, Any]) -> str:
-    """Which weights are in the ``state_dict``: where they are averaged, the raw ones are in a callback's state."""
+    """Return the kind of weights in the ``state_dict``. Raw weights are then in a callback's state."""
     states = checkpoint.get("callbacks", {}).values()
     return "averaged" if any(isinstance(state, dict) and state.get("raw") for state in states) else "raw"
 
 
 def _short_report(run: Run, curves: Path | None) -> str:
-    """What is there already, without drawing anything more."""
+    """Return the existing pictures, without drawing."""
     tables = [results_table([run]), tricks_table(run), time_table([run])]
     sections = [Section(table.caption, tables=[table]) for table in tables if table.rows]
     what = "each of these curves"

@@ -16,7 +16,7 @@ from lit_tricks.utils.files import write_whole
 
 __all__ = ["markdown_table", "to_html", "to_markdown", "write"]
 
-# Colours are named once for each ground; nothing is loaded from elsewhere.
+# Colors are named once for each ground; nothing is loaded from elsewhere.
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1f2328; --faint: #59636e; --line: #d1d9e0; --band: #f6f8fa;
   --link: #0060a0 }
@@ -55,12 +55,12 @@ DPI = 160  # of the pictures; shown at 96 to the inch, so that they are sharp on
 
 
 def to_markdown(title: str, sections: Sequence[Section], links: dict[str, str] | None = None) -> str:
-    """The report as Markdown; pictures are named as files beside it, ``NAME.png``.
+    """Return the report as Markdown. Pictures are files ``NAME.png`` in the same folder.
 
     Args:
-        title: of the report.
-        sections: of the report.
-        links: of further pages, by their names.
+        title: title of the report.
+        sections: sections of the report.
+        links: links to further pages, by their names.
     """
     lines = [f"# {escape_markdown(title)}", ""]
     lines += [" · ".join(f"[{name}]({target})" for name, target in links.items()), ""] if links else []
@@ -76,7 +76,7 @@ def to_markdown(title: str, sections: Sequence[Section], links: dict[str, str] |
 
 
 def markdown_table(table: Table) -> list[str]:
-    """The lines of a table."""
+    """Return the lines of a table."""
     header = ["---", *("---:" if numeric else "---" for numeric in _numeric(table)[1:])]
     return [
         "| " + " | ".join(escape_markdown(cell) for cell in row) + " |" for row in (table.header, header, *table.rows)
@@ -84,13 +84,13 @@ def markdown_table(table: Table) -> list[str]:
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """The report as one page: pictures are inside, for light and for dark; it fits narrow and wide windows."""
+    """Return the report as one page: pictures are inside, for light and for dark; it fits narrow and wide windows."""
     entries = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections))
     body = "\n".join(_section(section, f"s{i}") for i, section in enumerate(sections))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'  # or a browser would look for one
+        '<link rel="icon" href="data:,">\n'  # otherwise a browser would request one
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f'<header><h1>{escape(title)}</h1>\n<nav aria-label="Sections"><ul>{entries}</ul></nav></header>\n'
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
@@ -103,7 +103,7 @@ def _section(section: Section, key: str) -> str:
     tables = "".join(map(_table, section.tables))
     if section.images:  # one by one, which fit any width: better than the grid that is one picture
         parts += [tables, f'<div class="images">{"".join(map(_image, section.images))}</div>']
-    elif section.pictures:  # tables beside them, where there is room
+    elif section.pictures:  # tables next to them, if the page is wide enough
         parts.append(f'<div class="pictures">{tables}{"".join(map(_picture, section.pictures))}</div>')
     else:
         parts.append(tables)
@@ -150,7 +150,7 @@ def _data(png: bytes) -> str:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Which columns are of numbers: those stand right."""
+    """Return which columns have numbers, which are aligned right."""
     columns = zip(*table.rows, strict=True) if table.rows else ([] for _ in table.header)
     return [bool(cells) and all(c[:1] in "-0123456789" and len(c) < 20 for c in cells) for cells in map(list, columns)]
 

@@ -1,4 +1,4 @@
-"""The report of a race, from its ``race.json``: what was tried, what was kept, and what fresh seeds say."""
+"""The report of a race, from its ``race.json``: tried and kept tricks, and the confirmation on fresh seeds."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ def report_resolution(folder: Path, rows: Sequence[Row], train_size: int | None,
     """Write ``resolution.csv`` and ``resolution.png``, and print the table.
 
     Args:
-        folder: where they go; made if it is not there.
-        rows: ``size``, ``crop_ratio`` (None: that of the data), ``gmac`` of an image, ``top1`` and perhaps ``top5``.
-        train_size: side of the images in training in pixels, if it is known.
-        title: of the picture and the table.
+        folder: folder of the files, made if it is missing.
+        rows: ``size``, ``crop_ratio`` (None: the data's ratio), ``gmac`` per image, ``top1`` and perhaps ``top5``.
+        train_size: side of the training images in pixels, if known.
+        title: title of the picture and the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = [name for name in ("size", "crop_ratio", "gmac", "top1", "top5") if name in rows[0]]

@@ -1,4 +1,4 @@
-"""How the pictures look: on light and on dark ground, in colours that colour-blind readers tell apart."""
+"""The style of the pictures: light and dark themes, in colors that color-blind readers can distinguish."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ PLAIN_TEXT: Any = {"text.parse_math": False}  # two dollar signs in a name are n
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a ground: that of the page, of text, of what is faint, of nothing on a map, and a cycle for lines.
+    """Colors of a theme: page, text, faint lines, zero on a map, and a cycle for lines.
 
-    The cycles are those of [Okabe & Ito](https://jfly.uni-koeln.de/color/), ordered by contrast with the ground.
+    The cycles are from [Okabe & Ito](https://jfly.uni-koeln.de/color/), ordered by contrast with the page.
     """
 
     ground: str
@@ -53,7 +53,7 @@ LINES = ("-", "--", ":", "-.")
 
 
 def color_of(theme: Theme, number: int) -> tuple[str, str]:
-    """Colour and line style of the run of a number: all pairs differ up to 24 runs."""
+    """Color and line style of the run of a number: all pairs differ up to 24 runs."""
     return theme.cycle[number % len(theme.cycle)], LINES[number // len(theme.cycle) % len(LINES)]
 
 
@@ -72,18 +72,18 @@ def draw(function: Callable[..., Figure], *args: Any, theme: Theme = LIGHT) -> b
 
 
 def unit_of_time(seconds: float) -> tuple[float, str]:
-    """Seconds of a unit in which a time is a handy number, and its name."""
+    """Return the seconds of a unit in which a time is a handy number, and its name."""
     return (3600, "hours") if seconds >= 7200 else (60, "minutes") if seconds >= 300 else (1, "seconds")
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 8.1 s, 12.5 min, 7.8 h."""
+    """Return a readable time: 8.1 s, 12.5 min, 7.8 h."""
     unit, name = unit_of_time(seconds)
     return f"{seconds / unit:.1f} {name[0] if unit != 60 else 'min'}"
 
 
 def new_figure(width: float = 4.6, height: float = 3.2) -> Figure:
-    """A figure of this size in inches whose text is not clipped."""
+    """Return a figure of this size in inches whose text is not clipped."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -99,7 +99,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]], gap: float = 0.07
 
     Args:
         axes: with its limits and scale set.
-        ends: last value of a line in data units, its name and its colour.
+        ends: last value of a line in data units, its name and its color.
         gap: least distance, as a part of the height.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -109,7 +109,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]], gap: float = 0.07
     for height, _, _ in heights:
         placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.02))
     over = placed[-1] - 1 if placed else 0
-    if over > 0:  # the stack is too high: down with its upper part, as far as it must
+    if over > 0:  # the stack is too high: move its upper part down as far as needed
         top = 1.0
         for i in range(len(placed) - 1, -1, -1):
             placed[i] = min(placed[i], top)
