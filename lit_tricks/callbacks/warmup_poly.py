@@ -53,12 +53,12 @@ class WarmupPoly(Schedule):
         warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
         min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
             constant.
-        total_steps: optimizer steps of the run (batches under manual optimization). Give it only if the Trainer does
-            not know: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
+        total_steps: optimizer steps of the run (batches under manual optimization). Set it only if the Trainer has no
+            length: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
+        RuntimeError: when the fit starts, if the module has its own scheduler, or the run's length is unknown.
 
     Example:
         ``- {class_path: WarmupPoly, init_args: {power: 0.9}}``

@@ -111,7 +111,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[str] | None]:
             with safe_open(path, "pt") as file:
                 names = _label_names(file.metadata())
             return load_file(path), names
-        # timm's training script stores its arguments, a plain Namespace, beside the weights.
+        # timm's training script stores its arguments, a plain Namespace, with the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors have no error of their own for a damaged file

@@ -108,7 +108,7 @@ def _copied(paths: Iterable[str], trainer: Trainer, folder: Path, step: int) -> 
     source = Path(str(trainer.ckpt_path)).parent
     found: dict[str, str] = {}
     for path in paths:
-        # beside the resumed checkpoint, as a run folder may have been moved
+        # in the folder of the resumed checkpoint, since a run folder may have been moved
         file = next((each for each in (source / Path(path).name, Path(path)) if _is_checkpoint(each)), None)
         try:
             if file is None or _step_of(file) > step:

@@ -36,9 +36,9 @@ class Classifier(Task):
         num_classes: number of classes, at least 2. The command line takes it from the data.
         model_args: further arguments of a model given by name, such as ``{depth: 18, variant: D}``.
         weights: weights to start from: a file (timm's, or a checkpoint of a Classifier) or the name of pretrained
-            weights of timm. They are not looked for again when a checkpoint of this module is loaded. Where the
-            weights are for other classes, by number or by name, the classifier is initialized anew.
-        class_names: one name a class, for predictions. The command line takes them from the data.
+            weights of timm. They are not loaded again when a checkpoint of this module is loaded. Where the weights are
+            for other classes, by number or by name, the classifier is initialized anew.
+        class_names: one name per class, for predictions. The command line takes them from the data.
         input_size: channels, height and width of an image. The command line takes it from the data.
         optimizer: function from parameters to an optimizer; in YAML a class with its arguments.
         freeze: names of the network's parts that are not trained, such as ``[conv1, bn1, layer1]``, or "backbone" for

@@ -51,22 +51,23 @@ class Detector(Task):
         num_classes: number of classes of objects, without the background, at least 1. The command line takes it from
             the data.
         backbone: ``resnet`` (see ``lit_tricks.models.resnet``), or the name of a timm model with feature maps.
-        backbone_args: its further arguments, such as ``{depth: 50, variant: D, norm: frozen_batch}``.
+        backbone_args: further arguments of the backbone, such as ``{depth: 50, variant: D, norm: frozen_batch}``.
         weights: to start from: of the backbone, a file (timm's, or a checkpoint of a Classifier) or the name of
-            pretrained weights of timm; or of the whole network, a checkpoint of a Detector. They are not looked for
-            again when a checkpoint of this module is loaded.
-        levels: how many feature maps of the backbone are used, from the coarsest; None is 4 for Faster R-CNN and 3 for
-            RetinaNet. The pyramid adds one, or two, that are coarser.
-        channels: of the feature pyramid, and of RetinaNet's heads.
-        head_width: of the two layers of Faster R-CNN that look at a region.
-        min_size: length to which the shorter side of an image is resized, in pixels; of several one is drawn in each
-            training step, and the last is for evaluation.
-        max_size: the most that the longer side may have then.
-        anchor_scale: side of the anchors over the stride of their feature map. None is 8 for Faster R-CNN and 4 for
-            RetinaNet, made for 800 pixels; less is for small images. Objects should be of the size of some anchor.
-        aspect_ratios: of the anchors, height over width.
-        beta: where the smooth L1 of boxes turns from a square into a line, at least 0, which is L1. None is
-            torchvision's: 1/9, and 0 for RetinaNet.
+            pretrained weights of timm; or of the whole network, a checkpoint of a Detector. They are not loaded again
+            when a checkpoint of this module is loaded.
+        levels: number of feature maps of the backbone, from the coarsest; None is 4 for Faster R-CNN and 3 for
+            RetinaNet. The pyramid adds one or two coarser maps.
+        channels: channels of the feature pyramid, and of RetinaNet's heads.
+        head_width: width of the two layers of Faster R-CNN that process a region.
+        min_size: length of the shorter side of an image after resizing, in pixels; of several lengths one is drawn per
+            training step, and evaluation uses the last.
+        max_size: largest length of the longer side after resizing, in pixels.
+        anchor_scale: side of the anchors divided by the stride of their feature map. None is 8 for Faster R-CNN and 4
+            for RetinaNet, for images of 800 pixels; use less for small images. Objects should have the size of an
+            anchor.
+        aspect_ratios: aspect ratios of the anchors, height divided by width.
+        beta: error at which the smooth L1 of boxes changes from quadratic to linear, at least 0, which is L1. None is
+            torchvision's value: 1/9, and 0 for RetinaNet.
         model_args: further arguments of ``FasterRCNN`` or ``RetinaNet`` of torchvision, as ``{box_score_thresh: 0.1}``.
         class_names: one name per class, for predictions. The command line takes them from the data.
         input_size: channels, height and width of an image; only the channels are used. The command line takes it from

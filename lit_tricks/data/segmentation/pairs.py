@@ -103,7 +103,7 @@ def read_mask(path: str) -> Labels:
     """Read the labels of an image file, (H, W). A palette's indices are the labels, and its colors are ignored.
 
     Raises:
-        ValueError: if it cannot be read, or has colours and no labels; it names the file.
+        ValueError: if it cannot be read, or has colors and no labels; it names the file.
     """
     try:
         data = read_regular(path)
