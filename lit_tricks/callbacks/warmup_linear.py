@@ -1,7 +1,7 @@
-"""Linear warm-up, then a line down to the end of the run.
+"""Linear warm-up, then linear decay to the end of the run.
 
-One caveat: a line is tied to the length of the run. A run that is resumed to train longer takes up the longer line
-where it stands, with a higher learning rate than it stopped with.
+One caveat: a line depends on the length of the run. A run that is resumed to train longer continues on the longer line,
+with a higher learning rate than before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linear warm-up, then a power of the share of the run that is left: the schedule of segmentation recipes.
 
-One caveat: the decay is tied to the length of the run. A run that is resumed to train longer takes up the longer decay
-where it stands, with a higher learning rate than it stopped with.
+One caveat: the decay depends on the length of the run. A run that is resumed to train longer continues on the longer
+decay, with a higher learning rate than before.
 """
 
 from __future__ import annotations

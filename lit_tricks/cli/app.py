@@ -330,7 +330,7 @@ def run(words: list[str], debug: bool) -> None:
 
 
 def _with_checkpoint_file(args: list[str], prefer: Literal["best", "last"]) -> tuple[list[str], Path | None]:
-    """Return the words with a file instead of a run folder in --ckpt_path, and the file, if one is given."""
+    """Return the arguments with a file instead of a run folder in --ckpt_path, and the file if there is one."""
     flag = "--ckpt_path"
     path = given(args, flag)
     if not path or "://" in path or path in ("best", "last", "hpc", "null"):

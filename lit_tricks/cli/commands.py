@@ -1,4 +1,4 @@
-"""From the words of a command line to the call of a function, by its signature."""
+"""Convert a command line to the call of a function, by its signature."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTS = ("data", "model", "trainer")  # of a fit or a prediction
 
 
 def find_command(commands: ModuleType, words: list[str], name: str = "") -> tuple[Callable[..., Any] | None, str]:
-    """Return the function that a command line calls, and the words that name it.
+    """Return the function that a command line calls, and the arguments that name it.
 
     Args:
         commands: package with a function for each command, and a package for each group of them, in ``__all__``.
@@ -153,7 +153,7 @@ def _is_value(word: str) -> bool:
 
 
 def _renamed(words: list[str]) -> list[str]:
-    """Return the words of a prediction with today's names of its options."""
+    """Return the arguments of a prediction with current names of its options."""
     return [
         f"--ckpt{word.removeprefix('--ckpt_path')}" if word.partition("=")[0] == "--ckpt_path" else word
         for word in words

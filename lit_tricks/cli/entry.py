@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> None:
     """Run ``lit-tricks``.
 
     Args:
-        args: the words after ``lit-tricks``; the words of the command line by default.
+        args: arguments of ``lit-tricks``; by default the arguments of the command line.
 
     Raises:
         SystemExit: with 0 after ``--help`` and the like, 2 for arguments that cannot be understood, 130 after Ctrl-C

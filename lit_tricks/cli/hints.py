@@ -68,7 +68,7 @@ OTHER_COMMANDS = {"topk": "`lit-tricks predict --top-k`", "images": "`lit-tricks
 
 
 def require_known_names(parser: Any, words: Sequence[str]) -> None:
-    """Raise an error that names the right option where a word is known from other tools.
+    """Raise an error that names the right option for an option of other tools.
 
     Args:
         parser: of the command.

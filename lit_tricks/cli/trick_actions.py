@@ -21,7 +21,7 @@ KEY = "trainer.callbacks"
 
 
 def add_trick_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
-    """Add the flags among the words that are about one callback, and the flag that takes a callback out.
+    """Add the flags of a command line for one callback, and the flag that removes a callback.
 
     Args:
         parser: with an argument ``trainer.callbacks``.

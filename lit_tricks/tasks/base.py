@@ -236,7 +236,7 @@ class Task(LightningModule):
         return ["train/loss_epoch", *train, *val, *(f"raw/{name}" for name in val), "test/loss", *test]
 
     def configure_optimizers(self) -> Optimizer:
-        """Give the optimizer the parameters that are trained, at the rates of their layers."""
+        """Build the optimizer with the trained parameters, at the learning rates of their layers."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         own = {} if self.lr is None else {"lr": self.lr}
         if self.layer_decay == 1:

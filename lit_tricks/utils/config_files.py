@@ -30,7 +30,7 @@ CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "co
 
 
 def given(args: list[str], flag: str) -> str | None:
-    """Last value of a flag among the words of a command line."""
+    """Return the last value of a flag of a command line."""
     values = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == flag]
     values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{flag}=")]
     return values[-1] if values else None
@@ -68,7 +68,7 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def model_in(args: list[str]) -> str:
-    """Name of the model's class among the words of a command line and in their configurations, or nothing."""
+    """Return the name of the model's class in a command line and its configurations, or an empty string."""
     named: list[Any] = []
     for file in _configs_in(args):
         model = (parse_yaml(file) if file.startswith("{") else read_yaml(file)).get("model") or {}
@@ -78,7 +78,7 @@ def model_in(args: list[str]) -> str:
 
 
 def strings_in(args: list[str]) -> set[str]:
-    """Return all text that a user has given: words of a command line, and values in its configurations."""
+    """Return all text of the user: arguments of a command line, and values in its configurations."""
     found = {word.partition("=")[2] if word.startswith("-") and "=" in word else word for word in args}
 
     def collect(value: Any) -> None:

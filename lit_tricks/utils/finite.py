@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found in weights, and kept out of JSON, which has no word for them."""
+"""Find numbers that are not finite in weights, and keep them out of JSON, which does not support them."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class TrickFlag:
 
 
 def find_trick_flags(words: Sequence[str]) -> Iterator[TrickFlag]:
-    """Yield the flags among the words of a command line that are about one callback."""
+    """Yield the flags of a command line for one callback."""
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
         parsed = _parse(flag)

@@ -1,4 +1,4 @@
-"""The image files that words on a command line name: files, folders and globs."""
+"""Find the image files of a command line: files, folders and globs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
 
 
 def _paths(word: str) -> list[str]:
-    """Return the files and folders that a word names."""
+    """Return the files and folders of an argument."""
     if os.path.lexists(word):
         return [word]
     paths = sorted(glob.glob(word, recursive=True))

@@ -92,7 +92,7 @@ def race(
         engine: "local", or "ray" for the tasks of a Ray cluster.
         cpus: CPUs of each run on the cluster, 1 by default.
         gpus: GPUs of each run on the cluster; by default 1 where it has any.
-        fit_args: words for every ``lit-tricks fit``; on the command line what follows ``--``. They must set
+        fit_args: arguments of every ``lit-tricks fit``; on the command line all arguments after ``--``. They must set
             ``--trainer.max_epochs``, if no configuration does.
 
     Returns:
