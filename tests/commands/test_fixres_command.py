@@ -315,7 +315,7 @@ def test_fixres_wrong_arguments_explain_themselves(trained):
     refused("--weight_decay=0.0 must be above 0: .*", *good, "--weight_decay=0")
     refused(".*has no BatchNorm 'bn9' with running statistics: give --train_bn none, .*", *good, "--batch_norm=bn9")
     refused(
-        "the classifier .* found 'model.layer4' was model.layer4 .*--classifier.*", *good, "--classifier=model.layer4"
+        "the classifier .* got model.layer4 .*for 'model.layer4': .*--classifier.*", *good, "--classifier=model.layer4"
     )
     refused("--output no/x.ckpt lies in a folder that does not exist: make it first.", *good[:2], "-o", "no/x.ckpt")
     Path("x.ckpt").write_text("precious")

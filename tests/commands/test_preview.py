@@ -63,7 +63,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def test_from_the_command_line() -> None:
     outcome = done("data", "preview", *FIT[1:], "--out=digits.png", "--count", "9")
-    assert "digits.png: 9 training images, as the model's input: 1 x 8 x 8" in outcome.log
+    assert "digits.png: 9 training images as the model's input: 1 x 8 x 8" in outcome.log
     width, height = size_of(Path("digits.png"))
     assert width > 500
     assert height > 500

@@ -164,7 +164,7 @@ def test_all_other_kinds_are_what_pil_makes_of_them(tmp_path: Path, mode: str, e
         pytest.skip("there is no such file")
     found = pixels_of(read_image(path), (0, 0, 9, 9))
     expected = 15 if mode == "I;16" else np.asarray(Image.open(path).convert("RGB"))[:9]
-    assert (found.shape[2], found.dtype, found.flags.writable) == (3, np.uint8, True)
+    assert (found.shape[2], found.dtype, found.flags.writeable) == (3, np.uint8, True)
     assert np.array_equal(found[:, :9], np.broadcast_to(expected, found.shape)[:, :9])
 
 

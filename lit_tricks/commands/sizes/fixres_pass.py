@@ -209,9 +209,9 @@ def _classifier(module: LightningModule, name: str | None) -> tuple[str, nn.Line
     linear = [(key, layer) for key, layer in found.items() if isinstance(layer, nn.Linear)]
     if len(linear) != 1 or len(found) != 1:
         what = " and ".join(f"{key} ({type(layer).__name__})" for key, layer in found.items()) or "none"
-        asked = f" {name!r}" if name else ""
+        asked = f" for {name!r}" if name else ""
         raise ValueError(
-            f"the classifier of {type(module).__name__} must be one linear layer, but{asked} {what} was found: name it "
+            f"the classifier of {type(module).__name__} must be one linear layer, got {what}{asked}: name it "
             "with --classifier, or fine-tune with the callback FixRes."
         )
     return linear[0]
@@ -223,7 +223,7 @@ def _norms(module: LightningModule, which: str, name: str | None) -> dict[str, A
     except RuntimeError:
         what = f"BatchNorm {name!r}" if name else "BatchNorm"
         raise ValueError(
-            f"{type(module).__name__} has no {what} with running statistics: set --train_bn none, which fits "
+            f"{type(module).__name__} has no {what} with running statistics: give --train_bn none, which fits "
             "only the classifier."
         ) from None
 
