@@ -135,7 +135,7 @@ class ProgressiveResizing(Trick):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See that a batch makes as many steps as was assumed."""
+        """Raise if a batch makes another number of steps than assumed."""
         self._length.check(trainer)
 
     def state_dict(self) -> dict[str, Any]:

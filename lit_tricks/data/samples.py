@@ -60,7 +60,7 @@ def find_images(folder: str) -> Paths:
 
 
 class Samples(Transient, Dataset[tuple[Any, ...]]):
-    """Transformed samples; random transforms give the same for the same (seed, epoch, index), in any process.
+    """Transformed samples. Random transforms depend only on (seed, epoch, index), in any process.
 
     The index carries the epoch: ``index + epoch * len(samples)``, for workers that persist across epochs. A ``Crop``
     draws from its own generator, and fills its part of a batch in memory that is shared between processes. For any

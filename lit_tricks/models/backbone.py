@@ -54,7 +54,7 @@ class Backbone(nn.Module):
             integers(self, "levels", levels, 0, fix)
         else:
             integer(self, "levels", levels, 1, fix, 100)
-        # with a classifier, as weights have one, whatever its classes
+        # with a classifier, since the weights have one
         net: Any = create_model(name, 1000, in_chans=in_chans, **model_args)
         info = getattr(net, "feature_info", None)
         if not info or not hasattr(net, "forward_intermediates"):

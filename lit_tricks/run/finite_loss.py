@@ -47,7 +47,7 @@ class FiniteLoss(Transient, Callback):
         self.reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to look for the first such step of this fit."""
+        """Start to check the steps of this fit."""
         self.reset()
 
     def on_train_batch_end(

@@ -44,9 +44,9 @@ class Task(LightningModule):
 
     Args:
         num_classes: number of classes, at least ``least_classes``.
-        class_names: one name a class; None numbers them.
-        optimizer: from parameters to optimizer.
-        layer_decay: learning rate of a block over that of the next one, above 0 and at most 1.
+        class_names: one name per class; None numbers the classes.
+        optimizer: function from parameters to an optimizer.
+        layer_decay: learning rate of a block divided by the rate of the next block, above 0 and at most 1.
         input_size: channels, height and width of an image.
         freeze: names of the parts that are not trained.
 

@@ -20,7 +20,7 @@ __all__ = ["copied_train_loader"]
 
 
 def copied_train_loader(trainer: Trainer, trick: str, like_validation: bool = False) -> Any:
-    """A copy of the training loaders that starts anew, with workers of its own.
+    """Return a copy of the training loaders that starts from the beginning, with its own workers.
 
     Samplers are copied with their state. Data sets are shared, except iterable data sets that the main process reads.
 

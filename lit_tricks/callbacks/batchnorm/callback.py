@@ -38,7 +38,7 @@ class Estimating(Trick):
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
         if last and last.trainer() is trainer and last.module() is pl_module and last.override.is_as_left():
             last.override.put_back()
-        # The module's hook precedes those of all callbacks.
+        # The module's hook precedes the hooks of all callbacks.
         self.wrap(pl_module, "on_load_checkpoint", self._around_loading)
         # The module's hook follows the hooks of all callbacks, and weights-only checkpoints skip those hooks.
         self.wrap(pl_module, "on_save_checkpoint", self._around_saving)

@@ -111,7 +111,7 @@ class Schedule(Trick):
         what_follows = self.plan()
         for optimizer, lrs in zip(trainer.optimizers, self._base_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=False):
-                group["initial_lr"] = lr  # torch's name for it; a checkpoint may have brought that of another run
+                group["initial_lr"] = lr  # torch's name; a checkpoint may contain the value of another run
         is_whole = not self._length.knows_run or self._warmup_steps <= self._length.run
         if not is_whole and not trainer.fast_dev_run:  # type: ignore[union-attr]
             warnings.warn(
@@ -139,5 +139,5 @@ class Schedule(Trick):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See that a batch makes as many steps as was assumed."""
+        """Raise if a batch makes another number of steps than assumed."""
         self._length.check(trainer)

@@ -70,7 +70,7 @@ class Store:
 
 
 class DecodedFiles(Transient, Files):
-    """Files whose images were decoded once, resized to a short side if that was longer.
+    """Images that were decoded once, and resized to a short side if the short side was longer.
 
     Copies share the pixels. A pickle has no pixels: another process decodes the files again, or opens the cache file.
 

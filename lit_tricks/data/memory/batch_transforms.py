@@ -32,7 +32,7 @@ CHUNK = 64  # images whose pixels stay in the cache of a core
 
 
 class BatchTransform(Transient, ABC):
-    """Base: a transform of a batch that also takes a single PIL image, for whatever expects such a transform.
+    """Base: a transform of a batch that also takes a single PIL image, like torchvision's transforms.
 
     Args:
         to_pixels: turns a PIL image into a tensor (C, H, W), in the units of the stored images.

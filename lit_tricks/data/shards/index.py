@@ -44,7 +44,7 @@ def import_litdata() -> Any:
 
 
 class Shards(Transient):
-    """The shards of a split: how many samples they hold, of what classes, and single samples of them.
+    """The shards of a split: number of samples, classes, and single samples.
 
     Args:
         split: name of the split.

@@ -27,7 +27,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Evidence(Transient, Callback):
-    """Keeps labels, most probable classes and probabilities of each image, and the images that were most wrong.
+    """Stores labels, most probable classes and probabilities per image, and the images with the largest loss.
 
     It uses the output of the module's ``forward`` in a validation or test step, which must be logits, log-probabilities
     or probabilities (N, classes) for N integer labels in the batch. The data stays on the device until the end, so the
