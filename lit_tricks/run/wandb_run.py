@@ -116,7 +116,7 @@ def log_summary(
 
     Args:
         kind: "ablation" or "race": type of the run, and name of the table.
-        folder: of the runs; W&B's files go there too. A summary that is there already is replaced.
+        folder: folder of the runs, also for W&B's files. An existing summary is replaced.
         settings: of the runs' ``WandbLogger``.
         columns: headers of the table.
         rows: of the table.

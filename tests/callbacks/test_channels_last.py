@@ -71,7 +71,7 @@ def test_images_filters_and_features_are_laid_out():
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_outputs_in_channels_last_are_equal(precision):
-    found, expected = (fit(Colour(), *tricks, precision=precision) for tricks in ([ChannelsLast()], []))
+    found, expected = (fit(Color(), *tricks, precision=precision) for tricks in ([ChannelsLast()], []))
     tolerance = 1e-12 if precision == "64-true" else 1e-2
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
@@ -129,7 +129,7 @@ def test_after_mixing_in_any_order(order):
 
 
 def test_weights_false_converts_images_only():
-    module = Colour()
+    module = Color()
     with said() as records:
         fit(module, ChannelsLast(weights=False), max_epochs=1, limit_val_batches=0)
     assert module.images == [True] * 4

@@ -39,7 +39,7 @@ class Cell:
         name: of the row.
         seed: of the run.
         folder: ``ROOT/NAME``, in which ``lit-tricks fit`` makes ``v0``, and ``v1`` where it resumes.
-        settings: words for ``lit-tricks fit``.
+        settings: arguments of ``lit-tricks fit``.
         state: for the table.
         seconds: from the start of its process to the end, once it has ended.
     """

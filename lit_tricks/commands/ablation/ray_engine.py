@@ -70,7 +70,7 @@ def run_on_ray(
                 for reference in ray.wait(list(tasks), num_returns=1, timeout=1)[0]:
                     try:
                         tasks[reference].seconds = ray.get(reference)
-                    except ray.exceptions.RayError as error:  # a node is lost, say
+                    except ray.exceptions.RayError as error:  # for example, if a node is lost
                         with tasks[reference].log.open("a") as stream:
                             stream.write(f"Ray: {' '.join(str(error).split())}\n")
                     yield tasks.pop(reference)
@@ -97,7 +97,7 @@ def count_places(ray: Any, cpus: float, gpus: float | None) -> int:
         there = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ValueError(
             f"no node of the Ray cluster has {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs for a run: its nodes "
-            f"have {there}. Ask for less with --cpus and --gpus."
+            f"have {there}. Request less with --cpus and --gpus."
         )
     return places
 

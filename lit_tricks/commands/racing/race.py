@@ -72,12 +72,12 @@ def race(
     it. The race ends when no candidate shows a gain. Then base, recipe, and the recipe without each of its tricks run
     with fresh seeds. Choices are made on validation data. Test data is evaluated for the verdict only.
 
-    Every run is a plain ``lit-tricks fit`` of full length in a folder of its own. The same command continues a race
-    that was stopped, and tries failed runs again. Failed and diverged runs count as losses.
+    Every run is a plain ``lit-tricks fit`` of full length in its own folder. The same command continues a race that was
+    stopped, and tries failed runs again. Failed and diverged runs count as losses.
 
     Args:
         config: configurations of the base, by name or file.
-        candidates: configurations of tricks. "a|b" stands for alternatives, of which one at most is kept.
+        candidates: configurations of tricks. "a|b" means alternatives: at most one of them is kept.
         budget: time by the clock as "2h", "90m" or "300s", or a number of runs as "40". No run starts that would not
             end in time. The same command with another budget continues the race.
             A part is kept for the confirmation.

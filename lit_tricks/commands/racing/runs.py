@@ -81,7 +81,7 @@ class Runs:
         """Make the runs that are missing, and return all outcomes.
 
         Args:
-            trials: that are asked for.
+            trials: the requested trials.
             reserve: runs of full length that the budget must still hold afterwards.
 
         Raises:

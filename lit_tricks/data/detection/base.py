@@ -85,7 +85,7 @@ class DetectionFolders(DetectionDataModule, ABC):
         scale: range of the factor by which a training picture grows or shrinks in its frame, as (0.5, 2.0).
         on_bad_box: "raise" stops at a box outside of its image, or without an area; "skip" leaves such boxes out, and
             logs how many. COCO has some.
-        mean: of the channels R, G, B on the 0-255 scale: those that the backbone's weights were trained with.
+        mean: mean of the channels R, G, B on the 0-255 scale, as in the training of the backbone's weights.
         std: standard deviation of the channels R, G, B on the 0-255 scale, above 0.
         predict_dir: folder whose image files, at any depth, ``predict_dataloader`` gives as (images, paths).
     """

@@ -80,7 +80,9 @@ class VOCDetection(DetectionFolders):
             self.lists["test"] = tested
         self.classes: list[str] = check_classes(self, classes, "the classes of VOC") or list(VOC_CLASSES)
         if self.predict_dir is None and not os.path.isdir(root):
-            raise FileNotFoundError(f"root={root!r} is not a folder: give that of VOC2007 and VOC2012, or of your own")
+            raise FileNotFoundError(
+                f"root={root!r} is not a folder: set root to the folder of VOC2007 and VOC2012, or of your own data"
+            )
 
     @property
     def has_test(self) -> bool:

@@ -73,7 +73,7 @@ class MaskFolders(MaskDataModule, ABC):
     """Base of the data modules whose images and masks are files.
 
     Args:
-        crop_size: side of the images as the model sees them in pixels, at least 1.
+        crop_size: side of the model's input in pixels, at least 1.
         base_size: length of the short side that ``scale`` multiplies, in pixels, at least 1.
         scale: least and greatest factor on the short side in training, above 0; [1, 1] scales nothing.
         flip: whether every second training image is flipped horizontally; not where left and right matter.

@@ -33,10 +33,11 @@ class SegmentationFolder(MaskFolders):
 
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
-        classes: their names, in the order of the labels; None reads ``root/classes.txt``, a name a line. Where that
-            file has the same names in another order, the labels of the masks are mapped from its order to this one.
-        ignore_index: label of pixels that are no class, as borders; the model's must be the same. Where a training
-            image is smaller than the crop, the rest gets it.
+        classes: names of the classes, in the order of the labels; None reads ``root/classes.txt``, with one name per
+            line. If the file has the same names in another order, the labels of the masks are mapped from that order to
+            this one.
+        ignore_index: label of pixels without a class, such as borders; must be the same as the model's. Padding of
+            training images that are smaller than the crop gets this label.
         kwargs: ``crop_size``, ``base_size``, ``scale``, ``flip``, ``batch_size``, ``num_workers``, ``mean``, ``std``,
             ``predict_dir`` and ``eval_size``, which ``lit-tricks show SegmentationFolder`` explains.
 
