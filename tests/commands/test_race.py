@@ -38,6 +38,7 @@ from lit_tricks.commands.racing.race import EXCLUSIVE, _exclusive, _finite
 from lit_tricks.commands.racing.runs import Runs
 from lit_tricks.commands.racing.view import race_view
 from lit_tricks.run.report.race_page import race_sections
+from lit_tricks.utils.config_files import CONFIGS
 
 Score = Callable[[Trial], float]
 
@@ -378,6 +379,15 @@ def test_changed_files_of_a_race_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"content of tiny\.yaml.*--out"):
         run_race(folder / "race", budget="15")
     assert files == {path: path.read_bytes() for path in files}, "nothing is lost"
+
+
+def test_a_race_continues_under_another_installation(folder: Path) -> None:
+    """The command line gives the paths of configurations that have a name."""
+    run_race(folder / "race", budget="15", config=["tiny.yaml", str(CONFIGS / "loggers" / "tensorboard.yaml")])
+    plan = json.loads(Path("race/plan.json").read_text())
+    assert plan["config"] == ["tiny.yaml", "loggers/tensorboard"]
+    assert plan["contents"].keys() == {"tiny.yaml", "loggers/tensorboard", *read_race(folder / "race")["names"]}
+    run_race(folder / "race", budget="15", config=["tiny.yaml", "loggers/tensorboard"])
 
 
 def test_damaged_results_are_made_again(folder: Path) -> None:

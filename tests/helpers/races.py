@@ -82,7 +82,8 @@ def run_race(out: Path, engine: Any = None, parallel: int = 1, **arguments: Any)
         patch.setattr(race_module, "report_race", lambda folder: None)
         patch.setattr(os, "fsync", lambda file: None)
         given: dict[str, Any] = {"candidates": list(CANDIDATES), "budget": "90", "out": str(out)}
-        return race_module.race(["tiny.yaml"], **given | {"fit_args": ["--trainer.max_epochs=10"]} | arguments)
+        given |= {"config": ["tiny.yaml"], "fit_args": ["--trainer.max_epochs=10"]}
+        return race_module.race(**given | arguments)
 
 
 def read_race(out: Path) -> dict[str, Any]:

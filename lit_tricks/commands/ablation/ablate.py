@@ -97,7 +97,8 @@ def ablate(
     rows = rows_of(stack, mode)
     settings = {name: settings_of(tricks) for name, tricks in rows.items()}
     folder = Path(out)
-    plan = {"config": config, "rows": rows, "fit_args": fit_args or []}
+    configs = [config_name(Path(name)) or name for name in config]  # another installation has other paths
+    plan = {"config": configs, "rows": rows, "fit_args": fit_args or []}
     fit_args = apply_to_rows(fit_args or [], settings.values())
     if as_sweep:
         return _write_sweep(Path(as_sweep), folder.name, settings, seeds, paths, fit_args)

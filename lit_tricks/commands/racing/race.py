@@ -32,7 +32,7 @@ from lit_tricks.commands.racing.runs import Runs
 from lit_tricks.commands.racing.view import left_of_budget, race_view
 from lit_tricks.run.report.race_page import COLUMNS, race_rows, report_race
 from lit_tricks.utils.bounded import read_yaml
-from lit_tricks.utils.config_files import find_config, given
+from lit_tricks.utils.config_files import config_name, find_config, given
 from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.log import log
 
@@ -112,9 +112,10 @@ def race(
     words = fit_args or []
     folder = Path(out)
     epochs = _epochs(paths, words)
-    plan: dict[str, Any] = {"config": config, "candidates": candidates, "fit_args": words, "score": score}
+    configs = [config_name(Path(name)) or name for name in config]  # another installation has other paths
+    plan: dict[str, Any] = {"config": configs, "candidates": candidates, "fit_args": words, "score": score}
     plan |= {"min_gain": min_gain, "max_seeds": max_seeds, "short": short}
-    plan["contents"] = {name: _digest(name) for name in (*config, *names)}
+    plan["contents"] = {name: _digest(name) for name in (*configs, *names)}
     settings = Settings(
         max_seeds=max_seeds, min_gain=min_gain, equal_cost=score == "per-cost", short=short, epochs=epochs
     )
