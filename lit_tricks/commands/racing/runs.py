@@ -90,7 +90,8 @@ class Runs:
         missing = [trial for trial in trials if not self._has_ended(trial)]
         if missing and not self._fits(missing, reserve):
             raise OutOfBudget
-        self._make(missing)
+        if missing:
+            self._make(missing)
         for trial in trials:
             if trial in missing or trial not in self.outcomes:
                 self.outcomes[trial] = self._outcome(trial)
