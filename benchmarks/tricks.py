@@ -32,14 +32,18 @@ from lit_tricks.callbacks import drop_path
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
 
 MAKE: dict[str, Callable[[], Callback]] = {
+    "FixRes": lambda: callbacks.FixRes(test_size=None),
+    "Freeze": lambda: callbacks.Freeze(["layer4"]),
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(timm.create_model("resnet50")),
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=256),
     "SWA": lambda: callbacks.SWA(lr=0.01, start=0.0),
+    "Unfreeze": lambda: callbacks.Unfreeze({"layer4": 1}),
     "WarmupCosine": lambda: callbacks.WarmupCosine(warmup_epochs=1),
     "WarmupExponential": lambda: callbacks.WarmupExponential(gamma=0.94, every_n_epochs=1, warmup_epochs=1),
     "WarmupStep": lambda: callbacks.WarmupStep(milestones=[2], warmup_epochs=1),
 }
-ASIDE = {"ChannelsLast", "Compile", "KnowledgeDistillation"}  # their cost is no overhead
+# They trade time, so their cost is not overhead: freezing.py measures what freezing saves.
+ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation", "Unfreeze"}
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
     "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,

@@ -90,6 +90,7 @@ __all__ = [
     "unscales_in_step",
     "was_skipped_by_scaler",
     "workers_of",
+    "wrap_again_by_ddp",
 ]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -216,6 +217,22 @@ def dump_weights(trainer: Trainer) -> dict[str, Any]:
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/connectors/checkpoint_connector.py#L415
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+
+
+def wrap_again_by_ddp(strategy: Any, pl_module: LightningModule) -> None:
+    """Wrap the module by DDP anew, which then averages the gradients of all parameters that need one now.
+
+    DDP registers its hooks on parameters when it wraps a module. The hooks of the old wrapper would wait for gradients
+    of a backward pass that does not run under it.
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/parallel/distributed.py#L2620
+
+    Args:
+        strategy: a DDPStrategy that has wrapped the module.
+        pl_module: the module itself.
+    """
+    strategy.model._remove_autograd_hooks()
+    strategy.model = pl_module
+    strategy.configure_ddp()
 
 
 def saves_in_shards(trainer: Trainer) -> bool:

@@ -11,6 +11,7 @@ Random draws are arguments, so that every function returns the same for the same
 | KnowledgeDistillation | ``distillation_divergence`` |
 | L1Penalty | ``add_l1_gradient``, ``sparsity`` |
 | LabelSmoothing | ``label_smoothing_for_torch`` |
+| LayerDecay | ``layer_decay_factor`` |
 | LinearScaling | ``lr_scaling_factor`` |
 | MixUp | ``mixup`` |
 | ProgressiveResizing | ``progressive_side`` |
@@ -28,6 +29,7 @@ from lit_tricks.callbacks.focal_loss import focal_factor
 from lit_tricks.callbacks.knowledge_distillation import distillation_divergence
 from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
+from lit_tricks.callbacks.layer_decay import layer_decay_factor
 from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.optim.schedule import warmup
@@ -54,6 +56,7 @@ __all__ = [
     "focal_factor",
     "kept_area",
     "label_smoothing_for_torch",
+    "layer_decay_factor",
     "lr_scaling_factor",
     "mean_logits",
     "mixup",

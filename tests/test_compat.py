@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import sys
 import threading
@@ -217,6 +218,28 @@ def test_saves_in_shards_only_under_a_strategy_that_does(namespace):
     for strategy, expected in ((parallel(save_distributed_checkpoint=True), True), (object(), False)):
         assert _compat.saves_in_shards(SimpleNamespace(strategy=strategy)) is expected
     assert not _compat.saves_in_shards(SimpleNamespace(strategy=parallel(save_distributed_checkpoint=False)))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_wrap_again_by_ddp_registers_what_is_trained_now(namespace):
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        package = lightning(namespace)
+        environments = importlib.import_module(f"{package.__name__}.plugins.environments")
+        strategy = package.strategies.DDPStrategy(
+            parallel_devices=[torch.device("cpu")], cluster_environment=environments.LightningEnvironment()
+        )
+        strategy.model = module = module_class(namespace)()
+        module.net[0].requires_grad_(False)
+        strategy.configure_ddp()
+        first = strategy.model
+        module.net[0].requires_grad_(True)
+        _compat.wrap_again_by_ddp(strategy, module)
+        assert strategy.model is not first
+        strategy.model(torch.zeros(2, 1, 8, 8)).sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("namespace", PACKAGES)

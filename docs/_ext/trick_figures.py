@@ -20,6 +20,7 @@ from lit_tricks.callbacks.ema import ema_decay
 from lit_tricks.callbacks.focal_loss import focal_factor
 from lit_tricks.callbacks.l1_penalty import add_l1_gradient
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
+from lit_tricks.callbacks.layer_decay import layer_decay_factor
 from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.progressive_resizing import progressive_side
@@ -243,6 +244,53 @@ def draw_stable_decay(theme: Theme) -> Figure:
 @figure_of("WarmupExponential", "Linear warm-up, then a factor of 0.94 every two epochs.")
 def draw_exponential(theme: Theme) -> Figure:
     return schedule(theme, "", ("gamma 0.94", lambda step: warmup_exponential(step, 0.1, 2 * EPOCH, 0.94, 5 * EPOCH)))
+
+
+@figure_of(
+    "LayerDecay",
+    "The factor on the learning rate in the 18 layers of a ResNet-50, from the first convolution to the end.",
+)
+def draw_layer_decay(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.6)
+    axes = figure.subplots()
+    for number, decay in enumerate((0.9, 0.75, 0.65)):
+        factors = [layer_decay_factor(17 - layer, decay) for layer in range(18)]
+        axes.plot(range(1, 19), factors, ".-", color=theme.cycle[number], label=f"decay {decay}")
+    axes.set_yscale("log")
+    tidy(axes, "", "layer", "factor")
+    axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+def parts_over_time(theme: Theme, moments: dict[str, float | None]) -> Figure:
+    """Draw which parts of a ResNet are trained in which epochs."""
+    figure = new_figure(WIDE, 2.2)
+    axes = figure.subplots()
+    for place, moment in enumerate(moments.values()):
+        start = 10 if moment is None else moment
+        axes.barh(place, start, color=theme.faint, label="frozen" if place == 0 else None)
+        axes.barh(
+            place, 10 - start, left=start, color=theme.cycle[0], label="trained" if place == len(moments) - 1 else None
+        )
+    axes.set_yticks(range(len(moments)), list(moments))
+    axes.grid(False)
+    tidy(axes, "", "epoch", "")
+    axes.legend(frameon=False, labelcolor=theme.ink, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@figure_of("Freeze", "The backbone of a ResNet is frozen for two of ten epochs, and its first layers to the end.")
+def draw_freeze(theme: Theme) -> Figure:
+    backbone = dict.fromkeys(("layer1", "layer2", "layer3", "layer4"), 2.0)
+    return parts_over_time(theme, {"conv1, bn1": None, **backbone, "fc": 0.0})
+
+
+@figure_of(
+    "Unfreeze", "Parts of a ResNet are trained from the head down: layer4 from epoch 1, layer3 from 2, all from 4."
+)
+def draw_unfreeze(theme: Theme) -> Figure:
+    parts: dict[str, float | None] = {"conv1, bn1": 4, "layer1": 4, "layer2": 4, "layer3": 2, "layer4": 1, "fc": 0}
+    return parts_over_time(theme, parts)
 
 
 @figure_of("LinearScaling", "The factor on the learning rate, over the images in an optimizer step.")

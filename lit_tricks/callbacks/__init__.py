@@ -7,9 +7,11 @@ from lit_tricks.callbacks.drop_path import DropPath
 from lit_tricks.callbacks.ema import EMA
 from lit_tricks.callbacks.fixres import FixRes
 from lit_tricks.callbacks.focal_loss import FocalLoss
+from lit_tricks.callbacks.freeze import Freeze
 from lit_tricks.callbacks.knowledge_distillation import KnowledgeDistillation
 from lit_tricks.callbacks.l1_penalty import L1Penalty
 from lit_tricks.callbacks.label_smoothing import LabelSmoothing
+from lit_tricks.callbacks.layer_decay import LayerDecay
 from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.mixup import MixUp
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
@@ -17,6 +19,7 @@ from lit_tricks.callbacks.precise_bn import PreciseBN
 from lit_tricks.callbacks.progressive_resizing import ProgressiveResizing
 from lit_tricks.callbacks.swa import SWA
 from lit_tricks.callbacks.test_time_augment import TestTimeAugment
+from lit_tricks.callbacks.unfreeze import Unfreeze
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
 from lit_tricks.callbacks.warmup_exponential import WarmupExponential
 from lit_tricks.callbacks.warmup_linear import WarmupLinear
@@ -35,15 +38,18 @@ __all__ = [
     "DropPath",
     "FixRes",
     "FocalLoss",
+    "Freeze",
     "KnowledgeDistillation",
     "L1Penalty",
     "LabelSmoothing",
+    "LayerDecay",
     "LinearScaling",
     "MixUp",
     "NoBiasDecay",
     "PreciseBN",
     "ProgressiveResizing",
     "TestTimeAugment",
+    "Unfreeze",
     "WarmupCosine",
     "WarmupExponential",
     "WarmupLinear",

@@ -19,6 +19,7 @@ from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.finetuning.eval_transform import SwitchedTransforms
 from lit_tricks.callbacks.finetuning.freezing import Frozen, refuse_rivals
 from lit_tricks.callbacks.optim.initializer import sign_of_training
+from lit_tricks.callbacks.optim.lr_factors import set_base_lr
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group
 from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number, text
 from lit_tricks.utils.batch import refuse_boxes
@@ -272,7 +273,7 @@ class FixRes(Trick):
             # before the group is added, since LinearScaling scales added groups, in any order of the two callbacks
             old = group.get("lr", optimizer.defaults.get("lr"))
             if self.lr is not None and old is not None:
-                group["lr"] = torch.full_like(old, self.lr) if isinstance(old, Tensor) else self.lr
+                set_base_lr(group, torch.full_like(old, self.lr) if isinstance(old, Tensor) else self.lr)
             add_param_group(group)
 
         with on_each_group(set_rate):

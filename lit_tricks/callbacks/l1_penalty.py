@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_tricks._compat import foreach_add_, foreach_mul_, foreach_sign, unscales_in_step
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.callbacks.optim.param_groups import groups_of
 from lit_tricks.utils.arguments import number
 from lit_tricks.utils.dtensor import to_local
 from lit_tricks.utils.modules import check_shapes, kinds
@@ -102,9 +103,11 @@ class L1Penalty(Trick):
         """
         check_shapes(pl_module, "L1Penalty")
         self._forget()
+        # Parameters that need no gradient now may be unfrozen later.
+        trained = {parameter for group in groups_of(trainer.optimizers) for parameter in group["params"]}
         for owner in pl_module.modules():
             for name, parameter in owner.named_parameters(recurse=False):
-                if parameter.requires_grad and kinds(name, parameter, owner) <= {"embedding"}:
+                if parameter in trained and kinds(name, parameter, owner) <= {"embedding"}:
                     self._weights[parameter] = None
         size = sum(weight.numel() for weight in self._weights)
         self.announce(f"{self.strength:g} x |w| on {len(self._weights)} tensors ({size:,} weights)")

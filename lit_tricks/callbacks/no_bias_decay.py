@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group, optimizers_in, split_group
+from lit_tricks.callbacks.optim.param_groups import (
+    Group,
+    GroupNames,
+    groups_of,
+    on_each_group,
+    optimizers_in,
+    split_group,
+)
 from lit_tricks.utils.arguments import invalid, texts
 from lit_tricks.utils.modules import Kind, check_shapes, kinds
 
@@ -49,8 +56,7 @@ class NoBiasDecay(Trick):
         ``- {class_path: NoBiasDecay, init_args: {skip: [bias, norm]}}``
     """
 
-    _names: list[list[str]]  # of the parameters in each group
-    _restored: list[list[str]] | None  # the groups of the resumed run
+    _names: GroupNames
     _group_count: int
 
     def __init__(self, skip: Sequence[Kind] = ("bias", "norm")) -> None:
@@ -93,18 +99,16 @@ class NoBiasDecay(Trick):
             pl_module.log("no_bias_decay/share", self._share)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the parameters in each group."""
-        return {"groups": self._names}
+        """Names of the parameters in each group."""
+        return {"groups": self._names.names}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the groups of the resumed run. Its optimizer state belongs to them, and torch compares only sizes."""
-        if checkpoint.get("optimizer_states") == []:
-            return  # saved before there were optimizers
-        restored = checkpoint["callbacks"].get(self.state_key, {"groups": []})["groups"]
-        if self._names:
-            self._compare(restored)
-        else:  # the usual order: the optimizers come later
-            self._restored = restored
+        """Compare the groups with those of the run that is resumed.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+        self._names.load(checkpoint, self.state_key)
 
     def _split(
         self, pl_module: LightningModule, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any
@@ -133,11 +137,8 @@ class NoBiasDecay(Trick):
                 f"{type(pl_module).__name__} gives its optimizers none (set their weight_decay), or only to parameters "
                 "that keep it (remove NoBiasDecay)."
             )
-        names = {parameter: name.replace("_orig_mod.", "") for name, parameter in pl_module.named_parameters()}
-        self._names = [[names.get(p, str(tuple(p.shape))) for p in group["params"]] for group in groups_of(optimizers)]
-        self._group_count = len(self._names)
-        if self._restored is not None:
-            self._compare(self._restored)
+        self._names.take(pl_module, optimizers)
+        self._group_count = len(self._names.names)
         return configured
 
     def _check(self, optimizers: list[Optimizer], is_free: Callable[[Tensor], bool]) -> None:
@@ -150,21 +151,8 @@ class NoBiasDecay(Trick):
                         "layers a group of their own, with weight_decay=0."
                     )
 
-    def _compare(self, restored: list[list[str]]) -> None:
-        if restored == self._names:
-            return
-        then, now = (
-            {name: i for i, names in enumerate(groups) for name in names} for groups in (restored, self._names)
-        )
-        moved = [name for name in {**then, **now} if then.get(name) != now.get(name)] or ["their order"]
-        remedy = f"was made with another skip or network: {moved[0]!r} differs. Resume with the same ones"
-        if not restored:
-            remedy = "was made without it. Remove it"
-        raise RuntimeError(f"NoBiasDecay(skip={self.skip}): the checkpoint {remedy}, or load only its weights.")
-
     def _forget(self) -> None:
-        self._names = []
-        self._restored = None
+        self._names = GroupNames(f"NoBiasDecay(skip={self.skip})", "skip or network")
         self._group_count = 0
         self._share = 0.0
 

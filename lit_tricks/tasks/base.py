@@ -17,11 +17,15 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from lit_tricks._compat import is_built_by_command_line
+from lit_tricks.callbacks.finetuning.held import HeldPart
+from lit_tricks.callbacks.layer_decay import layer_factors
 from lit_tricks.models import freeze, layer_scales
 from lit_tricks.tasks.input_transform import InputTransform, input_transform
 from lit_tricks.utils.arguments import MAX_SIDE, integer, integers, invalid, mapping, number, path, texts
 from lit_tricks.utils.checkpoint_files import read_checkpoint
 from lit_tricks.utils.class_names import apart, names_of, require_same_classes
+from lit_tricks.utils.layers import layer_distances
+from lit_tricks.utils.parts import Part
 
 __all__ = ["Task", "is_of_module"]
 
@@ -100,7 +104,7 @@ class Task(LightningModule):
         self.layer_decay = layer_decay
         self.lr: float | None = None
         self._settings: list[dict[str, Any]] | None = None
-        self._frozen: list[str] = []
+        self._frozen: HeldPart | None = None
         self._resumed_optimizers: list[str] | None = None
         self._data_settings: dict[str, Any] = {}
         self._has_warned = False
@@ -197,7 +201,7 @@ class Task(LightningModule):
 
     def on_train_start(self) -> None:
         """Override settings of the resumed checkpoint by this run's settings, and freeze parts again."""
-        self._set_frozen(training=False)  # now, as Lightning warns of layers that are in evaluation mode before
+        self._hold_frozen()  # now, as Lightning warns of layers that are in evaluation mode before
         if self._settings is None:  # a tuner trains before the fit starts, at its own learning rate
             return
         for group, settings in zip(self._groups(), self._settings, strict=True):
@@ -239,15 +243,19 @@ class Task(LightningModule):
         """Build the optimizer with the trained parameters, at the learning rates of their layers."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         own = {} if self.lr is None else {"lr": self.lr}
+        groups = [{"params": trained, **own}] if own else trained
         if self.layer_decay == 1:
-            return self.optimizer([{"params": trained, **own}] if own else trained)
-        scales = layer_scales(self._network(), self.layer_decay)
-        layers: dict[float, list[nn.Parameter]] = {}
-        for parameter in trained:
-            layers.setdefault(scales.get(parameter, 1.0), []).append(parameter)
-        optimizer = self.optimizer([{"params": layer, "lr_scale": scale, **own} for scale, layer in layers.items()])
-        for group in optimizer.param_groups:
-            group["lr"] *= group.pop("lr_scale")
+            return self.optimizer(groups)
+        name, distances = type(self).__name__, layer_distances(self._network())
+        if not any(distances.values()):
+            raise ValueError(
+                f"{name}(layer_decay={self.layer_decay}): {type(self._network()).__name__} has one layer only, so "
+                "there is no learning rate to lower. Set layer_decay=1."
+            )
+        factors = layer_factors(f"layer_decay={self.layer_decay}", distances, self.layer_decay)
+        with factors.applied():
+            optimizer = self.optimizer(groups)
+        factors.finish(optimizer, name)
         return optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -263,13 +271,18 @@ class Task(LightningModule):
             return []
         return ["optimizer", *(name for name, value in networks.items() if isinstance(value, nn.Module))]
 
-    def on_train_end(self) -> None:
-        """Restore the frozen parts after the fit."""
-        self._set_frozen(training=True)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Hold what is frozen in evaluation mode."""
+        self._hold_frozen()
 
-    def _set_frozen(self, training: bool) -> None:
-        for name in self._frozen:
-            self._network().get_submodule(name).train(training)
+    def on_train_end(self) -> None:
+        """Restore the modes of what is frozen."""
+        if self._frozen:
+            self._frozen.restore_modes()
+
+    def _hold_frozen(self) -> None:
+        if self._frozen:
+            self._frozen.hold()
 
     def _weights_in(
         self, weights: str | None, name: str, arguments: dict[str, Any] | None
@@ -284,12 +297,13 @@ class Task(LightningModule):
 
     def _freeze(self, names: list[str] | None) -> None:
         """Stop the training of parts of the network."""
-        if names:
-            self._frozen = freeze(self._network(), names)
-            if not any(parameter.requires_grad for parameter in self.parameters()):
-                raise ValueError(
-                    f"freeze={names} leaves nothing to train: give the names of some parts of the network."
-                )
+        if not names:
+            return
+        modules = freeze(self._network(), names)
+        self._frozen = HeldPart(self._network(), Part(modules, [], modules))
+        self._frozen.freeze()
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(f"freeze={names} leaves nothing to train: give the names of some parts of the network.")
 
     def _require_floats(self, images: Any) -> None:
         """Raise ValueError for images that are not the floats of a transform."""

@@ -32,6 +32,7 @@ __all__ = [
     "names",
     "number",
     "numbers",
+    "numbers_by_name",
     "path",
     "text",
     "texts",
@@ -228,6 +229,22 @@ def mapping(owner: object, name: str, value: _Dict, fix: str, or_none: str = "")
         ValueError: if the value is something else.
     """
     return _checked(owner, name, value, _mapping, "a dictionary of keyword arguments", fix, or_none)
+
+
+def numbers_by_name(owner: object, name: str, value: object, interval: str, fix: str, or_none: str = "") -> Any:
+    """Return a dictionary of floats by strings, or raise.
+
+    Raises:
+        ValueError: if the value is no such dictionary, or has no entry.
+    """
+
+    def read(found: Any) -> dict[str, float]:
+        if not isinstance(found, Mapping) or not found:
+            raise _UnfitError
+        return {_text(key): _number(item, interval) for key, item in found.items()}
+
+    rule = f"a dictionary of names and numbers in {interval}"
+    return _checked(owner, name, value, read, rule, fix, or_none)
 
 
 def _checked(

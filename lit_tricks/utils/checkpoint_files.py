@@ -12,6 +12,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lit_tricks.utils.files import open_regular, written_whole
 __all__ = [
     "check_archive",
     "check_classes",
+    "checkpoint_without_weights",
     "class_of",
     "load_archive",
     "read_checkpoint",
@@ -48,6 +50,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if fault:
         raise ValueError(f"{path} is not a checkpoint of Lightning, or damaged: {fault}.")
     return content  # type: ignore[no-any-return]
+
+
+def checkpoint_without_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of a checkpoint, with weights mapped into memory, or without them if they are in shards."""
+    file = Path(path) / "meta.pt"
+    source = file if file.exists() else path
+    return torch.load(source, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[no-any-return]
 
 
 def load_archive(path: str | os.PathLike[str]) -> Any:

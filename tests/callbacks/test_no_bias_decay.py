@@ -550,7 +550,7 @@ def test_checkpoint_from_before_the_first_fit(tmp_path):
 def test_resume_where_the_checkpoint_comes_last():
     """As ModelParallelStrategy restores it: after on_fit_start."""
     trick = NoBiasDecay()
-    trick._names = [["a"], ["b"]]
+    trick._names.names = [["a"], ["b"]]
     trick.on_load_checkpoint(None, None, {"callbacks": {"NoBiasDecay": {"groups": [["a"], ["b"]]}}})
     with pytest.raises(RuntimeError, match="'b' differs"):
         trick.on_load_checkpoint(None, None, {"callbacks": {"NoBiasDecay": {"groups": [["a", "b"], []]}}})

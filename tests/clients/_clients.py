@@ -42,7 +42,7 @@ RATES = {
     "WarmupStep": [1 / 2, 1, 1, 1, *4 * [1 / 2], *4 * [1 / 4]],
 }
 
-OWN_RATES = ("SWA",)  # at its start it goes to a rate of its own
+OWN_RATES = ("LayerDecay", "SWA")  # one per layer; at its start SWA goes to a rate of its own
 
 SCHEDULES = [name for name, row in TRICKS.items() if isinstance(row.make(), Schedule)]
 NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), LossTrick)]
@@ -52,8 +52,10 @@ NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), Lo
 MAKE: dict[str, Callable[[], Trick]] = {
     "DropPath": lambda: callbacks.DropPath(rate=0.5),
     "FixRes": lambda: callbacks.FixRes(test_size=None, lr=None),
+    "Freeze": lambda: callbacks.Freeze(until=1),
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=32),
     "ProgressiveResizing": lambda: callbacks.ProgressiveResizing(start_scale=0.75, end=0.1, multiple_of=2),
+    "Unfreeze": lambda: callbacks.Unfreeze({"backbone": 1}),
     "ZeroGamma": callbacks.ZeroGamma,
 }
 
@@ -174,6 +176,9 @@ NO_RESIDUAL_BRANCHES = {
     "ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in ",
 }
 NO_CONVOLUTIONS = {"ChannelsLast": "^ChannelsLast has no effect: there is no two-dimensional convolution in "}
+NOTHING_TO_FREEZE = {
+    name: rf"^{name}\(.+\) (has no effect: |.+ no optimizer of )" for name in ("Freeze", "LayerDecay", "Unfreeze")
+}
 NO_WEIGHT_DECAY = {"NoBiasDecay": r"^NoBiasDecay\(.+\) took no weight decay away: "}
 
 

@@ -9,6 +9,7 @@ import pytest
 from _clients import (
     NO_RESIDUAL_BRANCHES,
     NO_WEIGHT_DECAY,
+    NOTHING_TO_FREEZE,
     check,
     each_schedule,
     each_trick,
@@ -49,7 +50,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 @each_trick
 def test_linear_classifier(name):
-    only_the_head_is_trained = NO_RESIDUAL_BRANCHES | NO_WEIGHT_DECAY
+    only_the_head_is_trained = NO_RESIDUAL_BRANCHES | NO_WEIGHT_DECAY | NOTHING_TO_FREEZE
     only_the_head_is_trained |= {"DropPath": "^DropPath has no effect: .+ none of its layers ran in training mode"}
     own = own_schedule("CosineWarmupScheduler", "LinearClassifier")
     frozen = {"PreciseBN": "^UserWarning: PreciseBN has no effect: all BatchNorm layers of .+ are frozen"}

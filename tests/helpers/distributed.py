@@ -16,6 +16,7 @@ import torch
 from helpers.fits import Saver, make_trainer, said, weights_of
 from helpers.modules import eval_loader, lightning, module_class, sharded_class, train_loader
 from helpers.tricks import TRICKS
+from lit_tricks.callbacks import Unfreeze
 
 RANK = int(os.environ["RANK"])
 
@@ -45,10 +46,17 @@ def fit_and_resume(strategy: str, make: Callable[[], Any], folder: Path) -> dict
     return full | {"resumed": resumed, "said": [record.getMessage() for record in records]}
 
 
+def late_unfreeze() -> Unfreeze:
+    """One moment at the start of an epoch, one within it."""
+    return Unfreeze({"net.0.0": 1, "net.0.1": 2.25}, {"net.0.0": 0.5})
+
+
 def main(folder: Path) -> None:
     found: dict[str, dict[str, Any]] = {}
     for strategy in ("DDP", "FSDP2"):
         found[strategy] = {"no trick": fit(strategy)}
         for name, row in TRICKS.items():
             found[strategy][name] = fit_and_resume(strategy, row.make, folder / strategy / name)
+        # At the end of an epoch, FSDP2 shows other parameters than in it.
+        found[strategy]["late"] = fit_and_resume(strategy, late_unfreeze, folder / strategy / "late")
     torch.save(found, folder / f"{RANK}.pt")

@@ -99,6 +99,11 @@ TRICKS = {
         tests="test_focal_loss.py",
         logs=("focal_loss/factor",),
     ),
+    "Freeze": Row(
+        make=lambda: callbacks.Freeze(modules=["net.0.0"], until=0.25),
+        tests="test_freeze.py",
+        logs=("freeze/trained",),
+    ),
     "KnowledgeDistillation": Row(
         make=lambda: callbacks.KnowledgeDistillation(teacher(), temperature=4.0),
         tests="test_knowledge_distillation.py",
@@ -114,6 +119,11 @@ TRICKS = {
         make=lambda: callbacks.LabelSmoothing(smoothing=0.3),
         tests="test_label_smoothing.py",
         logs=("label_smoothing/smoothing",),
+    ),
+    "LayerDecay": Row(
+        make=lambda: callbacks.LayerDecay(decay=0.5),
+        tests="test_layer_decay.py",
+        logs=("layer_decay/lowest",),
     ),
     "LinearScaling": Row(
         make=lambda: callbacks.LinearScaling(base_batch_size=32, batch_size=4),
@@ -150,6 +160,12 @@ TRICKS = {
         tests="test_test_time_augment.py",
         logs=("test_time_augment/views",),
         same_numbers=True,
+    ),
+    "Unfreeze": Row(
+        make=lambda: callbacks.Unfreeze({"net.0.0": 0.25}, lr_factors={"net.0.0": 0.5}),
+        tests="test_unfreeze.py",
+        logs=("unfreeze/trained",),
+        flags=("--trainer.callbacks.schedule={fc: 1}",),
     ),
     "WarmupCosine": Row(
         make=lambda: callbacks.WarmupCosine(warmup_epochs=1),

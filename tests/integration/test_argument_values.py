@@ -41,6 +41,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
         "batch_norm": 'null "nan"',
     },
     "FocalLoss": {"gamma": "0 1.5", "alpha": "null"},
+    "Freeze": {"until": "null 1.5", "train_bn": "true"},
     "KnowledgeDistillation": {
         "teacher": '"nan"',
         "temperature": "1.5",
@@ -54,6 +55,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     },
     "L1Penalty": {"strength": "0 1.5", "threshold": "1.5"},
     "LabelSmoothing": {"smoothing": "0"},
+    "LayerDecay": {},
     "LinearScaling": {"batch_size": "null"},
     "MixUp": {"alpha": "1.5", "off_epochs": "0", "per_sample": "true", "inputs": "null"},
     "NoBiasDecay": {},
@@ -68,6 +70,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
         "name": 'null "nan"',
     },
     "TestTimeAugment": {"flip": "true", "layer": 'null "nan"'},
+    "Unfreeze": {"lr_factors": "null", "train_bn": "true"},
     "WarmupCosine": {"warmup_epochs": "0 1.5", "min_lr": "0 1.5", "total_steps": "null"},
     "WarmupExponential": {"every_n_epochs": "1.5", "warmup_epochs": "0 1.5", "total_steps": "null"},
     "WarmupLinear": {"warmup_epochs": "0 1.5", "min_lr": "0 1.5", "total_steps": "null"},
@@ -83,10 +86,12 @@ NEEDED: dict[str, Callable[[], dict[str, Any]]] = {
     "Compile": lambda: {"backend": "eager"},
     "DropPath": lambda: {"layers": ["net.0.1"]},
     "FixRes": lambda: {"test_size": None},
+    "Freeze": lambda: {"modules": ["net.0"]},
     "KnowledgeDistillation": lambda: {"teacher": teacher()},
     "LinearScaling": lambda: {"batch_size": 4},
     "ProgressiveResizing": lambda: {"multiple_of": 1},
     "SWA": lambda: {"lr": 0.1},
+    "Unfreeze": lambda: {"schedule": {"net.0": 0.1}},
     "WarmupStep": lambda: {"milestones": [5]},
     "ZeroGamma": lambda: {"layers": ["net.0.1"]},
 }
@@ -141,7 +146,12 @@ def test_tricks_reject_by_name_what_is_not_legal(name):
 def test_tricks_reject_the_same_in_yaml(name):
     trick = getattr(callbacks, name)
     for argument in arguments_of(trick):
-        required = {"SWA": "lr: 0.1, ", "FixRes": "test_size: 24, ", "KnowledgeDistillation": "teacher: resnet18, "}
+        required = {
+            "SWA": "lr: 0.1, ",
+            "FixRes": "test_size: 24, ",
+            "KnowledgeDistillation": "teacher: resnet18, ",
+            "Unfreeze": "schedule: {fc: 1}, ",
+        }
         needed = required.get(name, "")
         needed = "" if needed.startswith(f"{argument}:") else needed
         if (name, argument) == ("FixRes", "transform") and sys.version_info < (3, 11):

@@ -107,7 +107,7 @@ def test_has_a_config(name):
 def is_literal(annotation: Any) -> bool:
     """Whether values of the type can be written in YAML: a module as its class_path and init_args."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType, list, tuple, Sequence):
+    if origin in (typing.Union, types.UnionType, list, tuple, dict, Sequence):
         return all(is_literal(arg) for arg in args if arg is not ...)
     if origin is Callable:
         return True  # a function by its import path

@@ -31,7 +31,8 @@ def test_links_are_absolute():
 
 
 def test_readme_fits_on_a_page():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 140
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 115 + len(callbacks.__all__)  # the table has a line per trick
 
 
 def test_fits_are_understood(tmp_path: Path):

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_tricks._compat import leaves
 
-__all__ = ["Group", "groups_of", "on_each_group", "optimizers_in", "split_group"]
+__all__ = ["Group", "GroupNames", "groups_of", "on_each_group", "optimizers_in", "split_group"]
 
 Group = dict[str, Any]
 
@@ -43,6 +43,62 @@ def optimizers_in(configured: Any) -> list[Optimizer]:
 def groups_of(optimizers: list[Optimizer]) -> list[Group]:
     """Return all their parameter groups."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+class GroupNames:
+    """Names of the parameters in each group, which a run that is resumed must have, too.
+
+    The state of an optimizer goes by the order of the parameters, and torch compares only the sizes of the groups.
+
+    Args:
+        trick: the trick as its call, for messages: "NoBiasDecay(skip=['bias'])".
+        settings: what determines the groups, for messages: "skip or network".
+    """
+
+    def __init__(self, trick: str, settings: str) -> None:
+        self._trick = trick
+        self._settings = settings
+        self.names: list[list[str]] = []
+        self._restored: list[list[str]] | None = None  # names of the run that is resumed
+
+    def take(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
+        """Take the groups as they are configured.
+
+        Raises:
+            RuntimeError: if the checkpoint that was loaded before has others.
+        """
+        names = {parameter: name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
+        self.names = [[names.get(p, str(tuple(p.shape))) for p in group["params"]] for group in groups_of(optimizers)]
+        if self._restored is not None:
+            self._compare(self._restored)
+
+    def load(self, checkpoint: dict[str, Any], key: str) -> None:
+        """Compare with the groups of a checkpoint, or keep them until the optimizers are built.
+
+        Args:
+            checkpoint: the whole checkpoint.
+            key: under which the trick's state has the names as "groups".
+
+        Raises:
+            RuntimeError: if the groups differ.
+        """
+        if checkpoint.get("optimizer_states") == []:
+            return  # saved before there were optimizers
+        restored = checkpoint["callbacks"].get(key, {"groups": []})["groups"]
+        if self.names:
+            self._compare(restored)
+        else:  # the usual order: the optimizers come later
+            self._restored = restored
+
+    def _compare(self, restored: list[list[str]]) -> None:
+        if restored == self.names:
+            return
+        then, now = ({name: i for i, names in enumerate(groups) for name in names} for groups in (restored, self.names))
+        moved = [name for name in {**then, **now} if then.get(name) != now.get(name)] or ["their order"]
+        remedy = f"was made with another {self._settings}: {moved[0]!r} differs. Resume with the same ones"
+        if not restored:
+            remedy = "was made without it. Remove it"
+        raise RuntimeError(f"{self._trick}: the checkpoint {remedy}, or load only its weights.")
 
 
 def split_group(group: Group, weight_decay: float | None, is_free: Callable[[Tensor], bool]) -> list[Group]:
