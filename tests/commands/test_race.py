@@ -231,7 +231,7 @@ RACE = ("race", "--config", "tiny.yaml", "--candidates", "tricks/zero_gamma")
         (("race", "--config", "tiny.yaml", "--candidates", "tiny.yaml", "--budget", "9"), "part of the base"),
         (("race", "--config", "tiny.yaml", "--candidates", "--budget", "9"), "candidates"),
         (("race", "--config", "tiny.yaml", "--budget", "9"), "candidates"),
-        (("race", "--config", "tiny.yaml", "--candidates", "empty.yaml", "--budget", "9"), "it is the base"),
+        (("race", "--config", "tiny.yaml", "--candidates", "empty.yaml", "--budget", "9"), "no settings"),
         (("race", "--config", "tiny.yaml", "--candidates", "list.yaml", "--budget", "9"), "list.yaml"),
         ((*RACE, "--budget", "9", "--engine", "ray", "--jobs", "2"), "jobs=2"),
         ((*RACE, "--budget", "9", "--gpus", "1"), "gpus=1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ from helpers.masks import write_ade, write_folder
 from helpers.masks import write_voc as write_voc_masks
 from helpers.odd import accepted, legal
 
-from lit_tricks import Classifier, Detector, Segmenter, data
+from lit_tricks import Classifier, Detector, Segmenter, commands, data
 from lit_tricks.cli.parameters import parameter_names
 from lit_tricks.commands import data as data_commands
 from lit_tricks.data import CIFAR10, Digits, VOCSegmentation
@@ -173,3 +174,44 @@ def test_a_path_is_stored_as_text(cls: Any, tmp_path: Path) -> None:
     assert type(module.hparams["root"]) is str
     torch.save(dict(module.hparams), tmp_path / "x.pt")
     assert torch.load(tmp_path / "x.pt", weights_only=True)["root"] == str(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numeric options of commands
+
+
+class Started(BaseException):
+    """The command has checked its arguments, and would begin."""
+
+
+COMMANDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "ablate": (
+        {"config": ["quickstart"], "stack": ["tricks/ema"]},
+        {"seeds": "null", "jobs": "", "mode": "", "engine": "", "cpus": "null", "gpus": "null"},
+    ),
+    "race": (
+        {"config": ["quickstart"], "candidates": ["tricks/ema"], "budget": "9"},
+        {
+            "min_gain": "0 1.5", "max_seeds": "", "short": "", "score": "", "jobs": "", "engine": "", "cpus": "null",
+            "gpus": "null",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_of_commands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*args: Any) -> None:
+        raise Started
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lit_tricks.commands.ablation.ablate.alone_in", begin)
+    monkeypatch.setattr("lit_tricks.commands.racing.race.alone_in", begin)
+    base, table = COMMANDS[name]
+
+    def make(argument: str, value: Any) -> None:
+        with contextlib.suppress(Started):
+            getattr(commands, name)(**{**base, argument: value})
+
+    for argument, values in table.items():
+        assert accepted(partial(make, argument), argument) == set(values.split()), argument

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -19,6 +19,7 @@ from lit_tricks.commands.ablation.exclusive import alone_in, read_object
 from lit_tricks.run.report.ablation_table import report_ablation
 from lit_tricks.run.wandb_run import log_summary
 from lit_tricks.tasks.classification import Classifier
+from lit_tricks.utils.arguments import MAX_SEED, choice, integers
 from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.config_files import check_yaml, config_name, find_config
 from lit_tricks.utils.files import write_whole
@@ -91,8 +92,10 @@ def ablate(
         RuntimeError: if runs failed, after the table of the others is written.
     """
     seeds = [0, 1, 2] if seeds is None else seeds
+    choice("ablate", "mode", mode, get_args(Mode))
+    seeds = integers("ablate", "seeds", seeds, 0, "Give one or more, such as 0 1 2.", MAX_SEED)
     _check(stack, seeds)
-    check_engine(engine, jobs, cpus, gpus)
+    check_engine("ablate", engine, jobs, cpus, gpus)
     paths = [find_config(name).resolve() for name in config]
     rows = rows_of(stack, mode)
     settings = {name: settings_of(tricks) for name, tricks in rows.items()}
@@ -142,8 +145,6 @@ def _check(stack: list[str], seeds: list[int]) -> None:
     same = [stem for stem in stems if stems.count(stem) > 1]
     if same:
         raise ValueError(f"two configurations of stack are called {same[0]!r}: rename one, rows go by these names.")
-    if not seeds:
-        raise ValueError("seeds is empty: give one or more, such as 0 1 2.")
 
 
 def _write_plan(folder: Path, plan: dict[str, Any], settings: dict[str, dict[str, Any]]) -> None:

@@ -7,20 +7,23 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lit_tricks.commands.ablation.cells import Engine, run_here
 from lit_tricks.commands.ablation.ray_engine import connected, count_places, run_on_ray
+from lit_tricks.utils.arguments import choice, integer, number
 
 __all__ = ["EngineName", "check_engine", "engine_of"]
 
 EngineName = Literal["local", "ray"]
 
 
-def check_engine(engine: EngineName, jobs: int, cpus: float | None, gpus: float | None) -> None:
+def check_engine(command: str, engine: EngineName, jobs: int, cpus: float | None, gpus: float | None) -> None:
     """Raise ValueError for an argument that is out of range or for the other engine."""
-    if jobs < 1:
-        raise ValueError(f"jobs={jobs} is below 1: it is the number of runs at a time.")
+    engine = choice(command, "engine", engine, get_args(EngineName))
+    integer(command, "jobs", jobs, 1, "It is the number of runs at a time.", 1000)
+    for name, share in {"cpus": cpus, "gpus": gpus}.items():
+        number(command, name, share, "[0, 10000]", "It is the number for each run.", "the default")
     if engine == "ray" and jobs > 1:
         raise ValueError(f"jobs={jobs} is for runs on this machine. On Ray, use cpus and gpus of a run.")
     for name, value in {"cpus": cpus, "gpus": gpus}.items():

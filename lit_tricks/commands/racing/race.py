@@ -31,6 +31,7 @@ from lit_tricks.commands.racing.decisions import (
 from lit_tricks.commands.racing.runs import Runs
 from lit_tricks.commands.racing.view import left_of_budget, race_view
 from lit_tricks.run.report.race_page import COLUMNS, race_rows, report_race
+from lit_tricks.utils.arguments import choice, integer, number
 from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.config_files import config_name, find_config, given
 from lit_tricks.utils.files import write_whole
@@ -105,7 +106,8 @@ def race(
     """
     groups = [group.split("|") for group in candidates]
     _check(config, groups, min_gain, max_seeds, short)
-    check_engine(engine, jobs, cpus, gpus)
+    check_engine("race", engine, jobs, cpus, gpus)
+    choice("race", "score", score, ("per-cost", "per-epoch"))
     limit = Budget.parse(budget)
     names = {name: Path(name).stem for group in groups for name in group}
     paths = [find_config(name).resolve() for name in config]
@@ -207,14 +209,14 @@ class _Race:
 
     def _log(self) -> None:
         """Log the decisions that are new."""
-        for number, found in enumerate(self.verdict.rounds, start=1):
+        for round_number, found in enumerate(self.verdict.rounds, start=1):
             for each in (*found.screened, *found.tested):
-                place = (number, each.stage, each.candidate)
+                place = (round_number, each.stage, each.candidate)
                 if each.reason and self._logged.get(place) != each.reason:
                     self._logged[place] = each.reason
                     name = self.runs.names[each.candidate]
                     state = "in" if each.state == "open" else each.state
-                    log.info("race: round %d, %s: %s is %s: %s", number, each.stage, name, state, each.reason)
+                    log.info("race: round %d, %s: %s is %s: %s", round_number, each.stage, name, state, each.reason)
         if len(self.runs.took) > self._made:
             self._made = len(self.runs.took)
             log.info("race: %s", left_of_budget(self.runs))
@@ -279,12 +281,9 @@ def _check(
             raise ValueError(f"candidates: {name!r} has no settings, so that it is the base. Leave it out.")
         if bad := set(Path(name).stem) & set("+@"):
             raise ValueError(f"candidates: {name!r} has {min(bad)!r} in its name. Rename the file.")
-    if not min_gain >= 0 or math.isinf(min_gain):
-        raise ValueError(f"min_gain={min_gain!r} must be 0 or more, in points.")
-    if max_seeds < 3:
-        raise ValueError(f"max_seeds={max_seeds} must be at least 3: two differences show nothing.")
-    if not 0 < short <= 1:
-        raise ValueError(f"short={short!r} must be in (0, 1]. 0.3 screens with runs of 30 % of the epochs.")
+    number("race", "min_gain", min_gain, "[0, 100]", "It is in points.")
+    integer("race", "max_seeds", max_seeds, 3, "Two differences show nothing.", 1000)
+    number("race", "short", short, "(0, 1]", "0.3 screens with runs of 30 % of the epochs.")
 
 
 def _epochs(configs: Iterable[Path], fit_args: Sequence[str]) -> int:
