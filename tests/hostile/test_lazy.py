@@ -18,10 +18,13 @@ REFUSED = {
     "ChannelsLast",
     "EMA",
     "FixRes",
+    "Freeze",
     "KnowledgeDistillation",
     "L1Penalty",
+    "LayerDecay",
     "NoBiasDecay",
     "SWA",
+    "Unfreeze",
     "XavierInit",
     "ZeroGamma",
 }

@@ -78,7 +78,12 @@ def fit(*tricks: Any) -> dict[str, Tensor]:
 
 
 # Those that the contract's module has to be named something for.
-MAKE = {"ZeroGamma": callbacks.ZeroGamma, "DropPath": callbacks.DropPath}
+MAKE = {
+    "ZeroGamma": callbacks.ZeroGamma,
+    "DropPath": callbacks.DropPath,
+    "Freeze": lambda: callbacks.Freeze(["generator.0", "discriminator.0"]),
+    "Unfreeze": lambda: callbacks.Unfreeze({"generator.0": 1, "discriminator.0": 1}),
+}
 REFUSED = {
     name: "no loss that it knows saw the target" for name in TRICKS if issubclass(getattr(callbacks, name), LossTrick)
 }

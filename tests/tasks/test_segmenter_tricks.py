@@ -442,6 +442,9 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "TestTimeAugment": lambda: callbacks.TestTimeAugment(),
     "DropPath": lambda: callbacks.DropPath(rate=0.2),
     "L1Penalty": lambda: callbacks.L1Penalty(),
+    "LayerDecay": lambda: callbacks.LayerDecay(),
+    "Freeze": lambda: callbacks.Freeze(["layer1"]),
+    "Unfreeze": lambda: callbacks.Unfreeze({"layer2": 0.5}, unit="run"),
 }
 # that set the rate, the weights or the data as another one does, or take minutes; each has a test of its own above
 ALONE = {

@@ -44,7 +44,9 @@ EXCLUSIVE = (
     frozenset({"EMA", "SWA"}),
     frozenset({"WarmupCosine", "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep"}),
     frozenset({"FixRes", "DropPath"}),
+    frozenset({"FixRes", "Freeze"}),
     frozenset({"FixRes", "ProgressiveResizing"}),
+    frozenset({"FixRes", "Unfreeze"}),
 )
 CONFIRMATION = (3, 8)  # seeds of the confirmation: at least, and at most
 FIRST_LOOK = 3  # seeds of the shortest test
