@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import pytest
 import torch
 from helpers.boxes import CLASSES, write_voc
 from helpers.cli import cli, workplace, write_image_folder, write_images
+from helpers.fits import make_trainer
 from helpers.masks import write_ade, write_folder
 from helpers.masks import write_voc as write_voc_masks
 
-from lit_tricks import commands
+from lit_tricks import Classifier, commands
+from lit_tricks.callbacks import LinearScaling, NoBiasDecay
 from lit_tricks.commands.ablation.cells import Cell
 from lit_tricks.commands.ablation.exclusive import alone_in
-from lit_tricks.data import ADE20KSegmentation, ImageFolder, SegmentationFolder, VOCDetection, VOCSegmentation
+from lit_tricks.data import ADE20KSegmentation, Digits, ImageFolder, SegmentationFolder, VOCDetection, VOCSegmentation
+from lit_tricks.models import layer_scales
 from lit_tricks.utils.class_names import names_of, permutation, require_same_classes
 from lit_tricks.utils.files import locked, read_text
 
@@ -276,3 +280,23 @@ def test_an_odd_entry_of_the_weights_is_one_clear_line(command: str, what: str, 
         assert outcome.code in (0, 1)
         assert outcome.err.count("\n") <= 1
         assert "debug" not in outcome.err, outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two settings of the learning rate at once
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_layer_decay_and_linear_scaling_multiply(place: int) -> None:
+    small: dict[str, Any] = {"depth": 18, "width": 1 / 32, "small_input": True}
+    sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=1e-3)
+    module = Classifier("resnet", 10, small, input_size=(1, 8, 8), optimizer=sgd, layer_decay=0.5)
+    tricks = [LinearScaling(base_batch_size=64, batch_size=16), NoBiasDecay()][:: 1 - 2 * place]
+    trainer = make_trainer(*tricks, max_steps=1, limit_val_batches=0, logger=False)
+    trainer.fit(module, datamodule=Digits(batch_size=16))
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    found = {names[p]: group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    scales = layer_scales(module.model, 0.5)
+    for name, parameter in module.named_parameters():
+        assert found[name] == pytest.approx(0.1 * 16 / 64 * scales.get(parameter, 1.0), rel=1e-12), name
