@@ -66,7 +66,7 @@ FLAGS = {
     ),
     "no command of a group": (
         ("data",),
-        r"say what to do: data bench, data check, data preview.*\. `lit-tricks data --help` explains them\.",
+        r"choose a command: data bench, data check, data preview.*\. `lit-tricks data --help` explains them\.",
     ),
     "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
     "no command": ((), "choose a command, such as fit; `lit-tricks --help` lists the commands."),
