@@ -115,8 +115,8 @@ class LinearScaling(Trick):
         if not same and self._restored is None:  # a resumed finetuning callback has brought the rates of its checkpoint
             cause = f"the {schedulers[0]}" if schedulers else "something else"
             raise RuntimeError(
-                f"LinearScaling made the learning rates {_text(scaled)}, and {cause} put {_text(found)} in their "
-                f"place. Multiply these by {self._factor:g} and remove LinearScaling, or take a schedule that starts "
+                f"LinearScaling set the learning rates {_text(scaled)}, and {cause} replaced them by {_text(found)}. "
+                f"Multiply these by {self._factor:g} and remove LinearScaling, or take a schedule that starts "
                 "from the optimizer's rate, as WarmupCosine."
             )
         ratio = f"{self._batch.total}/{self.base_batch_size}"
