@@ -1,4 +1,4 @@
-"""What Freeze saves in a training step of a ResNet-50: time, and memory of activations kept for the backward pass.
+"""Measure what Freeze saves in a training step of a ResNet-50: time, and memory of activations for the backward pass.
 
     OMP_NUM_THREADS=1 python benchmarks/freezing.py --out benchmarks/results/freezing.md
 

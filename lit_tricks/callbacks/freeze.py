@@ -1,6 +1,6 @@
 """Freezing: parts of a pretrained network are not trained, to the end of the run or until a moment.
 
-One caveat: frozen features suit the new task as far as the old task had use for them. Unfreeze some of them later.
+One caveat: frozen features only suit the new task if the old task also needed them. Unfreeze some of them later.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Freeze(Freezing):
         until: end of the freezing, above 0, counted in ``unit``. None freezes to the end of the run. At a small value
             only the first steps are frozen.
         train_bn: whether BatchNorm layers of frozen parts are trained and update their statistics, as the others. True
-            helps if the new images differ much from those of the pretraining, and needs batches of 16 or more images.
+            helps if the new images differ much from the pretraining images, and needs batches of 16 or more images.
         unit: "epochs", or "run", in which 0.25 is a quarter of the run and 1 its end.
 
     Raises:

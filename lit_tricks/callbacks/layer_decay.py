@@ -1,6 +1,6 @@
 """Layer-wise learning rate decay: layers learn more slowly, the further they are from the output (Bao et al., 2022).
 
-One caveat: the first layers hardly move, so images unlike those of the pretraining need a factor near 1.
+One caveat: the first layers hardly move, so images that differ from the pretraining images need a factor near 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def layer_factors(owner: str, distances: Mapping[nn.Parameter, int], decay: floa
 
     Args:
         owner: name of the trick or argument, for messages.
-        distances: layers from that of a parameter to the last one. Other parameters keep their learning rate.
+        distances: number of layers from a parameter's layer to the last layer. Other parameters keep their learning
+            rate.
         decay: factor from layer to layer, in (0, 1].
     """
     depth = max(distances.values())
@@ -60,10 +61,10 @@ class LayerDecay(Trick):
     """Let the learning rate fall from the last layer to the first ([Bao et al., 2022](https://arxiv.org/abs/2106.08254)).
 
     The last layer keeps the learning rate, the one before it has ``decay`` times it, the next ``decay ** 2``. Networks
-    of timm give their layers by ``group_matcher()``, so the factors are those of timm's ``param_groups_layer_decay``.
-    In other networks a layer is a block of a repeated class, such as a residual block, or outside of blocks a
-    convolution or linear layer with its norm layers, in the order in which the module registers them. Parameter groups
-    are split when the optimizer takes them, so schedules see the final groups.
+    of timm give their layers by ``group_matcher()``, so the factors equal timm's ``param_groups_layer_decay``. In other
+    networks a layer is a block of a repeated class, such as a residual block, or outside of blocks a convolution or
+    linear layer with its norm layers, in the order in which the module registers them. Parameter groups are split when
+    the optimizer takes them, so schedules see the final groups.
 
     Cost: none measurable, except more kernels in an optimizer step on a GPU, one set per layer. Use it to fine-tune
     pretrained networks, transformers above all. Leave it out for training from random weights.
@@ -111,7 +112,7 @@ class LayerDecay(Trick):
                 "LayerDecay: the LearningRateFinder gives all layers one learning rate. Find it in a run without "
                 "LayerDecay."
             )
-        # No hook comes between the optimizers' creation and that of the schedulers, which count their groups.
+        # No hook runs between the creation of optimizers and schedulers, which count the optimizers' groups.
         self.wrap(pl_module, "configure_optimizers", partial(self._split, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +138,7 @@ class LayerDecay(Trick):
         return {"groups": self._names.names}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the groups with those of the run that is resumed.
+        """Compare the groups with the groups of the resumed run.
 
         Raises:
             RuntimeError: if they differ.

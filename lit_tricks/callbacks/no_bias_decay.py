@@ -103,7 +103,7 @@ class NoBiasDecay(Trick):
         return {"groups": self._names.names}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the groups with those of the run that is resumed.
+        """Compare the groups with the groups of the resumed run.
 
         Raises:
             RuntimeError: if they differ.

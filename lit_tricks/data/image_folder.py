@@ -75,7 +75,7 @@ class ImageFolder(PhotoDataModule):
 
     Args:
         root: folder with ``train``, ``val`` and perhaps ``test``.
-        image_size: side of the images as the model sees them in pixels, at least 1.
+        image_size: side of the model's input in pixels, at least 1.
         batch_size: images in a batch of one process, from 1 to the number of training images. "auto" is 256, and for
             fewer than 1024 training images the power of two that gives at least four batches. `lit-tricks fit` then
             adds LinearScaling, unless you set the optimizer. For validation in several processes the batch may be

@@ -83,7 +83,7 @@ def _by_order(module: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def _is_other_layer(part: nn.Module) -> bool:
-    """Return whether a module without children has a matrix of its own that is no embedding."""
+    """Return whether a module without children has its own matrix that is no embedding."""
     is_leaf = not any(True for _ in part.children()) and not is_norm(part)
     is_embedding = isinstance(part, nn.Embedding | nn.EmbeddingBag)
     return is_leaf and not is_embedding and any(parameter.ndim > 1 for parameter in part.parameters(recurse=False))

@@ -125,7 +125,7 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
 def test_equal_images(folder: Path) -> None:
     root = write_image_folder(folder / "photos")
     noise(30, 30, 3).save(root / "train" / "ant" / "x.png")
-    for place in ("train/ant/copy.png", "val/ant/other.png", "train/bee/labelled.png"):
+    for place in ("train/ant/copy.png", "val/ant/other.png", "train/bee/labeled.png"):
         shutil.copy(root / "train" / "ant" / "x.png", root / place)
     noise(30, 31, 3, seed=1).save(root / "train" / "cow" / "y.png")
     noise(30, 31, 3, seed=1).save(root / "train" / "cow" / "y.bmp")

@@ -1,4 +1,4 @@
-"""What the tricks share that freeze parts of a network for a share of the run."""
+"""Base of the tricks that freeze parts of a network for a share of the run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Stage:
 class Freezing(Trick):
     """Freezes parts of the network, each until its moment.
 
-    Whether a part is frozen follows from the number of the step alone, so nothing is saved and nothing can drift. The
+    Only the number of the step determines whether a part is frozen, so nothing is saved and nothing can drift. The
     optimizers are built as without the trick, with all parameters. Frozen ones have no gradient, and optimizers leave
     them and their momentum alone.
     """
@@ -122,7 +122,7 @@ class Freezing(Trick):
                     )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Turn moments into steps, freeze what the step asks for, and log what was found."""
+        """Convert moments to steps, freeze the parts of this step, and log the result."""
         fit = self._now
         stages = [stage for stage, _ in fit.parts]
         clock = TrainingLength(
@@ -135,7 +135,7 @@ class Freezing(Trick):
             fit.begun, fit.optimizers = True, trainer.optimizers
             for _, held in fit.parts:
                 for part in held.modules():
-                    # No hook follows all calls of train(), such as those of a training step.
+                    # No hook follows all calls of train(), such as calls in a training step.
                     self.wrap(part, "train", partial(held.train, part))
         self._follow(trainer, pl_module)
         self.announce(self._effect(pl_module))
@@ -196,7 +196,7 @@ class Freezing(Trick):
         for _, held in fit.parts if fit else ():
             held.release()
 
-    # Called in place of methods
+    # Called instead of methods
 
     def _freeze(
         self, trainer: Trainer, pl_module: LightningModule, setup: Callable[..., Any], *args: Any, **kwargs: Any
@@ -276,8 +276,7 @@ class Freezing(Trick):
             ).without(parameters, modules)
             if not whole.parameters:
                 raise RuntimeError(
-                    f"{self.shown()}: {', '.join(stage.patterns)} has no parameters of its own to freeze. Name "
-                    "another part."
+                    f"{self.shown()}: {', '.join(stage.patterns)} has no own parameters to freeze. Name another part."
                 )
             parameters.update(whole.parameters)
             modules.update(whole.modules)
@@ -285,7 +284,7 @@ class Freezing(Trick):
         return sorted(result, key=lambda pair: -1 if pair[0].until is None else pair[0].until)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze and unfreeze the parts as the number of the step asks."""
+        """Freeze and unfreeze the parts for the number of the step."""
         fit, done = self._now, steps_done(trainer, pl_module)
         changed = False
         for step, (_, held) in zip(fit.steps, fit.parts, strict=True):
@@ -340,7 +339,7 @@ def _classifier(pl_module: LightningModule) -> Collection[nn.Module]:
 
 @dataclass
 class _Fit:
-    """What is known in a fit."""
+    """The state of a fit."""
 
     parts: list[tuple[Stage, HeldPart]] = field(default_factory=list)
     steps: list[int | None] = field(default_factory=list)  # until which the parts are frozen

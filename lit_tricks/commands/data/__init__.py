@@ -1,4 +1,4 @@
-"""Check images and labels, look at batches as the model sees them, measure their speed, and pack images into shards."""
+"""Check images and labels, preview batches, measure their speed, and write images into shards."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ def _decode_any(data: bytes, name: str, exif: bool = False) -> Image.Image:
             image.load()
             turned = ImageOps.exif_transpose(image) if exif else image
     except UnidentifiedImageError as error:
-        error.args = ("cannot identify image file",)  # the address of an object in memory stands behind
+        error.args = ("cannot identify image file",)  # the address of an object in memory follows
         raise _unreadable(name, error) from error
     except Exception as error:  # PIL's decoders fail with any type: OSError, SyntaxError, ValueError, struct.error, ...
         if not is_about_input(error) and not isinstance(error, ValueError):  # a format that lacks its package

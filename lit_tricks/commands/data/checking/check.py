@@ -51,7 +51,7 @@ def check(
     Args:
         root: folder with class folders or with ``train``, ``val`` and ``test``, as for ``ImageFolder``; or the table or
             folder with metadata of ``ImageTable``.
-        out: PNG file to write, with the counts and the sizes; all findings go into a JSON file beside it.
+        out: PNG file to write, with the counts and the sizes; all findings are in a JSON file next to it.
         json: print the findings as JSON instead of the table.
         val_fraction: part of each class that the run will hold out where there are no validation images, above 0 and
             below 1; None for a run that holds out none.

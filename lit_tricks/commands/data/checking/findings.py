@@ -1,4 +1,4 @@
-"""What a check of a data set finds: faults that stop a run, and what makes its results worse or misleading."""
+"""The findings of a check of a data set: faults that stop a run, and problems that make its results misleading."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def find(listing: Listing, facts: Facts) -> list[Finding]:
             listing.unused,
         ),
         ("hidden", "names that begin with a dot, and those that systems make, are not read.", listing.hidden),
-        ("other files", "their endings are not those of images, and they are not read.", listing.others),
+        ("other files", "their endings do not belong to images, and they are not read.", listing.others),
     ):
         files = [_below(listing.root, path) for path in paths[:MOST]]
         if paths:
@@ -79,7 +79,7 @@ def find(listing: Listing, facts: Facts) -> list[Finding]:
 def _duplicates(listing: Listing, facts: Facts) -> Iterator[Finding]:
     """Find images of equal pixels: in several splits, with several labels, and others."""
     across: list[str] = []
-    labelled: list[str] = []
+    labeled: list[str] = []
     within: list[str] = []
     copies = 0
     for group in _groups(facts):
@@ -90,11 +90,11 @@ def _duplicates(listing: Listing, facts: Facts) -> Iterator[Finding]:
         if len(splits) > 1:
             across.append(names)
         if len(labels) > 1:
-            labelled.append(names)
+            labeled.append(names)
         if len(splits) == len(labels) == 1:
             within.append(names)
     rows: tuple[tuple[Level, str, str, list[str]], ...] = (
-        ("warning", "conflicting labels", "equal images have different classes. Correct one of the labels.", labelled),
+        ("warning", "conflicting labels", "equal images have different classes. Correct one of the labels.", labeled),
         (
             "warning",
             "duplicates across splits",
