@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -25,7 +25,6 @@ import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection  # noqa: F401
 from lit_tricks import LinearScaling, __version__, commands
 from lit_tricks._compat import drop_anonymous_setting, overrides
-from lit_tricks.cli.catalog import TRAINER_COMMANDS
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
 from lit_tricks.cli.hints import require_known_names
@@ -43,10 +42,13 @@ from lit_tricks.run.cpu_timer import CPUTimer
 from lit_tricks.run.evidence.callback import Evidence
 from lit_tricks.run.finite_loss import FiniteLoss
 from lit_tricks.run.folder import RunFolder
+from lit_tricks.run.log_interval import LogInterval, LogRates
 from lit_tricks.run.memory import PeakMemory
 from lit_tricks.run.pictures import send_predictions
 from lit_tricks.run.preview import PreviewLogger
 from lit_tricks.run.profiler import TimeSplit
+from lit_tricks.run.progress_bar import OneLineBar
+from lit_tricks.run.report.evaluation import PREDICTIONS, prepare_folder, report_evaluation
 from lit_tricks.run.report.fit import report_fit
 from lit_tricks.run.resuming import BestSoFar
 from lit_tricks.run.saving import BestCheckpoint, LastCheckpoint, SaveConfig
@@ -61,13 +63,15 @@ from lit_tricks.utils.trick_flags import behind_configs
 __all__ = ["TricksCLI", "run"]
 
 # Lightning's own use of torch, a loader of images in memory, callbacks that only training needs (`BestSoFar` names
-# those that a resumed run lacks): nothing to do about any of these warnings.
+# those that a resumed run lacks), the logging interval that `LogInterval` sets: nobody needs to act on these warnings.
 NO_ADVICE = (
     ".*LeafSpec.*is deprecated",
     ".*does not have many workers",
     ".*callbacks used to create the checkpoint",
+    ".*smaller than the logging interval",
 )
 DEFAULT_OPTIMIZER = ("torch.optim.SGD", 0.1)  # class and learning rate, for 256 images in a step
+EVALUATIONS = {"validate": "val", "test": "test"}  # split, by command
 LINKS = {"num_classes": "num_classes", "classes": "class_names", "input_size": "input_size"}  # data: model
 
 
@@ -84,9 +88,7 @@ class TricksCLI(LightningCLI):
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             # errors are raised: `run` prints them as one line
-            parser_kwargs={
-                name: {"exit_on_error": False, "description": TRAINER_COMMANDS.get(name)} for name in self.subcommands()
-            }
+            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()}
             | {"exit_on_error": False, "prog": "lit-tricks", "version": __version__},
             trainer_defaults={"default_root_dir": "runs"},
             subclass_mode_model=True,
@@ -104,20 +106,12 @@ class TricksCLI(LightningCLI):
             {"model": {"class_path": "lit_tricks.tasks.classification.Classifier"}, "weights_only": True}
         )
         if subcommand == "fit":
-            parser.add_argument(
-                "--name", type=str, help="Name of the run folder; by default the name of the first configuration file."
-            )
-            parser.add_argument(
-                "--watch",
-                type=Literal["gradients", "parameters", "all", None],
-                help="Send histograms of these to Weights & Biases, as often as metrics are logged.",
-            )
-            parser.add_argument(
-                "--on_nan",
-                type=Literal["warn", "stop"],
-                default="warn",
-                help="Warn of the first loss that is not finite, or stop there with an error.",
-            )
+            parser.add_argument("--name", type=str)
+            parser.add_argument("--watch", type=Literal["gradients", "parameters", "all", None])
+            parser.add_argument("--on_nan", type=Literal["warn", "stop"], default="warn")
+        if subcommand in EVALUATIONS:
+            parser.add_argument("--out", type=str)
+            parser.set_defaults({"verbose": False})  # the table at the end is ours
         if subcommand != "predict":  # a checkpoint brings its class names; the data it was trained on need not be there
             for source, target in LINKS.items():
                 parser.link_arguments(f"data.{source}", f"model.init_args.{target}", apply_on="instantiate")
@@ -171,6 +165,8 @@ class TricksCLI(LightningCLI):
             self.memory: PeakMemory = PeakMemory()
             return
         self.save_config_callback: None = None
+        if config.get("out"):
+            prepare_folder(Path(config.out))
         warnings.filterwarnings("ignore", message="The dirpath has changed from")  # of what is not trained here
         if config.trainer.logger in (None, True):
             config.trainer.logger = False
@@ -184,27 +180,26 @@ class TricksCLI(LightningCLI):
         self._check_links()
         config = self.config_init[self.subcommand].trainer
         callbacks = config.callbacks = list(config.callbacks or [])
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(OneLineBar())
         if self.subcommand == "fit":
             callbacks.append(FiniteLoss(self.config_init.fit.on_nan))
             if self._has_small_batches() and not any(isinstance(c, LinearScaling) for c in callbacks):
                 callbacks.append(LinearScaling())
+            if config.log_every_n_steps is None and not config.barebones:
+                callbacks.append(LogInterval())
+        if self.run.path or self.config_init[self.subcommand].get("out"):
+            self.evidence: Evidence = Evidence()
+            callbacks.append(self.evidence)
         if self.run.path:
             self.timer: Timer = Timer()
             self.cpu_timer: CPUTimer = CPUTimer()
-            self.evidence: Evidence = Evidence()
-            callbacks += [self.timer, self.cpu_timer, self.evidence, TricksInForce(self.run.path), BestSoFar()]
+            callbacks += [self.timer, self.cpu_timer, TricksInForce(self.run.path), BestSoFar(), LogRates()]
             if config.profiler is None:
                 kwargs["profiler"] = TimeSplit()
-            # saved as requested, since repeating the configuration should start another W&B run
-            self.config[self.subcommand].trainer.logger = self.logger_config
-            loggers = config.logger if isinstance(config.logger, list) else [config.logger]
-            csv = CSVLogger(self.run.root, self.run.name, self.run.version)
-            _ = csv.experiment  # while the folder is empty: it warns of files, and other loggers write some there
-            kwargs["logger"] = [csv, *(logger for logger in loggers if not isinstance(logger, bool | None))]
-            if tracked := [logger for logger in kwargs["logger"] if isinstance(logger, WandbLogger)]:
+            kwargs["logger"] = self._loggers(config.logger)
+            if any(isinstance(logger, WandbLogger) for logger in kwargs["logger"]):
                 callbacks.append(PreviewLogger())
-                for logger in tracked:
-                    drop_anonymous_setting(logger)
             if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
                 scored = isinstance(self.model, Task) and config.limit_val_batches != 0
                 monitor = f"val/{self.model.score}" if scored else None
@@ -221,6 +216,19 @@ class TricksCLI(LightningCLI):
         data = self.datamodule
         return is_default and isinstance(data, ImageFolder) and data.fits_small_batch()
 
+    def _loggers(self, wanted: Any) -> list[Any]:
+        """Return the loggers of a run: ``metrics.csv``, and those of the configuration."""
+        # saved as requested, since repeating the configuration should start another W&B run
+        self.config[self.subcommand].trainer.logger = self.logger_config
+        csv = CSVLogger(self.run.root, self.run.name, self.run.version)
+        _ = csv.experiment  # while the folder is empty: it warns of files, and other loggers write some there
+        given = wanted if isinstance(wanted, list) else [wanted]
+        others = [each for each in given if not isinstance(each, bool | None)]
+        for logger in others:
+            if isinstance(logger, WandbLogger):
+                drop_anonymous_setting(logger)
+        return [csv, *others]
+
     def _require_finite_checkpoint(self) -> None:
         """Raise if the checkpoint to resume or to evaluate has weights that are not finite."""
         path = str(self.config_init[self.subcommand].ckpt_path or "")
@@ -228,6 +236,22 @@ class TricksCLI(LightningCLI):
             require_finite(Path(path), read_checkpoint(Path(path))["state_dict"], self.model)
 
     before_fit = before_validate = before_test = _require_finite_checkpoint
+
+    def after_validate(self) -> None:
+        """Print the metrics, and write them with the predictions if a folder is given."""
+        assert self.subcommand is not None
+        config, trainer = self.config_init[self.subcommand], self.trainer
+        folder = Path(config.out) if config.out else None
+        if folder is not None:
+            self.evidence.save(folder / PREDICTIONS, trainer, self._class_names(), weights="given")
+        if trainer.is_global_zero:
+            split = EVALUATIONS[self.subcommand]
+            report_evaluation(split, trainer.callback_metrics, str(config.ckpt_path or ""), folder)
+
+    after_test = after_validate
+
+    def _class_names(self) -> list[str] | None:
+        return getattr(self.model, "class_names", None) or getattr(self.datamodule, "classes", None)
 
     def _check_links(self) -> None:
         asked = self.config[self.subcommand].model.get("init_args", {})
@@ -253,8 +277,7 @@ class TricksCLI(LightningCLI):
         best = best if Path(best).is_file() else ""  # the old run's, if a resumed run had no steps left
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-        classes = getattr(self.model, "class_names", None) or getattr(self.datamodule, "classes", None)
-        self.evidence.save(self.run.path / "predictions.npz", trainer, classes)
+        self.evidence.save(self.run.path / PREDICTIONS, trainer, self._class_names())
         if trainer.is_global_zero:
             profiler = trainer.profiler  # type: ignore[attr-defined]
             split = profiler.result() if isinstance(profiler, TimeSplit) else None

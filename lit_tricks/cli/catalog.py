@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 PACKAGE = Path(__file__).parents[1]
+FIT_PARTS = ("data", "model", "trainer")  # arguments of a function that the options of `lit-tricks fit` make
 TRAINER_COMMANDS = {
     "fit": "Train a model, and write its checkpoints and a report to a new run folder.",
     "validate": "Evaluate a checkpoint on the validation images.",
@@ -53,6 +54,17 @@ class Argument:
     default: str | None
     keyword_only: bool = False
 
+    @property
+    def choices(self) -> list[str]:
+        """The values of a ``Literal`` in the type."""
+        literals = ",".join(re.findall(r"Literal\[([^\]]*)\]", self.kind))
+        return [str(value) for value in ast.literal_eval(f"[{literals}]")]
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is off by default, and needs no value on the command line of a function."""
+        return self.kind == "bool" and self.default == "False"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -69,6 +81,16 @@ class Entry:
     text: str
     arguments: tuple[Argument, ...]
     file: Path
+
+    @property
+    def takes_fit(self) -> bool:
+        """Whether it is a command that takes the options of `lit-tricks fit`."""
+        return any(each.name == "trainer" for each in self.arguments)
+
+    @property
+    def own_arguments(self) -> list[Argument]:
+        """The arguments of a command without the parts of a fit."""
+        return [each for each in self.arguments if not (self.takes_fit and each.name in FIT_PARTS)]
 
     @property
     def signature(self) -> str:

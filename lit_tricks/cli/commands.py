@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
+import re
 import tempfile
 import typing
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from lit_tricks.utils.config_files import given as given_value
 __all__ = ["find_command", "own_arguments", "run_command", "summary"]
 
 Build = Callable[[str, list[str]], dict[str, Any]]
+OPTIONS = ("config", "output")  # arguments that are options also where they have no default
 PARTS = ("data", "model", "trainer")  # of a fit or a prediction
 
 
@@ -97,7 +99,7 @@ def run_command(function: Callable[..., Any], words: list[str], name: str, build
             words = _reduced(words, set(parameters), folder)
         if {"ckpt", "data"} <= parameters.keys() and "trainer" not in parameters:
             words = [*_settings_of(given_value(words, "--ckpt"), folder), *words]
-        config = parser.parse_args([f"{word}=true" if word in flags else word for word in words])
+        config = _parsed(parser, function, [f"{word}=true" if word in flags else word for word in words], name)
     if {"ckpt", "trainer"} <= parameters.keys():
         on = [f"--trainer.{name}={value}" for name, value in accelerator_of(config.device).items()]
         given |= build("predict", [*on, *parts, f"--ckpt_path={config.ckpt}"]) if parts else {}
@@ -105,6 +107,21 @@ def run_command(function: Callable[..., Any], words: list[str], name: str, build
         given |= build("fit", parts)
     values = parser.instantiate_classes(config).as_dict() | given
     function(**{name: values[name] for name in parameters if name in values})
+
+
+def _parsed(parser: ArgumentParser, function: Callable[..., Any], words: list[str], name: str) -> Any:
+    """Parse the words, and name missing arguments as they are on the command line."""
+    try:
+        return parser.parse_args(words)
+    except argparse.ArgumentError as error:
+        match = re.search(r"following arguments are required: (.*)", error.message)
+        if match is None:
+            raise
+        parameters = inspect.signature(function).parameters
+        flags = {each for each in match[1].split(", ") if parameters[each].kind is inspect.Parameter.KEYWORD_ONLY}
+        names = [f"--{each}" if each in {*flags, *OPTIONS} else each.upper() for each in match[1].split(", ")]
+        message = f"{name} needs {' and '.join(names)}. `lit-tricks {name} --help` explains them."
+        raise argparse.ArgumentError(None, message) from error
 
 
 def own_arguments(function: Callable[..., Any]) -> list[str]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import itertools
 import re
-import typing
-from collections.abc import Callable, Iterable
-from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from lit_tricks.cli.catalog import LIGHT_COMMANDS, TRAINER_COMMANDS, configs, public_names
+from lit_tricks.cli.catalog import LIGHT_COMMANDS, TRAINER_COMMANDS, Entry, configs, definition, public_names
 from lit_tricks.cli.discovery import KINDS, LightParser
-from lit_tricks.cli.parameters import parameter_names
+from lit_tricks.cli.pages import Option
+from lit_tricks.cli.trainer_options import EVALUATION, FIT
 from lit_tricks.tasks import TASKS
 
 __all__ = ["show_script"]
 
 CONFIG = "_lit_tricks_config"  # shell function that completes names of configurations, and files
 SHELLS = ("bash", "zsh")
+PLACEHOLDERS = ("--model.NAME", "--data.NAME", "--trainer.callbacks")
 PREAMBLES = {
     "bash": '{config}() {{ compgen -W \'{names}\' -- "$1"; compgen -f -- "$1"; }}',
     "zsh": "{config}() {{ _alternative 'names:configuration:({names})' 'files:file:_files' }}",
@@ -62,82 +62,74 @@ def show_script(words: list[str]) -> None:
 
 def _all_commands() -> argparse.ArgumentParser:
     """Make a plain parser with the options of all commands. It is not for parsing: there are no types."""
-    from lit_tricks import commands
-
     parser = argparse.ArgumentParser("lit-tricks")
     parser.add_argument("--version", action="store_true", help="show the version")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers()
     for name, text in TRAINER_COMMANDS.items():
-        _add_trainer_options(subparsers.add_parser(name, help=text, description=text), name)
-    _add_group(subparsers, commands)
+        _add_trainer_options(
+            subparsers.add_parser(name, help=text, description=text), FIT if name == "fit" else EVALUATION
+        )
+    _add_group(subparsers, "commands")
     for name, text in LIGHT_COMMANDS.items():
         _add_light(subparsers.add_parser(name, help=text, description=text), name)
     return parser
 
 
-def _add_group(subparsers: Any, group: ModuleType) -> None:
-    for name in group.__all__:
-        command = getattr(group, name)
-        text = (inspect.getdoc(command) or "").partition("\n")[0]
-        parser = subparsers.add_parser(name, help=text, description=text)
-        if inspect.ismodule(command):
-            _add_group(parser.add_subparsers(), command)
+def _add_group(subparsers: Any, package: str) -> None:
+    for name, entry in public_names(package).items():
+        parser = subparsers.add_parser(name, help=entry.summary, description=entry.summary)
+        if entry.file.name == "__init__.py":
+            _add_group(parser.add_subparsers(), f"{package}/{name}")
         else:
-            _add_function(parser, command)
+            _add_function(parser, entry)
 
 
-def _add_function(parser: argparse.ArgumentParser, function: Callable[..., Any]) -> None:
+def _add_function(parser: argparse.ArgumentParser, entry: Entry) -> None:
     """Add the arguments of a command that is a function, and the options of a fit where it takes parts of one."""
-    from lit_tricks.cli.commands import own_arguments
-
-    types, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
-    for name in own_arguments(function):
-        parameter = parameters[name]
-        if name in ("config", "fit_args"):
+    for argument in entry.own_arguments:
+        if argument.name in ("config", "fit_args"):
             continue
-        if name == "stack":
-            _complete_configs(_add(parser, name, nargs="*"))
-            continue
-        if parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY:
-            _complete_files(parser.add_argument(name, nargs="*"))
-        elif parameter.default is False:
-            _add(parser, name, action="store_true")
+        if argument.name in ("stack", "candidates"):
+            _complete_configs(_add(parser, argument.name, nargs="*"))
+        elif argument.default is None and not argument.keyword_only:
+            _complete_files(parser.add_argument(argument.name, nargs="*"))
+        elif argument.is_switch:
+            _add(parser, argument.name, action="store_true")
         else:
-            _complete_files(_add(parser, name, choices=_choices(types[name])))
-    if "trainer" in parameters:
-        _add_trainer_options(parser, "fit")
+            _complete_files(_add(parser, argument.name, choices=argument.choices or None))
+    if entry.takes_fit:
+        _add_trainer_options(parser, FIT)
     else:
         _add_config(parser)
 
 
-def _add_trainer_options(parser: argparse.ArgumentParser, command: str) -> None:
-    """Add the options of a command that LightningCLI runs."""
-    from lightning.pytorch import Trainer
-
-    import lit_tricks
-
+def _add_trainer_options(parser: argparse.ArgumentParser, groups: Mapping[str, Iterable[Option]]) -> None:
+    """Add the options of a command that LightningCLI runs, and the arguments of all classes of ours."""
     tricks, data = public_names("callbacks"), public_names("data")
-    tasks = {name: getattr(lit_tricks, name) for name in TASKS}
+    tasks = {name: entry for name, module in TASKS.items() if (entry := definition(name, module))}
     _add_config(parser)
-    for name in ("seed_everything", "print_config", "name", "watch")[: None if command == "fit" else 2]:
-        _add(parser, name)
-    _complete_files(_add(parser, "ckpt_path"))
-    for name in inspect.signature(Trainer).parameters:
-        _add(parser, f"trainer.{name}")
+    for option in itertools.chain(*groups.values()):
+        flag, _, value = option.flag.rpartition(", ")[2].partition(" ")
+        if flag in ("--config", "--help", "--model", "--data") or flag.startswith(PLACEHOLDERS):
+            continue
+        choices = value.strip("{}").split(",") if value.startswith("{") else None
+        action = parser.add_argument(flag, choices=choices) if value else parser.add_argument(flag, action="store_true")
+        if value in ("PATH", "DIR"):
+            _complete_files(action)
     for sign in ("+", "-"):
         _add(parser, f"trainer.callbacks{sign}", choices=[*tricks])
-    for name in tricks:
-        for argument in inspect.signature(getattr(lit_tricks, name)).parameters:
-            _add(parser, f"trainer.callbacks.{name}.{argument}")
+    for name, trick in tricks.items():
+        for argument in trick.arguments:
+            _add(parser, f"trainer.callbacks.{name}.{argument.name}")
     _add(parser, "model", choices=[*tasks])
-    for argument in _arguments(tasks.values()):
-        _add(parser, f"model.{argument}")
+    for name in _arguments(tasks.values()):
+        _add(parser, f"model.{name}")
     _add(parser, "model.optimizer.lr")
     _add(parser, "model.optimizer.weight_decay")
     _add(parser, "data", choices=[*data])
-    for argument in _arguments(getattr(lit_tricks.data, name) for name in data):
-        _complete_files(_add(parser, f"data.{argument}"))
+    for name in _arguments(data.values()):
+        _complete_files(_add(parser, f"data.{name}"))
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -165,13 +157,6 @@ def _complete_files(action: argparse.Action) -> None:
         action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
-def _choices(kind: Any) -> list[str] | None:
-    """Return the values of a Literal."""
-    kinds = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
-    return [str(value) for each in kinds for value in get_args(each)] or None
-
-
-def _arguments(classes: Iterable[type]) -> list[str]:
+def _arguments(classes: Iterable[Entry]) -> list[str]:
     """Return the names of the arguments of classes, each once."""
-    found = (name for cls in classes for name in parameter_names(cls))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(argument.name for entry in classes for argument in entry.arguments))

@@ -71,9 +71,9 @@ def _light(words: list[str]) -> bool:
         known = list(commands())
         raise argparse.ArgumentError(None, f"there is no command {first!r}{nearest(first, known) or among(known)}")
     else:
-        from lit_tricks.cli.help import help_asked_for
+        from lit_tricks.cli.help import requested_help
 
-        page = help_asked_for(words)
+        page = requested_help(words)
         if page is None:
             return False
         print(page)  # noqa: T201

@@ -20,10 +20,9 @@ from lit_tricks.cli.trainer_options import EVALUATION, FIT
 from lit_tricks.tasks import TASKS
 from lit_tricks.utils.config_files import nearest
 
-__all__ = ["help_asked_for"]
+__all__ = ["requested_help"]
 
 HELP = ("-h", "--help")
-FIT_PARTS = ("data", "model", "trainer")  # of a fit, which the options of `lit-tricks fit` make
 FIT_EXAMPLES = """
   lit-tricks fit --config quickstart
   lit-tricks fit --config finetune --data.root photos
@@ -52,7 +51,7 @@ class Kind:
     base: str
 
 
-def help_asked_for(words: Sequence[str]) -> str | None:
+def requested_help(words: Sequence[str]) -> str | None:
     """Return the help page that a command line requests, or None.
 
     Args:
@@ -113,8 +112,7 @@ def _group_help(name: str, package: str) -> str:
 
 
 def _function_help(name: str, entry: Entry) -> str:
-    takes_fit = any(each.name == "trainer" for each in entry.arguments)
-    arguments = [each for each in entry.arguments if not (takes_fit and each.name in FIT_PARTS)]
+    takes_fit, arguments = entry.takes_fit, entry.own_arguments
     text, described = _documentation(entry.text)
     positional = [each for each in arguments if _is_positional(each)]
     others = [each for each in arguments if each not in positional and each.name != "fit_args"]
@@ -170,7 +168,7 @@ def _flag(argument: Argument) -> str:
     if argument.name == "config":
         return "-c, --config NAME"
     flag = f"--{argument.name.replace('_', '-')}"
-    if _is_switch(argument):
+    if argument.is_switch:
         return flag
     return f"{'-o, ' * (argument.name == 'output')}{flag} {_value(argument)}"
 
@@ -179,13 +177,9 @@ def _text(argument: Argument, described: dict[str, str], flag: bool = True) -> s
     """Return the description of an argument with its default. A flag that needs no value is off by default."""
     text = described.get(argument.name, "")
     default = _default(argument)
-    if flag and _is_switch(argument):
+    if flag and argument.is_switch:
         return text
     return f"{text} (default: {default})".strip() if default and "default" not in text else text
-
-
-def _is_switch(argument: Argument) -> bool:
-    return argument.kind == "bool" and argument.default == "False"
 
 
 def _default(argument: Argument) -> str:

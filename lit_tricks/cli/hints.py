@@ -11,7 +11,7 @@ from typing import Any
 import lit_tricks
 from lit_tricks._compat import option_action
 from lit_tricks.tasks import TASKS
-from lit_tricks.utils.config_files import given, model_in
+from lit_tricks.utils.config_files import class_in, given, model_in
 
 __all__ = ["require_known_names"]
 
@@ -52,6 +52,7 @@ HINTS = {
         "--seed_everything": "seed randomseed trainerseed",
         "--ckpt_path": "checkpoint ckpt resume resumefrom resumefromcheckpoint load modelcheckpoint",
         "--name": "runname experiment expname",
+        "--config": "conf cfg configfile configs configuration recipe yaml",
         "--config loggers/wandb": "wandb usewandb logtowandb",
         "--config loggers/tensorboard": "tensorboard tb",
         "--config tricks/ema": "ema modelema",
@@ -102,8 +103,14 @@ def _may_be_of_class(flag: str, words: list[str]) -> bool:
 
 
 def _require_class(words: list[str]) -> None:
-    """Raise an error for ``--model resnet50`` and ``--data photos``, which take a class."""
+    """Raise an error for ``--model resnet50`` and ``--data photos``, which take a class, and for a missing class."""
     model, data = given(words, "--model"), given(words, "--data")
+    argument = next((word for word in words if word.startswith("--data.")), "")
+    if argument and not class_in(words, "data"):
+        flag = argument.partition("=")[0]
+        raise argparse.ArgumentError(
+            None, f"{flag} is an argument of a data module. Give its class too, such as --data ImageFolder."
+        )
     if model and "." not in model and _is_network(model):
         raise argparse.ArgumentError(None, f"--model: {model!r} is a network; did you mean --model.model {model}?")
     if data and Path(data).is_dir():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from lit_tricks.cli.catalog import configs
 from lit_tricks.cli.parameters import parameter_names
 from lit_tricks.tasks import TASKS
 from lit_tricks.utils.config_files import among, nearest
@@ -107,10 +108,18 @@ def _unknown_argument(problem: Problem, match: re.Match[str]) -> str:
     return f"there is no argument {name!r}{nearest(name, problem.known or _arguments())}"
 
 
+def _extra_word(problem: Problem, match: re.Match[str]) -> str:
+    word = match[1]
+    remedy = f"; did you mean --config {word}?" if word in configs() else ". Options start with --."
+    return f"{word!r} is not an option{remedy}"
+
+
 def _missing_argument(problem: Problem, match: re.Match[str]) -> str:
     command, argument = match.groups()
     has_checkpoint = command != "fit" and argument == "data"
     remedy = ", or --ckpt_path, the checkpoint of a run on such data" if has_checkpoint else ""
+    if (command, argument) == ("fit", "data"):
+        remedy = ", or a configuration that has it, such as --config quickstart"
     return f"{command} needs --{argument}{remedy}."
 
 
@@ -187,6 +196,11 @@ RULES = (
         r"nrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'",
         "unrecognized arguments: --trainr.max_epochs=1",
         _unknown_argument,
+    ),
+    Rule(
+        r"nrecognized arguments: (?!-)(\S+)",
+        "unrecognized arguments: quickstart",
+        _extra_word,
     ),
     Rule(
         r"following arguments are required: (\w+)\.([\w.]+)",

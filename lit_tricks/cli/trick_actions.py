@@ -89,6 +89,9 @@ def _place(callbacks: list[Any], name: str, flag: str) -> int:
         argparse.ArgumentError: if it is not there, or twice.
     """
     names = [_name(each) for each in callbacks]
+    if not name:
+        listed = f" The callbacks are {', '.join(names)}." if names else ""
+        raise argparse.ArgumentError(None, f"{flag}: give the name of a callback.{listed}")
     short = name.rpartition(".")[2]
     found = [i for i, each in enumerate(names) if each == short]
     if "." in name:
@@ -118,6 +121,10 @@ def _require_argument(callbacks: list[Any], place: int, argument: str, flag: str
     which = "" if f".{name}." in f"{flag}." else ", the last of the callbacks,"
     if not first:
         raise argparse.ArgumentError(None, f"{flag}: which argument? {name} has {', '.join(known)}.")
+    by_name = {_name(each).lower(): _name(each) for each in callbacks}
+    if first.lower() in by_name:
+        meant = f"{CALLBACKS}.{by_name[first.lower()]}.{argument.removeprefix('init_args.').partition('.')[2]}"
+        raise argparse.ArgumentError(None, f"{flag}: there is no such option; did you mean {meant}?")
     others = [_name(each) for each in callbacks if first in (_arguments(each) or ())]
     close = nearest(first, known)
     if which and others:

@@ -24,9 +24,17 @@ class SaveConfig(SaveConfigCallback):
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                tell_wandb(logger, config, pl_module, config.get("watch"))
+                tell_wandb(logger, config, pl_module)
             elif not isinstance(logger, CSVLogger):
                 logger.log_hyperparams({"config": config})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Send histograms to W&B as often as metrics are logged, which ``LogInterval`` has decided by now."""
+        watch = self.config.get("watch")
+        for logger in trainer.loggers:
+            if watch and isinstance(logger, WandbLogger):
+                often = trainer.log_every_n_steps  # type: ignore[attr-defined]
+                logger.watch(pl_module, log=watch, log_freq=often, log_graph=False)
 
 
 class BestCheckpoint(ModelCheckpoint):

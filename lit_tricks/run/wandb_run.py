@@ -6,28 +6,19 @@ import contextlib
 import netrc
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lit_tricks import callbacks
 from lit_tricks.run.folder import RunFolder
 from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.tasks.base import Task
 
 __all__ = ["is_wandb", "log_summary", "own_wandb_run", "prepare_wandb", "tell_wandb", "tracking_mode"]
-
-# Quantities of the tricks that do not change in a run.
-CONSTANTS = (
-    "channels_last/filters",
-    "compile/layers",
-    "fixres/parameters",
-    "linear_scaling/factor",
-    "no_bias_decay/share",
-    "test_time_augment/views",
-)
 
 
 @contextlib.contextmanager
@@ -55,7 +46,7 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None, watch: s
         loggers: configuration of ``trainer.logger``, changed in place; its own settings stay.
         run: the run folder.
         checkpoint: the checkpoint to resume; if its folder belongs to a tracked run, this run continues.
-        watch: kind of histograms, see ``tell_wandb``.
+        watch: kind of histograms: "gradients", "parameters" or "all"; or None.
 
     Raises:
         ValueError: if ``watch`` is set, and there is no W&B logger.
@@ -74,17 +65,16 @@ def prepare_wandb(loggers: Any, run: RunFolder, checkpoint: str | None, watch: s
             settings.mode = "offline"  # Lightning's own `offline` would reject checkpoints as artifacts
 
 
-def tell_wandb(logger: Any, config: dict[str, Any], module: Any, watch: str | None) -> None:
-    """Log the settings once, draw the metrics of an epoch against the epoch, and watch the module.
+def tell_wandb(logger: Any, config: dict[str, Any], module: Any) -> None:
+    """Log the settings once, and draw the metrics of an epoch against the epoch.
 
     The summary has the best value of each metric of an epoch. The other metrics stay where Lightning has them, on the
-    optimizer step. Quantities that are constant have no chart.
+    optimizer step. A constant quantity of a trick is in the summary only (see ``VaryingOnly``).
 
     Args:
         logger: a ``WandbLogger``.
         config: the resolved configuration. Lightning's hyperparameters, which repeat it, are not logged.
         module: that is trained. Of another one than ours it is not known which metrics are of an epoch.
-        watch: "gradients", "parameters" or "all": histograms of these, as often as metrics are logged; or None.
     """
     run = logger.experiment
     run.config.update({"config": config}, allow_val_change=True)
@@ -94,10 +84,47 @@ def tell_wandb(logger: Any, config: dict[str, Any], module: Any, watch: str | No
         for name in module.epoch_metrics():
             best = "max" if name.rpartition("/")[2] in SCORES else "min"
             run.define_metric(name, step_metric="epoch", summary=best)
-    for name in CONSTANTS:
-        run.define_metric(name, summary="last", hidden=True)
-    if watch:
-        logger.watch(module, log=watch, log_freq=module.trainer.log_every_n_steps, log_graph=False)
+    logger.log_metrics = VaryingOnly(logger.log_metrics, run.summary)
+
+
+class VaryingOnly:
+    """Log metrics. A quantity of a trick that has had one value so far is in the summary, not in a flat curve.
+
+    The curve starts with the last constant value.
+
+    Args:
+        log: takes metrics by name, and the step.
+        summary: of the W&B run.
+    """
+
+    def __init__(self, log: Callable[..., None], summary: Any) -> None:
+        self._log = log
+        self._summary = summary
+        self._constant: dict[str, tuple[float, int | None]] = {}  # value and last step
+        self._varying: set[str] = set()
+
+    def __call__(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log the metrics of a step."""
+        for name in [name for name in metrics if _is_quantity(name) and name not in self._varying]:
+            value, last = self._constant.get(name, (metrics[name], step))
+            if name not in self._constant:
+                self._summary[name] = value
+            if metrics[name] == value:
+                self._constant[name] = (value, step)
+            else:
+                self._varying.add(name)
+                del self._constant[name]
+                self._log({name: value}, last)
+        shown = {name: value for name, value in metrics.items() if name not in self._constant}
+        if shown.keys() - {"epoch"}:
+            self._log(shown, step)
+
+
+def _is_quantity(name: str) -> bool:
+    """Return whether a name is a learning rate, or what a trick logs, such as "ema/decay"."""
+    trick, slash, _ = name.partition("/")
+    is_of_trick = bool(slash) and trick.replace("_", "") in {each.lower() for each in callbacks.__all__}
+    return name.startswith("lr-") or is_of_trick
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "CONFIGS",
     "among",
     "check_yaml",
+    "class_in",
     "config_name",
     "find_config",
     "given",
@@ -68,12 +69,25 @@ def resolve_configs(args: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def model_in(args: list[str]) -> str:
-    """Return the name of the model's class in a command line and its configurations, or an empty string."""
+    """Return the name of the model's class, see ``class_in``."""
+    return class_in(args, "model")
+
+
+def class_in(args: list[str], part: str) -> str:
+    """Return the class name of the model or the data, from the words of a command line and their configurations.
+
+    Args:
+        args: words of a command line, configurations as paths.
+        part: "model" or "data".
+
+    Returns:
+        The name without its package; empty if none is given.
+    """
     named: list[Any] = []
     for file in _configs_in(args):
-        model = (parse_yaml(file) if file.startswith("{") else read_yaml(file)).get("model") or {}
-        named.append(model.get("class_path") if isinstance(model, dict) else model)
-    named += [given(args, "--model"), given(args, "--model.class_path")]
+        settings = (parse_yaml(file) if file.startswith("{") else read_yaml(file)).get(part) or {}
+        named.append(settings.get("class_path") if isinstance(settings, dict) else settings)
+    named += [given(args, f"--{part}"), given(args, f"--{part}.class_path")]
     return next((str(name).rpartition(".")[2] for name in reversed(named) if name), "")
 
 

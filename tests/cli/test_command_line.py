@@ -74,10 +74,15 @@ def digits(split: str, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
-def table(out: str) -> dict[str, float]:
-    """Numbers of the table that Lightning prints."""
-    cells = re.findall(r"│\s+([\w/]+)\s+│\s+([\d.e-]+)\s+│", out)
-    return {name: float(value) for name, value in cells}
+def evaluated(command: str, *words: str) -> dict[str, float]:
+    """Metrics that a command writes; its table must have the same."""
+    out = done(command, *words, "--out=found").out
+    content = results("found")
+    (metrics,) = [content[kind] for kind in ("raw", "averaged") if kind in content]
+    ((split, values),) = metrics.items()
+    row = next(line for line in out.splitlines() if f"│ {split} " in line)
+    assert all(f"{value:.4f}" in row or f"{value:.2%}" in row for value in values.values())
+    return {f"{split}/{name}": value for name, value in values.items()}
 
 
 def expected(path: str, images: torch.Tensor, labels: torch.Tensor, split: str) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def test_a_foreign_module_is_trained_too(folder: Path, monkeypatch: pytest.Monke
     losses = [row["val/loss"] for row in metrics("runs/foreign/v0") if "val/loss" in row]
     assert len(losses) == 2
     assert results("runs/foreign/v0")["raw"] == {"val": {"loss": losses[1]}}
-    found = table(done("validate", "--config=foreign.yaml", "--ckpt_path=runs/foreign/v0/checkpoints/last.ckpt").out)
+    found = evaluated("validate", "--config=foreign.yaml", "--ckpt_path=runs/foreign/v0/checkpoints/last.ckpt")
     assert found == {"val/loss": pytest.approx(losses[1])}
 
 
@@ -435,7 +440,7 @@ def test_interrupted_outside_of_the_training_it_says_so(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
 def test_a_checkpoint_brings_its_settings(best: str, command: str, split: str) -> None:
-    found = table(done(command, "--ckpt_path", best, *QUIET).out)
+    found = evaluated(command, "--ckpt_path", best, *QUIET)
     assert found.pop(f"{split}/ece") >= 0
     assert found == expected(best, *digits(split), split)
     assert not Path("runs").exists()
@@ -444,7 +449,7 @@ def test_a_checkpoint_brings_its_settings(best: str, command: str, split: str) -
 def test_flags_win_over_the_settings_of_a_checkpoint(best: str) -> None:
     for words in (("--data.split_seed=1", "--ckpt_path", best), (f"--ckpt_path={best}", "--config=split.yaml")):
         Path("split.yaml").write_text("data: {init_args: {split_seed: 1}}")
-        found = table(done("test", *words, *QUIET).out)
+        found = evaluated("test", *words, *QUIET)
         del found["test/ece"]
         assert found == expected(best, *digits("test", split_seed=1), "test")
     assert found != expected(best, *digits("test"), "test")
@@ -458,7 +463,7 @@ def test_other_data_than_the_checkpoint_was_made_with(folder: Path) -> None:
     outcome = cli("validate", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", *QUIET)
     assert outcome.code == 1
     assert f"root='{root}' is not a folder" in outcome.err
-    found = table(done("validate", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", "--data.root=moved", *QUIET).out)
+    found = evaluated("validate", "--ckpt_path=runs/tiny/v0/checkpoints/best.ckpt", "--data.root=moved", *QUIET)
     assert found.keys() == {"val/loss", "val/top1", "val/ece"}  # no top-5 of three classes
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,10 @@ from lit_tricks import callbacks, data
 from lit_tricks.cli.catalog import commands, configs, public_names
 from lit_tricks.cli.completion import SHELLS
 
-LIGHT = (("--version",), ("--help",), ("list",), ("list", "tricks"), ("show", "EMA"), ("fitt",), ())
+LIGHT = (
+    *(("--version",), ("--help",), ("list",), ("list", "tricks"), ("show", "EMA")),
+    *(("completion", "bash"), ("completion", "zsh"), ("fitt",), ()),
+)
 SCRIPT = f"""
 import sys
 from lit_tricks.cli import main
@@ -147,6 +153,9 @@ CASES = {
     "fit --trainer.callbacks- Mix": {"MixUp"},
     "fit --trainer.callbacks.EMA.dec": {"--trainer.callbacks.EMA.decay"},
     "test --ckpt_path mine": {"mine.yaml"},
+    "test --out mine": {"mine.yaml"},
+    "fit --trainer.enable_progress_bar fa": {"false"},
+    "race --candidates tricks/em": {"tricks/ema"},
     "data prev": {"preview"},
     "data preview --ou": {"--out"},
     "export mine.yaml --format ti": {"timm"},
@@ -180,6 +189,60 @@ def test_bash_completes_commands_options_and_names(scripts: dict[str, str], tmp_
     process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     found = dict(zip(CASES, ({*line.split()} for line in process.stdout.splitlines()), strict=True))
     assert found == CASES, process.stderr
+
+
+IN_ZSH = {  # what a tab makes of a line
+    "lit-tricks fixr": "lit-tricks fixres ",
+    "lit-tricks fit --trainer.max": "lit-tricks fit --trainer.max_",
+    "lit-tricks fit --trainer.max_ep": "lit-tricks fit --trainer.max_epochs=",
+    "lit-tricks fit --config tricks/warm": "lit-tricks fit --config tricks/warmup_",
+    "lit-tricks fit --config=quick": "lit-tricks fit --config=quickstart ",
+    "lit-tricks fit --config mi": "lit-tricks fit --config mine.yaml ",
+    "lit-tricks fit --trainer.callbacks+=Mi": "lit-tricks fit --trainer.callbacks+=MixUp ",
+    "lit-tricks fit --trainer.callbacks-=Mi": "lit-tricks fit --trainer.callbacks-=MixUp ",
+    "lit-tricks fit --trainer.callbacks.EMA.dec": "lit-tricks fit --trainer.callbacks.EMA.decay=",
+    "lit-tricks test --ou": "lit-tricks test --out=",
+    "lit-tricks data prev": "lit-tricks data preview ",
+    "lit-tricks show quick": "lit-tricks show quickstart ",
+    "lit-tricks list tri": "lit-tricks list tricks ",
+}
+ZSH = """PS1=; unsetopt beep; autoload -Uz compinit && compinit -u -d dump && eval "$(cat script)"
+finish() { zle -I; print -r -- "<$BUFFER>"; BUFFER= }; zle -N finish; bindkey '^X' finish
+echo rea''dy
+"""
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_zsh_completes_commands_options_and_names(scripts: dict[str, str], tmp_path: Path) -> None:
+    import pty  # not on Windows
+    import select
+
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "script").write_text(scripts["zsh"])
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb"})
+
+    def read(until: str) -> str:
+        shown, deadline = "", time.monotonic() + 60
+        while not re.search(until, shown) and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 65536).decode("utf8", "replace")
+        return shown
+
+    try:
+        os.write(terminal, ZSH.encode())
+        read("ready")
+        found = {}
+        for line in IN_ZSH:
+            os.write(terminal, f"{line}\t\x18".encode())
+            found[line] = re.findall(r"<(lit-tricks.*)>", read(r"<lit-tricks.*>"))[-1]
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+    assert found == IN_ZSH
 
 
 def test_zsh_has_every_command_and_values_after_an_equals_sign(scripts: dict[str, str]) -> None:

@@ -70,7 +70,17 @@ FLAGS = {
     ),
     "command of a group": (("data", "prevew"), "there is no command 'prevew'; did you mean 'preview'?"),
     "no command": ((), "choose a command, such as fit; `lit-tricks --help` lists the commands."),
-    "no data": (("fit",), r"fit needs --data\."),
+    "no data": (("fit",), r"fit needs --data, or .*--config quickstart\."),
+    "argument of no data": (("fit", "--data.root=photos"), r"--data\.root is an argument .*--data ImageFolder\."),
+    "name without an option": (
+        ("fit", "quickstart"),
+        r"'quickstart' is not an option; did you mean --config quickstart?",
+    ),
+    "word without an option": ((*FIT, "extra"), r"'extra' is not an option\. Options start with --\."),
+    "short form of an option": (("fit", "--conf", "quickstart"), r"there is no argument '--conf'; .*--config?"),
+    "missing argument of a command": (("export", "x"), r"export needs --format\. `lit-tricks export --help` .*"),
+    "missing arguments of a command": (("predict",), r"predict needs IMAGES and --ckpt\. .*"),
+    "missing output of a command": (("average", "x"), r"average needs --output\. .*"),
     "no data to test": (("test",), r"test needs --data, or --ckpt_path.*"),
     "trick": (
         (*FIT, "--trainer.callbacks+=WarmupCosin"),

@@ -52,9 +52,9 @@ def described(out: str) -> dict[str, str]:
 
 
 def test_no_page_imports_torch(tmp_path: Path) -> None:
-    asked = [f"{name} --help" for name in (*TRAINER, *OWN, "data", "list", "show", "completion")]
-    asked += ["fit --model.help Classifier", "test --data.help ImageFolder", "ablate --trainer.callbacks.EMA.help"]
-    process = subprocess.run([sys.executable, "-c", SCRIPT, *asked], capture_output=True, text=True, timeout=60)
+    lines = [f"{name} --help" for name in (*TRAINER, *OWN, "data", "list", "show", "completion")]
+    lines += ["fit --model.help Classifier", "test --data.help ImageFolder", "ablate --trainer.callbacks.EMA.help"]
+    process = subprocess.run([sys.executable, "-c", SCRIPT, *lines], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
 
 
@@ -197,7 +197,14 @@ def test_help_behind_the_dashes_is_for_the_runs() -> None:
     assert "nowhere" in outcome.err
 
 
-def test_the_catalog_knows_arguments_of_source_files() -> None:
+def test_arguments_of_a_base_class_are_explained_too() -> None:
+    found = described(page("fit", "--data.help", "ImageTable"))
+    inherited = described(page("fit", "--data.help", "ImageFolder"))
+    assert found["--data.random_erasing FLOAT"] == inherited["--data.random_erasing FLOAT"]
+    assert all(found.values())
+
+
+def test_the_catalog_has_arguments_of_source_files() -> None:
     found = {each.name: each for each in public_names("callbacks")["EMA"].arguments}
     assert (found["decay"].kind, found["decay"].default) == ("float | None", "None")
     modes = {each.name: each.kind for each in public_names("commands")["ablate"].arguments}

@@ -47,7 +47,11 @@ CASES = {
         ((*FIT, "--trainr.max_epochs=1"), "no argument 'trainr.max_epochs'; did you mean 'trainer.max_epochs'?"),
         ((*FIT, "--config=trainr.yaml"), "no argument 'trainr.max_epochs'; did you mean 'trainer.max_epochs'?"),
     ],
-    "_missing_argument": [(("fit",), "fit needs --data.")],
+    "_extra_word": [
+        ((*FIT, "quickstart"), "'quickstart' is not an option; did you mean --config quickstart?"),
+        ((*FIT, "extra"), "'extra' is not an option. Options start with --."),
+    ],
+    "_missing_argument": [(("fit",), "fit needs --data, or a configuration")],
     "_other_class": [
         ((*FIT, "--config=callbacks.yaml"), "--trainer.callbacks: 'torch.nn.Linear' is no Callback."),
         ((*FIT, "--trainer.callbacks=torch.nn.Linear"), "--trainer.callbacks: 'torch.nn.Linear' is no Callback."),

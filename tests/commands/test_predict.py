@@ -232,7 +232,7 @@ def test_options_of_the_trainer_and_the_data(folder: Path) -> None:
         (("images", "--batch-size=-1"), "batch_size=-1"),
         (("images", "--device=tpu9"), "device='tpu9'.*mps"),
         (("images", "--topk=3"), "topk"),
-        (("--images",), "images"),
+        (("--images",), "IMAGES"),
     ],
 )
 def test_predict_wrong_arguments_explain_themselves(folder: Path, words: tuple[str, ...], token: str) -> None:
@@ -250,6 +250,15 @@ def test_predict_without_checkpoint_is_rejected(folder: Path) -> None:
     assert (outcome.code, "ckpt" in outcome.err) == (2, True)
     outcome = cli("predict", "images", "--ckpt=images/notes.txt")
     assert (outcome.code, "images/notes.txt is not a checkpoint" in outcome.err) == (1, True)
+
+
+def test_names_come_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"images/b.png\n\nimages/{FILES[3]}\n"))
+    assert predicted("-o=piped.csv", images="-").out == ""
+    done("predict", "images/b.png", f"images/{FILES[3]}", "--ckpt", "runs/tiny/v0", "-o=named.csv")
+    assert Path("piped.csv").read_text() == Path("named.csv").read_text()
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "no image was found" in cli("predict", "-", "--ckpt", "runs/tiny/v0").err
 
 
 def test_help_is_about_predicting(folder: Path) -> None:

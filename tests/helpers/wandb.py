@@ -68,3 +68,7 @@ class Tracked:
             if record.HasField("config"):
                 self.config |= items(record.config.update)
         self.history = [items(record.history.item) for record in self.records if record.HasField("history")]
+        self.summary: dict[str, Any] = {}
+        for record in self.records:
+            if record.HasField("summary"):
+                self.summary |= items(record.summary.update)

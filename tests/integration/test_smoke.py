@@ -31,7 +31,7 @@ def test_commands_train_resume_test_and_predict(tmp_path: Path) -> None:
         )
         assert [row["epoch"] for row in metrics("runs/tiny/v1") if "val/loss" in row] == [1]
         best = first / "checkpoints" / "best.ckpt"
-        assert "val/top1" in done("validate", f"--ckpt_path={best}", *QUIET).out
+        assert "top1" in done("validate", f"--ckpt_path={best}", *QUIET).out
         done("predict", f"--ckpt_path={best}", f"--images={images / 'val'}", "--output=predictions.csv", *QUIET)
         with Path("predictions.csv").open(newline="") as stream:
             assert len(list(csv.DictReader(stream))) == 6

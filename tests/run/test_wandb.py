@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.wandb_run import VaryingOnly
 
 TRACKED = (*FIT, "--config=loggers/wandb")
 
@@ -137,12 +138,58 @@ def test_predictions_and_most_wrong_images_are_tables(first: Path) -> None:
     assert len(pictures) == len(worst["data"])
 
 
-def test_the_summary_keeps_the_best_and_constants_have_no_chart(first: Path) -> None:
+def test_the_summary_keeps_the_best(first: Path) -> None:
     metrics_of = {r.metric.name: r.metric for r in Tracked(first).records if r.HasField("metric") and r.metric.name}
     assert metrics_of["val/top1"].summary.max
     assert metrics_of["val/loss"].summary.min
     assert metrics_of["val/ece"].summary.min
-    assert metrics_of["no_bias_decay/share"].options.hidden
+
+
+def test_constants_are_in_the_summary_and_have_no_curve() -> None:
+    """A learning rate that starts to vary has a curve from then on."""
+    Path("late.yaml").write_text("trainer: {callbacks+: [{class_path: WarmupStep, init_args: {milestones: [2]}}]}")
+    tricks = ("--config=tricks/no_bias_decay", "--config=tricks/channels_last", "--config=late.yaml")
+    track(*tricks, "--trainer.callbacks.WarmupStep.warmup_epochs=0", "--trainer.max_epochs=3")
+    run = Tracked(Path("runs/tiny/v0"))
+    logged = {key for row in run.history for key in row}
+    assert not [key for key in logged if key.startswith(("no_bias_decay", "channels_last"))]
+    written = metrics("runs/tiny/v0")
+    for name in ("no_bias_decay/share", "channels_last/filters"):
+        assert {run.summary[name]} == {row[name] for row in written if name in row}
+    rates = {key for key in logged if key.startswith("lr-")}
+    assert "lr-SGD/decay" in rates
+    assert not [rate for rate in rates if "/pg" in rate]
+    curve = {row["trainer/global_step"]: row["lr-SGD/decay"] for row in run.history if "lr-SGD/decay" in row}
+    assert curve == pytest.approx({3: 0.1, 4: 0.01, 5: 0.01})
+
+
+def test_a_constant_learning_rate_is_in_the_summary() -> None:
+    track()
+    run = Tracked(Path("runs/tiny/v0"))
+    assert run.summary["lr-SGD"] == pytest.approx(0.1)
+    assert not any("lr-SGD" in row for row in run.history)
+
+
+def test_only_quantities_of_tricks_are_withheld() -> None:
+    """What a module logs is its own business, also where it is constant."""
+    logged: list[tuple[dict[str, float], int | None]] = []
+    summary: dict[str, float] = {}
+    log = VaryingOnly(lambda metrics, step: logged.append((dict(metrics), step)), summary)
+    for step, decay in enumerate((0.9, 0.9, 0.5)):
+        log({"ema/decay": decay, "theirs/weight": 1.0, "lr": 0.1, "epoch": 0}, step)
+    log({"mixup/lambda": 1.0, "epoch": 0}, 3)
+    rest = {"theirs/weight": 1.0, "lr": 0.1, "epoch": 0}
+    assert logged == [(rest, 0), (rest, 1), ({"ema/decay": 0.9}, 1), ({"ema/decay": 0.5, **rest}, 2)]
+    assert summary == {"ema/decay": 0.9, "mixup/lambda": 1.0}
+
+
+def test_wandb_gets_no_setting_that_it_warns_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B warns of the setting ``anonymous``, which Lightning always passes on."""
+    for words, given in (((), False), (("--trainer.logger.anonymous=true",), True)):
+        [logger] = [
+            each for each in built(monkeypatch, *TRACKED, *words).trainer.loggers if isinstance(each, WandbLogger)
+        ]
+        assert ("anonymous" in logger._wandb_init) == given
 
 
 def test_settings_are_there_once(first: Path) -> None:

@@ -1,7 +1,7 @@
 """An additional validation in a fit that only returns its metrics.
 
-Callbacks and loggers are not called. The random states, the module and its metrics, and the counts and results of the
-loop are restored afterwards.
+Loggers are not called, and of the callbacks only a progress bar. The random states, the module and its metrics, and the
+counts and results of the loop are restored afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_tricks._compat import MODULE_REGISTRIES, dummy_logger, leaves
+from lit_tricks._compat import MODULE_REGISTRIES, dummy_logger, leaves, lightning_classes
 from lit_tricks.callbacks.base import paused
 from lit_tricks.utils.rng import isolated_random_state
 
@@ -42,7 +42,9 @@ def validate_trained(trainer: Trainer, pl_module: LightningModule, run: Callable
     untouched = paused(trainer)
     states = isolated_random_state(trainer.strategy.root_device, leaves(trainer.val_dataloaders))
     with _kept(*map(vars, pl_module.modules()), vars(loop), *results), states, untouched:
-        trainer.callbacks = []  # type: ignore[union-attr]
+        # the thread that draws a progress bar finds it among the callbacks
+        bars = [each for each in callbacks if isinstance(each, lightning_classes("callbacks.ProgressBar"))]
+        trainer.callbacks = bars  # type: ignore[union-attr]
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         try:
             outputs = run()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lit_tricks.data.io.file_index import left_out
 from lit_tricks.data.io.formats import ENDINGS
@@ -16,6 +17,7 @@ __all__ = ["image_files"]
 
 
 SHOWN = 5  # names in a message
+STDIN = "-"
 
 
 def image_files(words: Iterable[str]) -> dict[str, str]:
@@ -25,7 +27,8 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
     are used.
 
     Args:
-        words: paths of files and folders, and globs such as ``photos/**/*.jpg``.
+        words: paths of files and folders, and globs such as ``photos/**/*.jpg``. "-" reads names from standard input,
+            one a line.
 
     Returns:
         The named folder, or the parent folder, for each file, in the order of the paths. Each file occurs once.
@@ -35,7 +38,7 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     others: list[str] = []
-    for word in words:
+    for word in _expanded(words):
         for path in _paths(word):
             if os.path.isdir(path):
                 found |= {file: path for file in find_images(path) if file not in found}
@@ -52,6 +55,14 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
     if not found:
         raise FileNotFoundError(f"images={' '.join(words)}: no image was found. Files must end in {' '.join(ENDINGS)}.")
     return found
+
+
+def _expanded(words: Iterable[str]) -> Iterator[str]:
+    for word in words:
+        if word == STDIN:
+            yield from filter(str.strip, sys.stdin.read().splitlines())
+        else:
+            yield word
 
 
 def _paths(word: str) -> list[str]:

@@ -94,20 +94,22 @@ class Evidence(Transient, Callback):
         """Watch no more."""
         self._unhook()
 
-    def save(self, path: Path | None, trainer: Trainer, classes: list[str] | None) -> None:
+    def save(self, path: Path | None, trainer: Trainer, classes: list[str] | None, weights: str = "") -> None:
         """Write the predictions for the test images, or without a test for the validation images. Call it on all ranks.
 
-        Predictions for the validation images are from the best checkpoint, or from the last epoch where there is none.
+        After a fit, predictions for the validation images are from the best checkpoint, or from the last epoch where
+        there is none.
 
         Args:
             path: the file, on rank zero. None is written where there is nothing to write.
             trainer: whose ranks have a part each.
             classes: their names, by label.
+            weights: which weights were evaluated: "given" for those of a given checkpoint; "" finds out after a fit.
         """
         self._note_best(trainer)
         name = "test" if "test" in self._splits else "val"
         splits = self._splits.get(name, ())
-        weights = "best" if name == "test" or self._best else "last"
+        weights = weights or ("best" if name == "test" or self._best else "last")
         found = {type(each): part for each in (name == "val" and self._best) or splits if (part := each.part())}
         parts: list[Any] = [found]
         if trainer.world_size > 1 and torch.distributed.is_initialized():

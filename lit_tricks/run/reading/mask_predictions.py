@@ -57,7 +57,7 @@ class MaskPredictions:
         images: their number.
         pixels: (C, C), number of pixels by true (rows) and predicted class, without pixels of no class.
         worst: the images with the lowest IoU, the lowest first.
-        weights: "best" or "last": the weights of the best checkpoint, or of the last epoch.
+        weights: "best", "last" or "given": the best checkpoint, the last epoch, or a given checkpoint.
     """
 
     unit: ClassVar[str] = "pixels"

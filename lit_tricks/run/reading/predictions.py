@@ -81,7 +81,7 @@ class Predictions:
         wrong_index: places of the most wrong images, the worst first.
         wrong_image: uint8 (K, H, W, 3 or 1), those images; None where they are no images.
         wrong_file: their files, or "".
-        weights: "best" or "last": the weights of the best checkpoint, or of the last epoch.
+        weights: "best", "last" or "given": the best checkpoint, the last epoch, or a given checkpoint.
     """
 
     unit: ClassVar[str] = "images"

@@ -40,7 +40,11 @@ __all__ = [
 ]
 
 SPLITS = ("train", "val", "test")
-WEIGHTS = {"best": "with the best checkpoint", "last": "with the weights of the last epoch"}
+WEIGHTS = {
+    "best": "with the best checkpoint",
+    "last": "with the weights of the last epoch",
+    "given": "with the given checkpoint",
+}
 IMAGES = {"test": "test", "val": "validation"}
 COLUMNS = ("loss", *SCORES, "ece")
 CLOCKS = {

@@ -17,7 +17,7 @@ from lit_tricks.utils.checkpoint_files import load_archive
 from lit_tricks.utils.files import write_whole
 from lit_tricks.utils.finite import to_json
 
-__all__ = ["metrics_at", "report_fit"]
+__all__ = ["metrics_at", "print_results", "report_fit", "weights_in"]
 
 SPLITS = ("train", "val", "test")
 
@@ -50,18 +50,28 @@ def report_fit(
     checkpoint = load_archive(best) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
-    results = {"best_checkpoint": best, "epoch": epoch, _kind(checkpoint): metrics}
+    results = {"best_checkpoint": best, "epoch": epoch, weights_in(checkpoint): metrics}
     results |= {"seconds": seconds, "cpu_seconds": cpu_seconds, "time": time, "peak_memory": memory}
     write_whole(run / "results.json", to_json(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png", read.starts)
     read = read_run_folder(run)
     write_whole(run / "report.md", _short_report(read, curves))
+    print_results(read, {"resumes": read.resumes, "best checkpoint": best, "curves": curves, "run": run})
+    return results
+
+
+def print_results(run: Run, files: dict[str, str | Path | None]) -> None:
+    """Print the metrics of a run as a table.
+
+    Args:
+        run: with its results.
+        files: to print below the table, by what they are. None and "" are left out.
+    """
     console = Console()
-    console.print(_table(read))
-    for what, path in {"resumes": read.resumes, "best checkpoint": best, "curves": curves, "run": run}.items():
+    console.print(_table(run))
+    for what, path in files.items():
         if path:
             console.print(f"{what:>15}  {path}", highlight=False, soft_wrap=True)
-    return results
 
 
 def _last_epoch(rows: list[Row]) -> int:
@@ -78,8 +88,8 @@ def metrics_at(rows: list[Row], split: str, epoch: int) -> Row:
     return {name: found[key] for key, name in names.items()}
 
 
-def _kind(checkpoint: dict[str, Any]) -> str:
-    """Return the kind of weights in the ``state_dict``. Raw weights are then in a callback's state."""
+def weights_in(checkpoint: dict[str, Any]) -> str:
+    """Return "averaged" or "raw", for the ``state_dict``. Raw weights beside an average are in a callback's state."""
     states = checkpoint.get("callbacks", {}).values()
     return "averaged" if any(isinstance(state, dict) and state.get("raw") for state in states) else "raw"
 
@@ -101,7 +111,8 @@ def _short_report(run: Run, curves: Path | None) -> str:
 
 def _table(run: Run) -> Table:
     found = results_table([run])
-    title = f"epoch {run.results['epoch']}, {run.kind} weights"
+    epoch = run.results.get("epoch")
+    title = f"{run.kind} weights" if epoch is None else f"epoch {epoch}, {run.kind} weights"
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(found.header):
         table.add_column(column, justify="right" if i else "left")
