@@ -5,11 +5,9 @@ The antialiased bilinear resizing is torch's, in fixed point, which differs from
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,12 +17,11 @@ from torch import Tensor
 from lit_tricks._compat import resize_antialiased_into
 from lit_tricks.data.color import Jitter
 from lit_tricks.data.io.jpeg import Pixels, pixels_of
+from lit_tricks.utils.rng import seeded
 
-__all__ = ["CentreCrop", "Crop", "RandomCrop", "generator_at", "seeded"]
+__all__ = ["CentreCrop", "Crop", "RandomCrop", "generator_at"]
 
 SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-
-_global_generator = threading.Lock()
 
 
 class Crop(ABC):
@@ -166,14 +163,3 @@ def generator_at(seed: int, *key: int) -> np.random.Generator:
     """Make the generator of a seed (of 64 bits) and a key, such as (epoch, index)."""
     words = [seed & 2**64 - 1, *key, 0, 0]
     return np.random.Generator(np.random.Philox(key=words[:2], counter=[0, 0, words[2], 0]))
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, and restore it afterwards. Threads take turns.
-
-    ``torch.manual_seed`` would also reseed the accelerators in the middle of training.
-    """
-    with _global_generator, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

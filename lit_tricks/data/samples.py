@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from lit_tricks._compat import new_shared_storage
-from lit_tricks.data.crops import Crop, generator_at, seeded
+from lit_tricks.data.crops import Crop, generator_at
 from lit_tricks.data.io import file_index
 from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.file_index import Paths
 from lit_tricks.data.io.jpeg import BadImageError, read_image
 from lit_tricks.data.transforms import Transform
+from lit_tricks.utils.rng import seeded
 from lit_tricks.utils.transient import Transient
 
 __all__ = [

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from lit_tricks.models import Backbone, load_weights
 from lit_tricks.models.detectors import faster_rcnn, retinanet
 from lit_tricks.tasks.base import Task, is_of_module
 from lit_tricks.utils.arguments import MAX_SIDE, integer, integers, mapping, number, numbers, text
+from lit_tricks.utils.rng import seeded
 
 __all__ = ["Detector"]
 
@@ -216,7 +216,8 @@ class Detector(Task):
         if batch_idx == 0:  # not in each step, since reading labels waits for the GPU
             self._check_labels(targets)
         seed = torch.initial_seed() if self._seed is None else self._seed
-        with _drawing(self.device, (seed, self.current_epoch, batch_idx, self.global_rank)):
+        key = (seed, self.current_epoch, batch_idx, self.global_rank)
+        with seeded(hash(key) % 2**63, self.device):  # a hash of numbers is the same in every process
             losses = self.losses(images, targets)
         total = torch.stack(list(losses.values())).sum()
         self.log("train/loss", total, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(images))
@@ -286,12 +287,3 @@ class _AveragePrecision(MeanAveragePrecision):
         torch.distributed.all_gather_object(everyone, mine, group=process_group)
         for name in names:
             setattr(self, name, [each.to(self.device) for part in everyone for each in part[name]])
-
-
-@contextmanager
-def _drawing(device: torch.device, key: tuple[int, ...]) -> Iterator[None]:
-    """Seed torch's generators by a key, and restore them afterwards."""
-    kind = device.type if device.type != "cpu" else "cuda"
-    with torch.random.fork_rng([device.index] if device.type != "cpu" else [], device_type=kind):
-        torch.manual_seed(hash(key) % 2**63)  # of numbers, which is the same in every process
-        yield

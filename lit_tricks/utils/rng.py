@@ -1,4 +1,4 @@
-"""Restore random states: the states of the process, and the generators of loaders.
+"""Set and restore random states: the states of the process, and the generators of loaders.
 
 One caveat: a generator that is hidden from Python's attributes (in C, or in a closure) is not restored, if its data set
 is loaded in the main process.
@@ -10,13 +10,16 @@ import contextlib
 import copy
 import random
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["isolated_random_state"]
+__all__ = ["isolated_random_state", "seeded"]
+
+_shared_generators = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -33,7 +36,7 @@ def isolated_random_state(device: torch.device | None = None, loaders: Sequence[
     own = [generator for owner in _owners(loaders) for generator in _generators(owner, seen)]
     states = [(generator, _state_of(generator)) for generator in own]
     try:
-        with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+        with _restored(device):
             yield
     finally:
         random.setstate(python_state)
@@ -41,6 +44,24 @@ def isolated_random_state(device: torch.device | None = None, loaders: Sequence[
             numpy.random.set_state(numpy_state)
         for generator, state in states:
             _set_state(generator, state)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's generators of the CPU and of a device for a while, and restore them. Threads take turns.
+
+    ``torch.manual_seed`` would reseed all accelerators, in the middle of training.
+    """
+    with _shared_generators, _restored(device):
+        torch.default_generator.manual_seed(seed)
+        if device is not None and device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
+        yield
+
+
+def _restored(device: torch.device | None) -> contextlib.AbstractContextManager[None]:
+    """Restore torch's generator of the CPU, and of a GPU."""
+    return torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
 
 
 def _owners(loaders: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from lit_tricks.utils.rng import isolated_random_state
+from lit_tricks.utils.rng import isolated_random_state, seeded
 
 
 class Draws(Dataset[torch.Tensor]):
@@ -67,3 +67,17 @@ def test_generators_of_other_libraries_are_restored(make, draw):
     with isolated_random_state(loaders=[DataLoader(dataset)]):
         assert draw(dataset.other) == expected
     assert draw(dataset.other) == expected
+
+
+def test_seeded_draws_the_same_and_restores_the_state():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with seeded(7, torch.device("cpu")):
+        first = torch.rand(3)
+        with seeded(8):
+            torch.rand(3)
+        second = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.rand(3), second)
