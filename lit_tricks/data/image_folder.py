@@ -30,6 +30,7 @@ from lit_tricks.data.io.decoded import Cache, DecodedFiles
 from lit_tricks.data.io.file_index import Paths, class_folders, list_images
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
+from lit_tricks.data.io.label_tables import is_table
 from lit_tricks.data.photos import Augmentation, PhotoDataModule, random_crop
 from lit_tricks.data.samples import Files, Reader, Source
 from lit_tricks.data.splits import held_out, split_folder, split_name
@@ -321,6 +322,8 @@ def _find_classes(root: str, train: str, val_fraction: float | None) -> list[str
 def _remedy(root: str, split: str) -> str:
     """Return the remedy for a missing folder, from the folders that exist."""
     names = class_folders(root)
+    if is_table(root):
+        return f", and its labels are in metadata: give --data ImageTable --data.table {root}"
     if split == "val":
         return ": give --data.val_fraction 0.2 to hold out a fifth of the training images"
     if len(names) == 1 and {"train", "val"} & {*class_folders(os.path.join(root, names[0]))}:

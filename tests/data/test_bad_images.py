@@ -285,7 +285,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
 
 
 def test_unknown_value_of_on_bad_image_is_rejected(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"on_bad_image .*raise, skip.*'ignore'"):
+    with pytest.raises(ValueError, match=r"on_bad_image='ignore'.*'raise', 'skip'"):
         module(root, on_bad_image="ignore")
 
 

@@ -175,6 +175,8 @@ def test_a_folder_without_splits(tmp_path: Path) -> None:
     data = ImageTable(str(tmp_path), **OPTIONS, val_fraction=0.3)
     assert files(data, "train") | files(data, "val") == ROWS
     assert (tmp_path / "metadata_split_0.3_0.csv").is_file()
+    with pytest.raises(FileNotFoundError, match=r"--data ImageTable --data\.table"):
+        ImageFolder(str(tmp_path))
 
 
 def test_the_root_may_be_elsewhere(tmp_path: Path) -> None:
