@@ -125,7 +125,7 @@ def test_with_the_classes_mapped_each_label_is_that_of_its_name(place: Path) -> 
             assert CLASSES[expected[i][1]] == order[found[i][1]]
     with pytest.raises(ValueError, match="only in classes: wasp; only in the data: dog"):
         images(classes=["wasp", "cat", "bee", "ant"])
-    with pytest.raises(ValueError, match="only in the data: dog"):
+    with pytest.raises(ValueError, match=r"ant.* twice"):
         images(classes=["ant", "ant", "bee", "cat"])
 
 
