@@ -1,4 +1,4 @@
-"""Fine-tuning on 200 photos against a linear probe of the same network: the configuration `finetune` as it stands.
+"""Fine-tuning on 200 photos against a linear probe of the same network: the configuration `finetune`, unchanged.
 
     python benchmarks/own_photos.py --cifar FOLDER/cifar10 --work FOLDER --out benchmarks/results/own_photos.md
 
@@ -149,7 +149,7 @@ def report(rows: list[dict[str, float]]) -> str:
         "160 photos and chooses the epoch on 40. The probe trains on all 200. No public weights were at hand: the "
         "pretraining is small, and larger pretrained networks may give another difference.",
         "",
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), beside other work; Python {platform.python_version()}, "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), other work running; Python {platform.python_version()}, "
         f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, lit_tricks {lit_tricks.__version__}; "
         f"{datetime.date.today()}. `python benchmarks/own_photos.py --cifar FOLDER/cifar10 --work FOLDER --out "
         "benchmarks/results/own_photos.md`.",

@@ -217,7 +217,7 @@ class TricksCLI(LightningCLI):
         return is_default and isinstance(data, ImageFolder) and data.fits_small_batch()
 
     def _loggers(self, wanted: Any) -> list[Any]:
-        """Return the loggers of a run: ``metrics.csv``, and those of the configuration."""
+        """Return the loggers of a run: ``metrics.csv``, and the configured ones."""
         # saved as requested, since repeating the configuration should start another W&B run
         self.config[self.subcommand].trainer.logger = self.logger_config
         csv = CSVLogger(self.run.root, self.run.name, self.run.version)

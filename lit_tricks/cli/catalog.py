@@ -62,7 +62,7 @@ class Argument:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is off by default, and needs no value on the command line of a function."""
+        """Return whether it is off by default, and needs no value on the command line of a function."""
         return self.kind == "bool" and self.default == "False"
 
 
@@ -84,7 +84,7 @@ class Entry:
 
     @property
     def takes_fit(self) -> bool:
-        """Whether it is a command that takes the options of `lit-tricks fit`."""
+        """Return whether it is a command that takes the options of `lit-tricks fit`."""
         return any(each.name == "trainer" for each in self.arguments)
 
     @property

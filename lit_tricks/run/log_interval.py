@@ -1,4 +1,4 @@
-"""How often a run logs, if nobody has set it, and the learning rates, if nothing else logs them."""
+"""Set how often a run logs, if nobody has, and log the learning rates, if nothing else does."""
 
 from __future__ import annotations
 

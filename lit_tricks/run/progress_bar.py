@@ -79,7 +79,7 @@ def _short(metrics: Mapping[str, float]) -> str:
     """Return metrics as text, the training loss first: "loss 0.531, val loss 0.512, top1 98.3%"."""
     shown: dict[str, float] = {}
     for name, value in sorted(metrics.items(), key=lambda pair: not pair[0].startswith("train")):
-        if not name.endswith("_epoch"):  # beside the one of the step
+        if not name.endswith("_epoch"):  # the step has its own
             split, _, metric = name.removesuffix("_step").rpartition("/")
             shown[metric if metric not in shown else f"{split} {metric}"] = value
     return ", ".join(

@@ -1,4 +1,4 @@
-"""What ``validate`` and ``test`` print, and what they leave in a folder."""
+"""Test what ``validate`` and ``test`` print, and what they leave in a folder."""
 
 from __future__ import annotations
 

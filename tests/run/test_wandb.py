@@ -171,7 +171,7 @@ def test_a_constant_learning_rate_is_in_the_summary() -> None:
 
 
 def test_only_quantities_of_tricks_are_withheld() -> None:
-    """What a module logs is its own business, also where it is constant."""
+    """Quantities that a module logs stay in the charts, even if they are constant."""
     logged: list[tuple[dict[str, float], int | None]] = []
     summary: dict[str, float] = {}
     log = VaryingOnly(lambda metrics, step: logged.append((dict(metrics), step)), summary)

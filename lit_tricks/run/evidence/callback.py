@@ -104,7 +104,7 @@ class Evidence(Transient, Callback):
             path: the file, on rank zero. None is written where there is nothing to write.
             trainer: whose ranks have a part each.
             classes: their names, by label.
-            weights: which weights were evaluated: "given" for those of a given checkpoint; "" finds out after a fit.
+            weights: which weights were evaluated: "given" for a given checkpoint; "" finds out after a fit.
         """
         self._note_best(trainer)
         name = "test" if "test" in self._splits else "val"

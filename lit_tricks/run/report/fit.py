@@ -89,7 +89,7 @@ def metrics_at(rows: list[Row], split: str, epoch: int) -> Row:
 
 
 def weights_in(checkpoint: dict[str, Any]) -> str:
-    """Return "averaged" or "raw", for the ``state_dict``. Raw weights beside an average are in a callback's state."""
+    """Return "averaged" or "raw", for the ``state_dict``. Raw weights of an averaged run are in a callback's state."""
     states = checkpoint.get("callbacks", {}).values()
     return "averaged" if any(isinstance(state, dict) and state.get("raw") for state in states) else "raw"
 
