@@ -18,6 +18,7 @@ import pytest
 from helpers import warm
 from helpers.cli import workplace
 from helpers.races import decisions, fake_fits, read_race, run_race
+from helpers.sleepers import wait_for
 
 from lit_tricks.commands.racing.decisions import critical_values
 
@@ -125,13 +126,12 @@ def test_a_killed_race_of_real_runs_decides_as_one_that_was_left_alone(folder: P
     def start(out: str) -> Any:
         return warm.start(["-c", REAL, *words, out], folder / f"{out}.log", env=environment)
 
-    began = time.monotonic()
     assert start("whole").wait(300) == 0, (folder / "whole.log").read_text()
-    took = time.monotonic() - began
     generator = random.Random(1)
-    for _ in range(4):
+    for started in (2, 6, 11, 15):  # runs that have made their folder
         race = start("killed")
-        time.sleep(generator.uniform(0.05, 0.3) * took)
+        wait_for(lambda: len(list(Path("killed/runs").glob("*/v*"))) >= started, seconds=120)  # noqa: B023
+        time.sleep(generator.uniform(0, 0.1 * started))
         race.kill()
         race.wait(20)
     assert start("killed").wait(300) == 0, (folder / "killed.log").read_text()
