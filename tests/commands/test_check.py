@@ -247,7 +247,7 @@ def test_a_table(folder: Path) -> None:
         (("photos", "--val_fraction=2"), 1, "val_fraction=2"),
         (("photos", "--num_workers=-1"), 1, "num_workers=-1"),
         (("photos", "--jsn"), 2, "jsn"),
-        ((), 2, "root"),
+        ((), 2, "needs ROOT"),
     ],
 )
 def test_errors(folder: Path, words: tuple[str, ...], code: int, token: str) -> None:

@@ -44,7 +44,7 @@ def test_three_commands_of_the_guide(tmp_path: Path) -> None:
         done(*check, "--num_workers=0")
         fit[fit.index("resnet50d.ra2_in1k")] = "pretrained.ckpt"  # small, and not from the internet
         small = (f"--model.model_args={SMALL}", "--data.image_size=16", "--data.num_workers=0")
-        done(*fit, *small, "--trainer.max_epochs=8", *QUIET)
+        done(*fit, *small, "--trainer.max_epochs=8", "--trainer.callbacks.LayerDecay.decay=1", *QUIET)
         done(*predict)
         with Path("predictions.csv").open(newline="") as stream:
             [row] = csv.DictReader(stream)
