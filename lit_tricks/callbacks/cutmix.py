@@ -82,28 +82,29 @@ class CutMix(Mixing):
     """Paste a rectangle of another training image, and mix the labels by area ([Yun et al., 2019](https://arxiv.org/abs/1905.04899)).
 
     The rectangle has the image's proportions, a random center and the area ``1 - lambda``, with lambda from
-    Beta(alpha, alpha). The labels are mixed by the area that lies within the image. The partner is another image of
-    the same batch, in random order. Masks, targets of shape (N, H, W), are cut like the images. Training metrics see
-    the label with the larger share. Together with MixUp, each batch gets one of the two, in proportion to their
-    ``prob``.
+    Beta(alpha, alpha). The labels are mixed by the area that lies within the image. The partner is a random
+    image of the same batch. Masks, targets of shape (N, H, W), are cut like the images. Training metrics get the label
+    with the larger share. If MixUp is in the same run, one of the two mixes each batch. The choice is random, in
+    proportion to their ``prob``.
 
-    Cost: one copy of the images, and a second look-up in the loss. Use it for long runs of large networks. Leave it
+    Cost: one copy of the images, and the loss for a second label. Use it for long runs of large networks. Leave it
     out if a small part of the image decides the class. Training losses and accuracies are not comparable with plain
     runs.
 
     Args:
         alpha: parameter of the Beta distribution, above 0. Near 0 images are whole or replaced. 1 is uniform and
             usual. Large values cut half of each image.
-        off_epochs: last epochs without mixing, 0 or more, so that the network ends on real images. Needs
-            ``Trainer(max_epochs)``.
+        off_epochs: number of epochs at the end without mixing, 0 or more, and less than ``Trainer(max_epochs)``, which
+            it needs. The network then ends on real images.
         prob: share of the batches that are mixed, in (0, 1]. The paper uses 1 for ImageNet and 0.5 for CIFAR.
+            With MixUp in the same run all batches are mixed, and ``prob`` is a relative weight.
         inputs: names or positions of the images to cut, such as ``[image, depth]`` or ``[0, 2]``. None: all images.
             Inputs that are not cut are logged.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training
-            step, if the batch has no images of one size or no target that can be found, or no loss used the target.
+        RuntimeError: when the fit starts, if the number of epochs is unknown or not above ``off_epochs``; in the first
+            training step, if the batch has no images of one size or no supported target, or no loss used the target.
 
     Example:
         ``- {class_path: CutMix, init_args: {alpha: 1.0}}``

@@ -56,31 +56,33 @@ class EMA(Averaging):
     """Average the weights exponentially, and validate, save and keep the average ([Tarvainen & Valpola, 2017](https://arxiv.org/abs/1703.01780)).
 
     After each step ``average = decay * average + (1 - decay) * weights``, in fp32. The first update copies the
-    weights. Training itself is not changed. Every checkpoint has the average in its ``state_dict``, so any code loads
-    the better model. Checkpoints to resume from also keep the trained weights. After the fit the model has the
-    average.
+    weights. Training itself is not changed. Every checkpoint has the average as its ``state_dict``, so other code also
+    loads the average. Full checkpoints also keep the trained weights, from which a run resumes. After the fit the
+    model has the average.
 
     Cost: one read and one write of the weights per update, below 1 % of a training step, and an fp32 copy of the model
     in memory. Checkpoints are up to twice as large (three times for bf16 weights with an optimizer without state). Use
-    it for long runs. Leave it out of runs that are shorter than the average's time span. Expect little gain if the
+    it for long runs. Leave it out of runs that are shorter than the time span of the average. Expect little gain if the
     learning rate ends at 0, since the last weights then change little. It does not work with CUDA graphs
     (``torch.compile(mode="reduce-overhead")``).
 
     Args:
-        decay: share of the old average that an update keeps, in [0, 1). 0 is no average. 0.9999 averages over about
-            10,000 updates. None uses ``half_life``, or 0.9999 without it.
-        warmup: whether decays start small, with ``1 - (1 + t) ** (-2/3)`` at update ``t``. Without warm-up the first
-            weights stay in the average for about ``1 / (1 - decay)`` updates.
-        every_n_steps: steps between two updates, 1 or more. A step is a batch that stepped an optimizer.
+        decay: share of the old average that an update keeps, in [0, 1). At 0 the average equals the current weights.
+            0.9999 averages over about 10,000 updates. None uses ``half_life``, or 0.9999 without it.
+        warmup: whether the decay starts at 0 and increases to its full value: update ``t`` uses at most
+            ``1 - (1 + t) ** (-2/3)``. Without warm-up the first weights stay in the average for about
+            ``1 / (1 - decay)`` updates.
+        every_n_steps: steps between two updates, 1 or more. Only batches in which an optimizer steps are counted.
         start_step: steps before the average begins, 0 or more. Until then the trained weights are validated and saved.
-        half_life: epochs after which weights count half as much, above 0. Give it instead of ``decay``: it means the
-            same for any batch size, number of devices and ``every_n_steps``. Near 0 is no average. Above a tenth of
-            the run the average lags.
+        half_life: epochs after which the share of old weights in the average has halved, at least 0.001. Its meaning
+            does not depend on batch size, number of devices or ``every_n_steps``. Give it instead of ``decay``. Near 0
+            the average equals the current weights. Above a tenth of the run it contains too many old weights.
         buffers: floating-point buffers to average. "statistics": running statistics of norm layers. "average": all.
-            "copy": none. The others, such as masks, are copied from the trained module. Integer buffers are never
+            "copy": none. Buffers that are not averaged are copied from the trained module. Integer buffers are never
             averaged, and the vectors of spectral norms are computed for the averaged weights.
-        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average per
-            run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
+        validate: whether the average is validated, saved as ``state_dict`` and left in the model. A run can have only
+            one such average. "both": the trained weights are validated first, and their metrics are logged as
+            ``raw/...``.
             False: the average is only in checkpoints to resume from, as
             ``checkpoint["callbacks"]["EMA(name)"]["average"]``, and in ``ema.state_dict()["average"]``.
         name: name of the average in checkpoints and logs, if a run has several.
@@ -90,8 +92,8 @@ class EMA(Averaging):
 
     Raises:
         ValueError: for an argument out of its range, or both ``decay`` and ``half_life``.
-        RuntimeError: when the fit starts, if something else averages weights, too, or an epoch has no known length and
-            ``half_life`` is given.
+        RuntimeError: when the fit starts, if something else also averages weights, or ``half_life`` is given and the
+            length of an epoch is unknown.
 
     Example:
         ``- {class_path: EMA, init_args: {decay: 0.999}}``

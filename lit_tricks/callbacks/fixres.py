@@ -1,6 +1,6 @@
-"""FixRes: a trained network is fine-tuned where it ends, at the size of the test (Touvron et al., 2019).
+"""FixRes: fine-tune the last layers of a trained network at the test size (Touvron et al., 2019).
 
-One caveat: of random weights the trunk stays random. The fit has to start from trained ones.
+One caveat: all other layers keep their weights, so the fit has to start from a trained network.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ __all__ = ["FixRes"]
 class FixRes(Trick):
     """Fine-tune the classifier and the last BatchNorm at the test size ([Touvron et al., 2019](https://arxiv.org/abs/1906.06423)).
 
-    Random crops show objects larger in training than a center crop does in the test. A larger test size compensates
-    this, but changes the statistics of the last features. This trick trains the layers after these features at the
-    test size. All other layers are frozen in evaluation mode. Training, validation, test and prediction images get the
-    evaluation transform at ``test_size``: the data module's ``eval_transform_at``, or the validation data set's
-    ``transform`` with its resize and center crop scaled. Checkpoints of our data modules store the size, and
-    ``lit-tricks test`` uses it.
+    Objects look larger in random training crops than in the center crop of a test image. A larger test size compensates
+    for this, but changes the statistics of the features before the classifier. This trick trains only the classifier
+    and the last BatchNorm, at the test size. All other layers are frozen in evaluation mode. Training, validation, test
+    and prediction images get the evaluation transform at ``test_size``: the data module's ``eval_transform_at``, or the
+    validation data set's ``transform`` with its resize and center crop scaled. Checkpoints of our data modules store
+    the size, and ``lit-tricks test`` uses it.
 
-    Cost: a forward pass per step at the new size. Use it on a trained network for a few epochs, at 1.15 to 1.3 times
-    the training size. Leave it out if the training used no random crops or was at a smaller size already, and for
-    transformers with position embeddings for one size. It needs the weights of the first training: ``--model.weights
-    best.ckpt``.
+    Cost: per step, a forward pass at the new size and a backward pass through the trained layers. Use it on a trained
+    network for a few epochs, at 1.15 to 1.3 times the training size. Leave it out if the training used no random crops,
+    if the test size is already larger than the training size, and for transformers with position embeddings for one
+    size. It needs the weights of the first training: ``--model.weights best.ckpt``.
 
     Args:
         test_size: side of the images in pixels. None uses the images as they come, and switches no transform.
         lr: learning rate of all parameter groups, above 0. The paper's 0.008 is for SGD with 512 images per step. None
             keeps the module's own learning rate.
-        train_bn: BatchNorm layers that use the new statistics: "last", "all", or "none".
-        train_affine: whether scales and shifts of these layers are trained, too, as in the text of the paper. False is
-            the paper's published code, in which only the running statistics change.
+        train_bn: BatchNorm layers that update their running statistics at the test size: "last", "all", or "none".
+        train_affine: whether the scales and shifts of these layers are also trained, as in the text of the paper. False
+            updates only their running statistics, as in the paper's published code.
         transform: "test", or "test+flip", which flips half of the training images. In Python also a function, which
             replaces the ``transform`` of all data sets.
         classifier: name of the module that returns the logits, if it is not the last linear layer.

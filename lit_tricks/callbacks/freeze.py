@@ -1,4 +1,4 @@
-"""Freezing: parts of a pretrained network are not trained, to the end of the run or until a moment.
+"""Freezing: parts of a pretrained network are not trained, in the whole run or in its first part.
 
 One caveat: frozen features only suit the new task if the old task also needed them. Unfreeze some of them later.
 """
@@ -15,7 +15,7 @@ __all__ = ["Freeze"]
 
 
 class Freeze(Freezing):
-    """Freeze parts of a network, to the end or until a moment ([Kornblith et al., 2019](https://arxiv.org/abs/1805.08974)).
+    """Freeze parts of a network, for the whole run or its first part ([Kornblith et al., 2019](https://arxiv.org/abs/1805.08974)).
 
     Frozen parameters have no gradient, so weight decay and momentum do not move them. Frozen modules stay in
     evaluation mode: BatchNorm uses its running statistics and does not update them, dropout does nothing, and calls of

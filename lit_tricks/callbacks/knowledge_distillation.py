@@ -1,7 +1,7 @@
-"""Knowledge distillation: a network learns from the labels, and from what a better one makes of the images.
+"""Knowledge distillation: a network learns from the labels, and from the predictions of a trained teacher.
 
-One caveat: it is for a teacher of the student's family. With ResNet-152-D as the teacher, "Bag of Tricks" (table 6)
-gains 0.3 points of top-1 for ResNet-50-D, and loses for Inception-V3 and MobileNet.
+One caveat: the teacher has to be of the student's family. With ResNet-152-D as the teacher, "Bag of Tricks" (table 6)
+gains 0.3 points of top-1 for ResNet-50-D, but loses accuracy for Inception-V3 and MobileNet.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ class KnowledgeDistillation(LossTrick):
     Args:
         teacher: a module that returns logits. In YAML: ``class_path`` and ``init_args``, the path of a checkpoint of a
             Classifier or Segmenter, or the name of a pretrained timm model, which is downloaded.
-        temperature: ``T``, above 0. At 1 the teacher's best guesses dominate. Far above the size of the logits, all
-            their differences count.
-        alpha: None adds both losses, as in the paper. A number in (0, 1] weights them: ``1 - alpha`` for the labels,
-            ``alpha`` for the teacher. 0.5 is GluonCV's choice.
-        loss: ``L``. "kl" is 0 for a perfect student. "ce" is the paper's, with the same gradients plus a constant.
+        temperature: ``T``, above 0. At 1 the most likely classes of the teacher dominate the loss. Far above the size
+            of the logits, the loss compares the logits of all classes.
+        alpha: None adds both losses with weight 1, as in Bag of Tricks. A number in (0, 1] is the weight of the
+            teacher's loss, and ``1 - alpha`` of the label loss. 0.5 is GluonCV's choice.
+        loss: ``L``. "kl" is the Kullback-Leibler divergence, which is 0 if student and teacher agree. "ce" is the cross
+            entropy of Bag of Tricks. Both have the same gradients. "ce" is larger by the teacher's entropy.
         mean: channel means that the teacher expects to be subtracted from images in [0, 1]. None passes images as they
             are.
         std: channel standard deviations that the teacher expects.

@@ -1,4 +1,4 @@
-"""Layer-wise learning rate decay: layers learn more slowly, the further they are from the output (Bao et al., 2022).
+"""Layer-wise learning rate decay: layers far from the output get smaller learning rates (Bao et al., 2022).
 
 One caveat: the first layers hardly move, so images that differ from the pretraining images need a factor near 1.
 """
@@ -58,20 +58,22 @@ def layer_factors(owner: str, distances: Mapping[nn.Parameter, int], decay: floa
 
 
 class LayerDecay(Trick):
-    """Let the learning rate fall from the last layer to the first ([Bao et al., 2022](https://arxiv.org/abs/2106.08254)).
+    """Lower the learning rate by a factor per layer, from the last layer to the first ([Bao et al., 2022](https://arxiv.org/abs/2106.08254)).
 
-    The last layer keeps the learning rate, the one before it has ``decay`` times it, the next ``decay ** 2``. Networks
-    of timm give their layers by ``group_matcher()``, so the factors equal timm's ``param_groups_layer_decay``. In other
-    networks a layer is a block of a repeated class, such as a residual block, or outside of blocks a convolution or
-    linear layer with its norm layers, in the order in which the module registers them. Parameter groups are split when
-    the optimizer takes them, so schedules see the final groups.
+    The last layer keeps its learning rate. The layer before it gets ``decay`` times the learning rate, the next layer
+    ``decay ** 2`` times, and so on. In timm networks, ``group_matcher()`` defines the layers, so the factors equal
+    timm's ``param_groups_layer_decay``. In other networks each residual block, or other block of a repeated class, is a
+    layer. Outside of blocks, each convolution or linear layer is a layer, with its norm layers. Their order is the
+    order in which the module registers them. Parameter groups are split when an optimizer is built, so schedulers get
+    the final groups.
 
-    Cost: none measurable, except more kernels in an optimizer step on a GPU, one set per layer. Use it to fine-tune
+    Cost: none measurable, except more kernels per optimizer step on a GPU, one set per layer. Use it to fine-tune
     pretrained networks, transformers above all. Leave it out for training from random weights.
 
     Args:
-        decay: factor from a layer to the one before it, in (0, 1]. 0.65 to 0.85 are usual; 1 changes nothing, and near
-            0 only the last layer is trained. Deep networks need larger values: 0.75 to the power of 24 is 0.001.
+        decay: ratio of the learning rates of a layer and the next layer, in (0, 1]. 0.65 to 0.85 are usual. 1 changes
+            nothing. Near 0 only the last layer is trained. Deep networks need larger values: 0.75 to the power of 24 is
+            0.001.
 
     Raises:
         ValueError: if ``decay`` is out of its range.

@@ -1,6 +1,7 @@
 """The linear scaling rule: learning rates in proportion to the batch that makes a step (Goyal et al., 2017).
 
-One caveat: a large rate needs a warm-up, and from some batch on (8192 images in the paper) no warm-up helps.
+One caveat: a large learning rate needs a warm-up. Above a batch size of 8192, the paper loses accuracy
+even with a warm-up.
 """
 
 from __future__ import annotations
@@ -52,15 +53,16 @@ class LinearScaling(Trick):
     """Scale learning rates with the number of samples per step ([Goyal et al., 2017](https://arxiv.org/abs/1706.02677)).
 
     Every learning rate becomes ``lr * batch / base_batch_size``. Here ``batch`` is the effective batch size: batch
-    size, times processes that get different data, times accumulated batches. Rates are scaled when the optimizers are
-    built, so schedulers start from the scaled rate. Schedulers with a rate of their own (``OneCycleLR(max_lr=...)``)
-    raise an error.
+    size, times processes that get different data, times accumulated batches. The scaling happens when the optimizers
+    are built, so schedulers start from the scaled learning rate. Schedulers that set their own learning rate, such as
+    ``OneCycleLR(max_lr=...)``, are rejected.
 
-    Cost: none. Use it to transfer a recipe to another batch size, with a warm-up if the batch grows. Leave it out if
-    the rate was found at the batch size of the run, for example by a learning rate finder.
+    Cost: none. Use it to transfer hyperparameters to another batch size, with a warm-up if the batch size grows. Leave
+    it out if the learning rate was found at the batch size of the run, for example by a learning rate finder.
 
     Args:
-        base_batch_size: batch size for which the learning rates were chosen, at least 1. The paper's 0.1 is for 256.
+        base_batch_size: batch size for which the learning rates were chosen, at least 1. The paper's 0.1 is for 256. A
+            smaller number increases the learning rates.
         rule: "linear" for SGD; "sqrt", ``lr * sqrt(batch / base_batch_size)``, for Adam and other adaptive optimizers.
         batch_size: samples in a batch of one process, at least 1. Give it only if the loader, the module and the data
             module have no ``batch_size`` (attribute or hyperparameter).
@@ -68,7 +70,7 @@ class LinearScaling(Trick):
     Raises:
         ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if the batch size is unknown, nothing was scaled, something else sets the
-            rates, or a resumed checkpoint used another factor; in the first batch, if it has another size.
+            learning rates, or a resumed checkpoint used another factor; in the first batch, if it has another size.
 
     Example:
         ``- {class_path: LinearScaling, init_args: {base_batch_size: 256}}``
@@ -125,10 +127,10 @@ class LinearScaling(Trick):
         self.announce(f"{_text(self._base)} x {times} = {_text(scaled)}{product}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """See, once, that a batch is as large as was assumed, and log the factor.
+        """Check the size of the first batch, and log the factor.
 
         Raises:
-            RuntimeError: if it is not.
+            RuntimeError: if the batch has another size than the learning rate was scaled for.
         """
         if not self._is_seen:
             sizes = [leaf.size(0) for leaf in leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.ndim]

@@ -1,7 +1,7 @@
 """MixUp: training on convex combinations of two images and of their labels (Zhang et al., 2018).
 
-One caveat: at the usual alpha of 0.2 most images are nearly unmixed. Results are as sensitive to the length of the run:
-"Bag of Tricks" (section 5.4) trains 200 epochs with it, where 120 are enough without.
+One caveat: mixup needs longer runs. "Bag of Tricks" (section 5.4) trains 200 epochs with mixup and 120 epochs without.
+At the usual alpha of 0.2 most images are nearly unmixed.
 """
 
 from __future__ import annotations
@@ -41,29 +41,31 @@ def mixup(x: Tensor, lam: Tensor, permutation: Tensor) -> Tensor:
 class MixUp(Mixing):
     """Mix pairs of training images and their labels ([Zhang et al., 2018](https://arxiv.org/abs/1710.09412)).
 
-    An image becomes ``lambda * image + (1 - lambda) * partner``. The partner is another image of the same batch, in
-    random order. The loss is the loss of the labels, mixed alike. Lambda is drawn from Beta(alpha, alpha). Training
-    metrics see the label with the larger share. Together with CutMix, each batch gets one of the two, in proportion to
-    their ``prob``.
+    An image becomes ``lambda * image + (1 - lambda) * partner``. The partner is a random image of the same
+    batch. The loss is ``lambda`` times the loss for the image's label, plus ``1 - lambda`` times the loss for the
+    partner's label. Lambda is drawn from Beta(alpha, alpha). Training metrics get the label with the larger share.
+    If CutMix is in the same run, one of the two mixes each batch. The choice is random, in proportion to their
+    ``prob``.
 
-    Cost: one pass over the images, and a second look-up in the loss. Use it for long runs of large networks. Leave it
+    Cost: one pass over the images, and the loss for a second label. Use it for long runs of large networks. Leave it
     out of short runs and for networks that underfit. Training losses and accuracies are not comparable with plain
     runs.
 
     Args:
-        alpha: parameter of the Beta distribution, above 0. Near 0 images stay as they are. 0.2 is usual for ImageNet,
-            1 is uniform. Large values mix half and half.
-        off_epochs: last epochs without mixing, 0 or more, so that the network ends on real images. Needs
-            ``Trainer(max_epochs)``.
+        alpha: parameter of the Beta distribution, from 0.001 to 1000. Near 0 images stay as they are. 0.2 is usual for
+            ImageNet. 1 draws lambda uniformly. Large values give lambdas near 0.5.
+        off_epochs: number of epochs at the end without mixing, 0 or more, and less than ``Trainer(max_epochs)``, which
+            it needs. The network then ends on real images.
         per_sample: whether to draw one lambda per image. False draws one per batch.
-        prob: share of the batches that are mixed, in (0, 1].
+        prob: share of the batches that are mixed, in (0, 1]. With CutMix in the same run all batches are mixed, and
+            ``prob`` is a relative weight.
         inputs: names or positions of the tensors to mix, such as ``[image, age]`` or ``[0, 2]``. None: all images, or
             all float matrices if there are no images. Inputs that are not mixed are logged.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if ``off_epochs`` fits no known number of epochs; in the first training
-            step, if the batch has no input or target that can be found, or no loss used the target.
+        RuntimeError: when the fit starts, if the number of epochs is unknown or not above ``off_epochs``; in the first
+            training step, if the batch has no supported input or target, or no loss used the target.
 
     Example:
         ``- {class_path: MixUp, init_args: {alpha: 0.2}}``

@@ -68,7 +68,7 @@ def swa_ends_cycle(step: int, start: int, end: int, every: int, epoch: float = 1
 
 
 class SWA(Averaging):
-    """Average weights that a constant learning rate visits, and keep the average ([Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)).
+    """Average the weights of a last phase with a constant learning rate, and keep the average ([Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)).
 
     Until ``start`` the learning rate follows the run's own schedule, of any kind. Afterwards it is ``lr``. The weights
     at the end of each cycle, and of the run, are averaged with equal weights, in fp32. From the first cycle on the
@@ -77,30 +77,32 @@ class SWA(Averaging):
     highest rate becomes ``lr``.
 
     Cost: an fp32 copy of the model in memory. Checkpoints are up to twice as large. Use it where a schedule would end
-    near 0, with ``lr`` at a tenth to a half of the highest rate. With BatchNorm, add PreciseBN. Leave it out of short
-    runs, and do not combine it with EMA. It does not work with CUDA graphs
+    near 0, with ``lr`` at a tenth to a half of the highest learning rate. With BatchNorm, add PreciseBN. Leave it out
+    of short runs, and do not combine it with EMA. It does not work with CUDA graphs
     (``torch.compile(mode="reduce-overhead")``).
 
     Args:
-        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights are all alike. With a rate that is far
-            too high, the weights are too far apart, and their average is worse than each of them.
-        start: part of the run's steps before it, in [0, 1). 0 averages from the first cycle, near 1 only the end.
+        lr: learning rate from ``start`` on, above 0. Near 0 the averaged weights hardly differ. If the learning rate
+            is far too high, the weights are too far apart, and their average is worse than each of them.
+        start: share of the run's steps before the constant learning rate, in [0, 1). At 0 the averaging begins with
+            the first cycle. Near 1 only the last weights are averaged.
         anneal_epochs: epochs before ``start`` in which the learning rate changes gradually from the scheduled rate to
             ``lr``, from 0 to the number of epochs before ``start``. 0 jumps.
         anneal: shape of this change, "cos" or "linear".
         every_n_epochs: epochs of a cycle, 1 or more.
         every_n_steps: steps of a cycle, 1 or more, instead of ``every_n_epochs``.
         buffers: floating-point buffers to average. "statistics": running statistics of norm layers. "average": all.
-            "copy": none. The others, such as masks, are copied from the trained module. Integer buffers are never
+            "copy": none. Buffers that are not averaged are copied from the trained module. Integer buffers are never
             averaged, and the vectors of spectral norms are computed for the averaged weights.
-        validate: whether the average is validated, saved as ``state_dict`` and left in the model. Only one average per
-            run can be. "both": the trained weights are validated first, and their metrics are logged as ``raw/...``.
+        validate: whether the average is validated, saved as ``state_dict`` and left in the model. A run can have only
+            one such average. "both": the trained weights are validated first, and their metrics are logged as
+            ``raw/...``.
             False: the average is only in checkpoints to resume from and in ``swa.state_dict()["average"]``.
         name: name of the average in checkpoints and logs, if a run has several.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if something else averages weights, too, the length of the run or of an
+        RuntimeError: when the fit starts, if something else also averages weights, the length of the run or of an
             epoch is unknown, ``anneal_epochs`` is longer than the part before ``start``, or there is no learning rate.
 
     Example:

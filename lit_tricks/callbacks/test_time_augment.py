@@ -1,6 +1,6 @@
-"""Test-time augmentation: the prediction for an image is the mean over several views of it (Krizhevsky et al., 2012).
+"""Test-time augmentation: the prediction for an image is the mean over several of its views (Krizhevsky et al., 2012).
 
-One caveat: figures with it are not to be compared with figures of a single view, as most published ones are.
+One caveat: most published results use a single view. Do not compare results of several views with them.
 """
 
 from __future__ import annotations
@@ -81,21 +81,22 @@ def mean_logits(logits: Sequence[Tensor], activation: Literal["softmax", "sigmoi
 class TestTimeAugment(Trick):
     """Average the probabilities over several views of each image ([Krizhevsky et al., 2012](https://papers.nips.cc/paper/4824)).
 
-    In validation, test and prediction, the module's ``forward`` runs once per view. It returns the logarithm of the
-    mean probability, in float32 or better, so softmax, argmax and cross entropy of the module are right for the mean.
-    Training, the sanity check before it, and batches are not changed. Dense logits (N, K, H, W) are flipped and
-    resized back first.
+    In validation, test and prediction, the module's ``forward`` runs once per view. It returns logits of the mean
+    probability, in float32 or better, so the softmax, argmax and cross entropy of the module apply to the mean. Dense
+    logits (N, K, H, W) are flipped and resized back before the mean. Training and the sanity check are not changed, and
+    the module gets its batches without the views.
 
-    Cost: the time of an evaluation, times the number of views. Use it for the last bit of accuracy in a test. Leave
-    ``flip`` out where left and right matter (digits, text). Leave the trick out where prediction time matters, or
-    where published figures are compared.
+    Cost: the time of an evaluation, times the number of views. Use it for a small gain of accuracy in a test. Set
+    ``flip=False`` where left and right matter (digits, text). Leave the trick out where prediction time matters, or
+    to compare with published results.
 
     Args:
         flip: whether each view is also flipped horizontally, which doubles the number of views.
-        crops: 1 (the whole image), 5 (four corners and the center, each 7/8 of the side), or 10 (these, and flipped).
-            Dense logits need 1.
-        scales: factors on the sides, each above 0, such as ``[0.875, 1.0, 1.125]``. Each adds a set of views
-            (bilinear, antialiased, before the crops). At the scale 8/7, crops have the size of the original image.
+        crops: 1 (the whole image), 5 (four corners and the center, each 7/8 of the side), or 10 (the five crops,
+            and the same five flipped). Dense logits need 1.
+        scales: factors on the sides, each above 0, such as ``[0.875, 1.0, 1.125]``. Each scale adds a
+            set of views. Images are resized before they are cropped, bilinear with antialiasing. At the scale 8/7,
+            crops have the size of the original image.
         activation: "softmax", or "sigmoid" for several labels per image or one logit.
         layer: name of the module whose ``forward`` returns the logits, such as ``"model"``. None is the
             LightningModule.
@@ -109,7 +110,7 @@ class TestTimeAugment(Trick):
         ``- {class_path: TestTimeAugment, init_args: {flip: true}}``
     """
 
-    __test__ = False  # pytest takes what is called so for tests
+    __test__ = False  # pytest collects classes whose names start with Test
     _calls = 0
 
     def __init__(
@@ -143,7 +144,7 @@ class TestTimeAugment(Trick):
             RuntimeError: if the trick was passed twice, or the module has no such layer.
         """
         if any(isinstance(c, TestTimeAugment) and c is not self for c in callbacks_of(trainer)):
-            raise RuntimeError("TestTimeAugment is there twice: leave one of them in the list of callbacks.")
+            raise RuntimeError("TestTimeAugment was passed twice. Keep only one.")
         if self.layer is not None and self.layer not in dict(pl_module.named_modules()):
             children = ", ".join(name for name, _ in pl_module.named_children())
             raise RuntimeError(
@@ -152,7 +153,7 @@ class TestTimeAugment(Trick):
             )
         where = {"fit": "validation", "validate": "validation", "test": "the test", "predict": "prediction"}
         [loop] = [name for fn, name in where.items() if fn == stage]  # of the enum, only the equality is a string's
-        self.announce(f"{self.number} views of each image, in {loop}")
+        self.announce(f"{self.number} views per image, in {loop}")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start, except in the sanity check, and log the number of views."""
@@ -161,7 +162,7 @@ class TestTimeAugment(Trick):
             pl_module.log("test_time_augment/views", float(self.number), on_step=False, on_epoch=True, batch_size=1)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Warn, once, if there were no views."""
+        """Warn once if there were no views."""
         if self._wrappers and not self._calls:
             self._calls = 1
             rank_zero_only(warnings.warn)(
@@ -172,7 +173,7 @@ class TestTimeAugment(Trick):
             )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """End: training has its own ``forward`` again."""
+        """Restore ``forward`` for training."""
         self.unwrap()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,7 +244,7 @@ class TestTimeAugment(Trick):
         if is_logits and (output.size(1) > 1 or self.activation == "sigmoid"):
             return
         what = describe(output) if not is_logits else "a single logit"
-        remedy = "give activation='sigmoid'" if is_logits else "name the module that does, as layer='model'"
+        remedy = "give activation='sigmoid'" if is_logits else "name the module that does, such as layer='model'"
         raise RuntimeError(
             f"TestTimeAugment averages the probabilities of logits (N, K), or of (N, K, H, W) for images of H x W "
             f"pixels, and `forward` gives {what}: {remedy}, or remove TestTimeAugment."

@@ -1,4 +1,4 @@
-"""Gradual unfreezing: a pretrained network is trained from its head down, part after part (Howard & Ruder, 2018).
+"""Gradual unfreezing: train a pretrained network from its head down, one part after another (Howard & Ruder, 2018).
 
 One caveat: the run must be long enough for the parts that are trained last.
 """
@@ -25,21 +25,22 @@ __all__ = ["Unfreeze"]
 
 
 class Unfreeze(Freezing):
-    """Unfreeze a network from its head down, part after part ([Howard & Ruder, 2018](https://arxiv.org/abs/1801.06146)).
+    """Unfreeze a network from its head down, one part after another ([Howard & Ruder, 2018](https://arxiv.org/abs/1801.06146)).
 
-    All parts that ``schedule`` names are frozen at the start, as by Freeze, and each is trained from its moment on.
-    What is not named is trained from the start. Learning rate schedules continue as they are. A resumed run has the
-    parts frozen that an uninterrupted one has.
+    All parts in ``schedule`` are frozen at the start, as by Freeze, and each part is trained from its scheduled time
+    on. All other parts are trained from the start. Unfreezing does not restart learning rate schedules. A resumed run
+    has the same frozen parts as an uninterrupted run.
 
     Cost: negative, as the first epochs run backward only through the last layers. Use it to fine-tune on little data,
-    where a new head would send large gradients into good features. Leave it out for runs of one or two epochs. Under
-    DDP each moment builds the wrapper of DDP again, which takes about a second.
+    where the large gradients of a new head would damage good features. Leave it out for runs of one or two epochs.
+    Under DDP each unfreezing builds the DDP wrapper again, which takes about a second.
 
     Args:
-        schedule: moment by part, above 0, counted in ``unit``: ``{layer4: 1, layer3: 2, backbone: 4}``. Parts are
-            written as in Freeze. What two entries name belongs to the smaller part. Early moments train more layers.
-        lr_factors: factor on the learning rates by part, above 0, for entries of the schedule: ``{backbone: 0.1}``.
-            None, and 1, keep the learning rate. Small factors stay close to the pretrained weights.
+        schedule: time of unfreezing by part, above 0, in ``unit``: ``{layer4: 1, layer3: 2, backbone: 4}``. Parts are
+            names or patterns, as in Freeze. A layer in two parts belongs to the smaller part. Near 0 a part is frozen
+            for a few steps only. A time after the end of the run keeps the part frozen, with a warning.
+        lr_factors: factor on the learning rate by part, above 0, for parts in the schedule: ``{backbone: 0.1}``. None
+            and 1 keep the learning rate. With factors near 0 a part hardly leaves its pretrained weights.
         train_bn: whether BatchNorm layers of frozen parts are trained and update their statistics, as the others.
         unit: "epochs", or "run", in which 0.25 is a quarter of the run and 1 its end.
 

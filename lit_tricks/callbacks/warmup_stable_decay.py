@@ -1,6 +1,6 @@
 """Linear warm-up, a constant learning rate, and a decay in the last part of the run: a trapezoid.
 
-One caveat: only a checkpoint from before the decay is a place to train longer from. Keep one, for example with
+One caveat: to train longer later, you need a checkpoint from before the decay. Keep one, for example with
 ``ModelCheckpoint(every_n_epochs=1, save_top_k=-1)``.
 """
 
@@ -52,26 +52,26 @@ def warmup_stable_decay(
 class WarmupStableDecay(Schedule):
     """Hold the learning rate, and decay it in the last part of the run ([Hägele et al., 2024](https://arxiv.org/abs/2405.18392)).
 
-    After the warm-up the rate is constant. In the last ``decay`` of the run it falls from ``lr`` to ``min_lr``. Up to
-    the decay, a step does not depend on the length of the run. A checkpoint from there can be resumed with more
-    epochs, and the run is the same as one that was longer from the start.
+    After the warm-up the learning rate is constant. In the last part of the run it falls from ``lr`` to ``min_lr``.
+    Before the decay, the learning rate does not depend on the length of the run. So a checkpoint from before the decay
+    can be resumed with more epochs, and the result is the same as if the run had been longer from the start.
 
-    Cost: none measurable. Use it if the length of the run is not decided yet, or for runs of several lengths from one
-    trunk. Leave it out for a run of known length: a cosine has nothing to tune, and is about as good.
+    Cost: none measurable. Use it if the length of the run is not decided yet, or to branch runs of several lengths off
+    one run. Leave it out for a run of known length: a cosine has nothing to tune, and is about as good.
 
     Args:
-        decay: share of the run in which the rate falls, in (0, 1]. Below 0.1 the network has no time to settle, and 1
-            is a run without constant part. The decay begins after the warm-up at the earliest.
-        shape: "1-sqrt" falls fast at first and was better in the paper; "linear" is the classical trapezoid.
-        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
-        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
-            constant.
+        decay: share of the run in which the learning rate falls, in (0, 1]. Near 0 the learning rate drops in a few
+            steps. At 1 there is no constant part. The decay begins after the warm-up at the earliest.
+        shape: "1-sqrt" falls fast at first and was better in the paper. "linear" falls along a line.
+        warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
+        min_lr: learning rate at the end of the run, from 0 to the smallest learning rate of the optimizer. At this
+            upper limit, the learning rate does not fall.
         total_steps: optimizer steps of the run (batches under manual optimization). Set it only if the Trainer has no
             length: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the module has a scheduler of its own, or the run's length is unknown.
+        RuntimeError: when the fit starts, if the module has its own scheduler, or the run's length is unknown.
 
     Example:
         ``- {class_path: WarmupStableDecay, init_args: {decay: 0.2}}``

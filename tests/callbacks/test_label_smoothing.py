@@ -146,7 +146,7 @@ def test_refuses_to_smooth_twice():
 
 
 def test_refuses_a_second_one():
-    with pytest.raises(RuntimeError, match="LabelSmoothing is there twice"):
+    with pytest.raises(RuntimeError, match="LabelSmoothing was passed twice"):
         fit_with(CE, LabelSmoothing(0.1), LabelSmoothing(0.2))
 
 

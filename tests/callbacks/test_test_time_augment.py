@@ -128,7 +128,7 @@ def test_evaluation_is_by_the_mean_and_training_as_ever(layer):
     trainer.validate(module, loader(), verbose=False)
     with said() as records:
         trainer.test(module, loader(), verbose=False)
-    assert [record.getMessage() for record in records] == ["TestTimeAugment: 20 views of each image, in the test"]
+    assert [record.getMessage() for record in records] == ["TestTimeAugment: 20 views per image, in the test"]
     predicted = trainer.predict(module, loader())
     reference = expected(module, **kwargs)
     found = {"fit": module.seen["val"][:2], "validate": module.seen["val"][2:], "test": module.seen["test"]}

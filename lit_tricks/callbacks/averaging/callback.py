@@ -28,15 +28,16 @@ __all__ = ["Averaging"]
 class Averaging(KeptAverage):
     """Averages the weights of a run; the average is what is validated, saved, and left in the module.
 
-    From the first update on, the module shows the average from before the first hook of a validation to after its last
-    one, and from before ``on_train_end``. Every checkpoint has it as its ``state_dict``; those to resume from also have
-    the weights that are trained, in the state of the callback. After an error the module has its own weights.
+    After the first update, the average is swapped into the module before the first hook of a validation, and swapped
+    out after its last hook. It is swapped in for good before ``on_train_end``. Every checkpoint has the average as its
+    ``state_dict``. Full checkpoints also have the trained weights, in the state of the callback. After an error the
+    module has its trained weights.
 
     Args:
         buffers: the floating-point buffers that are averaged: "statistics", "average" for all, "copy" for none.
-        validate: whether all this happens, or the average is only kept, in the state of the callback. "both": the
-            weights that are trained are validated too, before, and their metrics logged with the prefix ``raw/``.
-        name: of the average, where there are several.
+        validate: whether the average is validated, saved and left in the module. False keeps it only in the state of
+            the callback. "both" also validates the trained weights before, and logs their metrics as ``raw/...``.
+        name: name of the average, if a run has several.
         on_cpu: keep the average on the CPU.
     """
 
@@ -66,10 +67,11 @@ class Averaging(KeptAverage):
         self._run = weakref.ref(trainer), weakref.ref(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start or take up the average, and put the brackets around validation, saving and the end.
+        """Start or resume the average, and wrap validation, saving and the end of the fit.
 
         Raises:
-            RuntimeError: if another average is validated and saved too, or weights or steps are hidden.
+            RuntimeError: if another average is also validated and saved, or the strategy or optimizer hides weights or
+                steps.
         """
         refuse_conflicts(self, trainer)
         refuse_hidden_weights(self, trainer, pl_module)
@@ -105,7 +107,7 @@ class Averaging(KeptAverage):
         self._catch_up()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the metrics of the weights that are trained, if they were validated too."""
+        """Log the metrics of the trained weights, if they were also validated."""
         metrics, self._raw_metrics = self._raw_metrics, {}
         if metrics:
             raw = {f"raw/{key}": value for key, value in metrics.items()}
@@ -121,20 +123,20 @@ class Averaging(KeptAverage):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module its own weights back. The brackets stay for checkpoints that other callbacks now write."""
+        """Restore the trained weights. The wrappers stay for checkpoints that other callbacks now write."""
         if self._weights and self._wrappers:
             self._catch_up()
             self._weights.swap(False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the average in the module, and nothing else."""
+        """Leave the average in the module, and remove the wrappers."""
         if stage == "fit" and self._wrappers:
             if self._weights and self._updates and self.validate:
-                self._weights.swap(True)  # a resumed run that was over already did not come by its end
+                self._weights.swap(True)  # a resumed run that was already complete skips on_run_end
             self._end_fit()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average out of a fit too."""
+        """Save the average also in checkpoints that are written after a fit."""
         weights = self._weights
         if self.validate and not self._wrappers and weights and weights.belongs_to(pl_module) and weights.is_as_left():
             self._put_average(trainer, checkpoint)

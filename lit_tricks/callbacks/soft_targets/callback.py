@@ -45,7 +45,7 @@ class LossTrick(Trick):
         return inputs
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
-        """Change inputs, or target, or the recipe of its loss. The inputs that were given are not changed in place."""
+        """Change inputs, target or its loss spec. The inputs that were given are not changed in place."""
         return inputs, target
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class LossTrick(Trick):
         """
         name, team = type(self).__name__, _team(trainer)
         if [type(trick) for trick in team].count(type(self)) > 1:
-            raise RuntimeError(f"{name} is there twice: leave one of them in the list of callbacks.")
+            raise RuntimeError(f"{name} was passed twice. Keep only one.")
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise RuntimeError(
                 f"{name} cannot reach the batches that {type(pl_module).__name__}.training_step takes from "

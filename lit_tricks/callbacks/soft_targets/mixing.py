@@ -26,16 +26,16 @@ __all__ = ["Mixing", "beta"]
 
 
 def beta(alpha: float, size: int, generator: Generator) -> Tensor:
-    """Draws of Beta(alpha, alpha), of shape (size,)."""
-    # a Dirichlet distribution of two; torch.distributions.Beta takes no generator
+    """Draw from Beta(alpha, alpha). Return a tensor of shape (size,)."""
+    # A Dirichlet distribution of two variables is a Beta distribution. torch.distributions.Beta takes no generator
     return draw_dirichlet(torch.full((size, 2), alpha, dtype=torch.float64), generator)[:, 0]
 
 
 class Mixing(LossTrick):
-    """Mixes each item of a training batch with a partner, the batch in another order, with probability ``prob``.
+    """Mixes each item of a training batch with a random partner of the same batch, with probability ``prob``.
 
-    The random numbers of a batch have a seed of their own. The seeds come from a generator that is the same on all
-    ranks, and that a checkpoint keeps; to a seed each rank adds its number.
+    The random numbers of each batch have their own seed. The seeds come from a generator that is the same on all ranks.
+    Checkpoints store its state. Each rank adds its number to the seed.
     """
 
     stage = 0
@@ -49,7 +49,7 @@ class Mixing(LossTrick):
         fix = "Name the tensors of a batch, as ['image', 'depth'], or give their places, as [0, 1]."
         self.inputs: list[str] | None = names(self, "inputs", inputs, fix, or_none="all images")
         self._seeds, self._draws = Generator(), Generator()
-        self.turn = False  # it mixes this batch, and not the other trick
+        self.turn = False  # whether this trick mixes the current batch, and not the other one
         self._lambda = 1.0
         self._told = False
 
@@ -164,7 +164,7 @@ class Mixing(LossTrick):
         return {"seeds": self._seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the generator of the seeds."""
+        """Restore the generator of the seeds."""
         self._seeds.set_state(state_dict["seeds"].cpu())
 
 
