@@ -46,6 +46,8 @@ State = dict[str, Tensor]
 def mean_of(states: Iterable[State], copied: Collection[str] = ()) -> State:
     """Average state dicts in float64. Vectors of spectral norms are computed for the averaged weights.
 
+    The masks of pruned weights are taken from the first one.
+
     Args:
         states: one or more, of one module.
         copied: names of tensors to take from the first one, as integers and booleans always are.
@@ -57,7 +59,7 @@ def mean_of(states: Iterable[State], copied: Collection[str] = ()) -> State:
     for state in states:
         first = first or state
         for name, tensor in state.items():
-            if _is_averaged(first[name]) and name not in copied:
+            if _is_averaged(first[name]) and name not in copied and not _is_mask(name, first):
                 precise = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
                 sums[name] = sums[name].add_(precise) if name in sums else precise.clone()
                 if name not in differ and not torch.equal(tensor, first[name]):
@@ -122,7 +124,8 @@ def average(
         chosen, state = _greedy(paths, workshop, metric, mode)
     else:
         chosen, state = paths, _soup(paths, workshop)
-    if module is None and (guessed := _guessed(state, first["state_dict"])):
+    known = module.state_dict() if module else ()
+    if guessed := [name for name in _guessed(state, first["state_dict"]) if name not in known]:
         log.warning("averaged as parameters, and may be buffers: %s. Set --module to find out", some_of(guessed))
     kept = {key: value for key, value in first.items() if key not in RUN}
     write_checkpoint(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, output)
@@ -282,6 +285,11 @@ def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, 
 
 def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_mask(name: str, state: State) -> bool:
+    """Return whether a tensor is the mask of a weight that ``torch.nn.utils.prune`` has pruned."""
+    return name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state
 
 
 def _not_averaged(module: nn.Module) -> list[str]:

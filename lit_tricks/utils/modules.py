@@ -94,17 +94,19 @@ def is_flattened(module: nn.Module) -> bool:
     return is_flat or any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
-_STATISTIC = re.compile(r"(running|moving)_(mean|var|std)")  # at the start of a name
+_STATISTIC = re.compile(r"(running|moving)_(mean|var|std|cov)")  # at the start of a name
 
 
 def is_statistic(owner: nn.Module, name: str) -> bool:
-    """Return whether a buffer is a running mean, variance or standard deviation of a norm layer.
+    """Return whether a buffer is a running mean, variance, covariance or standard deviation of a norm layer.
 
-    A norm layer is one of torch's, or one of a class that is called so, or any module with both a running mean and a
-    running variance.
+    A norm layer is one of torch's, or one of a class with "norm" in its name, as timm's ``EvoNorm2dB0``, or any module
+    with both a running mean and a running deviation from the mean.
     """
-    has_both = {"running_mean", "running_var"} <= {buffer for buffer, _ in owner.named_buffers(recurse=False)}
-    return bool(_STATISTIC.match(name)) and (has_both or is_norm(owner))
+    kinds = {match[2] for buffer, _ in owner.named_buffers(recurse=False) if (match := _STATISTIC.match(buffer))}
+    has_both = "mean" in kinds and len(kinds) > 1
+    is_called_so = "norm" in type(owner).__name__.lower()
+    return bool(_STATISTIC.match(name)) and (has_both or is_called_so or is_norm(owner))
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def test_averaged_checkpoint_loads_like_any_other(trained):
     assert content["averaged_from"] == trained
     assert not {"callbacks", "optimizer_states", "lr_schedulers", "loops", "optimizers"} & content.keys()
     assert logits_of("x.ckpt", torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    assert "test/top1" in done("test", "--ckpt_path=x.ckpt", *QUIET, "--trainer.limit_test_batches=1").out
+    assert "top1" in done("test", "--ckpt_path=x.ckpt", *QUIET, "--trainer.limit_test_batches=1").out
 
 
 def test_batchnorm_is_re_estimated_for_the_new_weights(trained):

@@ -13,7 +13,7 @@ from helpers.averages import Interrupt, loaded
 from helpers.fits import Saver, differences, make_trainer, said, weights_of
 from helpers.modules import CLASSES, lightning, train_loader
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import spectral_norm as spectral_norm_hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 from torch.utils.data import DataLoader, TensorDataset
@@ -335,6 +335,13 @@ def test_statistics_of_norm_layers_are_averaged_and_other_buffers_are_not(norm, 
         )
 
 
+def with_buffers(*names: str) -> nn.Module:
+    module = nn.Module()
+    for name in names:
+        module.register_buffer(name, torch.zeros(1))
+    return module
+
+
 def test_names_of_statistics():
     for owner, name, expected in (
         (nn.BatchNorm2d(1), "running_var", True),
@@ -343,8 +350,69 @@ def test_names_of_statistics():
         (CustomNorm(), "limit", False),
         (State(), "running_steps", False),
         (nn.Linear(1, 1), "running_mean", False),  # alone, it may be anything
+        (type("EvoNorm2dB0", (nn.Module,), {})(), "running_var", True),
+        (type("EvoNorm2dB0", (nn.Module,), {})(), "eps", False),
+        (with_buffers("moving_mean", "moving_variance"), "moving_variance", True),
+        (with_buffers("running_mean", "running_covar"), "running_covar", True),
+        (with_buffers("running_var"), "running_var", False),
     ):
         assert is_statistic(owner, name) == expected, (owner, name)
+
+
+@pytest.mark.parametrize("buffers", ["statistics", "average"])
+def test_training_of_shared_statistics_is_that_without_an_average(buffers):
+    def run(*callbacks: Any) -> list[Tensor]:
+        first, second = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        second.running_mean, second.running_var = first.running_mean, first.running_var
+        trained: list[Tensor] = []
+
+        class Keep(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+                trained.append(first.running_mean.clone())
+
+        module = Module(buffered(first, nn.ReLU(), second))
+        fit(module, *callbacks, Keep())
+        assert first.running_mean is second.running_mean
+        return trained
+
+    assert_same(dict(enumerate(run(EMA(0.5, buffers=buffers)))), dict(enumerate(run())))
+
+
+def test_spectral_norms_with_shared_vectors_of_a_shared_weight():
+    torch.manual_seed(0)
+    first, second = spectral_norm_hook(nn.Linear(16, 16)), spectral_norm_hook(nn.Linear(16, 16))
+    second.weight_orig, second.weight_u, second.weight_v = first.weight_orig, first.weight_u, first.weight_v
+    module = Module(nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), first, second, nn.Linear(16, CLASSES)))
+    fit(module, EMA(0.5))
+    module.eval()(torch.zeros(1, 1, 8, 8))
+    for layer in (first, second):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("known", [None, "without the mask", "pruned"])
+def test_masks_of_pruned_weights_are_not_averaged(known, tmp_path):
+    module = Module(buffered())
+    prune.random_unstructured(module.net[0], "weight", 0.5)
+    mask, paths = module.net[0].weight_mask.clone(), []
+    for i in range(2):
+        paths.append(str(tmp_path / f"{i}.ckpt"))
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        torch.save({"state_dict": state, "pytorch-lightning_version": "2.5.0"}, paths[-1])
+        module.net[0].weight_mask.copy_(1 - mask)
+    other = {None: None, "without the mask": Module(buffered()), "pruned": module}[known]
+    average(paths, str(tmp_path / "a.ckpt"), module=other)
+    assert torch.equal(loaded(tmp_path / "a.ckpt")["state_dict"]["net.0.weight_mask"], mask)
+
+
+def test_average_warns_of_tensors_that_the_module_lacks(tmp_path, caplog):
+    module, paths = Module(buffered()), []
+    for i in range(2):
+        paths.append(str(tmp_path / f"{i}.ckpt"))
+        state = module.state_dict() | {"net.0.scale_of_observer": torch.full((1,), float(i))}
+        torch.save({"state_dict": state, "pytorch-lightning_version": "2.5.0"}, paths[-1])
+    average(paths, str(tmp_path / "a.ckpt"), module=module)
+    [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "net.0.scale_of_observer" in record.getMessage()
 
 
 def test_buffers_can_be_averaged_all_and_infinities_stay():

@@ -26,9 +26,9 @@ __all__ = ["AveragedWeights"]
 class AveragedWeights:
     """A running average of the weights of a module, in fp32 (fp64 for fp64).
 
-    The average covers parameters, shared parameters once, and running statistics of norm layers. All other buffers are
-    copied from the module. The vectors of spectral norms are computed for the averaged weights. Sharded parameters
-    (DTensor) are averaged shard by shard.
+    The average covers parameters and running statistics of norm layers. Shared tensors are averaged once. All other
+    buffers are copied from the module. The vectors of spectral norms are computed for the averaged weights. Sharded
+    parameters (DTensor) are averaged shard by shard.
 
     Args:
         module: the module, on its final device, in its final precision, after sharding.
@@ -59,8 +59,10 @@ class AveragedWeights:
         averaged = [
             name for name, is_one in is_statistics.items() if buffers == "average" or (is_one and buffers != "copy")
         ]
+        averaged = _each_once(averaged, floating)
         self._buffers = {name: floating[name] for name in averaged}
-        self._buffers |= {name: buffer for name, buffer in floating.items() if buffer in vectors}
+        computed = [name for name, buffer in floating.items() if buffer in vectors]
+        self._buffers |= {name: floating[name] for name in _each_once(computed, floating)}
         self.names: list[str] = [*self._params, *self._buffers]
         self._others = [self.names.index(name) for name in averaged if not is_statistics[name]]
         self._first_vector = len(self._params) + len(averaged)
@@ -83,7 +85,7 @@ class AveragedWeights:
 
     def describe_buffers(self) -> str:
         """Return which floating-point buffers are averaged, copied and computed, in words."""
-        averaged, computed = self._first_vector - len(self._params), 2 * len(self._norms)
+        averaged, computed = self._first_vector - len(self._params), len(self.names) - self._first_vector
         parts = [f"{averaged} averaged"] if averaged else []
         parts += [f"{len(self._copied)} copied ({some_of(self._copied)})"] if self._copied else []
         parts += [f"{computed} computed (spectral norm)"] if computed else []
@@ -217,7 +219,8 @@ class AveragedWeights:
         places = {vector: i for i, vector in enumerate(self._buffers.values(), start=len(self._params))}
         for norm in self._norms:
             for vector, value in zip((norm.u, norm.v), norm.vectors() or (), strict=False):
-                i = places[vector]
+                if (i := places.get(vector)) is None:
+                    continue  # another spectral norm has the same tensor
                 self._average[i].copy_(value)
                 live[i].copy_(round_to(self._average[i], live[i].dtype))
 
@@ -394,6 +397,15 @@ class AveragedWeights:
 
 def _is_averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _each_once(names: list[str], buffers: dict[str, tuple[nn.Module, str]]) -> list[str]:
+    """Return the names without those of buffers that layers share with a layer before them.
+
+    A second swap of the same tensor would keep the average as the module's own value.
+    """
+    tensors = {id(getattr(*buffers[name])): name for name in reversed(names)}
+    return [name for name in names if tensors[id(getattr(*buffers[name]))] == name]
 
 
 def _precise(tensor: Tensor, on_cpu: bool) -> Tensor:
