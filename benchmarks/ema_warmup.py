@@ -1,4 +1,4 @@
-"""How EMA should start: with timm's decays, exactly debiased, or as it is. On the handwritten digits, several lengths.
+"""Compare starts of EMA on the handwritten digits, at several lengths: timm's decays, exactly debiased, no warm-up.
 
     python benchmarks/ema_warmup.py
 

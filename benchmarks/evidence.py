@@ -2,9 +2,9 @@
 
     python benchmarks/evidence.py --data cifar10.tar.xz --out benchmarks/results --seconds 280
 
-CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. The runs share one GPU. Those
-that are done are lines of OUT/evidence.jsonl, and the same command goes on where it stopped; it stops after --seconds.
-Then, and with --report, it writes evidence.md and evidence.png from these lines. --cpu-smoke tries it at toy scale.
+CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. The runs share one GPU.
+Finished runs are lines of OUT/evidence.jsonl. The command stops after --seconds, and continues when you repeat it. At
+the end, and with --report, it writes evidence.md and evidence.png from these lines. --cpu-smoke runs it at toy scale.
 """
 
 from __future__ import annotations

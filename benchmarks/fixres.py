@@ -3,8 +3,8 @@
     python benchmarks/fixres.py --root FOLDER --jobs 8 --out benchmarks/results/fixres.md
 
 FOLDER has train/CLASS/*.jpg and val/CLASS/*.jpg. The networks are trained at 24 pixels with RandomResizedCrop. All
-images are in memory and are transformed in batches on the device, so that the network is what costs time. What is
-finished is kept in --work: the same command goes on where it was stopped.
+images are in memory and are transformed in batches on the device, so that most time is spent in the network.
+Finished runs are kept in --work. Repeat the command to continue an interrupted run.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.md
 
-Each part runs in a process of its own and has its own limit in time; one that fails is told, and the others go on.
-``--parts ema scaler`` runs some; --seconds bounds them all; --smoke tries the code at toy scale, also without a GPU.
+Each part runs in its own process, with its own time limit. If a part fails, the failure is reported and the other parts
+continue. ``--parts ema scaler`` runs only these parts. --seconds limits the time of all parts. --smoke runs the code at
+toy scale, also without a GPU.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/precise_bn.py --out benchmarks/results/precise_bn.md
 
-All candidates take turns, round by round, in one process; told is the median of the rounds' ratios.
+All candidates take turns, round by round, in one process. The result is the median of the rounds' ratios.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ BY_HAND = [
     {"class_path": "PreciseBN", "init_args": {"when": "end"}},
 ]
 
-# The settings of a trick are those of BY_HAND.
+# Each trick has the same settings as in BY_HAND.
 RACE = f"""\
 lit-tricks race --config base.yaml --budget 48 --max-seeds 6 --out race \\
   --candidates tricks/warmup_cosine ema.yaml tricks/label_smoothing "tricks/mixup|tricks/cutmix" tricks/no_bias_decay \\
@@ -177,10 +177,10 @@ def write(out: Path, seeds: list[int], table: list[str]) -> None:
         "",
         f"CIFAR-10 as JPEG files: {IMAGES_USED - VAL} images to train, {VAL} to validate, 5000 to test. Crops of 25 to "
         f"100 % of the image at {SIZE} pixels, flips. ResNet-18-D of width 0.125, {EPOCHS} epochs, batches of {BATCH}, "
-        f"SGD at {LR * BATCH / BASE_BATCH:g}, momentum {MOMENTUM}, weight decay {DECAY:g}. Runs so short and small say "
-        "nothing about the order of these recipes at full size.",
+        f"SGD at {LR * BATCH / BASE_BATCH:g}, momentum {MOMENTUM}, weight decay {DECAY:g}. Such short and "
+        "small runs do not show the order of these recipes at full size.",
         "",
-        f"{platform.machine()} CPU, one thread, beside other work; Python {platform.python_version()}, torch "
+        f"{platform.machine()} CPU, one thread, shared with other work; Python {platform.python_version()}, torch "
         f"{torch.__version__}; {datetime.date.today()}. `python benchmarks/race_images.py prepare --data "
         f"cifar10.tar.xz --out FOLDER`, `cd FOLDER && {command}`, `python benchmarks/race_images.py compare --out "
         "FOLDER`",

@@ -2,8 +2,9 @@
 
     python benchmarks/transfer.py --work FOLDER --out benchmarks/results/transfer.md
 
-For each task, with its own network: a classifier of single digits, plain and with tricks, then `lit-tricks ablate` over
-what the task starts from. All runs are `lit-tricks` in a process of its own; those that are done are kept in --work.
+For each task, with its own network: train a classifier of single digits, plain and with tricks. Then run `lit-tricks
+ablate` over the weights that the task starts from. Each run is a separate `lit-tricks` process. Finished runs are kept
+in --work.
 """
 
 from __future__ import annotations

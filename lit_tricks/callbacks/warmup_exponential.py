@@ -44,7 +44,7 @@ class WarmupExponential(Schedule):
     Args:
         gamma: factor per interval, in (0, 1]. 1 is a constant rate.
         every_n_epochs: epochs per interval, above 0; fractions work.
-        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
+        warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
         total_steps: optimizer steps of the run (batches under manual optimization). Give it only if an epoch has no
             length. Together with ``max_epochs`` it defines one.
 

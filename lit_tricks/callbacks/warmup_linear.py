@@ -40,14 +40,14 @@ class WarmupLinear(Schedule):
     Step ``i`` of the ``m`` warm-up steps has the rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` steps after it
     has ``min_lr + (lr - min_lr) * (1 - t / T)``. Every parameter group uses its own ``lr``.
 
-    Cost: none measurable. Use it for short runs, in which a line is robust, and for recipes that ask for it. In long
-    runs a cosine, which keeps the rate high for longer, is as good or better. Leave it out if the end of the run is
-    unknown.
+    Cost: none measurable. Use it for short runs, in which a line is robust, and for recipes that need it. In long
+    runs a cosine keeps the learning rate high for longer, and is as good or better. Leave it out if the end of the run
+    is unknown.
 
     Args:
-        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
-        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
-            constant.
+        warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
+        min_lr: learning rate at the end of the run, from 0 to the smallest learning rate of the optimizer. At this
+            upper limit, the learning rate does not fall.
         total_steps: optimizer steps of the run (batches under manual optimization). Set it only if the Trainer has no
             length: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 

@@ -50,9 +50,9 @@ class WarmupPoly(Schedule):
     Args:
         power: of the share of the run that is left, in (0, 10]. Below 1 the rate stays high and falls at the end, 1 is
             a line, and above 1 it falls early.
-        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
-        min_lr: rate at the end, from 0 to the smallest learning rate of the optimizer, at which the schedule is
-            constant.
+        warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
+        min_lr: learning rate at the end of the run, from 0 to the smallest learning rate of the optimizer. At this
+            upper limit, the learning rate does not fall.
         total_steps: optimizer steps of the run (batches under manual optimization). Set it only if the Trainer has no
             length: a loader without length and no ``max_steps``, or a ``GradientAccumulationScheduler``.
 

@@ -45,7 +45,7 @@ class WarmupStep(Schedule):
         milestones: epochs at which the rate falls, increasing, none within the warm-up. Empty: constant after the
             warm-up.
         gamma: factor per milestone, in (0, 1]. 1 is a constant rate.
-        warmup_epochs: length of the warm-up, 0 or more; fractions work. 0 starts at the full rate.
+        warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
         total_steps: optimizer steps of the run (batches under manual optimization). Give it only if an epoch has no
             length. Together with ``max_epochs`` it defines one.
 

@@ -31,7 +31,7 @@ class ExportedData(PhotoDataModule):
         mean: of the channels, on the scale from 0 to 255.
         std: standard deviation of the channels, on the scale from 0 to 255.
         classes: their names.
-        exif: turn images as their EXIF orientation says.
+        exif: whether images are turned by their EXIF orientation.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ExportedDetectionData(DetectionDataModule):
         mean: of the channels, on the scale from 0 to 255.
         std: standard deviation of the channels, on the scale from 0 to 255.
         classes: their names.
-        exif: turn images as their EXIF orientation says.
+        exif: whether images are turned by their EXIF orientation.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], classes: list[str], exif: bool) -> None:

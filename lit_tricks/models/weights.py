@@ -51,7 +51,7 @@ def load_weights(
             holds them. Files are read with ``weights_only=True``: nothing in them is executed.
         class_names: names of the model's classes by label. They are compared with the names in the file, if it has
             names: a checkpoint of this package, or its export to safetensors. None compares the number only.
-        classifiers: names of the layers with outputs per class. By default those that timm knows, and the last layer.
+        classifiers: names of the layers with outputs per class. By default those that timm lists, and the last one.
 
     Raises:
         FileNotFoundError: if ``weights`` looks like a file and none is there.

@@ -60,7 +60,7 @@ class BestSoFar(Callback):
 
 
 def _is_state(state: Any) -> bool:
-    """Return whether a checkpoint has the state of a ModelCheckpoint, as far as it is used here."""
+    """Return whether a checkpoint has the parts of the state of a ModelCheckpoint that are used here."""
     return (
         isinstance(state, dict)
         and isinstance(state.get("best_model_path"), str)

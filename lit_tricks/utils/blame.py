@@ -1,4 +1,4 @@
-"""Tell an error of an input, such as a damaged file or a network of the user, from an error of this package.
+"""Distinguish errors of an input (a damaged file, a network of the user) from errors of this package.
 
 Decoders and networks fail with every type of exception, so code that calls them must catch ``Exception``. It catches
 the errors of this package and of the machine with them, and these must not be reported as the input's.

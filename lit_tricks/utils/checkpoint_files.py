@@ -69,7 +69,7 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
     try:
         is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # torch has no error of its own for a damaged file
+    except Exception as error:  # torch has no specific error for a damaged file
         if isinstance(error, FileNotFoundError | PermissionError) or not is_about_input(error):
             raise
         reason = "not a checkpoint of Lightning, or damaged"

@@ -46,11 +46,11 @@ class Stage:
 
 
 class Freezing(Trick):
-    """Freezes parts of the network, each until its moment.
+    """Freezes parts of the network, each until its scheduled time.
 
     Only the number of the step determines whether a part is frozen, so nothing is saved and nothing can drift. The
-    optimizers are built as without the trick, with all parameters. Frozen ones have no gradient, and optimizers leave
-    them and their momentum alone.
+    optimizers are built as without the trick, with all parameters. Frozen parameters have no gradient, so optimizers
+    change neither the parameters nor their momentum.
     """
 
     conflict_with_frozen = "freezes layers, as FixRes does"
@@ -250,7 +250,7 @@ class Freezing(Trick):
     # Helpers
 
     def _find(self, pl_module: LightningModule) -> list[tuple[Stage, Part]]:
-        """Find the parts of each stage. What two of them name belongs to the smaller one."""
+        """Find the parts of each stage. A layer in two parts belongs to the part with fewer parameters."""
         name = type(pl_module).__name__
         found: list[tuple[Stage, list[Part]]] = []
         for stage in self.stages():

@@ -1,4 +1,4 @@
-"""Where the runs of an ablation or a race are made: on this machine, or on a Ray cluster."""
+"""Make the runs of an ablation or a race on this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _first_batch(data: LightningDataModule, model: LightningModule, trainer: Tra
     look = _Look(count)
     callbacks = callbacks_of(trainer)
     before = list(callbacks)
-    callbacks[:] = [*filter(_may_change_batches, before), look]  # the last one sees what the others have changed
+    callbacks[:] = [*filter(_may_change_batches, before), look]  # called last, after the others have changed the batch
     parameter = next(model.parameters(), None)
     if parameter is not None:  # the fit wants an optimizer, and the model's own may be slow to build
         model.configure_optimizers = lambda: torch.optim.SGD([parameter], lr=0.0)  # type: ignore[method-assign]

@@ -39,7 +39,7 @@ from lit_tricks.utils.log import log
 
 __all__ = ["EXCLUSIVE", "race"]
 
-# Tricks that raise an error beside each other, by their classes.
+# Tricks that conflict, by their classes.
 EXCLUSIVE = (
     frozenset({"EMA", "SWA"}),
     frozenset({"WarmupCosine", "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep"}),
@@ -131,7 +131,7 @@ def race(
 
 
 class _Race:
-    """A race in progress: it connects the decisions with the runs, and writes down where both stand."""
+    """Connects the decisions of a race with its runs, and stores the state of both."""
 
     def __init__(self, runs: Runs, groups: Sequence[Sequence[str]], settings: Settings) -> None:
         self.runs, self.groups, self.settings = runs, groups, settings

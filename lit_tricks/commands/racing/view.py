@@ -24,9 +24,9 @@ def race_view(runs: Runs, verdict: Verdict, stage: str) -> RenderableType:
     """Return the view: a headline, the candidates of the round, and the runs that are made.
 
     Args:
-        runs: of the race.
-        verdict: as it stands.
-        stage: what the race does, for the headline.
+        runs: runs of the race.
+        verdict: decisions so far.
+        stage: current stage of the race, for the headline.
     """
     leader = " + ".join(["base", *(runs.names[name] for name in verdict.kept)])
     parts: list[RenderableType] = [

@@ -67,7 +67,7 @@ class CocoDetection(DetectionFolders):
         root = check_root(self, root)
         super().__init__(**kwargs)
         self.root = root
-        fix = "Give a path below root; {split} stands for train, val and test."
+        fix = "Give a path below root; {split} is replaced by train, val and test."
         self.images = text(self, "images", images, fix)
         self.annotations = text(self, "annotations", annotations, fix)
         self._order = check_classes(self, classes, "the order of the annotations")

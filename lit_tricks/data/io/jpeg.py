@@ -1,4 +1,4 @@
-"""JPEG files as PIL images that libjpeg-turbo decodes when pixels are requested, only as far as needed."""
+"""JPEG files as PIL images. libjpeg-turbo decodes only the part and the size that are requested."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]], gap: float = 0.07
     for height, _, _ in heights:
         placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.02))
     over = placed[-1] - 1 if placed else 0
-    if over > 0:  # the stack is too high: move its upper part down as far as needed
+    if over > 0:  # the stack is too high: move its upper part down until it fits
         top = 1.0
         for i in range(len(placed) - 1, -1, -1):
             placed[i] = min(placed[i], top)

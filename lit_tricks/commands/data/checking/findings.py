@@ -30,7 +30,7 @@ class Finding:
     """One kind of thing that was found.
 
     Args:
-        level: "fault" stops a run, "warning" makes results worse or misleading, "note" is good to know.
+        level: "fault" stops a run, "warning" makes results worse or misleading, "note" is for information.
         kind: short name.
         count: of files, classes or groups.
         text: what it means, and what to do.

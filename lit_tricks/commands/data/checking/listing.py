@@ -33,7 +33,7 @@ class Listing:
         classes: their names.
         faults: what would stop a run.
         unused: images below the root that would not be read.
-        hidden: images and folders below the root whose names are those of hidden ones.
+        hidden: images and folders below the root with names of hidden files.
         others: files below the root that have no ending of an image.
     """
 
