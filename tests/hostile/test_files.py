@@ -44,7 +44,7 @@ from lit_tricks.utils.files import (
 )
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links and bytes in names as POSIX has them")
-HIDDEN = (".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "@Recycle")
+HIDDEN = (".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "@tmp")
 LISTS = ["VOC2007/trainval", "VOC2007/test"]
 DEAD = 2**22 + 1  # no process has this number: Linux counts to 2**22
 

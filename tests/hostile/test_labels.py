@@ -264,6 +264,17 @@ def test_what_is_left_is_logged_once(trick):
     assert not torch.equal(module.got["image"], IMAGE)
 
 
+def test_several_inputs_that_are_mixed_by_default_are_logged():
+    points = torch.rand(len(CLASS), 5, 2)
+    for inputs, expected in ((None, ["MixUp: mixes image, points; `inputs` chooses what is mixed"]), (["image"], None)):
+        with said() as records:
+            Module(cross_entropy, {"image": IMAGE, "points": points, "label": CLASS}, at=("image", "label")).fit(
+                MixUp(1.0, inputs=inputs)
+            )
+        lines = [record.getMessage() for record in records[1:]]
+        assert lines == expected or "leaves points" in lines[0]
+
+
 def test_nothing_is_logged_where_nothing_is_left():
     with said() as records:
         Module(cross_entropy, [IMAGE, CLASS]).fit(MixUp(1.0))

@@ -90,7 +90,7 @@ class Mixing(LossTrick):
         self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
 
     def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
-        """Return the inputs to mix, and log once which other tensors are left as they are.
+        """Return the inputs to mix, and log once if several are mixed by default, or tensors are left as they are.
 
         Raises:
             RuntimeError: if ``inputs`` names something that is not there, or that cannot be mixed.
@@ -100,11 +100,11 @@ class Mixing(LossTrick):
             self._told = True
             items = next(iter(found.values())).size(0)
             left = {path: t for path, t in tensors.items() if path not in found and t.size(0) == items}
-            if left:
+            if left or (self.inputs is None and len(found) > 1):
                 listed = ", ".join(f"{_name(path)} ({describe(t)})" for path, t in left.items())
+                kept = f" and leaves {listed} as it is" if left else ""
                 rank_zero_only(log.info)(
-                    f"{type(self).__name__}: mixes {', '.join(map(_name, found))} and leaves {listed} as it is; "
-                    "`inputs` chooses what is mixed"
+                    f"{type(self).__name__}: mixes {', '.join(map(_name, found))}{kept}; `inputs` chooses what is mixed"
                 )
         return found
 

@@ -36,7 +36,8 @@ SETTLED = 2.0  # seconds after which a change moves a folder's time stamp on any
 THREADS = 8  # a network file system answers many questions at a time
 # In addition to names that begin with a dot: folders of macOS archives, NAS systems, Windows and file systems.
 SYSTEM = {"__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information"}
-SYSTEM |= {"lost+found"}
+SYSTEM |= {"lost+found", "recycler", "__pycache__", "~snapshot"}
+SYSTEM |= {"@tmp", "@appstore", "@recently-snapshot", "@sharesnap"}
 
 
 class Paths(Sequence[str]):
