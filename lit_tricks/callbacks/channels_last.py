@@ -1,6 +1,7 @@
-"""Channels last: convolutions work on images whose channels lie side by side in memory (NHWC), as their kernels want.
+"""Channels last: store the channels of each pixel next to each other in memory (NHWC), as fast convolutions need it.
 
-One caveat: it pays with mixed precision on GPUs with tensor cores, and on CPUs; in float32 on a GPU it may cost.
+One caveat: this saves time with mixed precision on GPUs with tensor cores, and on CPUs. In float32 on a GPU, training
+can become slower.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ChannelsLast(Trick):
     A network that calls ``view`` on feature maps raises an error: use ``reshape`` or ``flatten`` there.
 
     Args:
-        weights: whether the filters change their order, too. True saves a conversion in each step. Under FSDP2 the
+        weights: whether the filters also change their order. True saves a conversion in each step. Under FSDP2 the
             shards keep their order, and only the images change.
 
     Raises:

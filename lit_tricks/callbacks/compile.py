@@ -1,6 +1,6 @@
-"""Compile: the layers of a module run as compiled graphs, in training and in validation (Ansel et al., 2024).
+"""Compile: run the layers of a module as compiled graphs, in training and in validation (Ansel et al., 2024).
 
-One caveat: the first steps take minutes, and each new shape of a batch as long: let the loaders drop the last batch.
+One caveat: compiling takes minutes, for the first steps and again for each new batch shape. Set ``drop_last=True``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 
 
 class Compile(Trick):
-    """Compile the network, in place ([Ansel et al., 2024](https://doi.org/10.1145/3620665.3640366)).
+    """Compile the network with ``torch.compile``, without changing its parameter names ([Ansel et al., 2024](https://doi.org/10.1145/3620665.3640366)).
 
     Each network in the module runs through ``torch.compile``, in training and in the validation of the fit. Parameters
     keep their names, so checkpoints load anywhere. After the fit the network runs as before. Losses, metrics and the

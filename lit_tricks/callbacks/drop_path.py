@@ -98,7 +98,7 @@ class DropPath(Trick):
     overfit. Leave it out of short runs and shallow networks, which need every branch.
 
     Args:
-        rate: probability to skip the last branch, in [0, 1). 0 changes nothing. 0.05 to 0.2 are usual.
+        rate: probability of skipping the last branch, in [0, 1). 0 changes nothing. 0.05 to 0.2 are usual.
         mode: "linear" skips deeper branches more often. "constant" uses ``rate`` for all.
         layers: patterns of names of modules whose output is a branch, such as ``["*.bn3"]``. Give them if the branches
             are not found. A module without a shortcut around it loses its output when it is dropped.

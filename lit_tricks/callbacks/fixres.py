@@ -126,11 +126,11 @@ class FixRes(Trick):
         self._run = _Run()
         if self.test_size is not None:
             self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
-            # No hook comes between a loader's creation and the start of its workers.
+            # No hook runs between a loader's creation and the start of its workers.
             self.wrap(trainer.strategy, "process_dataloader", self._run.data.around)
         if stage == "fit":
             refuse_rivals(trainer, self)
-            # No hook comes between configure_model and the strategy, which wraps the module.
+            # No hook runs between configure_model and the strategy, which wraps the module.
             self.wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
             # LinearScaling scales the groups as they are added, in any order of the list.
             self.wrap(pl_module, "configure_optimizers", self._with_rate)
@@ -242,15 +242,15 @@ class FixRes(Trick):
         return {"test_size": self.test_size}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the settings of the data have the size at which to evaluate, also after the fit."""
+        """Store the evaluation size in the settings of the data, also in checkpoints after the fit."""
         settings = checkpoint.get("datamodule_hyper_parameters", {})
         if self.test_size is not None and "eval_size" in settings:
             settings["eval_size"] = self.test_size
 
-    # Each is called instead of a method
+    # The wrappers: each is called instead of a method
 
     def _freeze(self, pl_module: LightningModule, setup: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Before the strategy wraps the module, and optimizers are built."""
+        """Freeze the module before the strategy wraps it and optimizers are built."""
         run = self._now
         require_initialized(pl_module, "FixRes")
         if (name := changed_in_evaluation(pl_module)) is not None:
@@ -318,8 +318,8 @@ class _Run:
 
     data: Any = None
     frozen: Any = None
-    trained: dict[str, list[str]] = field(default_factory=dict)  # names of the layers, by what they are
+    trained: dict[str, list[str]] = field(default_factory=dict)  # names of the layers, by their kind
     parameters: int = 0
     norms: list[Any] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)  # that they had seen before
-    seen: bool = False  # a whole step
+    steps: list[int] = field(default_factory=list)  # that the layers had counted before
+    seen: bool = False  # whether a whole step is done

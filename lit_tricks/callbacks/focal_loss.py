@@ -90,7 +90,7 @@ def positive_weight(alpha: float | Tensor) -> float:
 
 
 class FocalLoss(LossTrick):
-    """Reduce the loss of images that are classified well already ([Lin et al., 2017](https://arxiv.org/abs/1708.02002)).
+    """Reduce the loss of images that are already classified well ([Lin et al., 2017](https://arxiv.org/abs/1708.02002)).
 
     Cross entropy becomes ``-alpha_t (1 - p_t)^gamma log(p_t)``, with the softmax probability ``p_t`` of the true
     class. For mixed or smoothed targets it is the mean over the target distribution. Binary cross entropy of one-hot
@@ -101,9 +101,11 @@ class FocalLoss(LossTrick):
     class imbalance prefer class weights. The probabilities become less calibrated, so check them.
 
     Args:
-        gamma: exponent, 0 or more. 0 is cross entropy, 2 is the paper's value. From 5 on only errors count.
+        gamma: exponent, 0 or more. 0 is cross entropy. 2 is the paper's value. From 5 on, well-classified images
+            hardly contribute to the loss.
         alpha: class weights in the loss. None uses none. A number in (0, 1) is the weight of the positives in a binary
-            loss, or of class 1 of two; the other class gets the rest to 1. A list has a positive number per class.
+            loss, or of class 1 of two. The other class gets 1 minus this number. A list has a positive number per
+            class.
 
     Raises:
         ValueError: for an argument out of its range.

@@ -1,7 +1,7 @@
 """Label smoothing: targets of cross entropy that leave some probability to the wrong classes (Szegedy et al., 2016).
 
-One caveat: the paper shares the probability among the other classes, torch and most libraries among all of them. At
-1000 classes that is the same; at 10 the true class keeps 0.9 or 0.91.
+One caveat: the paper shares the probability among the other classes. torch and most libraries share it among all
+classes. At 1000 classes the difference is negligible. At 10 classes the true class keeps 0.9 or 0.91.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ class LabelSmoothing(LossTrick):
     ``F.nll_loss`` in training, and to floats from ``F.one_hot(target, num_classes)`` or binary labels. Losses of
     validation and test use plain labels.
 
-    Cost: none measurable. Use it from scratch, for many classes and long runs. Leave it out for a model that will be a
-    teacher, since distillation needs the differences between its logits. Expect little at 10 classes.
+    Cost: none measurable. Use it to train from scratch, for many classes and long runs. Leave it out for a model that
+    will be a teacher, since distillation needs the differences between its logits. Expect little at 10 classes.
 
     Args:
         smoothing: probability that the true class loses, in [0, 1). 0 is plain cross entropy, near 1 is uniform.
-        convention: classes that share it: all K classes ("torch"), or the K - 1 others ("paper").
+        convention: classes that share this probability: all K classes ("torch"), or the K - 1 others ("paper").
 
     Raises:
         ValueError: for a smoothing out of its range.
-        RuntimeError: in the first training step, if no loss used the target, or the module's own loss smooths, too.
+        RuntimeError: in the first training step, if no loss used the target, or the module's own loss also smooths.
 
     Example:
         ``- {class_path: LabelSmoothing, init_args: {smoothing: 0.1}}``

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EffectiveBatchSize", "LinearScaling", "effective_batch_size", "lr_scaling_factor"]
 
-# where a new parameter group has its rate: timm's optimizers also note the highest one, for their weight decay
+# Keys of the learning rate in a new parameter group. timm's optimizers also store the highest one for weight decay.
 _RATES = {"lr", "initial_lr", "max_lr_snapshot"}
 _MARK = "lit_tricks: rate before scaling"  # in a parameter group, until configure_optimizers is done
 
@@ -77,8 +77,8 @@ class LinearScaling(Trick):
     """
 
     _base: list[float]  # rates of the parameter groups before scaling
-    _restored: float | None  # factor of the run that is resumed
-    _is_seen: bool  # a batch of the assumed size was
+    _restored: float | None  # factor of the resumed run
+    _is_seen: bool  # whether a batch had the expected size
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class LinearScaling(Trick):
         found = [rate for optimizer in trainer.optimizers for rate in _rates(optimizer)]
         scaled = [lr * self._factor for lr in self._base]
         same = len(found) == len(scaled) and all(map(partial(math.isclose, rel_tol=1e-6), found, scaled))
-        if not same and self._restored is None:  # a resumed finetuning callback has brought the rates of its checkpoint
+        if not same and self._restored is None:  # a resumed finetuning callback has restored other learning rates
             cause = f"the {schedulers[0]}" if schedulers else "something else"
             raise RuntimeError(
                 f"LinearScaling set the learning rates {_text(scaled)}, and {cause} replaced them by {_text(found)}. "
@@ -152,7 +152,7 @@ class LinearScaling(Trick):
         return {"factor": self._factor}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the factor of the run that is resumed: its optimizers and schedulers come with their rates."""
+        """Restore the factor of the resumed run, whose optimizers and schedulers have scaled learning rates."""
         if checkpoint.get("optimizer_states") == []:
             return  # saved before there were optimizers
         restored = checkpoint["callbacks"].get(self.state_key, {"factor": 1.0})["factor"]
@@ -195,7 +195,7 @@ class LinearScaling(Trick):
         before = len(optimizer.param_groups)
         add_param_group(group)
         for new in optimizer.param_groups[before:]:
-            if new.get("lr") is None or _MARK in new:  # an optimizer round another one may hand it its own groups
+            if new.get("lr") is None or _MARK in new:  # an optimizer that wraps another one may pass on its groups
                 continue
             new[_MARK] = float(new["lr"])
             for name in _RATES & new.keys():
@@ -220,7 +220,7 @@ def _text(rates: list[float]) -> str:
 
 
 class EffectiveBatchSize(NamedTuple):
-    """Return the samples per step: samples per batch, times processes, times accumulated batches."""
+    """Samples per step: samples per batch, times processes, times accumulated batches."""
 
     size: int = 1
     processes: int = 1
@@ -228,7 +228,7 @@ class EffectiveBatchSize(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Samples in a step."""
+        """Return the number of samples per step."""
         return self.size * self.processes * self.accumulated
 
     def __str__(self) -> str:
@@ -267,8 +267,8 @@ def effective_batch_size(
 
 
 def _configured(trainer: Trainer, pl_module: LightningModule) -> int | None:
-    """Batch size of the training loader, without building it: that early, it would not be restored on resume."""
-    # where the Trainer takes the loader from: the object itself, or the module or datamodule that will make it
+    """Return the batch size of the training loader, without building it: a loader built this early is not restored."""
+    # The Trainer takes the loader itself, or the module or data module that will make it.
     source = training_source(trainer)
     if source is trainer.datamodule or source is pl_module:  # type: ignore[union-attr]  # a connector sets it
         sizes = [getattr(source, "batch_size", None), saved_hparams(source).get("batch_size")]

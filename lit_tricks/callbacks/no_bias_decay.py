@@ -35,11 +35,11 @@ class NoBiasDecay(Trick):
     """Remove weight decay from biases and norm layers ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
     Weights of convolutions, linear layers and embeddings keep their decay. Each parameter group with weight decay is
-    split in two when the optimizer takes it. Both parts keep the other options (learning rate, betas, ...), and
-    schedulers see both. Groups that the module defines with ``weight_decay=0`` stay as they are.
+    split in two when an optimizer is built. Both parts keep the other options (learning rate, betas, ...), and
+    schedulers get both. Groups that the module defines with ``weight_decay=0`` stay as they are.
 
-    Cost: none. Use it with large batches and networks with norm layers. Leave it out to reproduce a recipe that decays
-    all parameters, such as torchvision's first weights. Expect no difference at small batches.
+    Cost: none. Use it with large batches and networks with norm layers. Leave it out to reproduce a training that
+    decays all parameters, such as torchvision's V1 weights. Expect no difference at small batches.
 
     Args:
         skip: kinds of parameters without decay. "bias": all biases. "norm": scales and biases of norm layers, and all

@@ -96,7 +96,7 @@ class PreciseBN(Estimating):
         self.announce(f"{number} BatchNorm layers, from {self.num_samples} samples, {moments}at the end{then}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch what the first training step gives ``forward``.
+        """Watch the arguments of ``forward`` in the first training step.
 
         Raises:
             RuntimeError: if there are no inputs in the batch.
@@ -109,7 +109,7 @@ class PreciseBN(Estimating):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Warn if that are not the inputs of the batch: the statistics would not be those that training has."""
+        """Warn if ``forward`` got other inputs than the batch, since the statistics would then differ from training."""
         watch, self._now.watch = self._now.watch, None
         if watch and watch.remove():
             rank_zero_only(warnings.warn)(
@@ -138,7 +138,7 @@ class PreciseBN(Estimating):
         self._show(pl_module)
 
     def _around_validation_start(self, on_validation_model_eval: Callable[..., Any]) -> Any:
-        if not self._fit:  # of a copy of the module
+        if not self._fit:  # the module is a copy
             return on_validation_model_eval()
         trainer, pl_module = self._fit.trainer(), self._fit.module()
         trained = {name for name, layer in batchnorms_of(pl_module).items() if layer.training}

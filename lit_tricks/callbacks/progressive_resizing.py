@@ -1,6 +1,6 @@
-"""Progressive resizing: small images at first, full ones at the end, for the same number of steps (Howard, 2018).
+"""Progressive resizing: train on small images at first, and on full images at the end, in as many steps (Howard, 2018).
 
-One caveat: each size is another kernel and another graph: with ``torch.compile`` the first step at each size is slow.
+One caveat: each size needs its own kernels and graphs. With ``torch.compile`` the first step at each size is slow.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class ProgressiveResizing(Trick):
     size between two points of the run. Dense targets (N, H, W) are also resized (nearest). The size is a closed form of
     the optimizer step. Mixing tricks get the resized images. PreciseBN and all evaluation get full images.
 
-    Cost: none; it saves time. A step at half the side has a quarter of the operations. Use it for long runs of
+    Cost: none. It saves time: a step at half the side has a quarter of the operations. Use it for long runs of
     convolutional networks at 160 pixels or more. Leave it out if details decide the class, if loading limits the run,
     and for networks with a fixed size. BatchNorm statistics of small images differ, so the run needs a last part at
     full size, or PreciseBN or FixRes afterwards.
 
     Args:
-        start_scale: side at the start as a part of the full side, in (0, 1). Near 0 nothing is visible; 0.5 is usual.
-        start: part of the run at which the images begin to grow, in [0, ``end``).
-        end: part of the run at which they reach full size, in (``start``, 1]. 1 means the last step.
+        start_scale: side at the start as a share of the full side, in (0, 1). Near 0 images show nothing. 0.5 is usual.
+        start: share of the run after which the images begin to grow, in [0, ``end``).
+        end: share of the run after which images have full size, in (``start``, 1]. 1 means the last step.
         multiple_of: smaller sides are multiples of this number of pixels, 1 or more. Use the network's total stride,
             such as 32. Fewer sizes need fewer kernels and graphs.
         mode: "resize", or "crop", which cuts a random part of that size out of all images of a batch.

@@ -39,9 +39,9 @@ def warmup_cosine(step: int, lr: float, total_steps: int, warmup_steps: int = 0,
 class WarmupCosine(Schedule):
     """Warm the learning rate up, then decay it along half a cosine ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
-    Step ``i`` of the ``m`` warm-up steps has the rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` steps after it
-    has ``min_lr + (lr - min_lr) * (1 + cos(pi * t / T)) / 2``. Every parameter group uses its own ``lr``. Steps are
-    optimizer steps, so accumulated batches share one rate.
+    Step ``i`` of the ``m`` warm-up steps has the learning rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` later
+    steps has ``min_lr + (lr - min_lr) * (1 + cos(pi * t / T)) / 2``. Every parameter group uses its own ``lr``. Steps
+    are optimizer steps, so accumulated batches share one learning rate.
 
     Cost: none measurable. It is the default choice, without milestones to tune. Leave it out if the end of the run is
     unknown. Set ``warmup_epochs`` to 0 if the learning rate needs no warm-up (small batches, fine-tuning).
@@ -71,5 +71,5 @@ class WarmupCosine(Schedule):
         return f"half a cosine to {self.min_lr:g} at step {self._length.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step, see ``warmup_cosine``."""
+        """Return the learning rate of a step, see ``warmup_cosine``."""
         return warmup_cosine(step, base_lr, self._length.run, self._warmup_steps, self.min_lr)

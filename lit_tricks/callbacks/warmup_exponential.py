@@ -34,16 +34,16 @@ def warmup_exponential(step: int, lr: float, every_n_steps: float, gamma: float 
 class WarmupExponential(Schedule):
     """Warm the learning rate up, then multiply it by ``gamma`` every few epochs ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
 
-    The warm-up is the same as in ``WarmupCosine``. Afterwards the rate stays for ``every_n_epochs``, is multiplied by
-    ``gamma``, and stays again. Inception was trained with 0.94 every two epochs. "Bag of Tricks" compares it in
-    section 5.1.
+    The warm-up is the same as in ``WarmupCosine``. Afterwards the learning rate is multiplied by ``gamma`` after every
+    ``every_n_epochs`` epochs, and constant in between. Inception was trained with 0.94 every two epochs. "Bag of
+    Tricks" compares this schedule with a cosine in section 5.1.
 
-    Cost: none measurable. Use it for recipes that need it. A cosine keeps the rate high for longer and usually ends
-    better.
+    Cost: none measurable. Use it for recipes that need it. A cosine keeps the learning rate high for longer, and
+    usually reaches a better accuracy.
 
     Args:
-        gamma: factor per interval, in (0, 1]. 1 is a constant rate.
-        every_n_epochs: epochs per interval, above 0; fractions work.
+        gamma: factor per interval, in (0, 1]. 1 is a constant learning rate.
+        every_n_epochs: epochs per interval, above 0, also fractions.
         warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
         total_steps: optimizer steps of the run (batches under manual optimization). Give it only if an epoch has no
             length. Together with ``max_epochs`` it defines one.
@@ -76,5 +76,5 @@ class WarmupExponential(Schedule):
         return f"times {self.gamma:g} every {self._every_n_steps:g} steps"
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step, see ``warmup_exponential``."""
+        """Return the learning rate of a step, see ``warmup_exponential``."""
         return warmup_exponential(step, base_lr, self._every_n_steps, self.gamma, self._warmup_steps)

@@ -37,8 +37,8 @@ def warmup_linear(step: int, lr: float, total_steps: int, warmup_steps: int = 0,
 class WarmupLinear(Schedule):
     """Warm the learning rate up, then decay it along a line ([Li et al., 2020](https://arxiv.org/abs/1905.04753)).
 
-    Step ``i`` of the ``m`` warm-up steps has the rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` steps after it
-    has ``min_lr + (lr - min_lr) * (1 - t / T)``. Every parameter group uses its own ``lr``.
+    Step ``i`` of the ``m`` warm-up steps has the learning rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` later
+    steps has ``min_lr + (lr - min_lr) * (1 - t / T)``. Every parameter group uses its own ``lr``.
 
     Cost: none measurable. Use it for short runs, in which a line is robust, and for recipes that need it. In long
     runs a cosine keeps the learning rate high for longer, and is as good or better. Leave it out if the end of the run
@@ -69,5 +69,5 @@ class WarmupLinear(Schedule):
         return f"linear to {self.min_lr:g} at step {self._length.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step, see ``warmup_linear``."""
+        """Return the learning rate of a step, see ``warmup_linear``."""
         return warmup_linear(step, base_lr, self._length.run, self._warmup_steps, self.min_lr)

@@ -41,15 +41,15 @@ def warmup_poly(
 class WarmupPoly(Schedule):
     """Warm the learning rate up, then decay it by a power ([Chen et al., 2016](https://arxiv.org/abs/1606.00915)).
 
-    Step ``i`` of the ``m`` warm-up steps has the rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` steps after it
-    has ``min_lr + (lr - min_lr) * (1 - t / T) ** power``. Every parameter group uses its own ``lr``.
+    Step ``i`` of the ``m`` warm-up steps has the learning rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` later
+    steps has ``min_lr + (lr - min_lr) * (1 - t / T) ** power``. Every parameter group uses its own ``lr``.
 
-    Cost: none measurable. Use it for segmentation, whose recipes have it with power 0.9 and no warm-up. For
+    Cost: none measurable. Use it for segmentation, where power 0.9 without warm-up is usual. For
     classification a cosine or a line is the usual choice. Leave it out if the end of the run is unknown.
 
     Args:
-        power: of the share of the run that is left, in (0, 10]. Below 1 the rate stays high and falls at the end, 1 is
-            a line, and above 1 it falls early.
+        power: exponent of the share of the run that is left, in (0, 10]. Below 1 the learning rate falls late, at 1
+            along a line, and above 1 early.
         warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
         min_lr: learning rate at the end of the run, from 0 to the smallest learning rate of the optimizer. At this
             upper limit, the learning rate does not fall.
@@ -77,5 +77,5 @@ class WarmupPoly(Schedule):
         return f"to the power {self.power:g} down to {self.min_lr:g} at step {self._length.run}"
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step, see ``warmup_poly``."""
+        """Return the learning rate of a step, see ``warmup_poly``."""
         return warmup_poly(step, base_lr, self._length.run, self.power, self._warmup_steps, self.min_lr)

@@ -99,7 +99,7 @@ class WarmupStableDecay(Schedule):
         return f"constant to step {run - self._decay_steps}, then {self.shape} to {self.min_lr:g} at step {run}"
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step, see ``warmup_stable_decay``."""
+        """Return the learning rate of a step, see ``warmup_stable_decay``."""
         return warmup_stable_decay(
             step, base_lr, self._length.run, self._decay_steps, self._warmup_steps, self.min_lr, self.shape
         )

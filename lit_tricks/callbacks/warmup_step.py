@@ -1,6 +1,6 @@
 """Linear warm-up, then steps down at milestones: the baseline schedule of "Bag of Tricks" (He et al., CVPR 2019).
 
-One caveat: milestones are tuned for one length of run; scale them with it, or use a cosine.
+One caveat: milestones fit one length of the run. Scale them with the length, or use a cosine.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def warmup_step(step: int, lr: float, milestones: Sequence[int], gamma: float = 
 class WarmupStep(Schedule):
     """Warm the learning rate up, then divide it at milestones ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
-    The warm-up is the same as in ``WarmupCosine``. From epoch ``milestones[k]`` on, the rate is ``lr * gamma ** (k +
-    1)``. Epochs are counted from 0, and warm-up epochs count.
+    The warm-up is the same as in ``WarmupCosine``. From epoch ``milestones[k]`` on, the learning rate is
+    ``lr * gamma ** (k + 1)``. Epochs are counted from 0, and warm-up epochs count.
 
     Cost: none measurable. It is the paper's baseline, and the schedule of most older recipes. Use it to compare with
     these. Otherwise a cosine is as good and has nothing to tune.
 
     Args:
-        milestones: epochs at which the rate falls, increasing, none within the warm-up. Empty: constant after the
-            warm-up.
-        gamma: factor per milestone, in (0, 1]. 1 is a constant rate.
+        milestones: epochs at which the learning rate falls, increasing, none within the warm-up. Empty: constant after
+            the warm-up.
+        gamma: factor per milestone, in (0, 1]. 1 is a constant learning rate.
         warmup_epochs: length of the warm-up in epochs, 0 or more, also fractions. 0 starts at the full learning rate.
         total_steps: optimizer steps of the run (batches under manual optimization). Give it only if an epoch has no
             length. Together with ``max_epochs`` it defines one.
@@ -88,5 +88,5 @@ class WarmupStep(Schedule):
         return f"times {self.gamma:g} at steps {', '.join(map(str, self._milestone_steps))}"
 
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step, see ``warmup_step``."""
+        """Return the learning rate of a step, see ``warmup_step``."""
         return warmup_step(step, base_lr, self._milestone_steps, self.gamma, self._warmup_steps)

@@ -1,6 +1,6 @@
 """Zero gamma: the last norm of every residual block starts at scale 0 ("Bag of Tricks", section 3.1).
 
-One caveat: timm's ResNets start that way by default; build them with ``zero_init_last=False`` to see the trick act.
+One caveat: timm's ResNets already start this way. The trick has an effect only with ``zero_init_last=False``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ZeroGamma(Initializer):
 
     The scale of each residual branch's last norm layer starts at 0. So a deep network begins as a shallow one, which
     is easier to train at first. Blocks are found by tracing: a branch that ends with a norm layer is added to a
-    shortcut. Only a run from scratch is changed, never a resumed one.
+    shortcut. A resumed run is not changed.
 
     Cost: none. Use it for ResNets from scratch, above all at a large learning rate. It does not apply to transformers
     and pre-activation blocks, whose branches do not end with a norm layer. timm's ResNets start this way by default.

@@ -15,10 +15,10 @@ __all__ = ["refuse_conflicts", "refuse_hidden_steps", "refuse_hidden_weights"]
 
 
 def refuse_conflicts(average: KeptAverage, trainer: Trainer) -> None:
-    """Check that nothing else decides which weights are validated and saved.
+    """Raise if something else also decides which weights are validated and saved.
 
     Raises:
-        RuntimeError: if something does.
+        RuntimeError: if another callback averages weights and validates the average.
     """
     if not average.validate:
         return
@@ -50,7 +50,7 @@ def refuse_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
     """Raise if an optimizer does not report its steps.
 
     Raises:
-        RuntimeError: if an optimizer does not call step hooks, as many wrappers of optimizers.
+        RuntimeError: if an optimizer does not call step hooks, such as many wrappers of optimizers.
     """
     for optimizer in trainer.optimizers:
         if not calls_step_hooks(optimizer):

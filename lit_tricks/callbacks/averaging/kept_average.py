@@ -1,4 +1,4 @@
-"""The average that a run keeps of its weights: when it is updated, and how it is saved and restored."""
+"""Base of averages of a run's weights: count the steps, update the average, save and restore it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["KeptAverage"]
 class KeptAverage(Trick):
     """Averages the weights of a run, and saves and restores the average.
 
-    Steps are counted in batches that stepped an optimizer; one that a gradient scaler skips is none. A subclass may
-    count otherwise, in ``_steps_done``.
+    A step is a batch in which an optimizer steps. Steps that a gradient scaler skips are not counted. A subclass may
+    count differently, in ``_steps_done``.
 
     Args:
         buffers: the floating-point buffers that are averaged: "statistics", "average" for all, "copy" for none.
         validate: whether checkpoints have the average as ``state_dict``, or only in the state of the callback.
-        name: of the average, where there are several.
+        name: name of the average, if a run has several.
     """
 
     _weights: AveragedWeights | None
@@ -60,7 +60,7 @@ class KeptAverage(Trick):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint: class and name."""
+        """Return the key of the state in a checkpoint: class and name."""
         return type(self).__name__ + (f"({self.name})" if self.name else "")
 
     # Counting
@@ -72,7 +72,7 @@ class KeptAverage(Trick):
             self._stepped = True
 
     def _steps_done(self) -> int:
-        """Return the steps that are over, the last one included, whether it is counted or not."""
+        """Return the number of finished steps, including the last step even if it is not yet counted."""
         return self._steps + self._stepped
 
     def _catch_up(self) -> None:
@@ -107,11 +107,11 @@ class KeptAverage(Trick):
         return counts | self._weights.state(bool(self.validate), self._saved_names)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the average of the run that is resumed, or start anew if it had none."""
+        """Restore the average of the resumed run, or start a new average if the run had none."""
         if trainer.state.fn is None or trainer.state.fn.value != "fit":
             return
         state = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}))
-        if not {"steps", "updates"} <= state.keys():  # of a run without it, or with a callback of that name
+        if not {"steps", "updates"} <= state.keys():  # from a run without it, or another callback of this name
             state = {"steps": 0, "updates": 0}
         if state.get("shards"):
             state["shards"] = str(trainer.ckpt_path)
@@ -159,11 +159,11 @@ class KeptAverage(Trick):
         self._saved_names = set()
         self._in_shards = False
         self._stepped = False
-        self._steps = 0  # batches that stepped an optimizer
+        self._steps = 0  # batches in which an optimizer stepped
         self._updates = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy starts anew: the weights belong to the module of this one
+        # a copy starts anew: the weights belong to the module of the original
         copy = object.__new__(type(self))
         vars(copy).update(super().__getstate__())
         copy._forget()

@@ -1,7 +1,7 @@
-"""An additional validation in a fit that only returns its metrics.
+"""Run an additional validation in a fit, and return only its metrics.
 
-Loggers are not called, and of the callbacks only a progress bar. The random states, the module and its metrics, and the
-counts and results of the loop are restored afterwards.
+Loggers are not called, and no callback except a progress bar. Afterwards the random states, the module, its metrics,
+and the counts and results of the loop are restored.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def validate_trained(trainer: Trainer, pl_module: LightningModule, run: Callable
     """Validate, and return the metrics that the module logs.
 
     Args:
-        trainer: in a fit.
+        trainer: the Trainer, in a fit.
         pl_module: its module.
-        run: runs the validation loop of the fit.
+        run: function that runs the validation loop of the fit.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()  # it may load the data set
@@ -69,7 +69,7 @@ def _kept(*things: dict[str, Any]) -> Iterator[None]:
 
 
 def _as_now(value: Any, seen: set[int]) -> Callable[[], Any]:
-    """A function that gives a value back: the same object, with what it holds now."""
+    """Return a function that restores a value: the same object, with its current content."""
     if id(value) in seen:
         return lambda: value
     if isinstance(value, Tensor):

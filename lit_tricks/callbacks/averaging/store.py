@@ -73,10 +73,10 @@ class AveragedWeights:
         self.swapped: bool = False
         self._stale = True  # the vectors do not belong to the average
         self._sharded = any(map(is_sharded, self._params.values()))
-        self._raw: list[Tensor] = []  # the module's own, while it shows the average
+        self._raw: list[Tensor] = []  # the trained weights, while the average is in the module
         self._left: tuple[list[int], list[int]] | None = None
         self._average = [_precise(to_local(tensor), on_cpu) for tensor in self._live()]
-        self._arriving: list[Tensor] = []  # the weights of the last update, on their way to the CPU
+        self._arriving: list[Tensor] = []  # the weights of the last update, while they are copied to the CPU
         self._arrival: torch.cuda.Event | None = None
         self._share: float | None = None  # the share of these weights, until they are averaged
         if on_cpu:
@@ -118,7 +118,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Average in the weights that were on their way to the CPU."""
+        """Add the weights to the average that are still being copied to the CPU."""
         if self._share is None:
             return
         if self._arrival is not None:
@@ -141,10 +141,10 @@ class AveragedWeights:
             average.copy_(torch.where(own.isfinite() & average.isfinite(), average.lerp(own, share), own))
 
     def sync(self, own: bool = False) -> None:
-        """Give every process the averaged buffers of the first one, as DDP does with a module's own.
+        """Copy the averaged buffers of the first process to all processes, as DDP does with a module's buffers.
 
         Args:
-            own: do it with the module's own buffers too.
+            own: whether to also copy the module's own buffers.
         """
         if not self._buffers or world_size() == 1:
             return
@@ -161,9 +161,9 @@ class AveragedWeights:
                 buffer.copy_(part.view_as(buffer))
 
     def swap(self, to_average: bool) -> None:
-        """Let the module show the average, or its own weights again, by exchanging pointers. Shards are copied.
+        """Swap the average into the module, or swap it out, by exchanging pointers. Shards are copied.
 
-        It happens in the modes that the module is trained in. Adapters that merge are brought there first, and stay.
+        The swap needs the train/eval modes of training. Merged adapters are unmerged first, and stay unmerged.
         """
         if to_average == self.swapped:
             return
@@ -189,7 +189,7 @@ class AveragedWeights:
 
     @contextlib.contextmanager
     def showing(self, average: bool) -> Iterator[None]:
-        """Let the module show the average, or its own weights, for a while: as they are trained, nothing merged."""
+        """Swap the average in, or out, for a while, in the modes of training and without merged adapters."""
         before, modes = self.swapped, None
         if not self._modes.are_current():
             modes = Modes(self._module)
@@ -214,7 +214,7 @@ class AveragedWeights:
         tensor.data = shown.clone() if i in self._mergeable else shown
 
     def _iterate(self, live: list[Any]) -> None:
-        """Compute the vectors of spectral norms for the weights that are shown."""
+        """Compute the vectors of spectral norms for the weights that are in the module."""
         self._stale = False
         places = {vector: i for i, vector in enumerate(self._buffers.values(), start=len(self._params))}
         for norm in self._norms:
@@ -226,7 +226,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def state(self, shown: bool, saved: Collection[str], whole: bool = True) -> dict[str, dict[str, Tensor]]:
-        """Return the parts of the own weights ``raw`` and of the ``average`` that the module's state_dict lacks.
+        """Return the parts of the trained weights (``raw``) and of the ``average`` that the module's state_dict lacks.
 
         | the state_dict contains | ``raw`` contains | ``average`` contains |
         |---|---|---|
@@ -301,7 +301,7 @@ class AveragedWeights:
         self._reshard()
 
     def like_state(self, names: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
-        """Empty tensors in the form of ``state``, to be read into: of these names, sharded as the weights are."""
+        """Return empty tensors in the form of ``state`` to read into, with these names, sharded like the weights."""
         live, averages = (dict(zip(self.names, tensors, strict=True)) for tensors in (self._live(), self._average))
         return {
             "raw": {name: torch.empty_like(live[name]) for name in names["raw"]},
@@ -311,14 +311,13 @@ class AveragedWeights:
         }
 
     def leave(self) -> None:
-        """Remember what the module shows now."""
+        """Store a fingerprint of the weights that the module has now."""
         self._left = self._fingerprints(), self._places()
 
     def is_as_left(self) -> bool:
-        """Return whether the module still shows that, and was not given other weights.
+        """Return whether the module still has the weights of the last ``leave``.
 
-        Adapters may have merged and unmerged since. Running statistics may have changed in their place: PreciseBN does
-        that.
+        Adapters may have merged and unmerged since. Running statistics may have changed in place, as by PreciseBN.
         """
         if self._left is None or not self.belongs_to(self._module):
             return False
@@ -333,7 +332,7 @@ class AveragedWeights:
         return not changed or (self.swapped and changed <= self._mergeable and self._are_only_rounded())
 
     def _are_only_rounded(self) -> bool:
-        """Return whether adapters may have changed their weights, by merging and unmerging; undo that if so."""
+        """Return whether weights differ only because adapters merged and unmerged. If so, undo the difference."""
         params = [param for i, param in enumerate(self._params.values()) if i in self._mergeable]
         if any(map(is_sharded, params)):
             return False
@@ -400,7 +399,7 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 
 def _each_once(names: list[str], buffers: dict[str, tuple[nn.Module, str]]) -> list[str]:
-    """Return the names without those of buffers that layers share with a layer before them.
+    """Return the names without names of buffers that an earlier layer shares.
 
     A second swap of the same tensor would keep the average as the module's own value.
     """
@@ -415,7 +414,7 @@ def _precise(tensor: Tensor, on_cpu: bool) -> Tensor:
 
 
 def _unsaved(average: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what an average's rounding to the type of the weights lacks: a remainder of 16 bits, or the average."""
+    """Return the part of an average that rounding to the weights' type loses: a 16-bit remainder, or the average."""
     is_split = (average.dtype, dtype) == (torch.float32, torch.bfloat16) and bool(average.isfinite().all())
     return remainder_of(average) if is_split else average
 
@@ -427,12 +426,12 @@ def _gathered(shards: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a copy there, in memory that a GPU can write to by itself if it comes from one."""
+    """Return a copy on the CPU, in pinned memory if the tensor is on a GPU."""
     return torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _is_rounded(now: Tensor, own: Tensor, merged: Tensor) -> bool:
-    """Return whether weights are what some cycles of merging and unmerging may have made of them."""
+    """Return whether weights differ only by the rounding of merging and unmerging adapters."""
     if torch.equal(own, merged):
         return torch.equal(now, own)
     bound = 8 * torch.finfo(own.dtype).eps * (own.abs() + merged.abs())

@@ -22,7 +22,7 @@ class BufferOverride:
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
-        self._memory: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by name: where, what was there, what is shown
+        self._memory: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by name: memory, previous values, written values
 
     def show(self, module: nn.Module) -> None:
         """Write the values into the buffers."""
@@ -39,7 +39,7 @@ class BufferOverride:
                 self._memory[name] = written[id(buffer)]
 
     def put_back(self) -> None:
-        """Give the memory back what it had."""
+        """Restore the previous values in the memory."""
         for where, value, _ in self._memory.values():
             where.copy_(value)
         self.forget()
@@ -49,11 +49,11 @@ class BufferOverride:
         return all(_same(where, shown) for where, _, shown in self._memory.values())
 
     def forget(self) -> None:
-        """Leave everything as it is shown."""
+        """Keep the written values, and drop the previous ones."""
         self._memory = {}
 
     def save(self, checkpoint: dict[str, Any], key: str) -> None:
-        """Put the values into a checkpoint; what they replace goes into the state of a callback."""
+        """Put the values into a checkpoint, and the replaced values into the state of a callback."""
         saved = checkpoint["state_dict"]
         values = {name: value for name, value in self.values.items() if name in saved}
         covered = {name: value for name, (_, value, _) in self._memory.items()}
@@ -62,7 +62,7 @@ class BufferOverride:
         saved.update({name: value.to(saved[name].device, copy=True) for name, value in values.items()})
 
     def save_as_shown(self, checkpoint: dict[str, Any], key: str) -> None:
-        """Add what is needed to resume to a checkpoint that has what is shown, if it still has."""
+        """Add the previous values to a checkpoint, if the memory still has the written values."""
         saved = checkpoint["state_dict"]
         known = {name: memory for name, memory in self._memory.items() if name in saved}
         if known and all(_same(saved[name].to(shown.device), shown) for name, (_, _, shown) in known.items()):
@@ -80,4 +80,4 @@ class BufferOverride:
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.nan_to_num(), right.nan_to_num())  # of weights that went astray
+    return torch.equal(left.nan_to_num(), right.nan_to_num())  # weights that diverged have NaN

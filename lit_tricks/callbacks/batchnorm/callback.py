@@ -59,7 +59,7 @@ class Estimating(Trick):
             self._now.override.forget()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put training's statistics back. The brackets stay for checkpoints that other callbacks now write."""
+        """Restore the statistics of training. The wrappers stay for checkpoints that other callbacks now write."""
         if self._fit:
             self._fit.override.put_back()
 
@@ -67,7 +67,7 @@ class Estimating(Trick):
         """Do nothing here. The module's own hook runs last, after other callbacks have set the weights."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Out of a fit too, save what is needed to resume."""
+        """Save the state to resume from, also in checkpoints that are written after a fit."""
         if self._fit and not self._wrappers:
             self._fit.override.save_as_shown(checkpoint, self.state_key)
 
@@ -81,17 +81,17 @@ class Estimating(Trick):
 
     def _around_saving(self, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
         if self._fit and self.restore:
-            self._fit.override.save(checkpoint, self.state_key)  # an average has put its weights there by now
+            self._fit.override.save(checkpoint, self.state_key)  # an average has already replaced the weights
         return on_save_checkpoint(checkpoint)
 
     def _around_loading(self, on_load_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
         if self._fit:
-            self._fit.override.load(checkpoint, self.state_key, self._fit.module())  # before anybody else reads it
+            self._fit.override.load(checkpoint, self.state_key, self._fit.module())  # before other code reads it
         return on_load_checkpoint(checkpoint)
 
     def _around_teardown(self, teardown: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = teardown(*args, **kwargs)
-        if self._fit and not self._fit.begun:  # a resumed run that was over already did not come by its end
+        if self._fit and not self._fit.begun:  # a resumed run that was already complete skips the end of the training
             self._show(self._fit.module())
         self._end_fit()
         return result

@@ -41,7 +41,7 @@ class Found:
     Args:
         values: the statistics, by their names in the ``state_dict``.
         shift: distance of the statistics from the former ones.
-        samples: number of samples, in all processes together.
+        samples: number of samples over all processes.
     """
 
     values: dict[str, Tensor]
@@ -107,10 +107,10 @@ class TrainingDataPass:
     """A pass over training data that estimates the statistics of BatchNorm, and leaves everything else as it is.
 
     Args:
-        trainer: in a fit.
-        pl_module: the Trainer's module, with the weights that the statistics are for.
+        trainer: the Trainer, in a fit.
+        pl_module: the Trainer's module, with the weights for which statistics are estimated.
         layers: BatchNorm layers to estimate, by name.
-        num_samples: how many samples to pass, in all processes together.
+        num_samples: number of samples to pass, over all processes.
         transform: "train" or "eval".
     """
 
@@ -198,7 +198,7 @@ class TrainingDataPass:
 
 
 def norms(pl_module: LightningModule) -> list[float]:
-    """Return the norms of the parameters, by which a change is noticed."""
+    """Return the norms of the parameters, to detect a change."""
     params = [to_local(param.detach()) for param in pl_module.parameters() if param.is_floating_point()]
     return [float(torch.linalg.vector_norm(param)) for param in params]
 
@@ -220,7 +220,7 @@ def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
         in_step: end in all processes with the first loader that ends.
     """
     expected = trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 1
-    for _ in range(2):  # a loader that was resumed has the rest of its epoch to give first
+    for _ in range(2):  # a resumed loader first yields the rest of its epoch
         given = 0
         iterator = iter(loader)
         while True:

@@ -23,15 +23,15 @@ Statistics = dict[str, tuple[Tensor, Tensor]]  # mean and variance of a layer, i
 
 
 def pooled(means: Sequence[Tensor], variances: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a population that came in batches.
+    """Return mean and variance of a population that is split into batches.
 
-    ``mu = E[mu_B]`` and ``sigma^2 = E[mu_B^2 + sigma_B^2] - E[mu_B]^2``, weighted by the sizes of the batches: exact
-    however the batches were made.
+    ``mu = E[mu_B]`` and ``sigma^2 = E[mu_B^2 + sigma_B^2] - E[mu_B]^2``, weighted by the sizes of the batches.
+    The result is exact for any split into batches.
 
     Args:
-        means: of the batches.
-        variances: of the batches, without Bessel's correction.
-        sizes: values that each batch has of a channel.
+        means: means of the batches.
+        variances: variances of the batches, without Bessel's correction.
+        sizes: number of values per channel in each batch.
     """
     sums = torch.zeros(2, *means[0].shape, dtype=torch.float64, device=means[0].device)
     for mean, variance, size in zip(means, variances, sizes, strict=True):
@@ -67,12 +67,12 @@ def estimate(
     are pooled. A layer that is not called is left out.
 
     Args:
-        module: all of it.
-        layers: those to estimate, by name.
-        batches: what ``forward`` is called with.
-        forward: runs the module. Its result is not used.
-        stop: end a forward pass, by an exception, once all layers were called as often as in the first.
-        reduce: sums a tensor over all processes.
+        module: the whole module.
+        layers: layers to estimate, by name.
+        batches: arguments of ``forward``.
+        forward: function that runs the module. Its result is not used.
+        stop: end a forward pass, by an exception, when all layers were called as often as in the first pass.
+        reduce: function that sums a tensor over all processes.
 
     Raises:
         RuntimeError: if no batch came.

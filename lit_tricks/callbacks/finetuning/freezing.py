@@ -1,4 +1,4 @@
-"""A module of which some layers are trained, and all else is frozen and in evaluation mode."""
+"""Train some layers of a module, and freeze all other layers in evaluation mode."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Frozen", "refuse_rivals"]
 
 
 def refuse_rivals(trainer: Trainer, trick: Trick) -> None:
-    """Check that no other callback freezes, drops, or changes sizes.
+    """Raise if another callback freezes layers, drops branches, or changes image sizes.
 
     Raises:
-        RuntimeError: if one does.
+        RuntimeError: if there is such a callback.
     """
     finetuning = lightning_classes("callbacks.BaseFinetuning")
     for other in callbacks_of(trainer):
@@ -34,7 +34,7 @@ class Frozen:
     """Freezes all parameters that are not trained, and restores them.
 
     Args:
-        module: the whole module; a strategy may wrap it later, or replace layers by others of the same names.
+        module: the whole module. A strategy may wrap it later, or replace its layers under the same names.
         layers: names of the layers that stay in training mode.
         trained: the parameters to train.
     """
@@ -57,7 +57,7 @@ class Frozen:
                 part.training = training
 
     def _begin(self) -> None:
-        """Note the modes as they are in the first batch: layers are not replaced, and modes not set, after that."""
+        """Store the modes in the first batch. Afterwards no layer is replaced, and no mode is set."""
         self._before = {part: part.training for part in self._module.modules()}
         working = {part for name in self._layers for part in self._module.get_submodule(name).modules()}
         self._modes = {part: part in working for part in self._before if part is not self._module}
@@ -67,7 +67,7 @@ class Frozen:
         return next((part for part, training in self._modes.items() if part.training and not training), None)
 
     def put_back(self) -> None:
-        """Put flags and modes back."""
+        """Restore flags and modes."""
         for param in self._frozen:
             param.requires_grad = True
         if self._module.training == self._before.get(self._module):  # and not within a validation

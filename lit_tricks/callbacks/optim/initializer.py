@@ -25,7 +25,7 @@ _LEFT_ALONE = "nothing to do, since the run resumes with its own weights"
 
 
 class Initializer(Trick):
-    """Sets weights that are trained, once, at the start of a run from scratch.
+    """Sets trained weights once, at the start of a run from scratch.
 
     This happens when the optimizers exist. The weights then have their final device, precision and shards, and no copy
     of them exists yet, in any order of the callbacks.
@@ -33,16 +33,16 @@ class Initializer(Trick):
 
     def __init__(self) -> None:
         self._effect = ""
-        self._begun: bool | None = None  # whether the run of the checkpoint had; None without a checkpoint
+        self._begun: bool | None = None  # whether the run of the checkpoint had started; None without a checkpoint
 
     @abstractmethod
     def select(self, pl_module: LightningModule, trained: set[Tensor], found: Any) -> None:
-        """Choose what to set, among the parameters that are trained.
+        """Select the parameters to set, among the trained parameters.
 
         Args:
             pl_module: the module.
-            trained: parameters that its optimizers have.
-            found: what ``find`` returned.
+            trained: parameters of its optimizers.
+            found: result of ``find``.
         """
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Initializer(Trick):
         """Wrap the creation of the module's optimizers."""
         if stage == "fit":
             self._begun = None
-            # No hook comes between the optimizers' creation and what copies the weights, such as averages.
+            # No hook runs between the optimizers' creation and tricks that copy the weights, such as averages.
             self.wrap(pl_module, "configure_optimizers", partial(self._start, pl_module, self.find(pl_module)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Initializer(Trick):
         trained = {p for opt in optimizers_in(configured) for group in opt.param_groups for p in group["params"]}
         self.select(pl_module, trained, found)
         self._effect = _LEFT_ALONE
-        # the Trainer still counts the steps of its last fit, where a checkpoint is to set them
+        # the Trainer still has the step count of its last fit, until a checkpoint sets it
         if pl_module.trainer.global_step if self._begun is None else self._begun:
             return configured
         if tuner := next((c for c in callbacks_of(pl_module.trainer) if isinstance(c, Trick) and c.fine_tunes), None):

@@ -1,4 +1,4 @@
-"""Factors on the learning rates of some parameters: their groups are split as an optimizer is built."""
+"""Multiply the learning rates of some parameters, by splitting parameter groups when an optimizer is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARK = "lit_tricks: learning rate before factors"  # in a parameter group, unti
 
 
 def set_base_lr(group: Group, lr: Any) -> None:
-    """Set the learning rate of a group that an optimizer is about to take. Factors that it has got already stay."""
+    """Set the learning rate of a group before an optimizer adds it. Factors that were applied before are kept."""
     group["lr"] = lr
     if _MARK in group:
         group[_MARK] = {**group[_MARK], "": lr}
@@ -28,11 +28,11 @@ def set_base_lr(group: Group, lr: Any) -> None:
 class LRFactors:
     """Splits parameter groups by the learning rates of their parameters.
 
-    Several of them in one run multiply their factors. The product does not depend on their order, to the last bit.
+    If a run has several, their factors are multiplied. The product is bitwise independent of their order.
 
     Args:
         owner: name of the trick or argument, for messages.
-        part_of: returns the name of the part that a parameter belongs to, and the factor of its learning rate.
+        part_of: function that returns the name of a parameter's part, and the factor on its learning rate.
     """
 
     def __init__(self, owner: str, part_of: Callable[[Tensor], tuple[str, float]]) -> None:
@@ -42,7 +42,7 @@ class LRFactors:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Split the groups of all optimizers that are built meanwhile."""
+        """Split the groups of all optimizers that are built within this context."""
         with on_each_group(self._add):
             yield
 
@@ -100,7 +100,7 @@ class LRFactors:
             new = {**group, "params": part, "lr": _product(new_mark), _MARK: new_mark}
             if len(parts) > 1:
                 new["name"] = _unused(f"{group['name']}_{name}" if "name" in group else name, optimizer)
-            if "initial_lr" in group:  # of a scheduler that continues
+            if "initial_lr" in group:  # set by a scheduler that continues
                 new["initial_lr"] = group["initial_lr"] * factor
             add_param_group(new)
 
@@ -111,7 +111,7 @@ def _product(mark: dict[str, Any]) -> Any:
 
 
 def _unused(name: str, optimizer: Optimizer) -> str:
-    """Return a name that no group of the optimizer has: monitors of learning rates need different ones."""
+    """Return a name that no group of the optimizer has, since monitors of learning rates need distinct names."""
     used = {group.get("name") for group in optimizer.param_groups}
     number = 1
     while (found := name if number == 1 else f"{name}_{number}") in used:

@@ -1,4 +1,4 @@
-"""Learning rates in parameter groups: their names, and others put in their place for a while."""
+"""Learning rates of parameter groups: their names, and their temporary replacement."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["TemporaryLRs", "configured_rates", "rates_of"]
 
 
 def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -> list[list[float]]:
-    """Learning rates of the groups of each optimizer, before a resumed checkpoint puts its own in their place.
+    """Return the configured learning rates per optimizer and group, before a resumed checkpoint replaces them.
 
     Raises:
-        RuntimeError: if there are none.
+        RuntimeError: if no optimizer has a learning rate.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if not groups or not all("lr" in group for group in groups):
@@ -29,9 +29,9 @@ def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -
 
 
 class TemporaryLRs:
-    """Other learning rates during the steps of the optimizers, instead of the scheduled rates.
+    """Replaces the scheduled learning rates during the steps of the optimizers.
 
-    Between steps, the optimizers have the scheduled rates, for schedulers that read the last rate.
+    Between steps, the optimizers have the scheduled rates, for schedulers that read the last learning rate.
 
     Args:
         optimizers: all optimizers of the run. Their groups keep their configured proportions.
@@ -48,10 +48,10 @@ class TemporaryLRs:
         self._lr = lr
         self._way = way
         self._stepping = False
-        self._lent: list[tuple[dict[str, Any], Any, Any]] = []  # groups, their scheduled rates, and those lent
+        self._lent: list[tuple[dict[str, Any], Any, Any]] = []  # groups, their scheduled rates, and the temporary rates
 
     def hook(self) -> list[Any]:
-        """Lend them in every step to come; return the handles to stop it."""
+        """Replace the learning rates in all later steps. Return the handles that stop it."""
         handles: list[Any] = [self]
         for optimizer in self._optimizers:
             handles.append(optimizer.register_step_pre_hook(self._before_step))
@@ -64,7 +64,7 @@ class TemporaryLRs:
         self._optimizers = []
 
     def start(self) -> None:
-        """Note the configured rates in the groups, as torch's schedulers do, once a checkpoint is restored."""
+        """Store the configured rates in the groups, as torch's schedulers do, after a checkpoint is restored."""
         for optimizer, rates in zip(self._optimizers, self._configured, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
                 group.setdefault("initial_lr", rate)
@@ -81,7 +81,7 @@ class TemporaryLRs:
         highest = max(configured)
         for group, rate in zip(groups, configured, strict=True):
             scheduled, goal = group["lr"], self._lr * (rate / highest if highest else 1)
-            if isinstance(scheduled, Tensor):  # compiled and capturable optimizers hold on to this tensor
+            if isinstance(scheduled, Tensor):  # compiled and capturable optimizers keep a reference to this tensor
                 self._lent.append((group, scheduled.clone(), scheduled))
                 scheduled.mul_(1 - way).add_(goal * way)
             else:
@@ -100,7 +100,7 @@ class TemporaryLRs:
         self._lent = []
 
     def used(self) -> dict[str, float]:
-        """Return the rates of the present step, by name. In it, this also lends those again that were set anew."""
+        """Return the learning rates of the current step, by name. Within a step, replace newly set rates again."""
         self.lend()
         rates = rates_of(self._optimizers)
         if not self._stepping:  # a gradient scaler has yet to decide whether it calls the optimizer
@@ -108,7 +108,7 @@ class TemporaryLRs:
         return rates
 
     def around(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Lend them to a method."""
+        """Replace the learning rates while a method runs."""
         self.lend()
         try:
             return method(*args, **kwargs)
@@ -125,7 +125,7 @@ class TemporaryLRs:
 
 
 def rates_of(optimizers: list[Optimizer]) -> dict[str, float]:
-    """Learning rates, under the names that Lightning's LearningRateMonitor gives them: lr-SGD, lr-SGD-1/pg2, ..."""
+    """Return the learning rates, under the names of Lightning's LearningRateMonitor: lr-SGD, lr-SGD-1/pg2, ..."""
     rates = {}
     seen: list[type] = []
     for optimizer in optimizers:

@@ -22,7 +22,7 @@ Group = dict[str, Any]
 
 @contextlib.contextmanager
 def on_each_group(act: Callable[[Optimizer, Group, Callable[[Group], None]], None]) -> Iterator[None]:
-    """Meanwhile, ``act(optimizer, group, add_param_group)`` takes the place of ``optimizer.add_param_group(group)``."""
+    """Replace ``optimizer.add_param_group(group)`` by ``act(optimizer, group, add_param_group)`` for a while."""
     original = Optimizer.add_param_group
 
     def add_param_group(self: Optimizer, param_group: Group) -> None:
@@ -41,31 +41,31 @@ def optimizers_in(configured: Any) -> list[Optimizer]:
 
 
 def groups_of(optimizers: list[Optimizer]) -> list[Group]:
-    """Return all their parameter groups."""
+    """Return all parameter groups of the optimizers."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 class GroupNames:
-    """Names of the parameters in each group, which a run that is resumed must have, too.
+    """Names of the parameters in each group. A resumed run must have the same names.
 
-    The state of an optimizer goes by the order of the parameters, and torch compares only the sizes of the groups.
+    An optimizer's state is stored in the order of the parameters, and torch compares only the sizes of the groups.
 
     Args:
         trick: the trick as its call, for messages: "NoBiasDecay(skip=['bias'])".
-        settings: what determines the groups, for messages: "skip or network".
+        settings: the settings that determine the groups, for messages: "skip or network".
     """
 
     def __init__(self, trick: str, settings: str) -> None:
         self._trick = trick
         self._settings = settings
         self.names: list[list[str]] = []
-        self._restored: list[list[str]] | None = None  # names of the run that is resumed
+        self._restored: list[list[str]] | None = None  # names in the resumed checkpoint
 
     def take(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
-        """Take the groups as they are configured.
+        """Store the names of the configured groups.
 
         Raises:
-            RuntimeError: if the checkpoint that was loaded before has others.
+            RuntimeError: if a loaded checkpoint has other groups.
         """
         names = {parameter: name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
         self.names = [[names.get(p, str(tuple(p.shape))) for p in group["params"]] for group in groups_of(optimizers)]
@@ -77,7 +77,7 @@ class GroupNames:
 
         Args:
             checkpoint: the whole checkpoint.
-            key: under which the trick's state has the names as "groups".
+            key: key of the trick's state, which has the names as "groups".
 
         Raises:
             RuntimeError: if the groups differ.
@@ -107,7 +107,7 @@ def split_group(group: Group, weight_decay: float | None, is_free: Callable[[Ten
     Args:
         group: a group as an optimizer takes it: ``params`` is one tensor or several, or pairs of a name and a tensor.
         weight_decay: weight decay of the group, or of the optimizer if the group has none.
-        is_free: returns whether a tensor has no weight decay.
+        is_free: function that returns whether a tensor has no weight decay.
 
     Returns:
         Two groups with the other options of the group, or the group itself if all of it has weight decay.
@@ -116,7 +116,7 @@ def split_group(group: Group, weight_decay: float | None, is_free: Callable[[Ten
     if not weight_decay or isinstance(params, set):  # torch rejects sets
         return [group]
     items = group["params"] = list(params)
-    if "param_names" in group:  # one that was in an optimizer before
+    if "param_names" in group:  # the group was in an optimizer before
         items = list(zip(group["param_names"], items, strict=True))
     parts: dict[bool, list[Any]] = {False: [], True: []}
     for item in items:

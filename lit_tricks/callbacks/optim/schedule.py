@@ -25,7 +25,7 @@ def warmup(step: int, lr: float, warmup_steps: int) -> float:
 
     Args:
         step: number of earlier steps, so that ``i = step + 1``.
-        lr: rate at the end of the warm-up.
+        lr: learning rate at the end of the warm-up.
         warmup_steps: steps of the warm-up, ``m``.
 
     Example:
@@ -36,15 +36,15 @@ def warmup(step: int, lr: float, warmup_steps: int) -> float:
 
 
 def require_falling(schedule: Schedule, min_lr: float, base_lrs: list[list[float]]) -> None:
-    """Require that no parameter group ends with a higher rate than it is configured with.
+    """Raise if a parameter group would end with a higher learning rate than configured.
 
     Args:
-        schedule: that ends at ``min_lr``.
-        min_lr: rate at the end of the run.
-        base_lrs: configured rates, of each optimizer and group.
+        schedule: schedule that ends at ``min_lr``.
+        min_lr: learning rate at the end of the run.
+        base_lrs: configured learning rates, per optimizer and group.
 
     Raises:
-        ValueError: if ``min_lr`` is above the lowest of the rates.
+        ValueError: if ``min_lr`` is above the lowest configured learning rate.
     """
     lowest = min(lr for lrs in base_lrs for lr in lrs)
     if min_lr > lowest:
@@ -55,7 +55,7 @@ def require_falling(schedule: Schedule, min_lr: float, base_lrs: list[list[float
 class Schedule(Trick):
     """Sets the learning rate of every parameter group before each step, as a closed form of the step's number.
 
-    No state is saved or can drift: the rate depends only on the step and on the configured rates of the optimizers.
+    No state is saved or can drift: the learning rate depends only on the step and on the configured learning rates.
     """
 
     def __init__(self, warmup_epochs: float, total_steps: int | None) -> None:
@@ -73,7 +73,7 @@ class Schedule(Trick):
 
     @abstractmethod
     def lr(self, step: int, base_lr: float) -> float:
-        """Learning rate of a step.
+        """Return the learning rate of a step.
 
         Args:
             step: steps done before it, in this run and the runs it resumes.
@@ -82,13 +82,13 @@ class Schedule(Trick):
 
     @abstractmethod
     def plan(self) -> str:
-        """Turn epochs into steps, once the run's length is known; return what follows the warm-up, in words."""
+        """Convert epochs to steps, when the run's length is known. Describe the part after the warm-up, for the log."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the configured rates, before a resumed checkpoint puts its scheduled ones in their place.
+        """Store the configured learning rates, before a resumed checkpoint replaces them by scheduled ones.
 
         Raises:
-            RuntimeError: if something else schedules the learning rate too, or there is none.
+            RuntimeError: if something else also schedules the learning rate, or no optimizer has one.
         """
         name, module = type(self).__name__, type(pl_module).__name__
         conflicting = [type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, Schedule) and c is not self]
@@ -128,9 +128,9 @@ class Schedule(Trick):
         step = steps_done(trainer, pl_module)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                # a group that appears later (finetuning callbacks add them) is scheduled from the rate it came with
+                # a group that appears later (finetuning callbacks add them) is scheduled from its first learning rate
                 lr = self.lr(step, group.setdefault("initial_lr", float(group["lr"])))
-                if isinstance(group["lr"], torch.Tensor):  # compiled and capturable optimizers hold on to this tensor
+                if isinstance(group["lr"], torch.Tensor):  # compiled and capturable optimizers keep this tensor
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
