@@ -404,6 +404,26 @@ def test_masks_of_pruned_weights_are_not_averaged(known, tmp_path):
     assert torch.equal(loaded(tmp_path / "a.ckpt")["state_dict"]["net.0.weight_mask"], mask)
 
 
+@pytest.mark.parametrize("make", [lambda: EMA(0.5), lambda: SWA(0.1, start=0.2)], ids=["EMA", "SWA"])
+def test_pruning_by_a_callback_is_permanent_in_checkpoints(make, tmp_path):
+    def run(ckpt_path: Any = None) -> Any:
+        module, saver = Module(buffered()), Saver(tmp_path, steps=(8,))
+        pruning = pl.callbacks.ModelPruning("l1_unstructured", [(module.net[0], "weight")], amount=0.5)
+        trainer = fit(module, make(), pruning, saver, ckpt_path=ckpt_path)
+        return module, trainer, [path for path in saver.paths if path.name == "8-batch.ckpt"]
+
+    module, trainer, [path] = run()
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    for saved in (path, tmp_path / "after.ckpt"):
+        weight = loaded(saved)["state_dict"]["net.0.weight"]
+        assert 0.4 < float((weight == 0).float().mean()) < 0.9
+    other = Module(buffered())
+    other.load_state_dict(loaded(tmp_path / "after.ckpt")["state_dict"])
+    image = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(other.eval()(image), module.eval()(image))
+    run(path)
+
+
 def test_average_warns_of_tensors_that_the_module_lacks(tmp_path, caplog):
     module, paths = Module(buffered()), []
     for i in range(2):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_tricks._compat import was_skipped_by_scaler
+from lit_tricks._compat import callbacks_of, lightning_classes, was_skipped_by_scaler
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, text
@@ -139,6 +139,11 @@ class KeptAverage(Trick):
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
             if self._in_shards:  # its tensors are views of those that are swapped now, by copying
                 checkpoint["state_dict"] = {name: value.clone() for name, value in checkpoint["state_dict"].items()}
+            if "callbacks" in checkpoint:  # with weights only, Lightning leaves out the hooks of callbacks
+                for pruning in callbacks_of(trainer):
+                    # It writes pruned weights by the names of a new module. They were replaced with all other weights.
+                    if isinstance(pruning, lightning_classes("callbacks.ModelPruning")):
+                        pruning.on_save_checkpoint(trainer, trainer.lightning_module, checkpoint)
 
     def _around_writing(self, save_checkpoint: Callable[..., Any], checkpoint: Any, filepath: Any, **how: Any) -> Any:
         resumable = self.state_key in checkpoint.get("callbacks", {})
