@@ -43,7 +43,7 @@ class Wrapped:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The innermost method. Lightning compares it with its own to find out if a hook is overridden."""
+        """Return the innermost method. Lightning compares it with its own method to detect overridden hooks."""
         inner: Callable[..., Any] = self.method.__wrapped__ if isinstance(self.method, Wrapped) else self.method
         return inner
 

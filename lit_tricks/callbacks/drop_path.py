@@ -64,8 +64,8 @@ def drop_path(x: Tensor, kept: Tensor, rate: float) -> Tensor:
 class _Scaled(torch.autograd.Function):
     """``x * kept * scale`` in 16 bits, rounded once: a factor in bfloat16 would be off by up to 0.4 %.
 
-    As in 32 bits, in timm and in torchvision, what is not finite in an item that is dropped becomes NaN: to select
-    would be one pass more over x, forward and backward.
+    Values of dropped items that are not finite become NaN, as in 32 bits, in timm and in torchvision. To select the
+    items would need one more pass over x, forward and backward.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Return the same for the gradient, as often as it is derived."""
+        """Scale or drop the gradient in the same way, also in higher derivatives."""
         (kept,) = ctx.saved_tensors
         out: Tensor = _Scaled.apply(grad, kept, ctx.scale)
         return out, None, None
@@ -132,7 +132,7 @@ class DropPath(Trick):
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the branches while the module is whole, and seed the random numbers of a new run."""
+        """Find the branches before the module is sharded, and seed the random numbers of a new run."""
         if stage != "fit":
             return
         self._forget()
@@ -142,10 +142,10 @@ class DropPath(Trick):
             self._seeds.manual_seed(seed ^ zlib.crc32(b"DropPath"))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap the layers, and announce it.
+        """Wrap the layers, and announce the rates.
 
         Raises:
-            RuntimeError: if there are none.
+            RuntimeError: if there is no branch.
         """
         found = self._found or self._find(pl_module)  # or built meanwhile, in configure_model
         if not found:
@@ -159,14 +159,14 @@ class DropPath(Trick):
         self._rates = drop_path_rates(self.rate, len(found), self.mode)
         for i, (name, layer) in enumerate(found.items()):
             block = pl_module.get_submodule(name.rpartition(".")[0])
-            # A forward hook comes too late to skip what a drop-path layer itself does.
+            # A forward hook runs too late to skip the computation of a drop-path layer.
             self.wrap(layer, "forward", partial(self._run, i, block, is_drop_path(name, layer)))
         self.announce(
             f"{len(found)} residual branches, skipped at rates of {self._rates[0]:.3g} to {self._rates[-1]:.3g}"
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Draw which images skip which branches, and log the share of branches that they take."""
+        """Draw the branches that each image skips, and log the share of branches that are not skipped."""
         seed = int(torch.randint(2**62, (), generator=self._seeds))
         self._draws.manual_seed(seed + trainer.global_rank)  # other images, other draws
         size = next((tensor.size(0) for _, tensor in tensors_in(batch)), 1)
@@ -181,7 +181,7 @@ class DropPath(Trick):
         """Stop until the next batch.
 
         Raises:
-            RuntimeError: if no layer ran in the first one.
+            RuntimeError: if no layer ran in the first batch.
         """
         self._kept = {}
         if not self._ran:
@@ -195,7 +195,7 @@ class DropPath(Trick):
         return {"seeds": self._seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the generator of the seeds."""
+        """Restore the generator of the seeds."""
         self._seeds.set_state(state_dict["seeds"].cpu())
 
     def _find(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -205,7 +205,7 @@ class DropPath(Trick):
         return {n: part for n, part in named.items() if n and any(fnmatch.fnmatch(n, p) for p in self.layers)}
 
     def _draw(self, size: int) -> Tensor:
-        """Return which images pass which branch, (branches, size)."""
+        """Return whether each image takes each branch, (branches, size)."""
         taken = 1 - torch.tensor(self._rates, dtype=torch.float64)
         return torch.rand(len(taken), size, generator=self._draws, dtype=torch.float64) < taken[:, None]
 

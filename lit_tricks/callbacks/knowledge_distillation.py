@@ -95,7 +95,7 @@ class KnowledgeDistillation(LossTrick):
     stage = 2
     transient: ClassVar[tuple[str, ...]] = (*LossTrick.transient, "_teacher")
 
-    _teacher: nn.Module | None = None  # at work in a fit
+    _teacher: nn.Module | None = None  # the teacher during a fit
     _name = ""
 
     def __init__(

@@ -34,7 +34,7 @@ def label_smoothing_for_torch(
     Args:
         num_classes: number of classes, ``K``.
         smoothing: probability taken from the true class, in [0, 1). 0 changes nothing.
-        convention: who shares it: all classes ("torch"), or the wrong ones ("paper").
+        convention: classes that share this probability: all ("torch"), or all except the true class ("paper").
 
     Raises:
         RuntimeError: if the convention has no such target.

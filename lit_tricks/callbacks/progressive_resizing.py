@@ -28,11 +28,11 @@ def progressive_side(progress: float, side: int, start_scale: float, start: floa
     """Return the side of the images: ``start_scale`` of the full side until ``start``, then rising to it until ``end``.
 
     Args:
-        progress: part of the run that is over, in [0, 1].
+        progress: share of the run that is done, in [0, 1].
         side: the full side in pixels.
-        start_scale: scale at first, in (0, 1).
+        start_scale: scale at the start, in (0, 1).
         start: progress from which the side rises.
-        end: progress from which it is full.
+        end: progress from which the side is full.
         multiple_of: smaller sides are rounded to the nearest multiple of this number, at least to the number itself.
 
     Example:
@@ -105,7 +105,7 @@ class ProgressiveResizing(Trick):
         self._checked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the batches first, before tricks that change their targets."""
+        """Wrap the batches before tricks that change their targets."""
         if stage != "fit":
             return
         self._checked = False
@@ -118,7 +118,7 @@ class ProgressiveResizing(Trick):
         """Measure the run in steps, and announce the sizes.
 
         Raises:
-            RuntimeError: if its length is unknown.
+            RuntimeError: if the length of the run is unknown.
         """
         self._length.measure(trainer, pl_module)
         first, full = round(self.start * self._length.run), round(self.end * self._length.run)
@@ -143,7 +143,7 @@ class ProgressiveResizing(Trick):
         return {"seeds": self._seeds.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the generator of the seeds."""
+        """Restore the generator of the seeds."""
         self._seeds.set_state(state_dict["seeds"].cpu())
 
     def _resized(self, trainer: Trainer, batch: Any) -> Any:
@@ -176,7 +176,7 @@ class ProgressiveResizing(Trick):
         return progressive_side(progress, side, self.start_scale, self.start, self.end, self.multiple_of)
 
     def _check(self, trainer: Trainer, images: Tensor) -> None:
-        """See, once, that there is something to do, and that the network can take it."""
+        """Check once that the smallest size is smaller than the images, and that the network supports it."""
         self._checked = True
         sides = tuple(images.shape[-2:])
         smallest = self._side_at(0.0, sides[0]), self._side_at(0.0, sides[1])

@@ -30,19 +30,19 @@ def send_predictions(run: Path, loggers: Iterable[Any]) -> None:
     if not loggers:
         return
     found = read_run_folder(run)
-    said = found.predictions or found.masks
-    if said is None:
+    predictions = found.predictions or found.masks
+    if predictions is None:
         return
     for logger in loggers:
-        parts = {"confusion": _confusion(said)}
-        parts |= _tables(said) if isinstance(said, Predictions) else _mask_tables(said)
-        logger.experiment.log({f"{said.split}/{name}": part for name, part in parts.items()})
+        parts = {"confusion": _confusion(predictions)}
+        parts |= _tables(predictions) if isinstance(predictions, Predictions) else _mask_tables(predictions)
+        logger.experiment.log({f"{predictions.split}/{name}": part for name, part in parts.items()})
 
 
-def _confusion(said: Predictions | MaskPredictions) -> Any:
+def _confusion(predictions: Predictions | MaskPredictions) -> Any:
     import wandb
 
-    names, found = said.classes, said.confusion()
+    names, found = predictions.classes, predictions.confusion()
     cells = zip(found.label.tolist(), found.predicted.tolist(), found.count.tolist(), strict=True)
     if len(names) <= MOST_CLASSES:
         cells = ((*pair, count) for pair, count in np.ndenumerate(found.dense(len(names))))  # type: ignore[assignment]
@@ -51,22 +51,36 @@ def _confusion(said: Predictions | MaskPredictions) -> Any:
         "wandb/confusion_matrix/v1",
         wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=rows[: MOST_CLASSES**2]),
         {name: name for name in ("Actual", "Predicted", "nPredictions")},
-        {"title": f"Confusion matrix, {said.unit}"},
+        {"title": f"Confusion matrix, {predictions.unit}"},
     )
 
 
-def _tables(said: Predictions) -> dict[str, Any]:
+def _tables(predictions: Predictions) -> dict[str, Any]:
     import wandb
 
-    columns = zip(said.index, said.label, said.predicted, said.confidence, said.probability, strict=True)
+    columns = zip(
+        predictions.index,
+        predictions.label,
+        predictions.predicted,
+        predictions.confidence,
+        predictions.probability,
+        strict=True,
+    )
     rows = [
-        [int(index), said.classes[label], said.classes[predicted], bool(label == predicted), float(sure), float(true)]
+        [
+            int(index),
+            predictions.classes[label],
+            predictions.classes[predicted],
+            bool(label == predicted),
+            float(sure),
+            float(true),
+        ]
         for index, label, predicted, sure, true in columns
     ]
     header: list[str | int] = ["image", "label", "predicted", "right", "confidence", "probability of the label"]
     worst = [
         [wandb.Image(pixels.squeeze()), where, label, predicted, sure, true]
-        for pixels, label, predicted, true, sure, where in said.wrong()
+        for pixels, label, predicted, true, sure, where in predictions.wrong()
     ]
     found = {"predictions": wandb.Table(columns=header, data=rows[:MOST_ROWS])}
     if worst:
@@ -75,10 +89,10 @@ def _tables(said: Predictions) -> dict[str, Any]:
     return found
 
 
-def _mask_tables(said: MaskPredictions) -> dict[str, Any]:
+def _mask_tables(predictions: MaskPredictions) -> dict[str, Any]:
     import wandb
 
-    names = dict(enumerate(said.classes)) | {255: "ignored"}
+    names = dict(enumerate(predictions.classes)) | {255: "ignored"}
 
     def masks(truth: Any, predicted: Any) -> dict[str, Any]:
         both = {"truth": truth, "predicted": predicted}
@@ -87,10 +101,10 @@ def _mask_tables(said: MaskPredictions) -> dict[str, Any]:
             for name, labels in both.items()
         }
 
-    if not said.worst:
+    if not predictions.worst:
         return {}
     rows = [
         [wandb.Image(each.image.squeeze(), masks=masks(each.mask, each.said)), each.where, each.iou]
-        for each in said.worst
+        for each in predictions.worst
     ]
     return {"worst_images": wandb.Table(columns=["image", "file", "IoU"], data=rows)}

@@ -1,4 +1,4 @@
-"""Files of other people, read within bounds: YAML without explosions, NumPy archives no larger than they look."""
+"""Read untrusted files within limits: YAML aliases, and the real sizes of NumPy archives."""
 
 from __future__ import annotations
 

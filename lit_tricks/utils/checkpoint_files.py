@@ -1,6 +1,7 @@
 """Checkpoints as files: read safely, checked for damage, written whole.
 
-A checkpoint of someone else is data. Nothing in it is executed, and it may name only classes whose code runs anyway.
+Checkpoints are data: nothing in a checkpoint is executed. A checkpoint may only name classes of this package, of
+optimizers, or of modules that are already imported.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
-# What may be imported for a checkpoint; of everything else only what is imported already.
+# Packages that may be imported for a checkpoint. Other classes must already be imported.
 OURS = ("lit_tricks", "timm.optim", "torch.optim")
 MAPPINGS = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "callbacks", "loops")
 LISTS = ("optimizer_states", "lr_schedulers")
@@ -141,8 +142,8 @@ def class_of(name: Any, base: type, path: str | os.PathLike[str]) -> Any:
 
     Args:
         name: dotted name.
-        base: what the class must inherit from.
-        path: of the checkpoint, for messages.
+        base: required base class.
+        path: path of the checkpoint, for messages.
 
     Raises:
         ValueError: if there is no such class, or its module is not imported.
@@ -159,13 +160,13 @@ def check_classes(
     trusted: Collection[str] = (),
     bases: tuple[type, ...] | None = None,
 ) -> None:
-    """Raise if settings in a checkpoint name a class whose code does not run anyway.
+    """Raise if settings in a checkpoint name a class that is neither ours nor already imported.
 
     Args:
         settings: hyper-parameters; a class is named by ``_class_path``, ``class_path``, or as the optimizer.
         path: of the checkpoint, for messages.
-        trusted: names that the user has given too.
-        bases: what a class must inherit from; None are networks, optimizers, schedulers and data modules.
+        trusted: names that the user has also given.
+        bases: allowed base classes. None allows networks, optimizers, schedulers and data modules.
 
     Raises:
         ValueError: if the module of a class is not imported, or the class is neither a part of a model nor data.

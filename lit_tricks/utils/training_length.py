@@ -18,7 +18,7 @@ __all__ = ["TrainingLength", "steps_done"]
 
 
 def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
-    """Return the steps that are over, in this run and the runs it resumes."""
+    """Return the number of finished steps, in this run and the runs it resumes."""
     if pl_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[union-attr, no-any-return]
@@ -81,10 +81,10 @@ class TrainingLength:
 
     @property
     def epoch(self) -> float:
-        """Steps of an epoch.
+        """Return the steps of an epoch.
 
         Raises:
-            RuntimeError: if that is unknown.
+            RuntimeError: if the length of an epoch is unknown.
         """
         if self._epoch is None:
             raise RuntimeError(
@@ -95,10 +95,10 @@ class TrainingLength:
 
     @property
     def run(self) -> int:
-        """Steps of the run.
+        """Return the steps of the run.
 
         Raises:
-            RuntimeError: if that is unknown.
+            RuntimeError: if the length of the run is unknown.
         """
         if self._run is None:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Base of the tricks that change training batches and their loss: where they act, and in which order."""
+"""Base of the tricks that change training batches and their loss. It determines where and in which order they act."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class LossTrick(Trick):
     _trainer: Trainer | None = None
     transient: ClassVar[tuple[str, ...]] = ("_trainer", "spec")
 
-    spec: LossSpec | None = None  # of the batch in work
-    _seen = False  # a loss has seen the target, in this fit
+    spec: LossSpec | None = None  # of the current batch
+    _seen = False  # whether a loss has used the target in this fit
 
     def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
         """Return the tensors of a batch that are passed to ``act``.
@@ -88,10 +88,10 @@ class LossTrick(Trick):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and see in the first batch that a loss had the target.
+        """Log, and check in the first batch that a loss used the target.
 
         Raises:
-            RuntimeError: if none had.
+            RuntimeError: if no loss used the target.
         """
         spec, self.spec = self.spec, None
         if spec is None:
@@ -109,12 +109,12 @@ class LossTrick(Trick):
             self.log_step(pl_module, quantities)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the tricks off the hook."""
+        """Restore the hook."""
         super().teardown(trainer, pl_module, stage)
         self._trainer = self.spec = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the tricks off the hook."""
+        """Restore the hook."""
         super().on_exception(trainer, pl_module, exception)
         self._trainer = self.spec = None
 

@@ -1,9 +1,9 @@
-"""Losses of soft targets: torch's losses, under the distribution that the tricks made of the labels.
+"""Losses of soft targets: torch's losses, for the label distribution that the tricks define.
 
-Weights, ``ignore_index`` and the mean are torch's. The weight of a label is its share of the mixture. An ignored label
-adds neither to the sum nor to the divisor of the mean. The mean of cross entropy divides by the class weights of the
-labels, before smoothing. Factors of tricks on a loss only scale the sum. The divergence from a teacher ignores class
-weights: its mean is over the labels that are not ignored.
+Weights, ``ignore_index`` and the mean are the same as in torch. The weight of a label is its share of the mixture. An
+ignored label adds neither to the sum nor to the divisor of the mean. The mean of cross entropy divides by the class
+weights of the labels, before smoothing. Factors of tricks on a loss only scale the sum. The divergence from a teacher
+ignores class weights: its mean is over the labels that are not ignored.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``F.cross_entropy`` under the distribution of the target."""
+    """Compute ``F.cross_entropy`` for the distribution of the target."""
     spec, value = _begin(target, size_average, reduce)
     _refuse_several_labels(target)
     dim = _class_dim(input)
@@ -59,7 +59,7 @@ def cross_entropy(
             f"{spec.names()}: the module's own cross entropy has label_smoothing={label_smoothing}, which would "
             "smooth the target twice. Set it to 0 there, or leave the callback out."
         )
-    if spec.smoothing and target.kind == "labels":  # the soft distribution is smoothed already
+    if spec.smoothing and target.kind == "labels":  # the soft distribution is already smoothed
         label_smoothing = spec.smoothing(input.size(dim))
     if not spec.modulates and "other" not in target.parts:
         loss = F.cross_entropy(
@@ -81,7 +81,7 @@ def nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """``F.nll_loss`` under the distribution of the target, the input being the logarithm of a softmax."""
+    """Compute ``F.nll_loss`` for the distribution of the target. The input is the logarithm of a softmax."""
     spec, value = _begin(target, size_average, reduce)
     _refuse_several_labels(target)
     if not spec.smoothing and not spec.modulates and "other" not in target.parts:
@@ -101,7 +101,7 @@ def bce_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """``F.binary_cross_entropy_with_logits`` with the soft targets."""
+    """Compute ``F.binary_cross_entropy_with_logits`` with the soft targets."""
     spec, _ = _begin(target, size_average, reduce)
     soft = _binary(target, input)
     plain = not spec.modulates
@@ -119,7 +119,7 @@ def bce(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """``F.binary_cross_entropy`` with the soft targets."""
+    """Compute ``F.binary_cross_entropy`` with the soft targets."""
     spec, _ = _begin(target, size_average, reduce)
     soft = _binary(target, input)
     plain = not spec.modulates
@@ -151,7 +151,7 @@ def _class_dim(input: Tensor) -> int:  # noqa: A002
 def _of_log_p(
     log_p: Tensor, target: Target, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
-    """Negative log-likelihood: the loss of each element, the probability of its target, and its part in the mean."""
+    """Return the negative log-likelihood per element, the probability of its target, and its weight in the mean."""
     spec, parts, dim = target.spec, target.parts, _class_dim(log_p)
     classes = log_p.size(dim)
     in_mean = None if weight is None else weight.to(log_p)
@@ -228,7 +228,7 @@ def _refuse_several_labels(target: Target) -> None:
 
 
 def mixed_labels(target: Target) -> Tensor:
-    """Return several labels of each item in floats, mixed as the tricks have mixed the items."""
+    """Return several labels per item in floats, mixed like the items."""
     parts = target.parts
     if "soft" in parts:
         return parts["soft"]
@@ -237,7 +237,7 @@ def mixed_labels(target: Target) -> Tensor:
 
 
 def _binary(target: Target, input: Tensor) -> Tensor:  # noqa: A002
-    """Probability of the positive class: from a distribution over classes, or from labels 0 and 1 in floats."""
+    """Return the probability of the positive class, from a distribution over classes or from labels 0 and 1."""
     parts, smoothing = target.parts, target.spec.smoothing
     if target.spec.teacher is not None:
         raise RuntimeError(

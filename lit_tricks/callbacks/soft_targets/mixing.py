@@ -1,4 +1,4 @@
-"""Base of MixUp and CutMix: when they act, which of the two acts, pairs of images, and resumable random numbers."""
+"""Base of MixUp and CutMix: choose the batches and the trick that mixes, and draw resumable random numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Mixing(LossTrick):
     def mix(
         self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator
     ) -> tuple[dict[Path, Tensor], SoftTarget, float]:
-        """Mix a batch with its permutation; also return the mean share that an item keeps of itself."""
+        """Mix a batch with its permutation. Also return the mean share that an item keeps of itself."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Seed the random numbers of a new run. A continued or resumed run keeps its random numbers."""
@@ -69,7 +69,7 @@ class Mixing(LossTrick):
         """Start the trick, and announce it.
 
         Raises:
-            RuntimeError: if the last epochs are unknown, or are the whole run.
+            RuntimeError: if ``off_epochs`` is given and the number of epochs is unknown or not larger.
         """
         super().on_fit_start(trainer, pl_module)
         self._told = False
@@ -93,7 +93,7 @@ class Mixing(LossTrick):
         """Return the inputs to mix, and log once if several are mixed by default, or tensors are left as they are.
 
         Raises:
-            RuntimeError: if ``inputs`` names something that is not there, or that cannot be mixed.
+            RuntimeError: if ``inputs`` names something that is missing or cannot be mixed.
         """
         found = inputs if self.inputs is None else self._named(tensors)
         if not self._told and found:
@@ -122,7 +122,7 @@ class Mixing(LossTrick):
         return found
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
-        """Draw the random numbers of the batch, and mix it if it is its turn."""
+        """Draw the random numbers of the batch, and mix the batch if this trick is chosen."""
         assert self._trainer is not None
         if not inputs:
             raise RuntimeError(
@@ -141,13 +141,13 @@ class Mixing(LossTrick):
         return inputs, target
 
     def is_on(self, trainer: Trainer) -> bool:
-        """Return whether this is not one of the last epochs."""
+        """Return whether this epoch is mixed: not one of the last ``off_epochs``."""
         if not self.off_epochs or trainer.fast_dev_run:  # type: ignore[union-attr]
             return True
         return trainer.current_epoch < (trainer.max_epochs or 0) - self.off_epochs
 
     def _draw_turns(self, mixers: list[Mixing]) -> None:
-        """Choose the trick that mixes a batch: among several in proportion to ``prob``, a single one with ``prob``."""
+        """Choose the trick that mixes a batch: several tricks in proportion to ``prob``, a single one with ``prob``."""
         draw = float(torch.rand((), generator=self._draws, dtype=torch.float64))
         if len(mixers) > 1:
             draw *= sum(trick.prob for trick in mixers)

@@ -20,14 +20,14 @@ class LossSpec:
 
     tricks: tuple[str, ...]
     smoothing: Callable[[int], float] | None = None  # label_smoothing of torch's cross entropy, for K classes
-    factor: Callable[[Tensor], Tensor] | None = None  # of the loss, from the probability given to the target
+    factor: Callable[[Tensor], Tensor] | None = None  # factor of the loss, from the probability of the target
     class_weight: Callable[[int], Tensor] | None = None  # factor of each of K classes, in the sum only
     positive_weight: Callable[[], float] | None = None  # binary: factor of positives; 1 minus this for negatives
-    teacher: Tensor | None = None  # its logits, a row for each label of the batch
+    teacher: Tensor | None = None  # the teacher's logits, a row per label of the batch
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of a loss's logits from the teacher's, row by row
     weights: tuple[float, float] = (1.0, 1.0)  # of the loss of the labels, and of the divergence
-    used: bool = False  # a loss has seen the target
-    mean_factor: Tensor | None = None  # what the factor came to
+    used: bool = False  # whether a loss has used the target
+    mean_factor: Tensor | None = None  # mean of the factor, for the log
     mean_divergence: Tensor | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""Soft targets: labels that are integers to metrics, and the distribution that the tricks made of them to a loss.
+"""Soft targets: metrics get integer labels, and losses get the label distribution that the tricks define.
 
 A soft target replaces the labels of a training batch. Metrics, indexing and printing see plain labels. The parts that
 only the loss needs follow the labels through ``.long()``, ``.view(-1)``, ``[mask]`` and similar operations, until the
@@ -63,9 +63,9 @@ def carrying(labels: Tensor, spec: LossSpec, other: Tensor | None = None, share:
 
     Args:
         labels: integers, or several labels of each item, (N, K).
-        spec: of their loss.
+        spec: specification of their loss.
         other: labels of the same shape that they are mixed with.
-        share: of ``labels`` in the mixture, (N,). The one that has more is shown, so that accuracy keeps its meaning.
+        share: share of ``labels`` in the mixture, (N,). Metrics get the label with the larger share.
     """
     kind = "binary" if labels.dim() == 2 and labels.size(1) > 1 else "labels"
     if other is None or share is None:
@@ -100,7 +100,7 @@ def _move(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: An
 
 
 def _cast(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: Any) -> Any:
-    """Change dtype or device: of labels both, of shares the device only."""
+    """Change dtype and device of labels, and only the device of shares."""
     value = func(target.parts["value"], *args, **kwargs)
     if not isinstance(value, Tensor):
         return value  # the name of its type
@@ -116,7 +116,7 @@ def _cast(func: Callable[..., Any], target: SoftTarget, *args: Any, **kwargs: An
 
 
 def _one_hot(target: SoftTarget, num_classes: int = -1) -> SoftTarget:
-    """One-hot integers, which turn into the soft distribution when they are cast to floats."""
+    """Return one-hot integers, which become the soft distribution when they are cast to floats."""
     labels = [target.parts[name] for name in ("value", "other") if name in target.parts]
     if num_classes == -1:
         num_classes = int(torch.stack(labels).max()) + 1
@@ -198,10 +198,10 @@ def _lost_by(func: Callable[..., Any], target: SoftTarget) -> str:
 
 
 def _require_known_loss(target: SoftTarget, lost: str) -> None:
-    """Note that a loss that is written out has used a soft distribution, unless it would lack something.
+    """Record that a loss in the user's own code has used a soft distribution, or raise if the loss lacks something.
 
     Raises:
-        RuntimeError: if it would.
+        RuntimeError: if the loss lacks something.
     """
     if target.kind == "soft" or (target.kind == "one-hot" and target.lost):
         target.spec.require(not lost, lost)
@@ -245,7 +245,7 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _functions(names: str) -> set[Callable[..., Any]]:
-    """Methods of tensors, and functions of torch."""
+    """Return methods of tensors and functions of torch."""
     return {getattr(owner, name) for owner in (Tensor, torch) for name in names.split() if hasattr(owner, name)}
 
 

@@ -64,8 +64,8 @@ def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
     figure = new_figure(4.8, 4.4)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 100], [0, 100], color=theme.faint, linewidth=1, linestyle="--", label="as sure as it is right")
-    for name, said in runs.items():
-        found = said.calibration()
+    for name, predictions in runs.items():
+        found = predictions.calibration()
         some = found.count > 0
         color, style = color_of(theme, names.index(name))
         text = f"{name}: " if len(runs) > 1 else ""
@@ -82,18 +82,18 @@ def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
     return figure
 
 
-def draw_confusion(said: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
+def draw_confusion(predictions: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
     """Draw the confusion matrix, or the most frequent mistakes for more than 30 classes.
 
     Args:
-        said: the predictions.
+        predictions: the predictions.
         of: end of the title, such as ", quickstart/v0".
         theme: light or dark theme.
     """
-    if len(said.classes) > MOST_CLASSES:
-        return _draw_mistakes(said, of, theme)
-    classes = len(said.classes)
-    matrix = said.confusion().dense(classes)
+    if len(predictions.classes) > MOST_CLASSES:
+        return _draw_mistakes(predictions, of, theme)
+    classes = len(predictions.classes)
+    matrix = predictions.confusion().dense(classes)
     parts = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     side = 2.2 + 0.3 * classes if classes <= 12 else 3.4 + 0.14 * classes
     figure = new_figure(side + 0.6, side)
@@ -103,9 +103,9 @@ def draw_confusion(said: Predictions | MaskPredictions, of: str, theme: Theme) -
     )
     axes.set(title=f"Confusion matrix{of}", xlabel="predicted class", ylabel="true class")
     small = 9 if classes <= 12 else 7
-    upright = max(map(len, said.classes)) <= 2
-    axes.set_xticks(range(classes), said.classes, rotation=0 if upright else 90, fontsize=small)
-    axes.set_yticks(range(classes), said.classes, fontsize=small)
+    upright = max(map(len, predictions.classes)) <= 2
+    axes.set_xticks(range(classes), predictions.classes, rotation=0 if upright else 90, fontsize=small)
+    axes.set_yticks(range(classes), predictions.classes, fontsize=small)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     if classes <= 12:
@@ -113,25 +113,26 @@ def draw_confusion(said: Predictions | MaskPredictions, of: str, theme: Theme) -
             if count:
                 dark = image.cmap(image.norm(100 * parts[row, column]))[:3]
                 light = np.dot(dark, (0.299, 0.587, 0.114)) < 0.5
-                text = f"{count}" if said.unit == "images" else _per_cent(parts[row, column])
+                text = f"{count}" if predictions.unit == "images" else _per_cent(parts[row, column])
                 axes.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if light else "k")
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, label=f"of the {said.unit} of a true class, in %")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label=f"of the {predictions.unit} of a true class, in %")
     bar.outline.set_visible(False)
     return figure
 
 
-def _draw_mistakes(said: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
-    mistakes = said.confusion().mistakes()[:15]
+def _draw_mistakes(predictions: Predictions | MaskPredictions, of: str, theme: Theme) -> Figure:
+    mistakes = predictions.confusion().mistakes()[:15]
     figure = new_figure(4.8, 1.2 + 0.24 * max(1, len(mistakes)))
     axes = figure.subplots()
     counts = [count for _, _, count in mistakes]
     axes.barh(range(len(mistakes)), counts, 0.7, color=theme.cycle[1])
     for place, count in enumerate(counts):
         axes.text(count, place, f" {count:,}", va="center", fontsize=9)
-    tidy(axes, "", said.unit, "")
+    tidy(axes, "", predictions.unit, "")
     figure.suptitle(f"Most frequent mistakes{of}", x=0.02, ha="left", fontsize=11, fontweight="bold")
     axes.set_yticks(
-        range(len(mistakes)), [f"{_short(said.classes[a])} → {_short(said.classes[b])}" for a, b, _ in mistakes]
+        range(len(mistakes)),
+        [f"{_short(predictions.classes[a])} → {_short(predictions.classes[b])}" for a, b, _ in mistakes],
     )
     axes.set_xlim(0, 1.15 * max(counts, default=1))
     axes.invert_yaxis()
@@ -141,14 +142,14 @@ def _draw_mistakes(said: Predictions | MaskPredictions, of: str, theme: Theme) -
 
 def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
     """Draw the classes of which the least is found, by the mean over the runs."""
-    values = {name: said.recalls()[0] for name, said in runs.items()}
+    values = {name: predictions.recalls()[0] for name, predictions in runs.items()}
     title = "found, of the images of the class, in %"
     return _draw_classes(values, next(iter(runs.values())).classes, title, names, theme)
 
 
 def draw_ious(runs: SaidOfPixels, names: list[str], theme: Theme) -> Figure:
     """Draw the classes with the lowest IoU, by the mean over the runs."""
-    values = {name: said.ious() for name, said in runs.items()}
+    values = {name: predictions.ious() for name, predictions in runs.items()}
     return _draw_classes(values, next(iter(runs.values())).classes, "IoU in %", names, theme)
 
 
@@ -176,7 +177,7 @@ def _draw_classes(runs: dict[str, Floats], classes: list[str], title: str, names
 
 def worst_classes(runs: Said) -> list[int]:
     """Return labels of the classes of which the least is found, the worst first; those without images are left out."""
-    return worst_first([said.recalls()[0] for said in runs.values()])[:WORST]
+    return worst_first([predictions.recalls()[0] for predictions in runs.values()])[:WORST]
 
 
 def worst_first(values: list[Floats]) -> list[int]:
@@ -186,9 +187,9 @@ def worst_first(values: list[Floats]) -> list[int]:
     return [int(known[i]) for i in np.argsort(mean, kind="stable")]
 
 
-def draw_wrong(said: Predictions, theme: Theme) -> Figure:
+def draw_wrong(predictions: Predictions, theme: Theme) -> Figure:
     """Draw the most wrong images as a grid: what they are, and what they were taken for."""
-    found = list(said.wrong())
+    found = list(predictions.wrong())
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
     figure = new_figure(max(3.6, 1.75 * columns), 1.95 * rows + 0.3)  # the title needs some width
@@ -203,18 +204,18 @@ def draw_wrong(said: Predictions, theme: Theme) -> Figure:
     return figure
 
 
-def draw_worst_masks(said: MaskPredictions, theme: Theme) -> Figure:
+def draw_worst_masks(predictions: MaskPredictions, theme: Theme) -> Figure:
     """Draw the images with the lowest IoU, each with its mask and prediction, and the classes of the colors."""
-    columns = min(2, len(said.worst))
-    rows = -(-len(said.worst) // columns)
+    columns = min(2, len(predictions.worst))
+    rows = -(-len(predictions.worst) // columns)
     figure = new_figure(4.6 * columns, 1.62 * rows + 0.9)
     figure.suptitle("Lowest IoU: image, mask, prediction", x=0.02, ha="left", fontsize=11, fontweight="bold")
     widths = ([1.0, 1.0, 1.0, 0.12] * columns)[:-1]  # a gap between two images
     grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axes in grid.flat:
         axes.axis("off")
-    colors = np.concatenate([palette(len(said.classes)), [IGNORED]])  # of label -1, which is the last
-    for i, found in enumerate(said.worst):
+    colors = np.concatenate([palette(len(predictions.classes)), [IGNORED]])  # of label -1, which is the last
+    for i, found in enumerate(predictions.worst):
         titles = (_short(found.where, 20), "mask", f"IoU {100 * found.iou:.1f} %")
         pictures = (found.image.squeeze(), colors[found.mask], colors[found.said])
         start = 4 * (i % columns)
@@ -227,19 +228,19 @@ def draw_worst_masks(said: MaskPredictions, theme: Theme) -> Figure:
     figure.legend(
         handles=[
             Patch(facecolor=colors[label] / 255, edgecolor=theme.faint, label=name)
-            for label, name in _shown(said)
+            for label, name in _shown(predictions)
         ],
         loc="outside lower center", ncols=6, frameon=False, fontsize=8,
     )  # fmt: skip
     return figure
 
 
-def _shown(said: MaskPredictions) -> list[tuple[int, str]]:
+def _shown(predictions: MaskPredictions) -> list[tuple[int, str]]:
     """Return labels and names of the classes that have the most pixels in the worst images."""
-    labels: Ints = np.concatenate([part.ravel() for found in said.worst for part in (found.mask, found.said)])
+    labels: Ints = np.concatenate([part.ravel() for found in predictions.worst for part in (found.mask, found.said)])
     found, counts = np.unique(labels, return_counts=True)
     most = sorted(found[np.argsort(-counts, kind="stable")[:COLORS]].tolist(), key=lambda label: (label < 0, label))
-    return [(label, _short(said.classes[label], 14) if label >= 0 else "ignored") for label in most]
+    return [(label, _short(predictions.classes[label], 14) if label >= 0 else "ignored") for label in most]
 
 
 def _per_cent(part: float) -> str:
