@@ -207,8 +207,8 @@ class Task(LightningModule):
         for group, settings in zip(self._groups(), self._settings, strict=True):
             changed = {name: value for name, value in settings.items() if group.get(name) != value}
             if self.trainer.lr_scheduler_configs:
-                changed.pop("lr", None)  # it is where the scheduler had come to
-            # a rate that only a schedule had moved is no news
+                changed.pop("lr", None)  # the scheduler has moved it
+            # a learning rate that only a schedule has moved is not a change
             news = {k: v for k, v in changed.items() if k != "lr" or group.get("initial_lr") != v}
             if self.trainer.ckpt_path and news:
                 rank_zero_info(f"resumed with {', '.join(f'{k}={v} (was {group[k]})' for k, v in news.items())}")
@@ -272,11 +272,11 @@ class Task(LightningModule):
         return ["optimizer", *(name for name, value in networks.items() if isinstance(value, nn.Module))]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Hold what is frozen in evaluation mode."""
+        """Keep frozen parts in evaluation mode."""
         self._hold_frozen()
 
     def on_train_end(self) -> None:
-        """Restore the modes of what is frozen."""
+        """Restore the modes of frozen parts."""
         if self._frozen:
             self._frozen.restore_modes()
 

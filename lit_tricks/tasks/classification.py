@@ -93,7 +93,7 @@ class Classifier(Task):
         return self.model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, C, H, W)."""
+        """Return logits (N, num_classes) of images (N, C, H, W)."""
         self._require_floats(images)
         logits: Tensor = self.model(images)
         if logits.shape[1:] != (self.num_classes,):
@@ -104,7 +104,7 @@ class Classifier(Task):
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross entropy of a batch."""
+        """Return the cross entropy of a batch."""
         images, labels = batch
         logits = self(images)
         loss: Tensor = self.criterion(logits, labels)

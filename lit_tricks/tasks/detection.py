@@ -186,10 +186,10 @@ class Detector(Task):
         self._resumed_seed = checkpoint.get("seed")
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Objects in images, each (C, H, W), or all (N, C, H, W).
+        """Return the objects in images, each (C, H, W), or all (N, C, H, W).
 
         Returns:
-            Of each image its ``boxes`` (n, 4), ``labels`` (n,) from 1, and ``scores`` (n,) in [0, 1].
+            Per image the ``boxes`` (n, 4), ``labels`` (n,) from 1, and ``scores`` (n,) in [0, 1].
 
         Raises:
             RuntimeError: in training mode, where detectors compute losses and need targets.
@@ -207,7 +207,7 @@ class Detector(Task):
         return found
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Sum of the losses of a batch.
+        """Return the sum of the losses of a batch.
 
         Raises:
             ValueError: for labels that are no class, in the first batch of an epoch.
@@ -280,7 +280,7 @@ class _AveragePrecision(MeanAveragePrecision):
 
     @overrides(MeanAveragePrecision)
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        """Gather lists of any lengths. torchmetrics gathers one tensor after another, and would wait for ever."""
+        """Gather lists of any lengths. torchmetrics gathers one tensor after another, and would never finish."""
         names = list(self.metric_state)
         mine = {name: [each.cpu() for each in getattr(self, name)] for name in names}
         everyone: list[Any] = [None] * torch.distributed.get_world_size(process_group)

@@ -133,13 +133,13 @@ class Segmenter(Task):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes, H, W) of images (N, C, H, W)."""
+        """Return logits (N, num_classes, H, W) of images (N, C, H, W)."""
         self._require_floats(images)
         logits: Tensor = self.model(images)[0]
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
+        """Return the loss of a batch."""
         images, masks = batch
         logits, aux = self.model(images)
         target = focal_target(masks, self.gamma) if self.gamma else masks

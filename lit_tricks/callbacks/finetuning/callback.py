@@ -30,13 +30,13 @@ __all__ = ["Freezing", "Stage"]
 
 @dataclass
 class Stage:
-    """A part of the network that is frozen until a moment.
+    """A part of the network that is frozen until a scheduled time.
 
     Args:
         patterns: names or patterns of modules and parameters.
-        until: the moment, in epochs or as a share of the run; None is the end of the run.
-        name: of the group of its parameters.
-        lr_factor: on the learning rate of its parameters.
+        until: time of unfreezing, in epochs or as a share of the run. None is the end of the run.
+        name: name of its parameter group.
+        lr_factor: factor on the learning rate of its parameters.
     """
 
     patterns: list[str]
@@ -65,7 +65,7 @@ class Freezing(Trick):
 
     @abstractmethod
     def stages(self) -> list[Stage]:
-        """Return what is frozen, and until when."""
+        """Return the frozen parts with their times."""
 
     @abstractmethod
     def shown(self) -> str:
@@ -84,7 +84,7 @@ class Freezing(Trick):
             if isinstance(other, lightning_classes("callbacks.BaseFinetuning")):
                 name = type(other).__name__
                 raise RuntimeError(f"{type(self).__name__} and {name} both freeze layers. Remove one of the two.")
-        # No hook comes between configure_model and the strategy, which wraps the module.
+        # No hook runs between configure_model and the strategy, which wraps the module.
         self.wrap(trainer.strategy, "setup", partial(self._freeze, trainer, pl_module))
         # The optimizers are built with all parameters, also by modules that leave out what needs no gradient.
         self.wrap(pl_module, "configure_optimizers", partial(self._configure, pl_module))
@@ -93,10 +93,10 @@ class Freezing(Trick):
             self.wrap(trainer.strategy, "load_checkpoint", self._load)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the strategy lets parameters be frozen, and that they are in the optimizers.
+        """Check that the strategy supports freezing, and that the optimizers have the parameters.
 
         Raises:
-            RuntimeError: if not.
+            RuntimeError: if one of these conditions fails.
         """
         name, strategy = type(self).__name__, type(trainer.strategy).__name__
         deepspeed = isinstance(trainer.strategy, lightning_classes("strategies.DeepSpeedStrategy"))
@@ -122,7 +122,7 @@ class Freezing(Trick):
                     )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Convert moments to steps, freeze the parts of this step, and log the result."""
+        """Convert times to steps, freeze the parts of this step, and log the result."""
         fit = self._now
         stages = [stage for stage, _ in fit.parts]
         clock = TrainingLength(
@@ -141,16 +141,16 @@ class Freezing(Trick):
         self.announce(self._effect(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Unfreeze parts whose moment has come, hold the others in evaluation mode, and log the trained share."""
+        """Unfreeze parts whose time has come, keep the other parts in evaluation mode, and log the trained share."""
         self._follow(trainer, pl_module)
         if self.should_log(trainer):
             pl_module.log(f"{type(self).__name__.lower()}/trained", self._trained_share(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Check that the loss depends on what is trained.
+        """Check that the loss depends on trained parameters.
 
         Raises:
-            RuntimeError: if not.
+            RuntimeError: if the loss depends on frozen parameters only.
         """
         if not loss.requires_grad:
             raise RuntimeError(
@@ -164,7 +164,7 @@ class Freezing(Trick):
         """Check that frozen modules stayed in evaluation mode.
 
         Raises:
-            RuntimeError: if not.
+            RuntimeError: if a frozen module is in training mode.
         """
         for _, held in self._now.parts:
             if (loose := held.loose()) is not None:
@@ -185,7 +185,7 @@ class Freezing(Trick):
         return {"trained": list(self._trained)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take which parts have been trained."""
+        """Restore which parts have been trained."""
         self._trained = tuple(state_dict["trained"])
 
     def unwrap(self) -> None:
@@ -240,7 +240,7 @@ class Freezing(Trick):
             return configure_optimizers(*args, **kwargs)
 
     def _load(self, load_checkpoint: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load with those parts frozen for which the checkpoint has no optimizer state."""
+        """Load a checkpoint while the parts without optimizer state in the checkpoint are frozen."""
         state = checkpoint_without_weights(checkpoint_path).get("callbacks", {}).get(self.state_key, {})
         with thawed(
             held for held, trained in zip(self.held_parts(), state.get("trained", []), strict=False) if trained
@@ -292,7 +292,7 @@ class Freezing(Trick):
             if held.is_frozen and not is_frozen:
                 held.release()
                 changed = True
-            elif is_frozen and not held.is_frozen:  # a tuner went ahead
+            elif is_frozen and not held.is_frozen:  # a tuner has trained further
                 held.freeze()
                 changed = True
             held.hold()

@@ -1,4 +1,4 @@
-"""The images of a Trainer's loaders at another size, by other transforms in their data sets."""
+"""Replace the transforms of a Trainer's data sets, so that images have another size."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SwitchedTransforms:
         return process_dataloader(loader)
 
     def put_back(self) -> None:
-        """Give the loaders their own data sets back."""
+        """Restore the data sets of the loaders."""
         for loader, (before, now) in self._loaders.items():
             if loader.dataset is now:
                 _put(loader, before)
@@ -79,7 +79,7 @@ class SwitchedTransforms:
         return Flipped(new) if training and self._transform == "test+flip" else new
 
     def _of_validation(self) -> Any:
-        """Return the transform of the validation data, which has the size by now."""
+        """Return the transform of the validation data, which already has the new size."""
         loop = self._trainer.fit_loop.epoch_loop.val_loop
         if combined_loader(loop) is None:
             self._trainer.validating = True
