@@ -478,4 +478,4 @@ def test_the_whole_command(tmp_path):
     assert {name.rpartition(".")[0] for name in moved} == {"model.fc", "model.layer4.1.bn2"}
     with workplace(tmp_path):
         loss = results("runs/tuned/v0")["raw"]["test"]["loss"]
-    assert str(loss)[:8] in tested.out
+    assert f" {loss:.4f} " in tested.out

@@ -168,7 +168,7 @@ def test_refuses_arguments(arguments, message):
         (
             [0.1] * 3,
             lambda x, y: F.binary_cross_entropy_with_logits(x, F.one_hot(y, 3).float()),
-            "alpha is a list, and the loss is binary: give one number",
+            "alpha is a list, and the loss is binary",
         ),
         (None, lambda x, y: F.kl_div(x.log_softmax(1), F.one_hot(y, 3).float()), "follow .* through `kl_div`"),
         (None, lambda x, y: -(F.one_hot(y, 3).float() * x.log_softmax(1)).sum(), "follow .* through `mul`"),

@@ -293,7 +293,7 @@ def test_what_was_found_is_logged(namespace: str) -> None:
         (["layer9"], r"no part 'layer9'.*net\.0, net\.1"),
         (["net.0", "fc"], "no part 'fc'"),
         (["net"], "leaves nothing to train"),
-        (["net.0.2"], "no parameters"),
+        (["net.0.2"], "no own parameters"),
         (["backbone", "net.1"], "leaves nothing to train"),
     ],
 )

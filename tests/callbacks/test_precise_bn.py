@@ -926,7 +926,7 @@ def refusal(loader: Any = None, module: Any = None, trick: Any = None, *others: 
 def test_refuses_what_it_can_not_rebuild():
     loader = DataLoader(Stream(), batch_size=4)
     loader.dataset.connection = Opened()
-    assert "a copy of the DataLoader, and that can not be copied (TypeError: cannot pickle" in refusal(loader)
+    assert "a copy of the DataLoader, and that cannot be copied (TypeError: cannot pickle" in refusal(loader)
     assert "can be read once only: give the Trainer a DataLoader" in refusal(iter(train_loader()))
     shared = DataLoader(images(16), 4)
     shared.dataset.connection = Opened()  # it is not copied

@@ -186,7 +186,7 @@ def test_a_loader_without_a_length_needs_the_steps():
             return iter(samples().dataset)
 
     stream = DataLoader(Stream(), batch_size=2)
-    with pytest.raises(RuntimeError, match=r"Give ProgressiveResizing\(total_steps=...\)"):
+    with pytest.raises(RuntimeError, match=r"ProgressiveResizing\(total_steps=...\)"):
         make_trainer(ProgressiveResizing(multiple_of=4)).fit(Net(), stream, samples())
     module = Net()
     make_trainer(ProgressiveResizing(0.5, 0.25, 0.75, 4, total_steps=STEPS)).fit(module, stream, samples())

@@ -141,7 +141,7 @@ def test_arguments_that_do_not_fit(arguments: Any, message: str) -> None:
 
 
 def test_entry_without_parameters_of_its_own_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"net\.0\.\[01\].*no parameters of its own"):
+    with pytest.raises(RuntimeError, match=r"net\.0\.\[01\].*no own parameters"):
         run(Unfreeze({"net.0.[01]": 1, "net.0": 2}))
 
 

@@ -228,7 +228,9 @@ def test_flags_in_the_comments_exist() -> None:
     for name in NAMES:
         for flag, value in re.findall(r"(--[a-z][\w.]+) (\S+)$", (CONFIGS / f"{name}.yaml").read_text(), re.MULTILINE):
             if not flag.startswith("--logdir"):
-                words = ("--data=ImageFolder", "--data.root=imagenet", flag, value, "--print_config")
+                data = ("ImageTable", "labels.csv") if flag == "--data.table" else ("ImageFolder", "imagenet")
+                where = "table" if flag == "--data.table" else "root"
+                words = (f"--data={data[0]}", f"--data.{where}={data[1]}", flag, value, "--print_config")
                 assert cli("fit", *words).code == 0, (name, flag)
 
 

@@ -30,7 +30,7 @@ def fit(*callbacks: Any) -> None:
 
 
 REFUSED = NO_RESIDUAL_BRANCHES | {
-    "LinearScaling": r"^LinearScaling cannot tell .+ Give LinearScaling\(batch_size=...\)"
+    "LinearScaling": r"^LinearScaling found no batch size.+LinearScaling\(batch_size=...\)"
 }
 
 

@@ -274,7 +274,7 @@ def test_a_run_of_an_older_version(folder: Path) -> None:
         (("runs/tiny",), "runs/tiny is not the folder of a run: give one of those in it, runs/tiny/v0."),
         (("empty",), "empty is not the folder of a run: it has none of results.json"),
         (("runs/tiny/v0", "runs/tiny/../tiny/v0"), "is given twice"),
-        ((), "runs"),
+        ((), "RUNS"),
     ],
 )
 def test_report_wrong_folders_explain_themselves(run: Path, words: tuple[str, ...], message: str) -> None:

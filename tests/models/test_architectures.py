@@ -562,5 +562,6 @@ def test_timm_is_imported_in_models_and_for_what_is_given_by_name_alone():
         "cli/hints.py",
         "commands/sizes/subject.py",
         "commands/exporting/timm_folder.py",
+        "utils/layers.py",
     }
     assert found > elsewhere
