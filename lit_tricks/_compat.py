@@ -38,6 +38,7 @@ __all__ = [
     "COMPILED_CALL",
     "INSTANTIATOR_KEY",
     "MODULE_REGISTRIES",
+    "PRUNED_WEIGHT",
     "SPECTRAL_HOOK",
     "SPECTRAL_VECTORS",
     "BatchNorm",
@@ -368,6 +369,12 @@ def spectral_norm_class() -> type[nn.Module]:
     """
     return torch.nn.utils.parametrizations._SpectralNorm
 
+
+PRUNED_WEIGHT = ("_orig", "_mask")
+"""Suffixes that ``torch.nn.utils.prune`` adds to the name of a weight: the parameter before the mask, and the mask.
+
+https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/prune.py#L204
+"""
 
 SPECTRAL_HOOK = ("_orig", "_u", "_v")
 """Suffixes that the older ``spectral_norm`` of torch adds to the name of a weight: the parameter, and the two vectors.

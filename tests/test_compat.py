@@ -19,6 +19,7 @@ import torch
 from helpers.fits import make_trainer
 from helpers.modules import NAMESPACES, eval_loader, lightning, module_class, train_loader
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import lit_tricks
@@ -541,3 +542,8 @@ def test_merge_shards_writes_the_index_without_other_writers(tmp_path, monkeypat
     merging.start()
     merging.join(30)
     assert (tmp_path / "index.json").is_file()
+
+
+def test_pruned_weight_has_the_suffixes():
+    layer = prune.identity(nn.Linear(2, 2), "weight")
+    assert set(layer.state_dict()) == {"bias", *(f"weight{suffix}" for suffix in _compat.PRUNED_WEIGHT)}

