@@ -75,7 +75,7 @@ def tracked() -> dict[str, str]:
 def check(texts: dict[str, str], allowed: dict[str, dict[str, int]]) -> tuple[list[str], dict[str, dict[str, int]]]:
     """Return one line of text per phrase that became more frequent, and the counts by phrase and file.
 
-    The limit of a phrase is its total: moving a sentence to another file is no fault. The lines are those of the files
+    The limit of a phrase is its total, so a sentence can move to another file. The lines are in the files
     that have more than before.
     """
     found: dict[str, dict[str, list[int]]] = {phrase: {} for phrase in PHRASES}

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lit_tricks._compat import callbacks_of, lightning_classes
-from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.lr_factors import LRFactors
-from lit_tricks.callbacks.optim.param_groups import GroupNames, groups_of, optimizers_in
+from lit_tricks.callbacks.optim.param_groups import GroupNames, GroupSplitting, groups_of, optimizers_in
 from lit_tricks.utils.arguments import number
 from lit_tricks.utils.layers import layer_distances
 from lit_tricks.utils.modules import check_shapes
@@ -57,7 +56,7 @@ def layer_factors(owner: str, distances: Mapping[nn.Parameter, int], decay: floa
     return LRFactors(owner, part_of)
 
 
-class LayerDecay(Trick):
+class LayerDecay(GroupSplitting):
     """Lower the learning rate by a factor per layer, from the last layer to the first ([Bao et al., 2022](https://arxiv.org/abs/2106.08254)).
 
     The last layer keeps its learning rate. The layer before it gets ``decay`` times the learning rate, the next layer
@@ -85,7 +84,6 @@ class LayerDecay(Trick):
         ``- {class_path: LayerDecay, init_args: {decay: 0.75}}``
     """
 
-    _names: GroupNames
     _lowest: float
     _text: str
     _group_count: int
@@ -134,18 +132,6 @@ class LayerDecay(Trick):
             )
         if self.should_log(trainer):
             pl_module.log("layer_decay/lowest", self._lowest)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of the parameters in each group."""
-        return {"groups": self._names.names}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the groups with the groups of the resumed run.
-
-        Raises:
-            RuntimeError: if they differ.
-        """
-        self._names.load(checkpoint, self.state_key)
 
     def _split(
         self, pl_module: LightningModule, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.param_groups import (
     Group,
     GroupNames,
+    GroupSplitting,
     groups_of,
     on_each_group,
     optimizers_in,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["NoBiasDecay"]
 
 
-class NoBiasDecay(Trick):
+class NoBiasDecay(GroupSplitting):
     """Remove weight decay from biases and norm layers ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
     Weights of convolutions, linear layers and embeddings keep their decay. Each parameter group with weight decay is
@@ -56,7 +56,6 @@ class NoBiasDecay(Trick):
         ``- {class_path: NoBiasDecay, init_args: {skip: [bias, norm]}}``
     """
 
-    _names: GroupNames
     _group_count: int
 
     def __init__(self, skip: Sequence[Kind] = ("bias", "norm")) -> None:
@@ -97,18 +96,6 @@ class NoBiasDecay(Trick):
             self._group_count = groups
         if self.should_log(trainer):
             pl_module.log("no_bias_decay/share", self._share)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Names of the parameters in each group."""
-        return {"groups": self._names.names}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the groups with the groups of the resumed run.
-
-        Raises:
-            RuntimeError: if they differ.
-        """
-        self._names.load(checkpoint, self.state_key)
 
     def _split(
         self, pl_module: LightningModule, configure_optimizers: Callable[..., Any], *args: Any, **kwargs: Any

@@ -19,7 +19,7 @@ from lit_tricks.callbacks.batchnorm.callback import Estimating
 from lit_tricks.callbacks.optim.lr_override import TemporaryLRs, configured_rates
 from lit_tricks.utils.arguments import choice, integer, invalid, number
 from lit_tricks.utils.modules import batchnorms_of
-from lit_tricks.utils.training_length import TrainingLength, steps_done
+from lit_tricks.utils.training_length import TrainingLength, is_fast_dev_run, steps_done
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -180,7 +180,7 @@ class SWA(Averaging):
         start = min(round(self.start * end), end - 1)
         every = self.every_n_steps or self.every_n_epochs * self._length.epoch
         length = round(self.anneal_epochs * self._length.epoch) if self.anneal_epochs else 0
-        if length > start and not trainer.fast_dev_run:  # type: ignore[union-attr]
+        if length > start and not is_fast_dev_run(trainer):
             raise RuntimeError(
                 f"SWA(anneal_epochs={self.anneal_epochs}) glides for {length} steps, and there are {start} before "
                 f"start={self.start}. Lower anneal_epochs, or raise start."

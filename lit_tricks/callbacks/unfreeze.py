@@ -17,6 +17,7 @@ from lit_tricks.callbacks.finetuning.callback import Freezing, Stage
 from lit_tricks.callbacks.optim.lr_factors import LRFactors
 from lit_tricks.callbacks.optim.param_groups import GroupNames, optimizers_in
 from lit_tricks.utils.arguments import choice, flag, invalid, numbers_by_name
+from lit_tricks.utils.training_length import is_fast_dev_run
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -93,7 +94,7 @@ class Unfreeze(Freezing):
         """Log the schedule in steps, and warn if the run ends before it."""
         super().on_train_start(trainer, pl_module)
         length, last = self._now.length, max(step for step in self._now.steps if step is not None)
-        if length is not None and last >= length and not trainer.fast_dev_run:  # type: ignore[union-attr]
+        if length is not None and last >= length and not is_fast_dev_run(trainer):
             rank_zero_only(warnings.warn)(
                 f"{self.shown()}: the run ends after {length} steps, and a part is frozen until step {last}. Lower its "
                 "moment, or train longer.",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 
-from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
-from lit_tricks.utils.arguments import number
+from lit_tricks.callbacks.optim.schedule import DecaySchedule, decay, warmup
 
 __all__ = ["WarmupCosine", "warmup_cosine"]
 
@@ -30,13 +29,10 @@ def warmup_cosine(step: int, lr: float, total_steps: int, warmup_steps: int = 0,
     """
     if step < warmup_steps:
         return warmup(step, lr, warmup_steps)
-    if step >= total_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return decay(step, lr, warmup_steps, total_steps, min_lr, lambda share: (1 + math.cos(math.pi * share)) / 2)
 
 
-class WarmupCosine(Schedule):
+class WarmupCosine(DecaySchedule):
     """Warm the learning rate up, then decay it along half a cosine ([He et al., 2019](https://arxiv.org/abs/1812.01187)).
 
     Step ``i`` of the ``m`` warm-up steps has the learning rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` later
@@ -62,13 +58,11 @@ class WarmupCosine(Schedule):
     """
 
     def __init__(self, warmup_epochs: float = 5, min_lr: float = 0.0, total_steps: int | None = None) -> None:
-        super().__init__(warmup_epochs, total_steps)
-        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
+        super().__init__(warmup_epochs, min_lr, total_steps)
 
-    def plan(self) -> str:
-        """Find the end of the cosine."""
-        require_falling(self, self.min_lr, self._base_lrs)
-        return f"half a cosine to {self.min_lr:g} at step {self._length.run}"
+    def plan_decay(self) -> str:
+        """Describe the decay, for the log."""
+        return "half a cosine"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Return the learning rate of a step, see ``warmup_cosine``."""

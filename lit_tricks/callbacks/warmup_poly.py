@@ -6,7 +6,9 @@ decay, with a higher learning rate than before.
 
 from __future__ import annotations
 
-from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
+import math
+
+from lit_tricks.callbacks.optim.schedule import DecaySchedule, decay, warmup
 from lit_tricks.utils.arguments import number
 
 __all__ = ["WarmupPoly", "warmup_poly"]
@@ -31,14 +33,10 @@ def warmup_poly(
     """
     if step < warmup_steps:
         return warmup(step, lr, warmup_steps)
-    if step >= total_steps:
-        return min_lr
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    share: float = (1 - progress) ** power
-    return min_lr + (lr - min_lr) * share
+    return decay(step, lr, warmup_steps, total_steps, min_lr, lambda share: math.pow(1 - share, power))
 
 
-class WarmupPoly(Schedule):
+class WarmupPoly(DecaySchedule):
     """Warm the learning rate up, then decay it by a power ([Chen et al., 2016](https://arxiv.org/abs/1606.00915)).
 
     Step ``i`` of the ``m`` warm-up steps has the learning rate ``i * lr / m``. Step ``t`` (from 0) of the ``T`` later
@@ -67,14 +65,12 @@ class WarmupPoly(Schedule):
     def __init__(
         self, power: float = 0.9, warmup_epochs: float = 0, min_lr: float = 0.0, total_steps: int | None = None
     ) -> None:
-        super().__init__(warmup_epochs, total_steps)
+        super().__init__(warmup_epochs, min_lr, total_steps)
         self.power: float = number(self, "power", power, "(0, 10]", "0.9 is usual, and 1 is a line.")
-        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
 
-    def plan(self) -> str:
-        """Find the end of the decay."""
-        require_falling(self, self.min_lr, self._base_lrs)
-        return f"to the power {self.power:g} down to {self.min_lr:g} at step {self._length.run}"
+    def plan_decay(self) -> str:
+        """Describe the decay, for the log."""
+        return f"to the power {self.power:g} down"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Return the learning rate of a step, see ``warmup_poly``."""

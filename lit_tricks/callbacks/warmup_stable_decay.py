@@ -7,12 +7,18 @@ One caveat: to train longer later, you need a checkpoint from before the decay. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
-from lit_tricks.callbacks.optim.schedule import Schedule, require_falling, warmup
+from lit_tricks.callbacks.optim.schedule import DecaySchedule, decay, warmup
 from lit_tricks.utils.arguments import choice, number
 
 __all__ = ["WarmupStableDecay", "warmup_stable_decay"]
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "1-sqrt": lambda share: 1 - math.sqrt(share),
+    "linear": lambda share: 1 - share,
+}
 
 
 def warmup_stable_decay(
@@ -41,15 +47,11 @@ def warmup_stable_decay(
     """
     if step < warmup_steps:
         return warmup(step, lr, warmup_steps)
-    if step >= total_steps:
-        return min_lr
-    if step < total_steps - decay_steps:
-        return lr
-    progress = (step - (total_steps - decay_steps)) / decay_steps
-    return min_lr + (lr - min_lr) * (1 - (math.sqrt(progress) if shape == "1-sqrt" else progress))
+    start = total_steps - decay_steps
+    return decay(step, lr, start, total_steps, min_lr, SHAPES[shape])
 
 
-class WarmupStableDecay(Schedule):
+class WarmupStableDecay(DecaySchedule):
     """Hold the learning rate, and decay it in the last part of the run ([Hägele et al., 2024](https://arxiv.org/abs/2405.18392)).
 
     After the warm-up the learning rate is constant. In the last part of the run it falls from ``lr`` to ``min_lr``.
@@ -85,18 +87,16 @@ class WarmupStableDecay(Schedule):
         min_lr: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
-        super().__init__(warmup_epochs, total_steps)
+        super().__init__(warmup_epochs, min_lr, total_steps)
         self.decay: float = number(self, "decay", decay, "(0, 1]", "Give a share of the run: for 20 % write 0.2.")
         self.shape: Literal["1-sqrt", "linear"] = choice(self, "shape", shape, ("1-sqrt", "linear"))
-        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
         self._decay_steps = 1
 
-    def plan(self) -> str:
+    def plan_decay(self) -> str:
         """Find the first step of the decay."""
-        require_falling(self, self.min_lr, self._base_lrs)
         run = self._length.run
         self._decay_steps = max(1, min(round(self.decay * run), run - self._warmup_steps))
-        return f"constant to step {run - self._decay_steps}, then {self.shape} to {self.min_lr:g} at step {run}"
+        return f"constant to step {run - self._decay_steps}, then {self.shape}"
 
     def lr(self, step: int, base_lr: float) -> float:
         """Return the learning rate of a step, see ``warmup_stable_decay``."""

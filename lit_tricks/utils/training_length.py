@@ -14,7 +14,7 @@ from lit_tricks._compat import callbacks_of, lightning_classes
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["TrainingLength", "steps_done"]
+__all__ = ["TrainingLength", "is_fast_dev_run", "steps_done"]
 
 
 def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
@@ -22,6 +22,11 @@ def steps_done(trainer: Trainer, pl_module: LightningModule) -> int:
     if pl_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[union-attr, no-any-return]
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Return whether the run only tries a few batches, so that warnings of its length are of no use."""
+    return bool(trainer.fast_dev_run)  # type: ignore[union-attr]  # a connector sets it
 
 
 class TrainingLength:

@@ -245,7 +245,7 @@ def found(module: nn.Module, pattern: str) -> list[str]:
         ("layer1", ["model.layer1"]),
         ("layer[12]", ["model.layer1", "model.layer2"]),
         ("model.layer[!34]", ["model.layer1", "model.layer2"]),
-        ("bn1", ["model.bn1"]),  # and not those of the blocks
+        ("bn1", ["model.bn1"]),  # not bn1 of the blocks
         ("*.layer4.0.bn1", ["model.layer4.0.bn1"]),
         ("layer4.*", ["model.layer4.0", "model.layer4.1"]),
         ("layer1.0.conv1.weight", ["model.layer1.0.conv1.weight"]),

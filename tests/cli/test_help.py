@@ -115,7 +115,7 @@ CLASSES = {
 
 
 def documentation_of(cls: type) -> dict[str, str]:
-    """The descriptions of the arguments, with those of the base class for arguments that a class passes on."""
+    """Return the descriptions of the arguments, also of arguments that a class passes on to its base class."""
     text = plain(inspect.cleandoc(cls.__doc__ or "")) + "\n"
     section = re.search(r"^Args:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
     documented = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE))

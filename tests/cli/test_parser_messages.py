@@ -18,7 +18,7 @@ from lit_tricks.cli.parser_messages import RULES, shorten
 
 
 def message_of(*words: str) -> str:
-    """Return the message with which a parser like that of ``lit-tricks`` rejects the words."""
+    """Return the message for these words of a parser built as for ``lit-tricks``."""
     command = ArgumentParser(exit_on_error=False)
     command.add_argument("--config", action="config")
     command.add_argument("--trainer.max_epochs", type=int | None)

@@ -26,7 +26,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def table(path: Path, text: str | bytes) -> str:
-    """Write a table, and the images that ``ROWS`` names beside it."""
+    """Write a table, and the images in ``ROWS`` to the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in ROWS:
         if not (path.parent / name).exists():

@@ -37,7 +37,7 @@ LARGE: dict[str, Any] = GOOD | {"state_dict": {"w": torch.zeros(2**19)}}  # 2 MB
 
 @contextlib.contextmanager
 def small_disk(size: int = 2**20) -> Iterator[None]:
-    """Let no file of this process grow beyond a size: the error is that of a full disk in another coat."""
+    """Limit the size of files of this process. Writing more fails in the same way as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -77,7 +77,7 @@ class Codebook(With):
 
 
 class Scaled(With):
-    """A parameter without a dimension, that is used."""
+    """A module with a parameter of shape ()."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps * self.scale

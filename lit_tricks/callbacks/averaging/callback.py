@@ -18,6 +18,7 @@ from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.utils.arguments import choice
 from lit_tricks.utils.modes import modes_kept
 from lit_tricks.utils.processes import broadcasts_buffers
+from lit_tricks.utils.training_length import is_fast_dev_run
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -115,7 +116,7 @@ class Averaging(KeptAverage):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if there is no average."""
-        if not self._updates and not trainer.fast_dev_run:  # type: ignore[union-attr]
+        if not self._updates and not is_fast_dev_run(trainer):
             rank_zero_only(warnings.warn)(
                 f"{self.state_key} averaged nothing in {self._steps} steps: the model keeps the weights it was "
                 f"trained to. {self._why_nothing()}",

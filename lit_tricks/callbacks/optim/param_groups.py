@@ -8,14 +8,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_tricks._compat import leaves
+from lit_tricks.callbacks.base import Trick
 
-__all__ = ["Group", "GroupNames", "groups_of", "on_each_group", "optimizers_in", "split_group"]
+if TYPE_CHECKING:
+    from lit_tricks._compat import LightningModule, Trainer
+
+__all__ = ["Group", "GroupNames", "GroupSplitting", "groups_of", "on_each_group", "optimizers_in", "split_group"]
 
 Group = dict[str, Any]
 
@@ -99,6 +103,24 @@ class GroupNames:
         if not restored:
             remedy = "was made without it. Remove it"
         raise RuntimeError(f"{self._trick}: the checkpoint {remedy}, or load only its weights.")
+
+
+class GroupSplitting(Trick):
+    """A trick that splits the parameter groups, and requires the same groups of a resumed run."""
+
+    _names: GroupNames
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the names of the parameters in each group."""
+        return {"groups": self._names.names}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compare the groups with the groups of the resumed run.
+
+        Raises:
+            RuntimeError: if they differ.
+        """
+        self._names.load(checkpoint, self.state_key)
 
 
 def split_group(group: Group, weight_decay: float | None, is_free: Callable[[Tensor], bool]) -> list[Group]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,12 @@ from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.optim.lr_override import configured_rates, rates_of
 from lit_tricks.utils.arguments import integer, invalid, number
-from lit_tricks.utils.training_length import TrainingLength, steps_done
+from lit_tricks.utils.training_length import TrainingLength, is_fast_dev_run, steps_done
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["Schedule", "require_falling", "warmup"]
+__all__ = ["DecaySchedule", "Schedule", "decay", "warmup"]
 
 
 def warmup(step: int, lr: float, warmup_steps: int) -> float:
@@ -35,21 +36,26 @@ def warmup(step: int, lr: float, warmup_steps: int) -> float:
     return (step + 1) * lr / warmup_steps
 
 
-def require_falling(schedule: Schedule, min_lr: float, base_lrs: list[list[float]]) -> None:
-    """Raise if a parameter group would end with a higher learning rate than configured.
+def decay(step: int, lr: float, start: int, end: int, min_lr: float, shape: Callable[[float], float]) -> float:
+    """Return the learning rate of a step of a decay: ``lr`` before it, ``min_lr`` after it.
 
     Args:
-        schedule: schedule that ends at ``min_lr``.
-        min_lr: learning rate at the end of the run.
-        base_lrs: configured learning rates, per optimizer and group.
+        step: number of earlier steps.
+        lr: the full learning rate.
+        start: first step of the decay.
+        end: first step after the decay.
+        min_lr: learning rate at the end.
+        shape: share of the fall that is left, from 1 to 0, at a share of the decay, from 0 to 1.
 
-    Raises:
-        ValueError: if ``min_lr`` is above the lowest configured learning rate.
+    Example:
+        >>> [decay(step, 0.5, 1, 3, 0.0, lambda share: 1 - share) for step in range(4)]
+        [0.5, 0.5, 0.25, 0.0]
     """
-    lowest = min(lr for lrs in base_lrs for lr in lrs)
-    if min_lr > lowest:
-        fault = f"the run starts at learning rate {lowest:g}, and ends higher. Lower min_lr."
-        raise invalid(schedule, fault, min_lr=min_lr)
+    if step >= end:
+        return min_lr
+    if step < start:
+        return lr
+    return min_lr + (lr - min_lr) * shape((step - start) / (end - start))
 
 
 class Schedule(Trick):
@@ -113,7 +119,7 @@ class Schedule(Trick):
             for group, lr in zip(optimizer.param_groups, lrs, strict=False):
                 group["initial_lr"] = lr  # torch's name; a checkpoint may contain the value of another run
         is_whole = not self._length.knows_run or self._warmup_steps <= self._length.run
-        if not is_whole and not trainer.fast_dev_run:  # type: ignore[union-attr]
+        if not is_whole and not is_fast_dev_run(trainer):
             warnings.warn(
                 f"{type(self).__name__}: the run ends after {self._length.run} of {self._warmup_steps} warm-up "
                 f"steps, before its full learning rate; lower warmup_epochs={self.warmup_epochs}.",
@@ -141,3 +147,27 @@ class Schedule(Trick):
     ) -> None:
         """Raise if a batch makes another number of steps than assumed."""
         self._length.check(trainer)
+
+
+class DecaySchedule(Schedule):
+    """A schedule that ends at ``min_lr`` at the end of the run."""
+
+    def __init__(self, warmup_epochs: float, min_lr: float, total_steps: int | None) -> None:
+        super().__init__(warmup_epochs, total_steps)
+        self.min_lr: float = number(self, "min_lr", min_lr, "[0, 1e6]", "Give the learning rate at the end of the run.")
+
+    @abstractmethod
+    def plan_decay(self) -> str:
+        """Describe the decay, for the log, when the run's length is known."""
+
+    def plan(self) -> str:
+        """Check that no parameter group ends with a higher learning rate than it is configured with.
+
+        Raises:
+            ValueError: if ``min_lr`` is above the lowest of the configured learning rates.
+        """
+        lowest = min(lr for lrs in self._base_lrs for lr in lrs)
+        if self.min_lr > lowest:
+            fault = f"the run starts at learning rate {lowest:g}, and ends higher. Lower min_lr."
+            raise invalid(self, fault, min_lr=self.min_lr)
+        return f"{self.plan_decay()} to {self.min_lr:g} at step {self._length.run}"

@@ -18,6 +18,7 @@ from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.utils.arguments import integer, names, number
 from lit_tricks.utils.batch import Path, describe
 from lit_tricks.utils.log import log
+from lit_tricks.utils.training_length import is_fast_dev_run
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -78,7 +79,7 @@ class Mixing(LossTrick):
             raise RuntimeError(
                 f"{name}(off_epochs={self.off_epochs}) needs the last epoch: set Trainer(max_epochs=...)."
             )
-        if epochs is not None and 0 <= epochs <= self.off_epochs and not trainer.fast_dev_run:  # type: ignore[union-attr]
+        if epochs is not None and 0 <= epochs <= self.off_epochs and not is_fast_dev_run(trainer):
             raise RuntimeError(
                 f"{name}(off_epochs={self.off_epochs}) leaves all of max_epochs={epochs} epochs unmixed: lower it."
             )
@@ -142,7 +143,7 @@ class Mixing(LossTrick):
 
     def is_on(self, trainer: Trainer) -> bool:
         """Return whether this epoch is mixed: not one of the last ``off_epochs``."""
-        if not self.off_epochs or trainer.fast_dev_run:  # type: ignore[union-attr]
+        if not self.off_epochs or is_fast_dev_run(trainer):
             return True
         return trainer.current_epoch < (trainer.max_epochs or 0) - self.off_epochs
 

@@ -72,7 +72,7 @@ class CocoDetection(DetectionFolders):
         self.annotations = text(self, "annotations", annotations, fix)
         self._order = check_classes(self, classes, "the order of the annotations")
         self.classes: list[str] = []
-        if self.predict_dir is None or os.path.isdir(root):  # to predict, the data need not be there
+        if self.predict_dir is None or os.path.isdir(root):  # prediction does not need the data set
             # the smaller file of the two that must agree
             self.classes = self._read("val")
 
