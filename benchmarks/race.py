@@ -65,6 +65,9 @@ class World:
         return len(self.made) + self.partial_runs
 
 
+Screen = Callable[[World, tuple[str, ...], list[str]], list[str]]  # of a leader and arms, the arms to run
+
+
 def race(world: World) -> tuple[str, ...]:
     """Return what a race keeps."""
     verdict = Verdict()
@@ -95,40 +98,31 @@ def grid(world: World, seeds: int = 8, alpha: float = 0.05) -> tuple[str, ...]:
     return leader
 
 
-def one_seed(world: World) -> tuple[str, ...]:
-    """Return what forward selection by one seed keeps."""
+def one_seed(world: World, screen: Screen = lambda world, leader, arms: arms) -> tuple[str, ...]:
+    """Return what forward selection by one seed keeps, from the arms that ``screen`` leaves in each round."""
     leader: tuple[str, ...] = ()
     rest = set(world.gains)
     while rest:
-        found = {name: world.differences(leader, name, [0])[0] for name in sorted(rest)}
-        best = max(found, key=lambda name: found[name])
-        if found[best] <= 0:
-            break
-        leader = tuple(sorted((*leader, best)))
-        rest.remove(best)
-    return leader
-
-
-def halving(world: World) -> tuple[str, ...]:
-    """Return what successive halving by one seed keeps: the better half at 1/4 and at 1/2 of the run, then the best.
-
-    Runs continue from rung to rung, so the last one costs what is left of it.
-    """
-    leader: tuple[str, ...] = ()
-    rest = set(world.gains)
-    while rest:
-        arms = sorted(rest)
-        for added in (0.25, 0.25):
-            scores = {name: world.early((*leader, name), added) for name in arms}
-            arms = sorted(arms, key=lambda name: -scores[name])[: math.ceil(len(arms) / 2)]
+        arms = screen(world, leader, sorted(rest))
         found = {name: world.differences(leader, name, [0])[0] for name in arms}
-        world.partial_runs -= 0.5 * len(arms)
         best = max(found, key=lambda name: found[name])
         if found[best] <= 0:
             break
         leader = tuple(sorted((*leader, best)))
         rest.remove(best)
     return leader
+
+
+def halved(world: World, leader: tuple[str, ...], arms: list[str]) -> list[str]:
+    """Return the arms that successive halving leaves: the better half at 1/4 and at 1/2 of the run.
+
+    Runs continue from rung to rung, so the full runs of these arms cost only the second half.
+    """
+    for added in (0.25, 0.25):
+        scores = {name: world.early((*leader, name), added) for name in arms}
+        arms = sorted(arms, key=lambda name: -scores[name])[: math.ceil(len(arms) / 2)]
+    world.partial_runs -= 0.5 * len(arms)
+    return arms
 
 
 def measure(method: Callable[[World], tuple[str, ...]], gains: Sequence[float], repeats: int) -> tuple[float, ...]:
@@ -152,7 +146,7 @@ def main() -> None:
         "race": race,
         "full grid, 8 seeds": grid,
         "forward selection, 1 seed": one_seed,
-        "successive halving, 1 seed": halving,
+        "successive halving, 1 seed": partial(one_seed, screen=halved),
     }
     lines = ["# A race on arms with known gains", ""]
     lines += [
