@@ -22,9 +22,9 @@ class Freeze(Freezing):
     ``train()`` do not change this. The optimizer is built as without the trick. A network whose first layers are frozen
     saves no activations there and runs backward only through the rest.
 
-    Cost: negative. With the backbone of a ResNet-50 frozen, a step takes 29 % of its time and saves no activations
-    (``python benchmarks/freezing.py``). Use it to train a new classifier on pretrained features, for small data sets,
-    or for the first epochs of a fine-tuning. Leave it out if the network starts from random weights.
+    Cost: negative. With the backbone of a ResNet-50 frozen, a step takes 29 % of its time and stores no activations
+    (CPU, 64 pixels, ``benchmarks/results/freezing.md``). Use it to train a new classifier on pretrained features, for
+    small data sets, or for the first epochs of a fine-tuning. Leave it out if the network starts from random weights.
 
     Args:
         modules: what to freeze: names of modules or parameters, such as "model.layer1" or only "layer1"; patterns, such
