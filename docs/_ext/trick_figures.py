@@ -257,6 +257,7 @@ def draw_layer_decay(theme: Theme) -> Figure:
         factors = [layer_decay_factor(17 - layer, decay) for layer in range(18)]
         axes.plot(range(1, 19), factors, ".-", color=theme.cycle[number], label=f"decay {decay}")
     axes.set_yscale("log")
+    axes.set_xticks([1, 6, 12, 18])
     tidy(axes, "", "layer", "factor")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure

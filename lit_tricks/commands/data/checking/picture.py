@@ -45,7 +45,7 @@ def _figure(listing: Listing, facts: Facts, theme: Theme) -> Figure:
     left.grid(visible=False, axis="y")
     left.set_axisbelow(True)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(order):
+    if np.count_nonzero(counts.any(0)) > 1:
         left.legend(frameon=False)
     read = np.flatnonzero(facts.widths)
     shown = read[np.linspace(0, len(read) - 1, min(POINTS, len(read))).astype(int)] if len(read) else read
