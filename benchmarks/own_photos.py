@@ -36,7 +36,7 @@ import lit_tricks
 from lit_tricks.data import ImageFolder
 
 OWN = ("bird", "cat", "horse", "ship")  # the photos of the user; the network has seen no such class
-SEEDS = (0, 1, 2)
+SEEDS = tuple(range(8))
 PRETRAINING = 500  # photos of each of the other classes
 PHOTOS = 50  # of each class
 NETWORK = '{"depth": 18, "variant": "D", "width": 0.25, "small_input": true}'
