@@ -100,7 +100,7 @@ class TrainLoader(StatefulDataLoader):  # type: ignore[misc]  # torchdata is unt
             self.next_iter_state = None
         elif state:
             check_same_batches((state["processes"], state["batch_size"]), (self._processes(), self.batch_size))
-        yield from guarded(self, super().__iter__())
+        yield from guarded(self, super().__iter__)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: the batches that were returned in the epoch."""

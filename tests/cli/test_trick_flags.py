@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.cli import CELLS, FIT, cli, done, workplace
+from helpers.cli import FIT, cells_in_this_process, cli, done, workplace
 from helpers.sweep import agent_commands
 
 from lit_tricks.utils.trick_flags import apply_to_rows, behind_configs
@@ -192,7 +192,7 @@ def alphas(configs: list[dict[str, Any]]) -> list[list[Any]]:
 
 
 def test_an_ablation_changes_a_trick_in_the_rows_that_have_it(base: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
     done(*GRID, "--", *CHANGES)
     files = [Path(f"ablation/runs/{name}-seed0/v0/config.yaml") for name in ("baseline", "with-mixup", "with-ema")]
     configs = [yaml.safe_load(file.read_text()) for file in files]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import warm
-from helpers.cli import CELLS, checkpoint, cli, done, results, workplace
+from helpers.cli import cells_in_this_process, checkpoint, cli, done, results, workplace
 from helpers.fits import differences
 from helpers.sleepers import alive, interrupted, sleepers, wait_for
 from scipy import stats
@@ -135,7 +135,7 @@ def test_ablate_wrong_arguments_explain_themselves(folder: Path, words: tuple[st
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs are in this process."""
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
 
 
 def test_a_failed_run_stops_no_other_and_is_tried_again(here: None, folder: Path) -> None:

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import yaml
-from helpers.cli import CELLS, cli, done, results, workplace
+from helpers.cli import cells_in_this_process, cli, done, results, workplace
 from helpers.races import COSTS, decisions, fake_fits, read_race, run_race
 from rich.console import Console
 from scipy import stats
@@ -215,7 +215,7 @@ def test_exclusive_tricks_are_found_by_their_classes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
     with workplace(tmp_path):
         Path("empty.yaml").write_text("# nothing\n")
         Path("list.yaml").write_text("- trainer\n")

@@ -108,10 +108,12 @@ def test_a_killed_race_on_fake_fits_decides_as_one_that_was_left_alone(folder: P
 
 REAL = """
 import sys
-from unittest import mock
-from helpers.cli import CELLS
+import pytest
+from helpers.cli import cells_in_this_process
 from lit_tricks.cli import main
-with mock.patch(*CELLS), mock.patch("lit_tricks.run.report.fit.draw_curves", return_value=None):
+with pytest.MonkeyPatch.context() as patch:
+    cells_in_this_process(patch)
+    patch.setattr("lit_tricks.run.report.fit.draw_curves", lambda *args: None)
     main(sys.argv[1:])
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cli import CELLS, FIT, cli, done, workplace, write_image_folder, write_images
+from helpers.cli import FIT, cells_in_this_process, cli, done, workplace, write_image_folder, write_images
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in [*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")])
@@ -57,7 +57,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for words in commands(page):
         if words[0] == "fit":  # the configuration is built; the training is tested elsewhere

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,11 +87,8 @@ def done(*words: str) -> Outcome:
     return outcome
 
 
-class InThisProcess:
-    """Stands in for ``subprocess`` in an ablation: its runs are in this process, since importing takes longer.
-
-    ``monkeypatch.setattr(*CELLS)`` puts it there.
-    """
+class _Process:
+    """Stands in for a process of an ablation or a race."""
 
     def __init__(self, command: list[str], stdout: Any, env: dict[str, str], **kwargs: Any) -> None:
         assert command[:3] == [sys.executable, "-m", "lit_tricks"]
@@ -100,11 +98,23 @@ class InThisProcess:
         stdout.write(f"{outcome.out}{outcome.log}{outcome.err}".encode())
 
     def wait(self) -> int:
-        """It has ended."""
+        """Return the exit code: the process has ended."""
         return int(self.returncode)
 
 
-CELLS = ("lit_tricks.commands.ablation.cells.subprocess", SimpleNamespace(Popen=InThisProcess))
+class _Pool(ThreadPoolExecutor):
+    """Runs what is submitted at once, in this thread: a run changes what threads share, such as ``sys.stderr``."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def cells_in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Make the runs of ablations and races in this process, one after another: importing takes longer than a run."""
+    patch.setattr("lit_tricks.commands.ablation.cells.subprocess", SimpleNamespace(Popen=_Process))
+    patch.setattr("lit_tricks.commands.ablation.cells.ThreadPoolExecutor", _Pool)
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *words: str) -> TricksCLI:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers.cli import CELLS, FIT, cli, done, workplace
+from helpers.cli import FIT, cells_in_this_process, cli, done, workplace
 from helpers.sleepers import alive, sleepers, wait_for
 from lightning.fabric.plugins import TorchCheckpointIO
 
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_falls_back_to_an_older_one_or_to_none(
 def ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in which an ablation has ended."""
     with workplace(tmp_path):
-        monkeypatch.setattr(*CELLS)
+        cells_in_this_process(monkeypatch)
         done(*GRID)
         yield tmp_path / "ablation"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cli import CELLS, FIT, checkpoint, cli, done, metrics, results, workplace
+from helpers.cli import FIT, cells_in_this_process, checkpoint, cli, done, metrics, results, workplace
 from helpers.fits import differences
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -229,7 +229,7 @@ def test_a_finished_run_that_is_resumed_for_nothing_has_its_results(runs: Path) 
 
 
 def test_a_killed_run_of_an_ablation_is_judged_as_one_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
     words = ("ablate", "--config", "tiny.yaml", "--stack", "tricks/no_bias_decay", "--mode", "drop", "--seeds", "0")
     more = (*ROUGH[3:], "--trainer.max_epochs=5")
     done(*words, "--out", "whole", "--", *more)

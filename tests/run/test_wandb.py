@@ -13,7 +13,7 @@ import pytest
 import wandb
 import yaml
 from helpers import warm
-from helpers.cli import CELLS, COSINE, FIT, built, checkpoint, cli, done, metrics, results, workplace
+from helpers.cli import COSINE, FIT, built, cells_in_this_process, checkpoint, cli, done, metrics, results, workplace
 from helpers.fits import differences
 from helpers.wandb import Tracked, stranger
 from lightning.pytorch.loggers import WandbLogger
@@ -261,7 +261,7 @@ def test_watch_says_what_it_needs(words: tuple[str, ...], message: str) -> None:
 
 @pytest.mark.slow
 def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
     wandb.teardown()  # it reads the environment once, and the group is there
     words = ("ablate", "--config=tiny.yaml", "--config=loggers/wandb", "--stack", "tricks/ema", "--seeds", "0")
     outcome = cli(*words, "--out", "which")
@@ -283,7 +283,7 @@ def test_an_ablation_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_race_is_a_group_with_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*CELLS)
+    cells_in_this_process(monkeypatch)
     wandb.teardown()  # it reads the environment once, and the group is there
     words = ("race", "--config=tiny.yaml", "--config=loggers/wandb", "--candidates", "tricks/zero_gamma")
     outcome = cli(*words, "--budget", "9", "--out", "fastest")

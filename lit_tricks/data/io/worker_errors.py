@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -15,14 +15,21 @@ from lit_tricks._compat import stop_workers, workers_of
 __all__ = ["EvalLoader", "explain_death", "guarded"]
 
 
-def guarded(loader: DataLoader[Any], batches: Iterator[Any]) -> Iterator[Any]:
+SECONDS = 30  # in which a killed process ends, on a machine that has much else to do
+
+
+def guarded(loader: DataLoader[Any], begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
     """Yield the batches of a loader.
+
+    Args:
+        loader: the loader.
+        begin: starts an epoch. Persistent workers answer at this point, so that they can fail here, too.
 
     Raises:
         RuntimeError: if one of its workers was killed; the message names the remedy.
     """
     try:
-        yield from batches
+        yield from begin()
     except (RuntimeError, OSError, EOFError) as error:  # a closed connection, or torch's own message
         message = _death_of_worker(loader, error) or explain_death(error)
         if message is None:
@@ -40,18 +47,18 @@ class EvalLoader(DataLoader[Any]):
     """A loader whose error names the remedy when a worker was killed."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return guarded(self, super().__iter__())
+        return guarded(self, super().__iter__)
 
 
 def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
     workers = workers_of(loader)
-    # a connection breaks some time before the process is gone
-    for _ in range(200 if isinstance(error, OSError | EOFError) else 1):
-        dead = [worker for worker in workers if worker.exitcode]
-        if dead:
-            break
-        time.sleep(0.01)
-    else:
+    if isinstance(error, OSError | EOFError):  # a connection breaks some time before the process is gone
+        broken = isinstance(error, ConnectionError | EOFError)  # other errors are mostly those of a file
+        connection.wait([worker.sentinel for worker in workers], timeout=SECONDS if broken else 1)
+        for worker in workers:
+            worker.join(0.1)
+    dead = [worker for worker in workers if worker.exitcode]
+    if not dead:
         return None
     stop_workers(loader)
     code = dead[0].exitcode or 0

@@ -186,7 +186,7 @@ class StreamLoader(StreamingDataLoader):  # type: ignore[misc]
             )
         if self.restore:
             check_same_batches(self.begun_with, (self.dataset.distributed_env.world_size, self.batch_size))
-        yield from guarded(self, super().__iter__())
+        yield from guarded(self, super().__iter__)
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Continue after the batches that were returned. The shards may be in another place now."""
