@@ -44,10 +44,13 @@ PROBE, FIXRES = "linear probe", "finetune, then FixRes"
 LARGER = 40  # pixels of the test images after FixRes
 TRIAL = 100  # the seed whose validation photos choose learning rates
 BATCH = {50: (), 500: ("--data.batch_size=64",)}
-SGD = "--model.optimizer=SGD --model.optimizer.momentum=0.9 --model.optimizer.nesterov=true --model.optimizer.weight_decay=1e-4"
+SGD = (
+    "--model.optimizer=SGD", "--model.optimizer.momentum=0.9", "--model.optimizer.nesterov=true",
+    "--model.optimizer.weight_decay=1e-4",
+)  # fmt: skip
 TRIALS: dict[str, dict[str, tuple[str, ...]]] = {  # each arm is the trial that is best on validation photos
     "finetune": {"AdamW, 0.001": ()},
-    "with SGD": {f"SGD, {lr:g}": (*SGD.split(), f"--model.optimizer.lr={lr:g}") for lr in (0.03, 0.1, 0.3)},
+    "with SGD": {f"SGD, {lr:g}": (*SGD, f"--model.optimizer.lr={lr:g}") for lr in (0.03, 0.1, 0.3)},
     "with strong augmentation": {
         f"AdamW, 0.001, {name}": (f"--data.augmentation={name}",) for name in ("trivial", "rand")
     },
@@ -198,8 +201,8 @@ def table(count: int, trials: dict[str, dict[str, float]], rows: list[dict[str, 
             )
         top1, seconds = (statistics.mean(row[arm][i] for row in rows) for i in (0, 1))
         lines.append(f"| {arm} | {setting} | {100 * top1:.2f} | {' | '.join(cells)} | {seconds:.1f} |")
-    told = ", ".join(f"{name} {value:.2f}" for each in trials.values() for name, value in each.items())
-    return [*lines, "", f"Validation top-1 of the trials: {told}.", ""]
+    shown = ", ".join(f"{name} {value:.2f}" for each in trials.values() for name, value in each.items())
+    return [*lines, "", f"Validation top-1 of the trials: {shown}.", ""]
 
 
 def report(sections: list[str]) -> str:

@@ -16,13 +16,13 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_tricks.callbacks.base import Trick
-from lit_tricks.callbacks.finetuning.eval_transform import SwitchedTransforms
-from lit_tricks.callbacks.finetuning.freezing import Frozen, refuse_rivals
+from lit_tricks.callbacks.finetuning.eval_transform import EvalTransforms
+from lit_tricks.callbacks.finetuning.freezing import Frozen, reject_conflicts
 from lit_tricks.callbacks.optim.initializer import sign_of_training
 from lit_tricks.callbacks.optim.lr_factors import set_base_lr
 from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group
 from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number, text
-from lit_tricks.utils.batch import refuse_boxes
+from lit_tricks.utils.batch import reject_boxes
 from lit_tricks.utils.image_size import require_fit, require_size
 from lit_tricks.utils.modes import changed_in_evaluation
 from lit_tricks.utils.modules import find_classifier, find_norms, is_norm, require_initialized
@@ -125,11 +125,11 @@ class FixRes(Trick):
         """
         self._run = _Run()
         if self.test_size is not None:
-            self._run.data = SwitchedTransforms(trainer, self.test_size, self.transform)
+            self._run.data = EvalTransforms(trainer, self.test_size, self.transform)
             # No hook runs between a loader's creation and the start of its workers.
             self.wrap(trainer.strategy, "process_dataloader", self._run.data.around)
         if stage == "fit":
-            refuse_rivals(trainer, self)
+            reject_conflicts(trainer, self)
             # No hook runs between configure_model and the strategy, which wraps the module.
             self.wrap(trainer.strategy, "setup", partial(self._freeze, pl_module))
             # LinearScaling scales the groups as they are added, in any order of the list.
@@ -287,7 +287,7 @@ class FixRes(Trick):
     # Helpers
 
     def _require_size(self, batch: Any) -> None:
-        refuse_boxes(batch, "FixRes", "the classifier of whole images")
+        reject_boxes(batch, "FixRes", "the classifier of whole images")
         if self.test_size is not None:
             remedy = (
                 "the transform of its data set is none that FixRes can resize. Give FixRes(transform=...), a function "
@@ -306,7 +306,7 @@ class FixRes(Trick):
         run, self._run = self._run, None
         for changed in (run.data, run.frozen) if run else ():
             if changed:
-                changed.put_back()
+                changed.restore()
 
 
 _HEAD, _NORM = "classifier", "BatchNorm"

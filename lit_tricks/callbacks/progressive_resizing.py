@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import MAX_SIDE, choice, integer, invalid, number
-from lit_tricks.utils.batch import describe, find, refuse_boxes, replace, tensors_in
+from lit_tricks.utils.batch import describe, find, reject_boxes, replace, tensors_in
 from lit_tricks.utils.image_size import require_fit, resize, resize_nearest
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
@@ -197,7 +197,7 @@ class ProgressiveResizing(Trick):
 
 def _images_in(batch: Any) -> dict[Any, Tensor]:
     """Return the images of a batch: floats or uint8 with 4 dimensions, of the size of the first."""
-    refuse_boxes(batch, "ProgressiveResizing", "images without other data, or with masks")
+    reject_boxes(batch, "ProgressiveResizing", "images without other data, or with masks")
     try:
         found = find(batch, "ProgressiveResizing")[0]
     except RuntimeError:

@@ -206,7 +206,7 @@ class CIFAR10(MemoryDataModule):
                 f"use 0, or {self.num_classes} to {most}"
             )
         train, val = stratified_split(images.stored.labels.tolist(), self.val_size, self.split_seed)
-        return {"train": MemorySource(images.recipe, train), "val": MemorySource(images.recipe, val)}
+        return {"train": MemorySource(images.image_set, train), "val": MemorySource(images.image_set, val)}
 
     def _read(self, train: bool) -> MemorySource:
         with self._explained():

@@ -109,7 +109,7 @@ class Digits(MemoryDataModule):
     def _load(self, split: Split) -> dict[Split, Source]:
         digits = MemorySource(DigitImages())
         rows = split_rows(digits.stored.labels.numpy(), self.split_seed)
-        return {name: MemorySource(digits.recipe, part.tolist()) for name, part in rows.items()}
+        return {name: MemorySource(digits.image_set, part.tolist()) for name, part in rows.items()}
 
 
 def split_digits(seed: int) -> dict[Split, tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:

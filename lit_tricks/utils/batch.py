@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["arguments_of", "describe", "find", "images_in_list", "inputs_of", "refuse_boxes", "replace", "tensors_in"]
+__all__ = ["arguments_of", "describe", "find", "images_in_list", "inputs_of", "reject_boxes", "replace", "tensors_in"]
 
 Path = tuple[Any, ...]  # keys, indices or field names, from the outside in
 
@@ -37,7 +37,7 @@ def find(batch: Any, trick: str) -> tuple[dict[Path, Tensor], Path, Tensor]:
     Raises:
         RuntimeError: if there is no target, or more than one, or the targets are boxes.
     """
-    refuse_boxes(batch, trick, "a label of each image, or of each pixel")
+    reject_boxes(batch, trick, "a label of each image, or of each pixel")
     tensors = dict(tensors_in(batch))
     images = {path: t for path, t in tensors.items() if _is_images(t)}
     targets = _integer_targets(tensors) or _byte_targets(tensors, images) or _several_labels(tensors, images)
@@ -83,7 +83,7 @@ def arguments_of(batch: Any, trick: str) -> list[Any]:
     return [images] if images else inputs_of(batch, trick)
 
 
-def refuse_boxes(batch: Any, trick: str, what: str) -> None:
+def reject_boxes(batch: Any, trick: str, what: str) -> None:
     """Raise if a batch belongs to object detection.
 
     Args:

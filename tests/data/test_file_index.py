@@ -98,11 +98,11 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "class": lambda root: ((root / "emu").mkdir(), (root / "emu" / "1.jpg").touch()),
     "class renamed": lambda root: (root / "bee").rename(root / "wasp"),
     "folder below": lambda root: ((root / "cow" / "x" / "y" / "w").mkdir(), (root / "cow/x/y/w/1.jpg").touch()),
-    "time put back": lambda root: put_back(root / "bee", lambda folder: (folder / "11.jpg").touch()),
+    "time put back": lambda root: restore(root / "bee", lambda folder: (folder / "11.jpg").touch()),
 }
 
 
-def put_back(folder: Path, change: Callable[[Path], object]) -> None:
+def restore(folder: Path, change: Callable[[Path], object]) -> None:
     """As rsync and tar do."""
     times = folder.stat()
     change(folder)

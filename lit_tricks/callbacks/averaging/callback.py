@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks._compat import saves_in_shards
-from lit_tricks.callbacks.averaging.conflicts import refuse_conflicts, refuse_hidden_steps, refuse_hidden_weights
+from lit_tricks.callbacks.averaging.conflicts import (
+    reject_conflicting_callbacks,
+    reject_hidden_steps,
+    reject_hidden_weights,
+)
 from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.callbacks.averaging.raw_validation import validate_trained
 from lit_tricks.callbacks.averaging.store import AveragedWeights
@@ -74,9 +78,9 @@ class Averaging(KeptAverage):
             RuntimeError: if another average is also validated and saved, or the strategy or optimizer hides weights or
                 steps.
         """
-        refuse_conflicts(self, trainer)
-        refuse_hidden_weights(self, trainer, pl_module)
-        refuse_hidden_steps(self, trainer)
+        reject_conflicting_callbacks(self, trainer)
+        reject_hidden_weights(self, trainer, pl_module)
+        reject_hidden_steps(self, trainer)
         if self._weights is None or not self._weights.belongs_to(pl_module):
             self._weights = AveragedWeights(pl_module, self.buffers, self._on_cpu)
             self._steps = self._updates = 0

@@ -11,10 +11,10 @@ from lit_tricks.utils.modules import is_flattened, require_initialized
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["refuse_conflicts", "refuse_hidden_steps", "refuse_hidden_weights"]
+__all__ = ["reject_conflicting_callbacks", "reject_hidden_steps", "reject_hidden_weights"]
 
 
-def refuse_conflicts(average: KeptAverage, trainer: Trainer) -> None:
+def reject_conflicting_callbacks(average: KeptAverage, trainer: Trainer) -> None:
     """Raise if something else also decides which weights are validated and saved.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_conflicts(average: KeptAverage, trainer: Trainer) -> None:
         raise RuntimeError(f"{name} and {other} both decide which weights are validated and saved: {remedy}")
 
 
-def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: LightningModule) -> None:
+def reject_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: LightningModule) -> None:
     """Raise if the module's parameters are not its weights.
 
     Raises:
@@ -46,7 +46,7 @@ def refuse_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: Lig
         )
 
 
-def refuse_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
+def reject_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
     """Raise if an optimizer does not report its steps.
 
     Raises:

@@ -59,12 +59,12 @@ def _kept(*things: dict[str, Any]) -> Iterator[None]:
     """Restore the named attributes afterwards: numbers, tensors, collections of them. Other objects are not changed."""
     seen: set[int] = set()
     with torch.no_grad():
-        put_back = [_as_now(thing, seen) for thing in things]
+        restore = [_as_now(thing, seen) for thing in things]
     try:
         yield
     finally:
         with torch.inference_mode():  # the state of a metric may be of it
-            for put in put_back:
+            for put in restore:
                 put()
 
 

@@ -26,7 +26,7 @@ class BufferOverride:
 
     def show(self, module: nn.Module) -> None:
         """Write the values into the buffers."""
-        self.put_back()
+        self.restore()
         written: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         with torch.inference_mode(False), torch.no_grad():
             for name, value in self.values.items():
@@ -38,7 +38,7 @@ class BufferOverride:
                     where.copy_(value)
                 self._memory[name] = written[id(buffer)]
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the previous values in the memory."""
         for where, value, _ in self._memory.values():
             where.copy_(value)

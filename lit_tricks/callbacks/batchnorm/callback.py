@@ -37,7 +37,7 @@ class Estimating(Trick):
             return
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
         if last and last.trainer() is trainer and last.module() is pl_module and last.override.is_as_left():
-            last.override.put_back()
+            last.override.restore()
         # The module's hook precedes the hooks of all callbacks.
         self.wrap(pl_module, "on_load_checkpoint", self._around_loading)
         # The module's hook follows the hooks of all callbacks, and weights-only checkpoints skip those hooks.
@@ -61,7 +61,7 @@ class Estimating(Trick):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the statistics of training. The wrappers stay for checkpoints that other callbacks now write."""
         if self._fit:
-            self._fit.override.put_back()
+            self._fit.override.restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing here. The module's own hook runs last, after other callbacks have set the weights."""
@@ -76,7 +76,7 @@ class Estimating(Trick):
     def _around_validation_end(self, on_validation_end: Callable[..., Any]) -> Any:
         result = on_validation_end()  # the module's hook; the hooks of the callbacks ran before
         if self._fit:
-            self._fit.override.put_back()
+            self._fit.override.restore()
         return result
 
     def _around_saving(self, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:

@@ -15,10 +15,10 @@ from lit_tricks.utils.dataset_transforms import Flipped, at_size, changed, neste
 if TYPE_CHECKING:
     from lit_tricks._compat import Trainer
 
-__all__ = ["SwitchedTransforms"]
+__all__ = ["EvalTransforms"]
 
 
-class SwitchedTransforms:
+class EvalTransforms:
     """Sets the evaluation transform at a size in every loader, before its workers start.
 
     Data sets do not change: loaders get shallow copies of them.
@@ -50,7 +50,7 @@ class SwitchedTransforms:
             _put(loader, self._loaders[loader][1])
         return process_dataloader(loader)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the data sets of the loaders."""
         for loader, (before, now) in self._loaders.items():
             if loader.dataset is now:

@@ -13,10 +13,10 @@ from lit_tricks.callbacks.base import Trick
 if TYPE_CHECKING:
     from lit_tricks._compat import Trainer
 
-__all__ = ["Frozen", "refuse_rivals"]
+__all__ = ["Frozen", "reject_conflicts"]
 
 
-def refuse_rivals(trainer: Trainer, trick: Trick) -> None:
+def reject_conflicts(trainer: Trainer, trick: Trick) -> None:
     """Raise if another callback freezes layers, drops branches, or changes image sizes.
 
     Raises:
@@ -66,7 +66,7 @@ class Frozen:
         """Return a part that is in training mode and should not be."""
         return next((part for part, training in self._modes.items() if part.training and not training), None)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore flags and modes."""
         for param in self._frozen:
             param.requires_grad = True

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lit_tricks.utils.transient import Transient
 
-__all__ = ["MemorySource", "Recipe", "Stored", "stored"]
+__all__ = ["ImageSet", "MemorySource", "Stored", "stored"]
 
 
-class Recipe(Hashable, Protocol):
-    """Names images, and loads them: small, to be pickled in their place. Equal recipes load the same images."""
+class ImageSet(Hashable, Protocol):
+    """Identifies images, and loads them. It is small, and pickled instead of them. Equal sets load the same images."""
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Load the images, uint8, shape (N, C, H, W), and the labels, int64, shape (N,)."""
@@ -80,39 +80,39 @@ def _free_bytes(device: torch.device) -> int | None:
     return None
 
 
-_loaded: weakref.WeakValueDictionary[Recipe, Stored] = weakref.WeakValueDictionary()
+_loaded: weakref.WeakValueDictionary[ImageSet, Stored] = weakref.WeakValueDictionary()
 
 
-def stored(recipe: Recipe) -> Stored:
-    """Return the images of a recipe, which are loaded unless this process has them."""
-    found = _loaded.get(recipe)
+def stored(image_set: ImageSet) -> Stored:
+    """Return the images of a set, which are loaded unless this process has them."""
+    found = _loaded.get(image_set)
     if found is None:
-        found = _loaded[recipe] = Stored(*recipe.load())
+        found = _loaded[image_set] = Stored(*image_set.load())
     return found
 
 
 class MemorySource(Transient):
     """Pairs of an image and its label, out of images that are in memory.
 
-    Copies share the images. A pickle holds the recipe, and another process loads them anew.
+    Copies share the images. A pickle holds the set, and another process loads the images again.
 
     Args:
-        recipe: of the images.
+        image_set: identifies the images.
         rows: which of them, sorted; None takes all.
     """
 
     transient: ClassVar[dict[str, Any]] = {"_stored": None}
 
-    def __init__(self, recipe: Recipe, rows: list[int] | None = None) -> None:
-        self.recipe = recipe
-        self._stored: Stored | None = stored(recipe)
+    def __init__(self, image_set: ImageSet, rows: list[int] | None = None) -> None:
+        self.image_set = image_set
+        self._stored: Stored | None = stored(image_set)
         self.rows: Tensor = torch.arange(len(self.stored.labels)) if rows is None else torch.tensor(rows)
 
     @property
     def stored(self) -> Stored:
         """The images of which these are some."""
         if self._stored is None:
-            self._stored = stored(self.recipe)
+            self._stored = stored(self.image_set)
         return self._stored
 
     def release(self) -> None:
@@ -125,7 +125,7 @@ class MemorySource(Transient):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = int(self.rows[index])
-        return self.recipe.to_image(self.stored.images[row]), int(self.stored.labels[row])
+        return self.image_set.to_image(self.stored.images[row]), int(self.stored.labels[row])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemorySource:
         return self  # nothing of it changes

@@ -354,4 +354,4 @@ def test_images_of_a_source(cifar: Path) -> None:
     digits = Digits().source("val")
     assert digits[0][0].mode == "F"
     assert isinstance(digits[0][0], Image.Image)
-    assert isinstance(stored(digits.recipe), Stored)  # type: ignore[attr-defined]
+    assert isinstance(stored(digits.image_set), Stored)  # type: ignore[attr-defined]
