@@ -140,7 +140,7 @@ def test_arguments_go_to_torch(monkeypatch):
         ({"backend": ""}, "backend=''"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         Compile(**arguments)
 

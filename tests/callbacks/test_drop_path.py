@@ -284,7 +284,7 @@ def test_says_and_logs_what_it_does():
         ({"layers": "*.bn2"}, "layers='.*'"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         DropPath(**arguments)
 

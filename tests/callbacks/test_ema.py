@@ -86,12 +86,12 @@ def plain_history(**kwargs: Any) -> list[Weights]:
         ({"device": "cuda"}, "device='cuda'"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         EMA(**arguments)
 
 
-def test_default_decay():
+def test_default_decay_is_timms():
     assert EMA().decay == 0.9999
 
 
@@ -856,7 +856,7 @@ def test_module_that_writes_its_own_keys_sees_the_average_in_the_checkpoint(tmp_
 # Several averages, and other callbacks
 
 
-def test_several_averages(tmp_path):
+def test_several_averages_have_own_weights(tmp_path):
     def make() -> list[EMA]:
         return [EMA(0.5, name="fast", validate=False), EMA(0.9), EMA(0.7, name="slow", validate=False)]
 
@@ -953,7 +953,7 @@ def test_other_averages_are_refused(name):
             run(*callbacks)
 
 
-def test_early_stopping(tmp_path):
+def test_early_stopping_leaves_averaged_weights(tmp_path):
     history = History()
     stop = pl.callbacks.EarlyStopping("val_loss", patience=0, stopping_threshold=100.0)
     result = run(EMA(0.8), stop, history)
@@ -961,7 +961,7 @@ def test_early_stopping(tmp_path):
     assert_close(result.weights, reference(history.weights, 0.8, warmup=True))
 
 
-def test_backbone_finetuning():
+def test_backbone_finetuning_is_averaged():
     class Module(module_class("lightning")):
         @property
         def backbone(self) -> Any:

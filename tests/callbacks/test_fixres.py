@@ -369,7 +369,7 @@ def test_data_sets_of_data_sets_are_looked_through_and_stay_as_they_are():
         ({"test_size": 24, "train_bn": "all", "batch_norm": "bn2"}, "batch_norm='bn2'"),
     ],
 )
-def test_refuses_arguments(kwargs, message):
+def test_wrong_arguments_are_rejected_by_name(kwargs, message):
     kwargs = {name: value.replace("[+]", "+") if isinstance(value, str) else value for name, value in kwargs.items()}
     with pytest.raises(ValueError, match=message):
         FixRes(**kwargs)

@@ -134,7 +134,7 @@ def test_beside_mixing_and_smoothing_it_modulates_the_loss_of_the_distribution(o
     )
 
 
-def test_dense_targets():
+def test_dense_targets_get_loss_of_each_pixel():
     logits = torch.randn(2, K, 3, 3, dtype=torch.float64)
     labels = torch.randint(K, (2, 3, 3))
     labels[0, 0] = 255
@@ -155,7 +155,7 @@ def test_dense_targets():
         ({"alpha": [0.5, 0.0]}, r"alpha=\[0.5, 0.0\]"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         FocalLoss(**arguments)
 
@@ -177,7 +177,7 @@ def test_refuses_arguments(arguments, message):
     ids=["one number", "length", "binary", "KL", "by hand", "gather"],
 )
 @pytest.mark.filterwarnings("ignore:reduction")
-def test_refuses_losses(alpha, loss, message):
+def test_losses_that_do_not_fit_are_rejected(alpha, loss, message):
     with pytest.raises(RuntimeError, match=rf"^FocalLoss.*{message}"):
         fit_with(loss, FocalLoss(2.0, alpha))
 
@@ -203,7 +203,7 @@ def test_order_has_no_meaning():
 
 
 @pytest.mark.parametrize("alpha", [None, ALPHA], ids=["", "alpha"])
-def test_compiles_once(alpha):
+def test_changing_batches_compile_once(alpha):
     compilations = []  # the batch of each
 
     def counting(graph: Any, inputs: Any) -> Callable[..., Any]:

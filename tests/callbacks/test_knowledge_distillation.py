@@ -144,7 +144,7 @@ def test_weights_smoothing_and_ignored_labels_are_of_the_labels_loss(reduction, 
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 3), (2, 1, 3, 3)])
-def test_dense_targets(shape):
+def test_dense_targets_get_loss_of_each_pixel(shape):
     logits, teacher = torch.randn(2, 2, K, 3, 3, generator=GENERATOR, dtype=torch.float64).unbind()
     labels = torch.randint(K, shape, generator=GENERATOR)
     labels[0, ..., 0, :] = 255
@@ -379,7 +379,7 @@ def test_says_and_logs_what_it_does():
     assert all(row["knowledge_distillation/loss"] > 0 for row in found.logged.values())
 
 
-def test_compiles_once():
+def test_changing_batches_compile_once():
     compilations = []  # the batch of each
 
     def counting(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -448,7 +448,7 @@ def test_in_yaml_a_teacher_is_a_class_a_file_or_a_name(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         KnowledgeDistillation(**({"teacher": "resnet18"} | arguments))
 
@@ -528,7 +528,7 @@ def test_refuses_files_and_names_that_are_none(tmp_path, monkeypatch):
     ],
     ids=["BCE with logits", "BCE", "by hand", "clamp", "gather"],
 )
-def test_refuses_losses(loss, message):
+def test_losses_that_do_not_fit_are_rejected(loss, message):
     with pytest.raises(RuntimeError, match=rf"^KnowledgeDistillation.*{message}"):
         fit_with(loss, KnowledgeDistillation(small_teacher()))
 

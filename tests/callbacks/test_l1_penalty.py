@@ -82,14 +82,14 @@ def test_trains_as_a_module_with_the_penalty_in_its_loss(how):
     assert differences(found, fit(of(), **how))
 
 
-def test_two_optimizers():
+def test_two_optimizers_are_both_penalized():
     of = module_class("lightning")
     found, expected = fit(of(manual=True), L1Penalty(STRENGTH)), fit(Penalized(manual=True))
     torch.testing.assert_close(found["net.1.weight"], expected["net.1.weight"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_scaled_gradients(fused):
+def test_scaled_gradients_are_penalized_right(fused):
     """A fused optimizer takes them scaled; the first steps overflow, and are skipped."""
 
     def optimizers(module: Any) -> Any:
@@ -164,7 +164,7 @@ def test_says_what_it_does():
         ({"threshold": 0.0}, "threshold=0.0"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         L1Penalty(**arguments)
 

@@ -76,7 +76,7 @@ def test_paper_convention_has_a_limit():
         ({"convention": "keras"}, "convention='keras'"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         LabelSmoothing(**arguments)
 
@@ -165,7 +165,7 @@ def test_no_loss_that_it_knows_is_an_error_in_the_first_step(loss):
         fit_with(loss, LabelSmoothing(0.1))
 
 
-def test_timms_losses():
+def test_losses_of_timm_are_smoothed():
     from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
     soft = fit_with(lambda x, y: SoftTargetCrossEntropy()(x, F.one_hot(y, 3).float()), LabelSmoothing(0.3))

@@ -198,7 +198,7 @@ def test_resume_needs_the_same_layers(tmp_path: Any) -> None:
         run(LayerDecay(0.5), ckpt_path=saver.paths[0])
 
 
-def test_refusals() -> None:
+def test_networks_without_layers_are_rejected() -> None:
     one = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)  # noqa: E731
 
     class Flat(Module):  # type: ignore[misc,valid-type]

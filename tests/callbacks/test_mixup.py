@@ -142,7 +142,7 @@ def test_lambda_has_the_moments_of_beta(alpha):
     ],
 )
 @pytest.mark.parametrize("trick", [MixUp, CutMix])
-def test_refuses_arguments(trick, arguments, message):
+def test_wrong_arguments_are_rejected_by_name(trick, arguments, message):
     with pytest.raises(ValueError, match=message):
         trick(**arguments)
 
@@ -234,7 +234,7 @@ def test_mixup_has_its_own_probability_where_cutmix_is_off():
     assert 0 < sum(value == 1 for value in values[:8]) < 8
 
 
-def test_refuses_two():
+def test_two_of_one_class_are_rejected():
     with pytest.raises(RuntimeError, match=r"stateful callback .*`MixUp`"):
         fit_with(CE, MixUp(), MixUp(alpha=1.0))
 

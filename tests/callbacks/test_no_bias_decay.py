@@ -261,7 +261,7 @@ def test_trains_as_with_the_groups_of_timm():
     assert not differences(tricked.weights, reference.weights)
 
 
-def test_named_parameters():
+def test_named_parameters_keep_names():
     end = run(NoBiasDecay(), optimizers=lambda m: SGD(m.named_parameters(), lr=0.1, weight_decay=0.1), max_epochs=1)
     assert [group["param_names"] for group in end.trainer.optimizers[0].param_groups] == [DECAYED, FREE]
     assert names(end.trainer) == [(0.1, DECAYED), (0.0, FREE)]

@@ -76,7 +76,7 @@ def population(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ({"transform": "test"}, "transform='test'"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         PreciseBN(**arguments)
 
@@ -577,7 +577,7 @@ def test_transform_eval_replaces_nested_transforms(transform, added, nest):
     assert image_and_label(history.trained[0][1])[0][0].equal(images(16).tensors[0][0] + 3)
 
 
-def test_several_loaders():
+def test_batches_of_several_loaders_are_used():
     class Module(module_class("lightning")):
         def loss(self, batch: Any) -> Any:
             return super().loss(batch["one"] if isinstance(batch, dict) else batch)

@@ -209,7 +209,7 @@ def test_a_loader_without_a_length_needs_the_steps():
         ({"total_steps": 0}, "total_steps=0"),
     ],
 )
-def test_refuses_arguments(kwargs, message):
+def test_wrong_arguments_are_rejected_by_name(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ProgressiveResizing(**kwargs)
 

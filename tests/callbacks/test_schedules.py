@@ -297,12 +297,12 @@ def cosine(total: int, warmup: int, base_lr: float = 0.25) -> list[float]:
     return [warmup_cosine(step, base_lr, total, warmup) for step in range(total)]
 
 
-def test_max_epochs():
+def test_schedule_ends_with_max_epochs():
     assert rates(WarmupCosine(warmup_epochs=0.5), max_epochs=2) == cosine(8, 2)
 
 
 @pytest.mark.parametrize("max_epochs", [-1, 5])
-def test_max_steps(max_epochs):
+def test_schedule_ends_with_max_steps(max_epochs):
     assert rates(WarmupCosine(warmup_epochs=1), max_steps=10, max_epochs=max_epochs) == cosine(10, 4)
 
 

@@ -115,7 +115,7 @@ def rates(*callbacks: Any, scheduler: Any = None, interval: str = "step", **kwar
         ({"name": " "}, "name=' '"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_wrong_arguments_are_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         SWA(**({"lr": 0.1} | arguments))
 
@@ -326,7 +326,7 @@ def test_rate_is_constant_from_the_start_on():
 
 
 @pytest.mark.parametrize("shape", ["cos", "linear"])
-def test_rate_glides(shape):
+def test_learning_rate_anneals_to_swa_lr(shape):
     expected = used_from([0.25] * STEPS, 0.1, 6, 4, shape)
     assert rates(SWA(0.1, start=0.5, anneal_epochs=1, anneal=shape)) == pytest.approx(expected)
     assert len(set(expected)) == 5

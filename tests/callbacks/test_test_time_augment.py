@@ -174,7 +174,7 @@ def test_works_for_a_single_logit_and_several_labels():
         ({"flip": False}, "flip=False, crops=1"),
     ],
 )
-def test_refuses_arguments(kwargs, message):
+def test_wrong_arguments_are_rejected_by_name(kwargs, message):
     with pytest.raises(ValueError, match=message):
         TestTimeAugment(**kwargs)
 

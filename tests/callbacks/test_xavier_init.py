@@ -69,7 +69,7 @@ def test_bounds_and_moments(shape):
     assert _variance(torch.empty(shape)) == pytest.approx(bound**2 / 3, rel=1e-15)
 
 
-def test_cumulative_distribution():
+def test_weights_are_uniform_by_kolmogorov_smirnov():
     """Kolmogorov and Smirnov, at a level of one in a million."""
     weight = xavier_uniform((200, 100), torch.Generator().manual_seed(0)).double().flatten().sort().values
     bound = math.sqrt(6 / 300)

@@ -244,7 +244,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize(("block", "found"), FOREIGN, ids=lambda value: getattr(value, "__name__", ""))
-def test_foreign_blocks(block, found):
+def test_foreign_blocks_are_found(block, found):
     assert set(last_norms(block())) == found
     assert set(last_norms(nn.Sequential(conv(), block(), block()))) == {f"{i}.{name}" for i in (1, 2) for name in found}
 
@@ -348,7 +348,7 @@ def test_networks_that_are_built_late(hook):
     assert zeros(module.net) == {"1.m", "2.residual.4"}
 
 
-def test_compiled_networks():
+def test_compiled_networks_are_initialized():
     module = Module(torch.compile(Classifier(), backend="eager"))
     fit(module, ZeroGamma(), max_steps=0)
     assert zeros(module.net._orig_mod) == {"1.m", "2.residual.4"}

@@ -184,7 +184,7 @@ def test_an_optimizer_of_one_line_trains(name: str) -> None:
     assert losses[1] != losses[0]
 
 
-def test_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logger_configurations_add_their_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in (("wandb", WandbLogger), ("tensorboard", TensorBoardLogger)):
         made = built(monkeypatch, "fit", f"--config=loggers/{name}", *STACKS["loggers"])
         assert [type(logger).__name__ for logger in made.trainer.loggers] == ["CSVLogger", kind.__name__]

@@ -49,7 +49,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 
 @each_trick
-def test_mpnn(name):
+def test_mpnn_takes_or_rejects_trick(name):
     check(
         name,
         fit,

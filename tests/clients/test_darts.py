@@ -49,7 +49,7 @@ def fit_with_scheduler(*callbacks: Any) -> None:
 
 
 @each_trick
-def test_nbeats(name):
+def test_nbeats_takes_or_rejects_trick(name):
     check(
         name,
         fit,

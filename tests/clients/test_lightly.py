@@ -49,7 +49,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 
 @each_trick
-def test_linear_classifier(name):
+def test_linear_classifier_takes_or_rejects_trick(name):
     only_the_head_is_trained = NO_RESIDUAL_BRANCHES | NO_WEIGHT_DECAY | NOTHING_TO_FREEZE
     only_the_head_is_trained |= {"DropPath": "^DropPath has no effect: .+ none of its layers ran in training mode"}
     own = own_schedule("CosineWarmupScheduler", "LinearClassifier")

@@ -60,7 +60,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 
 @each_trick
-def test_mlp(name):
+def test_mlp_takes_or_rejects_trick(name):
     no_class_labels = no_labels("no target in the training batch: dict(")
     refused = own_schedule("StepLR", "MLP") | no_class_labels | NO_RESIDUAL_BRANCHES | NO_CONVOLUTIONS
     refused |= NO_BATCHNORM_TO_TRAIN | NO_IMAGES

@@ -58,7 +58,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 
 
 @each_trick
-def test_classification(name):
+def test_classification_takes_or_rejects_trick(name):
     check(
         name,
         fit,
@@ -79,7 +79,7 @@ def segmenter() -> torch.nn.Module:
 
 
 @each_trick
-def test_segmentation(name):
+def test_segmentation_takes_or_rejects_trick(name):
     check(
         name,
         fit_masks,

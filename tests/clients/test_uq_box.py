@@ -32,7 +32,7 @@ def fit_with_scheduler(*callbacks: Any) -> None:
 
 
 @each_trick
-def test_deterministic_classification(name):
+def test_deterministic_classification_takes_trick(name):
     check(name, fit, layout="dict", teacher=partial(network, 4))
 
 

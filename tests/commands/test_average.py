@@ -260,7 +260,7 @@ def test_average_wrong_files_explain_themselves(trained):
     refused("--output no/x.ckpt lies in a folder that does not exist: make it first.", *trained, "-o", "no/x.ckpt")
 
 
-def test_refuses_arguments(trained):
+def test_wrong_arguments_are_rejected_by_name(trained):
     refused(".*needs CHECKPOINTS and --output.*")
     refused(".*needs --output.*", *trained)
     refused("there is no argument 'gredy'; did you mean 'greedy'.", *trained, "-o", "x.ckpt", "--gredy")

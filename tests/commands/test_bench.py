@@ -133,7 +133,7 @@ def test_a_progress_bar_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capfd:
     assert "100%" in screen.getvalue()
 
 
-def test_no_batches() -> None:
+def test_loader_without_batches_is_an_error() -> None:
     data = Data(0)
     data.train_dataloader = lambda: DataLoader(Slow(0), batch_size=20, drop_last=True)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="has no batch"):

@@ -122,7 +122,7 @@ def test_files_that_cannot_be_read(folder: Path) -> None:
     assert all(text.endswith(")") and "()" not in text for text in unreadable["files"])
 
 
-def test_equal_images(folder: Path) -> None:
+def test_equal_images_are_found_across_splits(folder: Path) -> None:
     root = write_image_folder(folder / "photos")
     noise(30, 30, 3).save(root / "train" / "ant" / "x.png")
     for place in ("train/ant/copy.png", "val/ant/other.png", "train/bee/labeled.png"):
@@ -153,7 +153,7 @@ def odd_images(root: Path) -> dict[str, str]:
     return dict(zip(ODDITIES, names, strict=True))
 
 
-def test_odd_formats(folder: Path) -> None:
+def test_odd_formats_are_counted(folder: Path) -> None:
     root = write_image_folder(folder / "photos")
     names = odd_images(root / "train" / "ant")
     kinds = findings()
@@ -193,7 +193,7 @@ def test_what_is_not_read(folder: Path) -> None:
     assert {*kinds} == {"hidden", "unused images", "other files"}
 
 
-def test_classes(folder: Path) -> None:
+def test_imbalance_and_similar_classes_are_found(folder: Path) -> None:
     write_images(folder / "photos" / "Ant lion", 45)
     write_images(folder / "photos" / "ant-lion", 4, seed=1)
     kinds = findings()
@@ -211,7 +211,7 @@ def test_many_classes_and_terminal_escapes(folder: Path) -> None:
     assert len(outcome.out.splitlines()) < 50
 
 
-def test_a_table(folder: Path) -> None:
+def test_table_is_checked_like_a_folder(folder: Path) -> None:
     write_images(folder / "photos", 6)
     rows = [
         f"{number}.jpg,{name},{split}"
@@ -250,7 +250,7 @@ def test_a_table(folder: Path) -> None:
         ((), 2, "needs ROOT"),
     ],
 )
-def test_errors(folder: Path, words: tuple[str, ...], code: int, token: str) -> None:
+def test_wrong_words_end_with_one_line(folder: Path, words: tuple[str, ...], code: int, token: str) -> None:
     (folder / "photos").mkdir()
     outcome = cli("data", "check", *words)
     assert (outcome.code, outcome.err.count("\n")) == (code, 1), outcome

@@ -561,7 +561,7 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
         ("safetensors", "fpn"),
     ],
 )
-def test_a_segmenter(kind: str, decoder: Any) -> None:
+def test_exported_segmenter_equals_model(kind: str, decoder: Any) -> None:
     network: dict[str, Any] = {"depth": 18, "width": 1 / 16, "small_input": True}
     torch.manual_seed(0)
     model = Segmenter("resnet", 11, network, decoder=decoder, input_size=(1, 64, 64)).eval()
@@ -589,7 +589,7 @@ def test_timm_has_no_form_for_a_segmenter() -> None:
 
 @pytest.mark.parametrize("kind", ["onnx", "torch-export", "safetensors"])
 @pytest.mark.parametrize("model", ["faster_rcnn", "retinanet"])
-def test_a_detector(kind: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_detector_equals_model(kind: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "torch-export" and Version(torch.__version__) < Version("2.14"):
         pytest.skip("torch.export of 2.9 cannot trace the selection of boxes")
     module = detector(model).eval()

@@ -184,7 +184,7 @@ def test_standard_output_has_nothing_but_the_table(folder: Path) -> None:
     assert outcome.out.startswith("file,label1,")
 
 
-def test_parquet(folder: Path) -> None:
+def test_parquet_has_rows_of_broken_images_too(folder: Path) -> None:
     from pyarrow import parquet  # here, as its import takes a while
 
     cli("predict", "broken", "images", "--ckpt=runs/tiny/v0", "-o=out.parquet")

@@ -147,7 +147,7 @@ def test_preview_titles_show_any_class_name() -> None:
     assert found.png().startswith(b"\x89PNG")
 
 
-def test_without_labels() -> None:
+def test_batch_without_labels_has_empty_titles() -> None:
     assert preview_of([torch.rand(2, 3, 4, 4)], None, 8).titles() == ["", ""]
 
 

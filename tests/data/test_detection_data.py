@@ -407,7 +407,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_wrong_arguments(name: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_rejected_by_name(name: str, tmp_path: Path) -> None:
     make, message = ARGUMENTS[name]
     with pytest.raises(ValueError, match=message):
         make(write_coco(tmp_path))

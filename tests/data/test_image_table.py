@@ -289,7 +289,7 @@ def test_a_class_that_validation_lacks_is_a_warning(tmp_path: Path) -> None:
         make("file,label,split\na.jpg,ant,train\nb.jpg,bee,train\nc.jpg,ant,val", tmp_path)
 
 
-def test_settings(tmp_path: Path) -> None:
+def test_settings_make_the_same_data_module(tmp_path: Path) -> None:
     data = make(csv_of(ROWS), tmp_path, exif=True)
     settings = {key: value for key, value in data.hparams.items() if not key.startswith("_")}
     assert (settings["table"], settings["root"], settings["exif"]) == (str(tmp_path / "labels.csv"), None, True)

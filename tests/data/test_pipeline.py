@@ -297,7 +297,7 @@ def test_erased_parts_have_the_mean_colour(folder: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "replicas", "repeats"), [(12, 1, 3), (13, 2, 3), (10, 4, 2)])
-def test_repeated_augmentation(size: int, replicas: int, repeats: int) -> None:
+def test_repeated_augmentation_shows_images_to_several_processes(size: int, replicas: int, repeats: int) -> None:
     samples = Samples([(Image.new("L", (1, 1)), 0)] * size, CentreCrop(1, 1), seed=0)
     shares = [list(ShuffleSampler(samples, replicas, rank, 1, repeats)) for rank in range(replicas)]
     assert {len(share) for share in shares} == {-(-size // replicas)}

@@ -310,7 +310,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
-def test_bad_arguments(case: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_rejected_by_name(case: str, tmp_path: Path) -> None:
     root = write_folder(tmp_path)
     args, message = ARGUMENTS[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -179,7 +179,9 @@ def test_seed_and_epoch_decide(shards: Path) -> None:
 
 @pytest.mark.parametrize("replicas", [2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_processes_share(shards: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, workers: int) -> None:
+def test_processes_share_samples_without_repeats(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, replicas: int, workers: int
+) -> None:
     trained, validated, lengths = [], [], set()
     for rank in range(replicas):
         monkeypatch.setattr(Streaming, "_replicas", lambda self, rank=rank: (replicas, rank))

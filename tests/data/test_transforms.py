@@ -120,7 +120,7 @@ def test_eval_transform_is_short_side_then_centre_crop(size: tuple[int, int]) ->
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
 
 
-def test_transforms_pickle() -> None:
+def test_pickled_transforms_draw_the_same() -> None:
     for transform in (train_transform(8, "paper", MEAN, STD), eval_transform(8, 9, MEAN, STD)):
         copy = pickle.loads(pickle.dumps(transform))
         torch.manual_seed(1)

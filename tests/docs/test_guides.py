@@ -56,7 +56,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_guides_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells_in_this_process(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for words in commands(page):

@@ -346,7 +346,7 @@ def test_shards_of_files_without_an_encoding(raw: str, tmp_path: Path) -> None:
         (b"\x80", "\\x80"),
     ],
 )
-def test_printable_names(name: bytes, shown: str) -> None:
+def test_undecodable_names_are_printable(name: bytes, shown: str) -> None:
     assert printable(os.fsdecode(name)) == shown
     assert printable("\ud800") == "\\ud800"
 

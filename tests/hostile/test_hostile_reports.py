@@ -358,7 +358,7 @@ def test_a_name_is_text_in_every_report(name: str, tmp_path: Path) -> None:
         ("R&D", "R&amp;D"), ("$x$", r"\$x\$"), ("\\", "\\\\"), ("51.00 ± 1.41", "51.00 ± 1.41"), ("+ ema", "+ ema"),
     ],
 )  # fmt: skip
-def test_escaped_markdown(text: str, shown: str) -> None:
+def test_markdown_is_escaped(text: str, shown: str) -> None:
     assert escape_markdown(text) == shown
 
 

@@ -73,7 +73,7 @@ def test_strides_of_any_legal_type(stride: Any, by_name: bool) -> None:
 
 
 @pytest.mark.parametrize(("stride", "largest"), [([1, 3], 3), ((2, 1), 2), (4, 4), ("same", 1), (None, 1), ([], 1)])
-def test_largest_stride(stride: Any, largest: int) -> None:
+def test_stride_of_a_layer_is_its_largest(stride: Any, largest: int) -> None:
     layer = nn.Identity()
     layer.stride = stride
     assert stride_of(layer) == largest

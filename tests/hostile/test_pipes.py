@@ -133,13 +133,13 @@ def test_decoded_images_in_the_cache(damage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".pth", ".ckpt", ".safetensors"])
-def test_weights(ending: str, tmp_path: Path) -> None:
+def test_pipe_as_weights_is_rejected(ending: str, tmp_path: Path) -> None:
     path = pipe(tmp_path / f"x{ending}")
     with pytest.raises(OSError, match="x"):
         load_weights(create_model("resnet", 2, depth=18, width=1 / 32), str(path))
 
 
-def test_a_teacher(tmp_path: Path) -> None:
+def test_pipe_as_teacher_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"x\.ckpt"):
         load_teacher(str(pipe(tmp_path / "x.ckpt")))
 
@@ -161,7 +161,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: f"{words[0]}-{words[1]}")
-def test_commands(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_pipe_given_to_command_is_rejected(words: tuple[str, ...], tmp_path: Path) -> None:
     with workplace(tmp_path):
         for name in ("x.ckpt", "y.ckpt", "x.onnx"):
             pipe(tmp_path / name)
@@ -172,7 +172,7 @@ def test_commands(words: tuple[str, ...], tmp_path: Path) -> None:
         assert len(outcome.err.strip().splitlines()) == 1, outcome.err
 
 
-def test_a_report(tmp_path: Path) -> None:
+def test_pipe_in_run_folder_is_rejected(tmp_path: Path) -> None:
     with workplace(tmp_path):
         for name in ("results.json", "metrics.csv", "config.yaml", "predictions.npz"):
             pipe(tmp_path / "run" / name)

@@ -60,7 +60,7 @@ def test_scale_batch_size(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lr_find(kind: str, tmp_path: Path) -> None:
+def test_lr_find_leaves_module_as_it_was(kind: str, tmp_path: Path) -> None:
     module, data = pair(kind)
     data.batch_size = 2
     before, trainer = state_of(module), quick(tmp_path, *tricks(kind), batches=22)

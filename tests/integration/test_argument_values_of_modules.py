@@ -98,7 +98,9 @@ def legal_in(name: str, argument: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", data.__all__)
-def test_data_modules(name: str, roots: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_values_of_data_modules_are_rejected_or_work(
+    name: str, roots: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name == "Streaming":
         pytest.importorskip("litdata")
     monkeypatch.chdir(roots["ImageFolder"])

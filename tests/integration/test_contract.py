@@ -202,7 +202,7 @@ def test_manual_optimization_with_two_optimizers(name):
 
 
 @each_trick
-def test_gradient_accumulation(name):
+def test_accumulated_gradients_work_or_are_rejected(name):
     how = {"accumulate_grad_batches": 2}
     if not refused(name, "accumulation", **how):
         tricked = with_trick(name, **how)
@@ -211,7 +211,7 @@ def test_gradient_accumulation(name):
 
 
 @each_trick
-def test_bf16_mixed(name):
+def test_bf16_mixed_works_or_is_rejected(name):
     if not refused(name, "bf16-mixed", precision="bf16-mixed"):
         assert_effect(
             name, with_trick(name, precision="bf16-mixed").weights, without_trick(precision="bf16-mixed").weights
@@ -248,7 +248,7 @@ def compiled_without_trick() -> Result:
 
 
 @each_trick
-def test_compiled_module(name):
+def test_compiled_module_works_or_is_rejected(name):
     if "torch.compile" in TRICKS[name].refused:
         with pytest.raises(RuntimeError, match=TRICKS[name].refused["torch.compile"]):
             compiled_run(TRICKS[name].make())
@@ -378,7 +378,7 @@ def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
 @pytest.mark.slow
 @each_trick
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
-def test_two_processes(name, strategy, ranks):
+def test_two_processes_end_equal_or_are_rejected(name, strategy, ranks):
     runs = [rank[strategy] for rank in ranks]
     if strategy in TRICKS[name].refused:
         for rank in runs:

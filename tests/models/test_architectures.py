@@ -181,7 +181,7 @@ def test_width_multiplies_every_channel(variant, small_input, width):
     assert (other.fc.in_features, other.fc.out_features) == (2048 * width, 10)
 
 
-def test_in_chans():
+def test_in_chans_sets_input_channels():
     assert resnet(**TINY, in_chans=5)(images(2, 5, 64, 64)).shape == (2, 10)
 
 
@@ -250,7 +250,7 @@ def test_xavier_is_uniform_within_its_bound(variant):
         ({"width": math.inf}, "width=inf"),
     ],
 )
-def test_bad_argument(arguments, message):
+def test_wrong_argument_is_rejected_by_name(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         resnet(**arguments)
 
@@ -414,7 +414,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
 
 @pytest.mark.parametrize("name", ["w.pth", "w.ckpt", "w.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04cut"])
-def test_damaged_file(name, content, tmp_path):
+def test_damaged_weights_are_rejected_by_name(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RuntimeError, match=rf"{re.escape(name)} is no readable checkpoint"):
         load_weights(resnet(**TINY), str(tmp_path / name))
@@ -428,7 +428,7 @@ def test_file_without_weights(content, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone.pth", "gone.ckpt", "folder/gone", "gone.safetensors"])
-def test_missing_file(name, tmp_path, monkeypatch):
+def test_missing_weights_are_rejected_by_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"weights='{name}'.*{tmp_path.name}"):
         load_weights(resnet(**TINY), name)

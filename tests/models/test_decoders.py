@@ -164,7 +164,7 @@ def test_a_batch_of_one_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_smp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_smp_is_named_with_remedy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(module: str, *args: Any, **kwargs: Any) -> Any:
         if module.startswith("segmentation_models_pytorch"):
             raise ModuleNotFoundError(f"No module named {module!r}")

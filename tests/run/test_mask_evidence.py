@@ -264,7 +264,7 @@ def test_the_report_of_a_run(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_several_runs(run: Path) -> None:
+def test_several_runs_are_compared_by_class(run: Path) -> None:
     shutil.copytree(run, "runs/small/v1")
     done("report", str(run), "runs/small/v1", "--out=both")
     markdown = Path("both/report.md").read_text()

@@ -215,6 +215,6 @@ def test_a_quickstart_that_lacks_a_file(quickstart: Path, file: str) -> None:
         check(quickstart)
 
 
-def test_no_quickstart(tmp_path: Path) -> None:
+def test_missing_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run in"):
         check(tmp_path)

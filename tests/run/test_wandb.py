@@ -456,7 +456,7 @@ def test_wandb_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics("runs/tiny/v0")
 
 
-def test_tensorboard() -> None:
+def test_tensorboard_has_all_rows_of_metrics_csv() -> None:
     done(*FIT, *COSINE, "--config=loggers/tensorboard")
     (folder,) = Path("runs/tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()

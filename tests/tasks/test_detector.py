@@ -440,7 +440,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str) -> None:
+def test_wrong_arguments_are_rejected_by_name(name: str) -> None:
     arguments, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         detector(**arguments)

@@ -95,7 +95,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(masks)
 
 
-def test_without_tricks() -> None:
+def test_loss_without_tricks_is_cross_entropy() -> None:
     module = fit()
     assert torch.equal(module.images, batch()[0])
     assert module.step_loss == pytest.approx(cross_entropy(module.logits, batch()[1]), rel=1e-5)
@@ -230,7 +230,7 @@ def test_validation_uses_the_average() -> None:
     assert float(module.trainer.callback_metrics["val/loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_precise_bn() -> None:
+def test_precise_bn_estimates_statistics_of_all_images() -> None:
     """Of the first layer: mean and variance of its inputs, over all training images."""
     module = fit(callbacks.PreciseBN(num_samples=12), steps=3)
     net: Any = module.model.backbone.net
@@ -317,7 +317,7 @@ RATES: dict[str, tuple[Callable[[], Any], Callable[[int], float]]] = {
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_schedules(name: str) -> None:
+def test_schedules_set_learning_rates(name: str) -> None:
     make, rate = RATES[name]
     rates: list[float] = []
 
@@ -347,7 +347,7 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
 
 
 @pytest.mark.parametrize("aux_weight", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
-def test_compile(aux_weight: float) -> None:
+def test_compiled_segmenter_trains_as_plain_one(aux_weight: float) -> None:
     tricks = [callbacks.LabelSmoothing(0.1), callbacks.EMA(decay=0.9)]
     compiled = fit(callbacks.Compile(backend="eager"), *tricks, steps=2, module=Plain(aux_weight=aux_weight))
     plain = fit(*tricks, steps=2, module=Plain(aux_weight=aux_weight))

@@ -213,7 +213,7 @@ def test_arguments_that_are_wrong(arguments: dict[str, Any], message: str) -> No
         ("vit_tiny_patch16_224", {"img_size": 64}),
     ],
 )
-def test_feature_maps(name: str, arguments: dict[str, Any]) -> None:
+def test_backbone_returns_maps_of_its_strides(name: str, arguments: dict[str, Any]) -> None:
     backbone = Backbone(name, **arguments)
     maps = backbone(features(2, 3, 64, 64))
     assert [m.shape[1] for m in maps] == backbone.channels
@@ -223,7 +223,7 @@ def test_feature_maps(name: str, arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("levels", [1, 2, (0, 4), (3,)])
-def test_chosen_levels(levels: Any) -> None:
+def test_chosen_levels_equal_those_of_whole_network(levels: Any) -> None:
     torch.manual_seed(0)
     backbone = Backbone(depth=18, width=1 / 32, levels=levels).eval()
     torch.manual_seed(0)

@@ -206,7 +206,7 @@ def test_raw_metrics_can_be_monitored(tmp_path):
     assert scores == [pytest.approx(end.logged[step]["raw/val_loss"]) for step in (3, 7, 11)]
 
 
-def test_several_loaders():
+def test_several_loaders_are_validated_twice():
     class Module(module_class("lightning")):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("val_loss", self.loss(batch))

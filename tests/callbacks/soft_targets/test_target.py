@@ -119,7 +119,7 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("through", SAME)
-def test_carries_through(through):
+def test_operations_keep_soft_target(through):
     for make, soft in ((mixed, distribution()), (smoothed, distribution(EPS, mix=False))):
         target = make()
         seen = SAME[through](target)
@@ -222,7 +222,7 @@ def test_with_one_lambda_it_is_the_loss_of_the_paper():
     torch.testing.assert_close(F.cross_entropy(LOGITS, target, **how), expected)
 
 
-def test_dense_targets():
+def test_dense_targets_get_loss_of_each_pixel():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, K, 3, 4, generator=generator, dtype=torch.float64)
     labels, other = torch.randint(K, (2, 2, 3, 4), generator=generator)
@@ -295,7 +295,7 @@ def test_one_hot_of_dense_labels():
     torch.testing.assert_close(torch.tensor(soft.tolist()), expected.permute(0, 3, 1, 2).float())
 
 
-def test_binary_labels():
+def test_binary_labels_are_mixed_and_smoothed():
     labels, other = torch.tensor([0, 1, 1]), torch.tensor([1, 1, 0])
     share = torch.tensor([0.8, 0.3, 0.4])
     logits = torch.tensor([[0.3], [-2.0], [1.0]])

@@ -206,7 +206,7 @@ def test_resume_with_other_batches_is_an_error(make: Callable[..., CIFAR10]) -> 
 
 
 @any_machine
-def test_trainer_options(make: Callable[..., CIFAR10]) -> None:
+def test_limits_of_trainer_are_respected(make: Callable[..., CIFAR10]) -> None:
     model = Recorder()
     trainer(max_epochs=2, limit_train_batches=3).fit(model, make())
     assert len(model.seen) == 6
