@@ -225,7 +225,7 @@ def trained(loader: Any, finish: Any, model: nn.Module | None, device: torch.dev
     batches, utilization = forever(loader), []
     begin = waited = images = 0
     for number in range(10**6):
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         batch = next(batches)
         got = time.perf_counter()
         batch = finish([part.to(device, non_blocking=True) for part in batch])
@@ -239,7 +239,7 @@ def trained(loader: Any, finish: Any, model: nn.Module | None, device: torch.dev
         if number == 5:  # the first batches find workers that are starting, and what was read ahead
             begin, waited, images = time.perf_counter(), 0, 0  # type: ignore[assignment]
         elif number > 5:
-            waited, images = waited + got - asked, images + len(batch[1])  # type: ignore[assignment]
+            waited, images = waited + got - requested, images + len(batch[1])  # type: ignore[assignment]
             if device.type == "cuda" and number % 10 == 0:
                 utilization.append(gpu_utilization())
             if time.perf_counter() - begin > seconds:

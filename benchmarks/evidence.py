@@ -90,8 +90,8 @@ def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end
                         print(f"{time.time() - began:5.0f} s  {cell}: {result['top1']}", flush=True)
                     else:
                         failed += 1
-                        said = path.with_suffix(".log").read_text(errors="replace")
-                        print(f"{time.time() - began:5.0f} s  {cell} FAILED:\n{said[-1500:]}", flush=True)
+                        output = path.with_suffix(".log").read_text(errors="replace")
+                        print(f"{time.time() - began:5.0f} s  {cell} FAILED:\n{output[-1500:]}", flush=True)
                 # wait for the teacher, so that it has most of the GPU
                 teaching = any(run == "teacher" for run, _ in [*running, *todo])
                 room = (min(4, args.jobs) if teaching else args.jobs) - len(running)

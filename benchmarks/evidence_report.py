@@ -51,10 +51,10 @@ def machine(device: str) -> str:
 
 def _device_name(device: str) -> str:
     if device == "cuda":
-        asked = subprocess.run(
+        query = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
         )
-        return asked.stdout.strip() or "a GPU"
+        return query.stdout.strip() or "a GPU"
     return f"{platform.machine()} CPU"
 
 

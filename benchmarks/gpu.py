@@ -30,10 +30,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for results that 
 import gpu_exact
 import gpu_speed
 from _processes import context
-from gpu_common import Scale, Tell
+from gpu_common import Report, Scale
 
 Row = tuple[str, str, str]
-PARTS: dict[str, tuple[Callable[[Scale, Tell], None], int]] = {  # with the seconds each may take
+PARTS: dict[str, tuple[Callable[[Scale, Report], None], int]] = {  # with the seconds each may take
     "ema": (gpu_exact.ema, 30),
     "syncs": (gpu_exact.syncs, 30),
     "launches": (gpu_exact.launches, 20),
@@ -82,9 +82,9 @@ def run(name: str, s: Scale, limit: float, ctx: Any) -> list[Row]:
 
 
 def text(found: dict[str, list[Row]], s: Scale, took: float) -> str:
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        machine = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
+        machine = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
     except FileNotFoundError:
         machine = ""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "timm"))

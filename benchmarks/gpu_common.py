@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_tricks import callbacks as tricks
 
-Tell = Callable[[str, str, str], None]  # what, predicted, measured
+Report = Callable[[str, str, str], None]  # what, predicted, measured
 Batch = list[Tensor]
 
 

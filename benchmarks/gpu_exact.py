@@ -13,7 +13,7 @@ from typing import Any
 
 import timm.utils
 import torch
-from gpu_common import Net, Scale, Tell, loader, medians, paper, synchronize, timed, trainer_of
+from gpu_common import Net, Report, Scale, loader, medians, paper, synchronize, timed, trainer_of
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -53,39 +53,39 @@ def updates_of(s: Scale) -> dict[str, Callable[[], object]]:
     }
 
 
-def ema(s: Scale, tell: Tell) -> None:
+def ema(s: Scale, report: Report) -> None:
     updates = updates_of(s)
     weights = AveragedWeights(s.network().to(s.device))
     aside = AveragedWeights(s.network().to(s.device), on_cpu=True)
     candidates = updates | {"swap": lambda: weights.swap(not weights.swapped)}
     took = medians({name: lambda u=u: timed(s, u) for name, u in candidates.items()}, 20, 3)  # type: ignore[misc]
     unit = took.pop("one foreach_lerp")
-    tell("one foreach_lerp, its launches included", "0.3 ms", f"{1000 * unit:.3f} ms")
+    report("one foreach_lerp, its launches included", "0.3 ms", f"{1000 * unit:.3f} ms")
     expected = {"EMA of lit_tricks": "1.1 x", "timm ModelEmaV3": "2 x", "torch AveragedModel": "2 x", "swap": "1 x"}
     for name, seconds in took.items():
         what = "swap of EMA (no kernel, host time)" if name == "swap" else f"update, {name}"
-        tell(f"{what}, x foreach_lerp", expected.get(name, "20 x"), f"{seconds / unit:.2f} x")
+        report(f"{what}, x foreach_lerp", expected.get(name, "20 x"), f"{seconds / unit:.2f} x")
     pinned = all(t.is_pinned() for t in aside._arriving) if s.device == "cuda" else False
-    tell('EMA(device="cpu"): its copies are pinned', "True", str(pinned))
+    report('EMA(device="cpu"): its copies are pinned', "True", str(pinned))
     synchronize(s.device)
     start = time.perf_counter()
     aside.update(0.5)
     queued = time.perf_counter() - start
     synchronize(s.device)
-    tell('EMA(device="cpu"): the host is free after', "2 ms", f"{1000 * queued:.2f} ms")
+    report('EMA(device="cpu"): the host is free after', "2 ms", f"{1000 * queued:.2f} ms")
     start = time.perf_counter()
     aside.finish()
-    tell('EMA(device="cpu"): averaging on the CPU', "15 ms", f"{1000 * (time.perf_counter() - start):.1f} ms")
-    tell("EMA on the device and on the CPU in one fit, largest difference", "below 1e-6", f"{two_averages(s):.1e}")
+    report('EMA(device="cpu"): averaging on the CPU', "15 ms", f"{1000 * (time.perf_counter() - start):.1f} ms")
+    report("EMA on the device and on the CPU in one fit, largest difference", "below 1e-6", f"{two_averages(s):.1e}")
 
 
-def launches(s: Scale, tell: Tell) -> None:
+def launches(s: Scale, report: Report) -> None:
     counts = {name: launched(s, update) for name, update in updates_of(s).items()}
     unit = counts.pop("one foreach_lerp")
-    tell("launches of one foreach_lerp", "4", str(unit))
+    report("launches of one foreach_lerp", "4", str(unit))
     expected = {"EMA of lit_tricks": "+0", "timm ModelEmaV3": "+60", "torch AveragedModel": "+60"}
     for name, count in counts.items():
-        tell(f"launches of an update, {name}, above that", expected.get(name, "+900"), f"{count - unit:+d}")
+        report(f"launches of an update, {name}, above that", expected.get(name, "+900"), f"{count - unit:+d}")
 
 
 def launched(s: Scale, function: Callable[[], object]) -> int:
@@ -109,7 +109,7 @@ class Syncs(Callback):
             torch.cuda.set_sync_debug_mode("warn" if batch_idx == 4 else "default")
 
 
-def syncs(s: Scale, tell: Tell) -> None:
+def syncs(s: Scale, report: Report) -> None:
     def count(precision: str, *chosen: Callback) -> str:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -120,8 +120,8 @@ def syncs(s: Scale, tell: Tell) -> None:
         return f"{len(found) / 4:g} " + " ".join(places[:4])
 
     scaled = "16-mixed" if s.device == "cuda" else "bf16-mixed"
-    tell("host syncs a step, no trick, bf16-mixed", "0", count("bf16-mixed"))
-    tell("host syncs a step, no trick, 16-mixed (its scaler)", "1", count(scaled))
+    report("host syncs a step, no trick, bf16-mixed", "0", count("bf16-mixed"))
+    report("host syncs a step, no trick, 16-mixed (its scaler)", "1", count(scaled))
     teacher = tricks.KnowledgeDistillation(s.little.network())
     single = [
         tricks.WarmupCosine(warmup_epochs=0.1), tricks.LabelSmoothing(), tricks.MixUp(), tricks.CutMix(),
@@ -129,8 +129,8 @@ def syncs(s: Scale, tell: Tell) -> None:
         tricks.ChannelsLast(),
     ]  # fmt: skip
     for trick in single:
-        tell(f"host syncs a step, {type(trick).__name__}, bf16-mixed", "0", count("bf16-mixed", trick))
-    tell("host syncs a step, the paper's seven and EMA", "0", count("bf16-mixed", *paper(16), tricks.EMA()))
+        report(f"host syncs a step, {type(trick).__name__}, bf16-mixed", "0", count("bf16-mixed", trick))
+    report("host syncs a step, the paper's seven and EMA", "0", count("bf16-mixed", *paper(16), tricks.EMA()))
 
 
 def two_averages(s: Scale) -> float:
@@ -166,7 +166,7 @@ class Reference(Callback):
         self.updates += 1
 
 
-def scaler(s: Scale, tell: Tell) -> None:
+def scaler(s: Scale, report: Report) -> None:
     """Train in 16-mixed from a loss scale that is too high. Steps are skipped at the start and after growth."""
     small = s.little
 
@@ -183,18 +183,18 @@ def scaler(s: Scale, tell: Tell) -> None:
     trick = tricks.EMA(0.95)
     module = fit(trick, reference)
     off = distance(list(module.parameters()), reference.average)
-    tell("skipped steps (scale 2^32, growing every 3)", "about 25 of 60", f"{reference.skipped} of 60")
-    tell("EMA's updates, and steps not skipped", "equal", f"{trick._updates} and {reference.updates}")
-    tell("EMA against float64 of the steps not skipped", "below 1e-6", f"{off:.1e}")
+    report("skipped steps (scale 2^32, growing every 3)", "about 25 of 60", f"{reference.skipped} of 60")
+    report("EMA's updates, and steps not skipped", "equal", f"{trick._updates} and {reference.updates}")
+    report("EMA against float64 of the steps not skipped", "below 1e-6", f"{off:.1e}")
     form = [0.05 * (i + 1) / 12 if i < 12 else 0.025 * (1 + math.cos(math.pi * (i - 12) / 48)) for i in range(60)]
     worst = max(abs(a - b) for a, b in zip(reference.rates, form, strict=True))
-    tell("WarmupCosine against its closed form, skipped steps counted", "below 1e-12", f"{worst:.1e}")
+    report("WarmupCosine against its closed form, skipped steps counted", "below 1e-12", f"{worst:.1e}")
     reference = Reference(0.95)
     module = fit(tricks.SWA(lr=0.01, start=0.5, every_n_steps=5), reference)
     ends = [reference.visited[i] for i in range(34, 60, 5)]
     mean = [torch.stack(values).mean(0) for values in zip(*ends, strict=True)]
     off = distance(list(module.parameters()), mean)
-    tell("SWA of 6 cycles against float64", "below 1e-6", f"{off:.1e}, {reference.skipped} steps skipped")
+    report("SWA of 6 cycles against float64", "below 1e-6", f"{off:.1e}, {reference.skipped} steps skipped")
 
 
 def distance(tensors: list[Any], reference: list[Tensor]) -> float:
@@ -203,7 +203,7 @@ def distance(tensors: list[Any], reference: list[Tensor]) -> float:
     return max(float((t.detach().to(r) - r).abs().max() / r.abs().max().clamp(min=1e-3)) for t, r in pairs)
 
 
-def resume(s: Scale, tell: Tell) -> None:
+def resume(s: Scale, report: Report) -> None:
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     small = s.little
@@ -223,17 +223,17 @@ def resume(s: Scale, tell: Tell) -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = fit(2, None, Path(folder))
         same = all(torch.equal(v, whole[k]) for k, v in fit(2, None, None).items())
-        tell("two runs alike, bit for bit (16-mixed, deterministic cuDNN)", "True", str(same))
+        report("two runs alike, bit for bit (16-mixed, deterministic cuDNN)", "True", str(same))
         again = fit(2, Path(folder) / "x.ckpt", None)
     off = [k for k, v in again.items() if not torch.equal(v, whole[k])]
-    tell(
+    report(
         "resumed within an epoch, bit for bit: paper's seven, EMA, DropPath",
         "True",
         str(not off) + f" {off[:2]}" * bool(off),
     )
 
 
-def distillation(s: Scale, tell: Tell) -> None:
+def distillation(s: Scale, report: Report) -> None:
     """Count the graphs of a compiled student and teacher under mixup, after the second step and at the end."""
     from torch._dynamo.utils import counters
 
@@ -252,9 +252,9 @@ def distillation(s: Scale, tell: Tell) -> None:
     start = time.perf_counter()
     trainer.fit(Net(small.network()), loader([small.batch(64)] * 12))
     took = time.perf_counter() - start
-    tell(
+    report(
         "distillation, mixup and EMA compiled: graphs after step 2 and step 12",
         "2 and 2",
         f"{counted[1]} and {counted[-1]}",
     )
-    tell("seconds of that fit", "40 s", f"{took:.0f} s")
+    report("seconds of that fit", "40 s", f"{took:.0f} s")

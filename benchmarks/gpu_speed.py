@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_common import Batch, Net, Scale, Tell, loader, medians, paper, synchronize, timed, trainer_of
+from gpu_common import Batch, Net, Report, Scale, loader, medians, paper, synchronize, timed, trainer_of
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -70,7 +70,7 @@ def loop_speed(s: Scale, batch: Batch, channels_last: bool, compiled: bool = Fal
     return s.steps * len(images) / (time.perf_counter() - start)
 
 
-def throughput(s: Scale, tell: Tell) -> None:
+def throughput(s: Scale, report: Report) -> None:
     batch = s.batch()
     speeds = medians(
         {
@@ -82,28 +82,30 @@ def throughput(s: Scale, tell: Tell) -> None:
         s.rounds,
     )
     what = f"{s.model}, batch of {s.batch_size} at {s.image_size}, {s.precision}"
-    tell(f"{what}: plain Trainer", "1500 images/s", f"{speeds['plain']:.0f} images/s")
-    tell("the same with ChannelsLast", "2600 images/s", f"{speeds['last']:.0f} images/s")
-    tell("gain of ChannelsLast", "1.70 x", f"{speeds['last'] / speeds['plain']:.2f} x")
-    tell("ChannelsLast against timm's step", "0.99 x", f"{speeds['last'] / speeds['timm']:.3f} x")
-    tell("ChannelsLast against torchvision's step", "1.70 x", f"{speeds['last'] / speeds['torchvision']:.2f} x")
-    tell("plain Trainer against torchvision's step", "0.99 x", f"{speeds['plain'] / speeds['torchvision']:.3f} x")
+    report(f"{what}: plain Trainer", "1500 images/s", f"{speeds['plain']:.0f} images/s")
+    report("the same with ChannelsLast", "2600 images/s", f"{speeds['last']:.0f} images/s")
+    report("gain of ChannelsLast", "1.70 x", f"{speeds['last'] / speeds['plain']:.2f} x")
+    report("ChannelsLast against timm's step", "0.99 x", f"{speeds['last'] / speeds['timm']:.3f} x")
+    report("ChannelsLast against torchvision's step", "1.70 x", f"{speeds['last'] / speeds['torchvision']:.2f} x")
+    report("plain Trainer against torchvision's step", "0.99 x", f"{speeds['plain'] / speeds['torchvision']:.3f} x")
 
 
-def compiled(s: Scale, tell: Tell) -> None:
+def compiled(s: Scale, report: Report) -> None:
     batch = s.batch()
     start = time.perf_counter()
     ours = fit_speed(s, [tricks.ChannelsLast(), tricks.Compile()], batch)[0]
-    tell("ChannelsLast and Compile", "3000 images/s", f"{ours:.0f} images/s")
-    tell("seconds of that fit, compilation included", "60 s", f"{time.perf_counter() - start:.0f} s")
+    report("ChannelsLast and Compile", "3000 images/s", f"{ours:.0f} images/s")
+    report("seconds of that fit, compilation included", "60 s", f"{time.perf_counter() - start:.0f} s")
     speeds = medians({"last": lambda: fit_speed(s, [tricks.ChannelsLast()], batch)[0]}, 1)
-    tell("gain of Compile on top of ChannelsLast", "1.15 x", f"{ours / speeds['last']:.2f} x")
+    report("gain of Compile on top of ChannelsLast", "1.15 x", f"{ours / speeds['last']:.2f} x")
     timms = loop_speed(s, batch, channels_last=True, compiled=True)
     again = fit_speed(s, [tricks.ChannelsLast(), tricks.Compile()], batch)[0]
-    tell("ChannelsLast and Compile against timm's step, --torchcompile", "0.99 x", f"{max(ours, again) / timms:.3f} x")
+    report(
+        "ChannelsLast and Compile against timm's step, --torchcompile", "0.99 x", f"{max(ours, again) / timms:.3f} x"
+    )
 
 
-def memory(s: Scale, tell: Tell) -> None:
+def memory(s: Scale, report: Report) -> None:
     sets: dict[str, list[Callback]] = {
         "nothing": [],
         "EMA": [tricks.EMA()],
@@ -112,9 +114,9 @@ def memory(s: Scale, tell: Tell) -> None:
     batch = s.batch()
     peaks = {name: fit_speed(s, [tricks.ChannelsLast(), *chosen], batch)[1] for name, chosen in sets.items()}
     more = peaks["EMA"] - peaks["nothing"]
-    tell("EMA: peak memory more (one fp32 copy is 97.7 MiB)", "98 MiB", f"{more:.1f} MiB of {peaks['nothing']:.0f}")
+    report("EMA: peak memory more (one fp32 copy is 97.7 MiB)", "98 MiB", f"{more:.1f} MiB of {peaks['nothing']:.0f}")
     on_cpu = peaks['EMA(device="cpu")'] - peaks["nothing"]
-    tell('EMA(device="cpu"): peak memory more', "0 MiB", f"{on_cpu:.1f} MiB")
+    report('EMA(device="cpu"): peak memory more', "0 MiB", f"{on_cpu:.1f} MiB")
 
 
 class Kernels(Callback):
@@ -137,7 +139,7 @@ class Kernels(Callback):
         self.named = "; ".join(f"{e.key[:60]} {e.self_device_time_total / 3000:.2f}" for e in events[:6])
 
 
-def each(s: Scale, tell: Tell) -> None:
+def each(s: Scale, report: Report) -> None:
     """Measure per trick the time of a step, and the time that the GPU works in it.
 
     Where the host is slower than the GPU, the step is its time, which varies; what a trick adds shows in the kernels.
@@ -159,13 +161,13 @@ def each(s: Scale, tell: Tell) -> None:
         found = 1000 * len(batch[0]) / speed, kernels.busy
         plain = found if name == "nothing" else plain
         print(f"{name}: {kernels.named}", flush=True)
-        tell(
+        report(
             f"{name}: ms of a step, and of its kernels", "+0.1, +0.3",
             f"{found[0]:.1f} ({found[0] - plain[0]:+.1f}), {found[1]:.1f} ({found[1] - plain[1]:+.1f})",
         )  # fmt: skip
 
 
-def precise_bn(s: Scale, tell: Tell) -> None:
+def precise_bn(s: Scale, report: Report) -> None:
     batches = [s.batch() for _ in range(4)]
     images = torch.cat([b[0] for b in batches])
     data = torch.utils.data.TensorDataset(images, torch.cat([b[1] for b in batches]))
@@ -201,10 +203,10 @@ def precise_bn(s: Scale, tell: Tell) -> None:
     loader = torch.utils.data.DataLoader(data, s.batch_size)
     trainer_of(s, [tricks.ChannelsLast(), Measure()], max_steps=1).fit(Net(s.network()), loader)
     total = found["bare"] + found["loader"]
-    tell("PreciseBN against the bare passes, data at hand", "1.10 x", f"{found['ours'] / found['bare']:.3f} x")
-    tell("PreciseBN against the bare passes and the loader", "1.03 x", f"{found['ours'] / total:.3f} x")
-    tell("torch update_bn (no autocast) against the bare passes", "3 x", f"{found['torch'] / found['bare']:.2f} x")
-    tell("PreciseBN's first layer against float64, relative", "below 1e-3 (16 bits)", f"{found['off']:.1e}")
+    report("PreciseBN against the bare passes, data at hand", "1.10 x", f"{found['ours'] / found['bare']:.3f} x")
+    report("PreciseBN against the bare passes and the loader", "1.03 x", f"{found['ours'] / total:.3f} x")
+    report("torch update_bn (no autocast) against the bare passes", "3 x", f"{found['torch'] / found['bare']:.2f} x")
+    report("PreciseBN's first layer against float64, relative", "below 1e-3 (16 bits)", f"{found['off']:.1e}")
 
 
 def reference_off(module: Any, batches: list[Batch], values: dict[str, Tensor]) -> float:

@@ -41,7 +41,7 @@ class World:
         self.partial_runs = 0.0  # cost of shortened runs, in full runs
 
     def score(self, trial: Trial) -> float:
-        """Return the score of a trial, the same whenever it is asked for."""
+        """Return the score of a trial, the same whenever it is requested for."""
         if trial not in self.made:
             if trial.seed not in self.seeds:
                 self.seeds[trial.seed] = self.generator.normal(0, SHARED)
@@ -72,11 +72,11 @@ def race(world: World) -> tuple[str, ...]:
     """Return what a race keeps."""
     verdict = Verdict()
     race = decide([[name] for name in world.gains], [], Settings(equal_cost=False), verdict)
-    asked = next(race)
+    requested = next(race)
     while True:
-        found = {trial: Outcome(world.score(trial._replace(tricks=tuple(sorted(trial.tricks))))) for trial in asked}
+        found = {trial: Outcome(world.score(trial._replace(tricks=tuple(sorted(trial.tricks))))) for trial in requested}
         try:
-            asked = race.send(found)
+            requested = race.send(found)
         except StopIteration:
             return verdict.kept
 

@@ -358,9 +358,9 @@ def draw_tta(theme: Theme) -> Figure:
     chosen = [next(tta_views(photos()[:1], True, 1, [1.0])), *list(tta_views(photos()[:1], True, 5, [1.0]))[1:5:3]]
     for axes, view, title in zip(panels[:3], chosen, ("image", "crop, flipped", "another crop"), strict=True):
         show(axes, view[0], title)
-    said = [torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.0]])]
+    views = [torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.0]])]
     axes = panels[3]
-    for number, (name, logits) in enumerate({"one": said[0], "other": said[1], "mean": mean_logits(said)}.items()):
+    for number, (name, logits) in enumerate({"one": views[0], "other": views[1], "mean": mean_logits(views)}.items()):
         axes.bar(
             np.arange(3) + (number - 1) * 0.27,
             logits.softmax(1)[0].numpy(),

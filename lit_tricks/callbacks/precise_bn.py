@@ -156,8 +156,8 @@ class PreciseBN(Estimating):
             return
         found = TrainingDataPass(trainer, pl_module, layers, self.num_samples, self.transform).run()
         fit.override.values, fit.shift, fit.norms = found.values, found.shift, norms(pl_module)
-        if found.samples < self.num_samples and not fit.said:
-            fit.said = True
+        if found.samples < self.num_samples and not fit.warned:
+            fit.warned = True
             text = f"num_samples={self.num_samples} is more than there are; all {found.samples} are used, in one pass"
             self.announce(text)
 

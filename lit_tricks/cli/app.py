@@ -254,15 +254,15 @@ class TricksCLI(LightningCLI):
         return getattr(self.model, "class_names", None) or getattr(self.datamodule, "classes", None)
 
     def _check_links(self) -> None:
-        asked = self.config[self.subcommand].model.get("init_args", {})
+        arguments = self.config[self.subcommand].model.get("init_args", {})
         known = inspect.signature(type(self.model)).parameters
         for source, target in LINKS.items():
-            if self.subcommand == "predict" or target not in known or target not in asked:
+            if self.subcommand == "predict" or target not in known or target not in arguments:
                 continue
             found = getattr(self.datamodule, source)
-            if asked[target] not in (found, known[target].default):
+            if arguments[target] not in (found, known[target].default):
                 raise ValueError(
-                    f"--model.{target}={asked[target]} disagrees with the data, which has {found}: leave it out, it "
+                    f"--model.{target}={arguments[target]} disagrees with the data, which has {found}: leave it out, it "
                     "is taken from there."
                 )
 

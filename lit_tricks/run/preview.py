@@ -160,9 +160,9 @@ def _labels(target: Tensor, classes: Sequence[str] | None, count: int) -> list[S
     result = []
     for row in shares:
         values, indices = row.topk(min(3, len(row)))
-        told = [(value, index) for value, index in zip(values.tolist(), indices.tolist(), strict=True)]
-        told = told[:1] + [(value, index) for value, index in told[1:] if value >= LEAST_SHARE]
-        result.append({str(names[index] if names else index): value for value, index in told})
+        shown = [(value, index) for value, index in zip(values.tolist(), indices.tolist(), strict=True)]
+        shown = shown[:1] + [(value, index) for value, index in shown[1:] if value >= LEAST_SHARE]
+        result.append({str(names[index] if names else index): value for value, index in shown})
     return result
 
 

@@ -131,4 +131,4 @@ class _Fit:
     begun: bool = False
     watched: bool = False
     watch: Any = None  # on the first training step
-    said: bool = False
+    warned: bool = False

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign, boxes, roi_align
 
-from lit_tricks.commands.exporting.file_formats import OPSET, refused, require_onnx_size, write_safetensors
+from lit_tricks.commands.exporting.file_formats import OPSET, not_exportable, require_onnx_size, write_safetensors
 from lit_tricks.commands.exporting.network import Exported
 from lit_tricks.tasks.detection import Detector
 
@@ -110,7 +110,7 @@ def write_onnx(exported: ExportedDetector, path: Path) -> None:
                 dynamic_axes=axes, opset_version=OPSET, dynamo=False,
             )  # fmt: skip
     except Exception as error:
-        raise refused(exported, "ONNX", error) from error
+        raise not_exportable(exported, "ONNX", error) from error
     model = onnx.load(path)
     for node in model.graph.node:
         node.doc_string = ""  # it names the folders of this machine
@@ -141,7 +141,7 @@ def write_torch_export(exported: ExportedDetector, path: Path) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # of what torchvision uses
             program = torch.export.export(network, (exported.images(2),), strict=False)
     except Exception as error:
-        raise refused(exported, "torch.export", error) from error
+        raise not_exportable(exported, "torch.export", error) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names the folders of this machine
     with path.open("w+b") as stream:

@@ -18,7 +18,7 @@ from lit_tricks.utils.blame import is_about_input
 __all__ = [
     "OPSET",
     "import_onnx",
-    "refused",
+    "not_exportable",
     "require_onnx_size",
     "write_onnx",
     "write_safetensors",
@@ -58,7 +58,7 @@ def write_onnx(exported: Exported, path: Path) -> None:
             dynamic_shapes=({0: Dim("batch")},), opset_version=OPSET, dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
     except Exception as error:  # the steps of the exporter fail in many ways, with pages of text
-        raise refused(exported, "ONNX", error) from error
+        raise not_exportable(exported, "ONNX", error) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it names the folders of this machine
     program.model.metadata_props.update(exported.metadata())
@@ -87,7 +87,7 @@ def write_torch_export(exported: Exported, path: Path) -> None:
     try:
         program = torch.export.export(exported.network, (exported.images(2),), dynamic_shapes=({0: Dim("batch")},))
     except Exception as error:
-        raise refused(exported, "torch.export", error) from error
+        raise not_exportable(exported, "torch.export", error) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names the folders of this machine
     with path.open("w+b") as stream:  # by name it would have to end in .pt2
@@ -105,7 +105,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
         raise ValueError(f"{path} does not hold the weights that were written: is the disk in order?")
 
 
-def refused(exported: Exported, what: str, error: Exception) -> ValueError:
+def not_exportable(exported: Exported, what: str, error: Exception) -> ValueError:
     """Return the error for a network that a format cannot hold.
 
     Raises:

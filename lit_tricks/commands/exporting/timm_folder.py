@@ -92,13 +92,13 @@ def timm_arguments(model: Any, model_args: dict[str, Any]) -> tuple[str, dict[st
     given: dict[str, Any] = {"depth": 50, "variant": "D", "width": 1.0, "small_input": False} | model_args
     depth, variant, width = given.pop("depth"), given.pop("variant"), given.pop("width")
     deep = variant in "CD"
-    refused = []
+    missing = []
     if given.pop("small_input"):
-        refused.append("small_input: true (a stem that does not shrink the image)")
+        missing.append("small_input: true (a stem that does not shrink the image)")
     if variant == "A" and depth >= 50:
-        refused.append("variant: A (strides in the first convolution of a bottleneck)")
+        missing.append("variant: A (strides in the first convolution of a bottleneck)")
     if not deep and width != 1:
-        refused.append(f"width: {width} with variant: {variant} (its stem has 64 channels)")
+        missing.append(f"width: {width} with variant: {variant} (its stem has 64 channels)")
     found: dict[str, Any] = {}
     if variant == "C":
         found |= {"stem_type": "deep", "stem_width": 32}
@@ -108,15 +108,15 @@ def timm_arguments(model: Any, model_args: dict[str, Any]) -> tuple[str, dict[st
     if (pool := given.pop("pool", "avg")) in POOLS:
         found |= {} if pool == "avg" else {"global_pool": pool}
     else:
-        refused.append(f"pool: {pool}")
+        missing.append(f"pool: {pool}")
     if (norm := given.pop("norm", "batch")) in NORMS:
         found["norm_layer"] = NORMS[norm]
     elif norm != "batch":
-        refused.append(f"norm: {norm}")
+        missing.append(f"norm: {norm}")
     for name, default in (("drop_rate", 0), ("drop_path_rate", 0), ("output_stride", 32)):
         if (value := given.pop(name, default)) != default:
             found[name] = value
-    refused += [f"{key}: {value}" for key, value in given.items() if key not in START and value not in (None, False)]
-    if refused:
-        raise ValueError(f"timm's ResNet has no {' and no '.join(refused)}: {OTHERS}.")
+    missing += [f"{key}: {value}" for key, value in given.items() if key not in START and value not in (None, False)]
+    if missing:
+        raise ValueError(f"timm's ResNet has no {' and no '.join(missing)}: {OTHERS}.")
     return f"resnet{depth}{'d' if variant == 'D' else ''}", found

@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 Pair = tuple[tuple[tuple[str, ...], float], tuple[tuple[str, ...], float]]  # tricks and length of both sides
-Ask = Generator[list[Trial], Mapping[Trial, Outcome], None]
+Requests = Generator[list[Trial], Mapping[Trial, Outcome], None]
 
 
 class OutOfBudget(Exception):  # noqa: N818  # a signal, not an error
@@ -171,7 +171,7 @@ def critical_values(alpha: float, looks: tuple[int, ...]) -> dict[int, float]:
 
 def decide(
     candidates: Sequence[Sequence[str]], exclusive: Sequence[frozenset[str]], settings: Settings, verdict: Verdict
-) -> Ask:
+) -> Requests:
     """Yield requests for trials, and record the decisions from their outcomes in ``verdict``.
 
     Send the outcomes of all requested trials. Throw ``OutOfBudget`` to end.
@@ -207,7 +207,7 @@ def _stackable(candidates: Sequence[Sequence[str]], exclusive: Sequence[frozense
     return [name for name in names if name not in taken | kept and name not in verdict.excluded]
 
 
-def _screen(this: Round, rest: list[str], settings: Settings, verdict: Verdict) -> Ask:
+def _screen(this: Round, rest: list[str], settings: Settings, verdict: Verdict) -> Requests:
     """Rank the candidates on a few seeds, and drop the worse half after each step."""
     this.screened = [Comparison(name, "screening") for name in rest]
     live, first = list(this.screened), 0
@@ -234,7 +234,7 @@ def _screen(this: Round, rest: list[str], settings: Settings, verdict: Verdict) 
             each.reason = "continues to the test"
 
 
-def _test(this: Round, settings: Settings, verdict: Verdict) -> Ask:
+def _test(this: Round, settings: Settings, verdict: Verdict) -> Requests:
     """Test the best candidates on fresh seeds, one after the other, until one is kept."""
     finalists = sorted((each for each in this.screened if each.state == "open"), key=lambda each: -each.mean)
     for share, finalist in zip(SHARES, finalists, strict=False):
@@ -283,7 +283,7 @@ def _look(test: Comparison, look: int, values: Mapping[int, float], settings: Se
 
 def _compare(
     leader: tuple[str, ...], arms: Sequence[Comparison], seeds: Sequence[int], settings: Settings, length: float
-) -> Ask:
+) -> Requests:
     """Add the differences of the arms to the leader at these seeds, at equal cost if the settings request it."""
     if not arms or not seeds:
         return

@@ -156,17 +156,17 @@ class _Race:
     def _decide(self) -> None:
         deciding = decide(self.groups, _exclusive(self.runs.names), self.settings, self.verdict)
         try:
-            asked = next(deciding)
+            requested = next(deciding)
             while True:
                 this = self.verdict.rounds[-1]
                 self.stage = f"round {len(self.verdict.rounds)}, {'test' if this.tested else 'screening'}"
                 stacks = len(self.verdict.kept) + 2  # of a confirmation after one more keep
                 try:
-                    outcomes = self.runs.make(asked, (stacks if stacks == 2 else stacks + 1) * CONFIRMATION[0])
+                    outcomes = self.runs.make(requested, (stacks if stacks == 2 else stacks + 1) * CONFIRMATION[0])
                 except OutOfBudget as end:
-                    asked = deciding.throw(end)
+                    requested = deciding.throw(end)
                 else:
-                    asked = deciding.send(outcomes)
+                    requested = deciding.send(outcomes)
                 self._log()
                 self._write()
         except StopIteration:

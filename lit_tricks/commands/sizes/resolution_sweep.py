@@ -68,16 +68,16 @@ def resolution(
         ValueError: for invalid arguments or arguments that exclude each other, and for sizes that the network does not
             support.
     """
-    asked = parse_sizes(sizes) if sizes else None
+    wanted = parse_sizes(sizes) if sizes else None
     ratios: list[float | None] = [*crop_ratio] if crop_ratio else [None]
     for ratio in crop_ratio or []:
         if not 0 < ratio <= 1:
             raise ValueError(f"--crop_ratio {ratio:g} is not above 0 and at most 1: 0.875 is 224 of 256 pixels.")
     subject = subject_of(ckpt, data, module, weights, model_args)
     channels = (getattr(subject.data, "input_size", None) or (3,))[0]
-    asked = asked or default_sizes(subject, channels)
-    costs = {size: macs(subject, size, channels) for size in asked}
-    views = [(size, ratio) for ratio in ratios for size in asked]
+    wanted = wanted or default_sizes(subject, channels)
+    costs = {size: macs(subject, size, channels) for size in wanted}
+    views = [(size, ratio) for ratio in ratios for size in wanted]
     found = _accuracies(subject, views, split)
     rows = [
         {"size": size, "crop_ratio": ratio, "gmac": costs[size] / 1e9, **accuracies}

@@ -148,8 +148,8 @@ def fit(box: Sequence[float], size: tuple[int, int] | None, where: str, on_bad_b
         fault = f"lies outside of the image of {width} x {height} pixels"
     if on_bad_box == "skip":
         return None
-    told = ", ".join(f"{side:g}" for side in box)
-    raise ValueError(f"{where}: the box (x0, y0, x1, y1) = ({told}) {fault}: {REMEDY}")
+    shown = ", ".join(f"{side:g}" for side in box)
+    raise ValueError(f"{where}: the box (x0, y0, x1, y1) = ({shown}) {fault}: {REMEDY}")
 
 
 def add_object(

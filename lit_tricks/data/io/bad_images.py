@@ -39,7 +39,7 @@ class BadImages:
         self.name = name
         self.replace = replace
         self.marks: Tensor = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-        self.told: list[int] = []
+        self.reported: list[int] = []
 
     def mark(self, index: int) -> None:
         """Remember a bad file."""
@@ -48,10 +48,10 @@ class BadImages:
     def new(self) -> list[int]:
         """Return the bad files that were found since the last call."""
         marks = self.marks.numpy().view(bool)
-        if np.count_nonzero(marks) == len(self.told):
+        if np.count_nonzero(marks) == len(self.reported):
             return []
-        found = sorted(set(marks.nonzero()[0].tolist()) - set(self.told))
-        self.told += found
+        found = sorted(set(marks.nonzero()[0].tolist()) - set(self.reported))
+        self.reported += found
         return found
 
     def row(self, index: int) -> tuple[str, str, str]:
