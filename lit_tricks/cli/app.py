@@ -262,8 +262,8 @@ class TricksCLI(LightningCLI):
             found = getattr(self.datamodule, source)
             if arguments[target] not in (found, known[target].default):
                 raise ValueError(
-                    f"--model.{target}={arguments[target]} disagrees with the data, which has {found}: leave it out, it "
-                    "is taken from there."
+                    f"--model.{target}={arguments[target]} disagrees with the data, which has {found}. Leave it out: "
+                    "the value is taken from the data."
                 )
 
     def after_fit(self) -> None:
