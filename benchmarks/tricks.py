@@ -47,11 +47,14 @@ ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation",
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
     "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
-    "CutMix": 0.2, "MixUp": 0.2, "FocalLoss": 0.2, "LabelSmoothing": 0.1, "the paper's seven, and EMA": 1.6,
+    "CutMix": 0.2, "MixUp": 0.2, "LabelSmoothing": 0.1,
+    "BinaryCrossEntropy": 0.2, "FocalLoss": 0.2, "GeneralizedCrossEntropy": 0.2, "the paper's seven, and EMA": 1.6,
     "all that go together": 6,
 }  # fmt: skip
 UNMEASURED = {"Compile", "PreciseBN"}  # at the start of the fit; between epochs, see precise_bn.py
-CONFLICTING = {"WarmupExponential", "WarmupStep", "SWA"}  # with WarmupCosine, and with EMA
+CONFLICTING = {  # with WarmupCosine, EMA and KnowledgeDistillation
+    "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "BinaryCrossEntropy",
+}  # fmt: skip
 
 
 def make(name: str) -> Callback:

@@ -4,10 +4,12 @@ Random draws are arguments, so that every function returns the same for the same
 
 | Trick | Functions |
 |---|---|
+| BinaryCrossEntropy | ``multi_hot``, ``prior_logit`` |
 | CutMix | ``cutmix_box``, ``cutmix``, ``kept_area`` |
 | DropPath | ``drop_path_rates``, ``drop_path`` |
 | EMA | ``ema_decay``, ``ema_decay_of_half_life`` |
 | FocalLoss | ``focal_factor`` |
+| GeneralizedCrossEntropy | ``box_cox`` |
 | KnowledgeDistillation | ``distillation_divergence`` |
 | L1Penalty | ``add_l1_gradient``, ``sparsity`` |
 | LabelSmoothing | ``label_smoothing_for_torch`` |
@@ -22,10 +24,12 @@ Random draws are arguments, so that every function returns the same for the same
 | XavierInit | ``xavier_uniform`` |
 """
 
+from lit_tricks.callbacks.binary_cross_entropy import multi_hot, prior_logit
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
 from lit_tricks.callbacks.ema import ema_decay, ema_decay_of_half_life
 from lit_tricks.callbacks.focal_loss import focal_factor
+from lit_tricks.callbacks.generalized_cross_entropy import box_cox
 from lit_tricks.callbacks.knowledge_distillation import distillation_divergence
 from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
@@ -46,6 +50,7 @@ from lit_tricks.callbacks.xavier_init import xavier_uniform
 
 __all__ = [
     "add_l1_gradient",
+    "box_cox",
     "cutmix",
     "cutmix_box",
     "distillation_divergence",
@@ -60,6 +65,8 @@ __all__ = [
     "lr_scaling_factor",
     "mean_logits",
     "mixup",
+    "multi_hot",
+    "prior_logit",
     "progressive_side",
     "sparsity",
     "swa_ends_cycle",

@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import nn
 
+from lit_tricks.callbacks.binary_cross_entropy import multi_hot
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
 from lit_tricks.callbacks.ema import ema_decay
 from lit_tricks.callbacks.focal_loss import focal_factor
+from lit_tricks.callbacks.generalized_cross_entropy import box_cox
 from lit_tricks.callbacks.l1_penalty import add_l1_gradient
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.layer_decay import layer_decay_factor
@@ -135,6 +137,38 @@ def draw_focal(theme: Theme) -> Figure:
         )
     tidy(axes, "", "probability of the true class", "loss")
     axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+@figure_of(
+    "GeneralizedCrossEntropy",
+    "Loss of one image, and its gradient, over the probability of its label. A larger q ignores unlikely labels.",
+)
+def draw_generalized(theme: Theme) -> Figure:
+    figure, panels = row(2, 2.8)
+    p = torch.linspace(0.02, 1, 200)
+    for number, q in enumerate((0.0, 0.3, 0.7, 1.0)):
+        loss, label = (-box_cox(p.log(), q), f"q {q:g}") if q else (-p.log(), "cross entropy")
+        for axes, values in zip(panels, (loss, p**q * (1 - p)), strict=True):
+            axes.plot(p.numpy(), values.numpy(), color=theme.cycle[number], label=label)
+    tidy(panels[0], "", "probability of the label", "loss")
+    tidy(panels[1], "", "probability of the label", "gradient of the logit")
+    panels[0].legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+@figure_of(
+    "BinaryCrossEntropy",
+    "Targets of an image that is mixed of two classes: shares of a softmax, and both labels of binary losses.",
+)
+def draw_binary(theme: Theme) -> Figure:
+    figure, panels = row(3, 2.4, sharey=True)
+    shares = torch.tensor([0.0, 0.7, 0.0, 0.0, 0.3, 0.0])
+    smoothed = multi_hot(shares, 0.2) * 0.9 + 0.1 / 6
+    titles = ("softmax", "target_threshold 0.2", "and LabelSmoothing(0.1)")
+    for number, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        axes.bar(range(6), (shares, multi_hot(shares, 0.2), smoothed)[number].numpy(), color=theme.cycle[number])
+        tidy(axes, title, "class", "target" if number == 0 else "")
     return figure
 
 

@@ -1,5 +1,6 @@
 """The tricks. ``__all__`` is their registry: tests, README and command line go by it."""
 
+from lit_tricks.callbacks.binary_cross_entropy import BinaryCrossEntropy
 from lit_tricks.callbacks.channels_last import ChannelsLast
 from lit_tricks.callbacks.compile import Compile
 from lit_tricks.callbacks.cutmix import CutMix
@@ -8,6 +9,7 @@ from lit_tricks.callbacks.ema import EMA
 from lit_tricks.callbacks.fixres import FixRes
 from lit_tricks.callbacks.focal_loss import FocalLoss
 from lit_tricks.callbacks.freeze import Freeze
+from lit_tricks.callbacks.generalized_cross_entropy import GeneralizedCrossEntropy
 from lit_tricks.callbacks.knowledge_distillation import KnowledgeDistillation
 from lit_tricks.callbacks.l1_penalty import L1Penalty
 from lit_tricks.callbacks.label_smoothing import LabelSmoothing
@@ -32,6 +34,7 @@ from lit_tricks.callbacks.zero_gamma import ZeroGamma
 __all__ = [
     "EMA",
     "SWA",
+    "BinaryCrossEntropy",
     "ChannelsLast",
     "Compile",
     "CutMix",
@@ -39,6 +42,7 @@ __all__ = [
     "FixRes",
     "FocalLoss",
     "Freeze",
+    "GeneralizedCrossEntropy",
     "KnowledgeDistillation",
     "L1Penalty",
     "LabelSmoothing",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_tricks._compat import callbacks_of
 from lit_tricks.callbacks.optim.initializer import Initializer
 from lit_tricks.utils.arguments import MAX_SEED, integer
 from lit_tricks.utils.dtensor import part_for, to_local
@@ -106,8 +107,10 @@ class XavierInit(Initializer):
         for name in self._weights:
             weight = pl_module.get_parameter(name)
             to_local(weight).copy_(part_for(weight, xavier_uniform(weight.shape, generator)))
+        others = {name for c in callbacks_of(pl_module.trainer) if isinstance(c, Initializer) for name in c.biases}
         for name in self._biases:
-            pl_module.get_parameter(name).zero_()
+            if name not in others:
+                pl_module.get_parameter(name).zero_()
         return f"{len(self._weights)} weights drawn with seed {seed}, {len(self._biases)} biases at 0"
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -60,6 +60,11 @@ def teacher() -> nn.Module:
 
 
 TRICKS = {
+    "BinaryCrossEntropy": Row(
+        make=callbacks.BinaryCrossEntropy,
+        tests="test_binary_cross_entropy.py",
+        logs=("binary_cross_entropy/positives",),
+    ),
     "ChannelsLast": Row(
         make=callbacks.ChannelsLast,
         tests="test_channels_last.py",
@@ -103,6 +108,11 @@ TRICKS = {
         make=lambda: callbacks.Freeze(modules=["net.0.0"], until=0.25),
         tests="test_freeze.py",
         logs=("freeze/trained",),
+    ),
+    "GeneralizedCrossEntropy": Row(
+        make=callbacks.GeneralizedCrossEntropy,
+        tests="test_generalized_cross_entropy.py",
+        logs=("generalized_cross_entropy/weight",),
     ),
     "KnowledgeDistillation": Row(
         make=lambda: callbacks.KnowledgeDistillation(teacher(), temperature=4.0),

@@ -20,6 +20,12 @@ from lit_tricks import callbacks
 
 # What is legal in spite of its looks, by trick and argument; nothing else is.
 LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
+    "BinaryCrossEntropy": {
+        "target_threshold": "null 0",
+        "sum_classes": "true",
+        "prior_bias": "true",
+        "layers": "null",
+    },
     "ChannelsLast": {"weights": "true"},
     "Compile": {"layers": "null", "backend": '"nan"', "dynamic": "null true", "fullgraph": "true"},
     "CutMix": {"alpha": "1.5", "off_epochs": "0", "inputs": "null"},
@@ -42,6 +48,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     },
     "FocalLoss": {"gamma": "0 1.5", "alpha": "null"},
     "Freeze": {"until": "null 1.5", "train_bn": "true"},
+    "GeneralizedCrossEntropy": {},
     "KnowledgeDistillation": {
         "teacher": '"nan"',
         "temperature": "1.5",

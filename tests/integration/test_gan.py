@@ -88,6 +88,7 @@ REFUSED = {
     name: "no supported loss saw the target" for name in TRICKS if issubclass(getattr(callbacks, name), LossTrick)
 }
 REFUSED |= {
+    "BinaryCrossEntropy": "^BinaryCrossEntropy.* has no trained bias of two or more classes",
     "ZeroGamma": "^ZeroGamma found no residual branches",
     "DropPath": "^DropPath found no drop-path layers",
     "PreciseBN": "^PreciseBN .*forward",

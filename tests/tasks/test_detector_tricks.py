@@ -69,9 +69,17 @@ ACT: dict[str, tuple[Callable[[], Trick], str, bool]] = {
     "ZeroGamma": (callbacks.ZeroGamma, "zero_gamma/scale", True),
 }
 REFUSED: dict[str, tuple[Callable[[], Trick], str]] = {
+    "BinaryCrossEntropy": (
+        lambda: callbacks.BinaryCrossEntropy(prior_bias=False),
+        "BinaryCrossEntropy works on a label .* are boxes.*leave BinaryCrossEntropy out",
+    ),
     "CutMix": (callbacks.CutMix, "CutMix works on a label of each image, .* are boxes.*leave CutMix out"),
     "FixRes": (lambda: callbacks.FixRes(test_size=None), "FixRes works on the classifier .* are boxes"),
     "FocalLoss": (callbacks.FocalLoss, "FocalLoss works on a label of each image, .* are boxes.*leave FocalLoss out"),
+    "GeneralizedCrossEntropy": (
+        callbacks.GeneralizedCrossEntropy,
+        "GeneralizedCrossEntropy works on a label .* are boxes.*leave GeneralizedCrossEntropy out",
+    ),
     "KnowledgeDistillation": (
         lambda: callbacks.KnowledgeDistillation(nn.Linear(1, 1)),
         "KnowledgeDistillation works on a label .* are boxes.*leave KnowledgeDistillation out",

@@ -120,6 +120,24 @@ def test_a_loss_that_is_focal_by_itself_goes_with_smoothing() -> None:
     assert own.step_loss == pytest.approx(together.step_loss, rel=1e-6)
 
 
+def test_generalized_cross_entropy() -> None:
+    module = fit(callbacks.GeneralizedCrossEntropy(0.7), callbacks.LabelSmoothing(0.2))
+    p, labels = log_p(module.logits).exp(), batch()[1].flatten()
+    target = F.one_hot(labels.clamp(max=K - 1), K).double() * 0.8 + 0.2 / K
+    expected = (target * (1 - p**0.7) / 0.7).sum(1)[labels != IGNORED].mean()
+    assert module.step_loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_binary_cross_entropy() -> None:
+    module = fit(callbacks.BinaryCrossEntropy(), module=Plain(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    logits, labels = module.logits.double().movedim(1, -1).flatten(0, -2), batch()[1].flatten()
+    target = F.one_hot(labels.clamp(max=K - 1), K).double()
+    expected = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)[labels != IGNORED].mean()
+    assert module.step_loss == pytest.approx(float(expected), rel=1e-5)
+    bias = module.get_parameter("model.decoder.body.layers.4.bias")
+    assert bias.tolist() == pytest.approx([-math.log(K - 1)] * K)
+
+
 def test_the_auxiliary_loss_is_smoothed_as_well() -> None:
     heads: list[Tensor] = []
     module = Plain(aux_weight=0.5)
@@ -429,6 +447,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "MixUp": lambda: callbacks.MixUp(),
     "LabelSmoothing": lambda: callbacks.LabelSmoothing(0.1),
     "FocalLoss": lambda: callbacks.FocalLoss(),
+    "GeneralizedCrossEntropy": lambda: callbacks.GeneralizedCrossEntropy(),
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(Plain()),
     "EMA": lambda: callbacks.EMA(decay=0.9),
     "PreciseBN": lambda: callbacks.PreciseBN(num_samples=4),
@@ -448,6 +467,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
 }
 # that set the rate, the weights or the data as another one does, or take minutes; each has a test of its own above
 ALONE = {
+    "BinaryCrossEntropy",  # not with the teacher
     "SWA",
     "WarmupStep",
     "WarmupExponential",

@@ -32,6 +32,7 @@ class Initializer(Trick):
     """
 
     def __init__(self) -> None:
+        self.biases: dict[str, int] = {}  # biases with a value of their own, by name, with their sizes
         self._effect = ""
         self._begun: bool | None = None  # whether the run of the checkpoint had started; None without a checkpoint
 
@@ -48,6 +49,21 @@ class Initializer(Trick):
     @abstractmethod
     def initialize(self, pl_module: LightningModule) -> str:
         """Set the weights, and return the line to announce."""
+
+    def reason_to_keep(self, pl_module: LightningModule, trained: set[Tensor]) -> str:
+        """Return why a new run keeps the weights of the module, as the line to announce. Empty to set the weights.
+
+        Raises:
+            RuntimeError: if weights were loaded, and no trick for trained weights explains why.
+        """
+        if tuner := next((c for c in callbacks_of(pl_module.trainer) if isinstance(c, Trick) and c.fine_tunes), None):
+            return f"nothing to do, {type(tuner).__name__} starts from trained weights"  # under any recipe
+        if sign := sign_of_training(pl_module, trained):
+            raise RuntimeError(
+                f"{type(self).__name__} is for a run from scratch, and {type(pl_module).__name__} was trained before: "
+                f"{sign}. Remove {type(self).__name__}, or do not load weights."
+            )
+        return ""
 
     def find(self, pl_module: LightningModule) -> Any:
         """Inspect the module before a strategy changes it."""
@@ -85,15 +101,9 @@ class Initializer(Trick):
         # the Trainer still has the step count of its last fit, until a checkpoint sets it
         if pl_module.trainer.global_step if self._begun is None else self._begun:
             return configured
-        if tuner := next((c for c in callbacks_of(pl_module.trainer) if isinstance(c, Trick) and c.fine_tunes), None):
-            self._effect = f"nothing to do, {type(tuner).__name__} starts from trained weights"  # under any recipe
+        self._effect = self.reason_to_keep(pl_module, trained)
+        if self._effect:
             return configured
-        sign = sign_of_training(pl_module, trained)
-        if sign:
-            raise RuntimeError(
-                f"{type(self).__name__} is for a run from scratch, and {type(pl_module).__name__} was trained before: "
-                f"{sign}. Remove {type(self).__name__}, or do not load weights."
-            )
         with torch.no_grad():
             self._effect = self.initialize(pl_module)
         return configured

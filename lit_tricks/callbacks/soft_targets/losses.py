@@ -59,15 +59,16 @@ def cross_entropy(
             f"{spec.names()}: the module's own cross entropy has label_smoothing={label_smoothing}, which would "
             "smooth the target twice. Set it to 0 there, or leave the callback out."
         )
-    if spec.smoothing and target.kind == "labels":  # the soft distribution is already smoothed
+    if spec.smoothing and (target.kind == "labels" or spec.multi_hot):  # else the soft distribution is smoothed
         label_smoothing = spec.smoothing(input.size(dim))
+    if spec.multi_hot is not None:
+        return _binary_of_classes(_at_least_float32(input), target, weight, ignore_index, reduction, label_smoothing)
     if not spec.modulates and "other" not in target.parts:
         loss = F.cross_entropy(
             input, value, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
     else:
-        low = input.dtype in (torch.float16, torch.bfloat16)
-        log_p = F.log_softmax(input, dim, dtype=torch.float32 if low else None)
+        log_p = F.log_softmax(_at_least_float32(input), dim)
         loss = _of_log_p(log_p, target, weight, ignore_index, reduction, label_smoothing)
     return _with_teacher(loss, input, target, ignore_index, reduction)
 
@@ -84,11 +85,16 @@ def nll_loss(
     """Compute ``F.nll_loss`` for the distribution of the target. The input is the logarithm of a softmax."""
     spec, value = _begin(target, size_average, reduce)
     _refuse_several_labels(target)
+    if spec.multi_hot is not None:
+        raise RuntimeError(
+            f"{spec.names()}: BinaryCrossEntropy needs logits, and F.nll_loss gets log-probabilities. Let the module "
+            "pass its logits to F.cross_entropy or nn.CrossEntropyLoss, without a softmax."
+        )
     if not spec.smoothing and not spec.modulates and "other" not in target.parts:
         loss = F.nll_loss(input, value, weight, ignore_index=ignore_index, reduction=reduction)
     else:
         smoothing = spec.smoothing(input.size(_class_dim(input))) if spec.smoothing else 0.0
-        loss = _of_log_p(input, target, weight, ignore_index, reduction, smoothing)
+        loss = _of_log_p(_at_least_float32(input), target, weight, ignore_index, reduction, smoothing)
     return _with_teacher(loss, input, target, ignore_index, reduction)  # logits, up to a constant in each row
 
 
@@ -148,6 +154,23 @@ def _class_dim(input: Tensor) -> int:  # noqa: A002
     return 1 if input.dim() > 1 else 0
 
 
+def _at_least_float32(input: Tensor) -> Tensor:  # noqa: A002
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+
+def _mixture(target: Target, ignore_index: int, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the labels that are mixed, as class indices, each with its share per item. Ignored labels have share 0."""
+    parts = target.parts
+    mixture: list[tuple[Tensor, Tensor | float]] = [(parts["value"], 1.0)]
+    if "other" in parts:
+        weight = parts["weight"].to(like)
+        mixture = [(parts["value"], weight), (parts["other"], 1 - weight)]
+    return [
+        (torch.where(labels == ignore_index, 0, labels).long(), (labels != ignore_index).to(like) * share)
+        for labels, share in mixture
+    ]
+
+
 def _of_log_p(
     log_p: Tensor, target: Target, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
@@ -159,27 +182,27 @@ def _of_log_p(
     if spec.class_weight is not None:
         in_sum = spec.class_weight(classes).to(log_p)
         in_sum = in_sum if in_mean is None else in_sum * in_mean
-    weighted = log_p if in_sum is None else log_p * in_sum.view(classes, *[1] * (log_p.dim() - dim - 1))
+    linked = log_p if spec.link is None else spec.link(log_p)
+    weighted = linked if in_sum is None else linked * in_sum.view(classes, *[1] * (log_p.dim() - dim - 1))
     if target.kind == "soft":
         share = parts["value"].to(log_p) * (1 - smoothing) + smoothing / classes
         loss, p = -(share * weighted).sum(dim), (share * log_p.exp()).sum(dim)
         known = divisor = torch.ones_like(loss)
+        of_labels = (parts["value"].to(log_p) * linked).sum(dim)
     else:
-        mixture: list[tuple[Tensor, Tensor | float]] = [(parts["value"], 1.0)]
-        if "other" in parts:
-            weight_of = parts["weight"].to(log_p)
-            mixture = [(parts["value"], weight_of), (parts["other"], 1 - weight_of)]
-        loss = p = known = divisor = torch.zeros_like(log_p.select(dim, 0))
-        for labels, share_of in mixture:
-            share = (labels != ignore_index).to(log_p) * share_of
-            index = torch.where(labels == ignore_index, 0, labels).long()
+        loss = p = of_labels = known = divisor = torch.zeros_like(log_p.select(dim, 0))
+        for index, share in _mixture(target, ignore_index, log_p):
             known = known + share
             divisor = divisor + (share if in_mean is None else share * in_mean[index])
             loss = loss - share * (1 - smoothing) * _pick(weighted, index, dim)
+            if spec.link is not None:
+                of_labels = of_labels + share * _pick(linked, index, dim)
             if spec.factor is not None:
                 p = p + share * (1 - smoothing) * _pick(log_p, index, dim).exp()
         loss = loss - known * smoothing / classes * weighted.sum(dim) if smoothing else loss
         p = p / known.clamp(min=1e-6) + smoothing / classes
+    if spec.link is not None:
+        spec.mean_link = of_labels.sum().detach() / known.sum()
     if spec.factor is not None:
         factor = spec.factor(p)
         loss = loss * factor
@@ -187,6 +210,55 @@ def _of_log_p(
     if reduction == "mean":
         return loss.sum() / divisor.sum()
     return loss.sum() if reduction == "sum" else loss
+
+
+def _binary_of_classes(
+    logits: Tensor, target: Target, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+) -> Tensor:
+    """Return the binary cross entropy of each class, reduced over classes and items.
+
+    Class weights keep their meaning: the weight of an item is the weight of its labels, by their shares.
+    """
+    spec, parts, dim = target.spec, target.parts, _class_dim(logits)
+    _refuse_teacher(spec)
+    if spec.link is not None or spec.multi_hot is None:
+        raise RuntimeError(
+            f"{spec.names()}: GeneralizedCrossEntropy needs the softmax that BinaryCrossEntropy replaces by sigmoids. "
+            "Keep one of them."
+        )
+    classes = logits.size(dim)
+    if target.kind == "soft":
+        shares = parts["value"].to(logits)
+        known = torch.ones_like(shares.sum(dim))
+    else:
+        shares = torch.zeros_like(logits)
+        for index, share in _mixture(target, ignore_index, logits):
+            shares = shares.scatter_add(dim, index.unsqueeze(dim), share.expand(index.shape).unsqueeze(dim))
+        known = shares.sum(dim)
+    in_mean = None if weight is None else weight.to(logits)
+    in_sum = in_mean
+    if spec.class_weight is not None and spec.positive_weight is None:
+        in_sum = spec.class_weight(classes).to(logits)
+        in_sum = in_sum if in_mean is None else in_sum * in_mean
+    hot = spec.multi_hot(shares / known.clamp(min=1e-6).unsqueeze(dim), classes)
+    soft = hot * (1 - smoothing) + smoothing / classes
+    loss = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+    if spec.factor is not None or spec.positive_weight is not None:
+        loss = _modulated_binary(loss, torch.sigmoid(logits), soft, spec, "none")
+    loss = loss.sum(dim) if spec.sum_classes else loss.mean(dim)
+    loss = loss * (known if in_sum is None else _of_classes(shares, in_sum, dim))
+    spec.mean_positives = (hot.sum(dim) * known).sum() / known.sum()
+    if reduction == "mean":
+        return (
+            loss.sum()
+            / (known if in_mean is None or target.kind == "soft" else _of_classes(shares, in_mean, dim)).sum()
+        )
+    return loss.sum() if reduction == "sum" else loss
+
+
+def _of_classes(shares: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """Return the weight per item: the weights of its labels, by their shares."""
+    return (shares.movedim(dim, -1) * weight).sum(-1)
 
 
 def _with_teacher(loss: Tensor, logits: Tensor, target: Target, ignore_index: int, reduction: str) -> Tensor:
@@ -227,6 +299,28 @@ def _refuse_several_labels(target: Target) -> None:
         )
 
 
+def _refuse_teacher(spec: LossSpec) -> None:
+    if spec.teacher is not None:
+        raise RuntimeError(
+            f"{spec.names()}: the loss is binary, and KnowledgeDistillation compares a softmax over classes. "
+            "Train with F.cross_entropy or nn.CrossEntropyLoss, or without the teacher."
+        )
+
+
+def _refuse_softmax_tricks(spec: LossSpec) -> None:
+    """Raise if a trick on softmax cross entropy meets a binary loss of the module."""
+    if spec.link is not None:
+        raise RuntimeError(
+            f"{spec.names()}: the module's loss is binary, and GeneralizedCrossEntropy is defined for the softmax over "
+            "classes. Train with F.cross_entropy or nn.CrossEntropyLoss, or leave the callback out."
+        )
+    if spec.multi_hot is not None:
+        raise RuntimeError(
+            f"{spec.names()}: the module's loss is binary already, and BinaryCrossEntropy replaces a softmax cross "
+            "entropy. Leave the callback out."
+        )
+
+
 def mixed_labels(target: Target) -> Tensor:
     """Return several labels per item in floats, mixed like the items."""
     parts = target.parts
@@ -239,11 +333,8 @@ def mixed_labels(target: Target) -> Tensor:
 def _binary(target: Target, input: Tensor) -> Tensor:  # noqa: A002
     """Return the probability of the positive class, from a distribution over classes or from labels 0 and 1."""
     parts, smoothing = target.parts, target.spec.smoothing
-    if target.spec.teacher is not None:
-        raise RuntimeError(
-            f"{target.spec.names()}: the loss is binary, and KnowledgeDistillation compares a softmax over classes. "
-            "Train with F.cross_entropy or nn.CrossEntropyLoss, or without the teacher."
-        )
+    _refuse_teacher(target.spec)
+    _refuse_softmax_tricks(target.spec)
     soft = parts["value"]
     if target.kind == "binary":
         soft = mixed_labels(target)

@@ -15,11 +15,15 @@ class LossSpec:
     """The loss of one batch. The target of the batch and all targets derived from it share the spec.
 
     The meaning does not depend on the order of the tricks. The labels are mixed, then smoothed. The loss under this
-    distribution is modulated. The divergence from a teacher is added last.
+    distribution is modulated. The divergence from a teacher is added last. With ``multi_hot`` the loss is a binary
+    cross entropy per class, and its targets are smoothed.
     """
 
     tricks: tuple[str, ...]
     smoothing: Callable[[int], float] | None = None  # label_smoothing of torch's cross entropy, for K classes
+    link: Callable[[Tensor], Tensor] | None = None  # replaces log(p) in the loss, from log(p)
+    multi_hot: Callable[[Tensor, int], Tensor] | None = None  # binary targets, from the distribution over K classes
+    sum_classes: bool = True  # with multi_hot: the sum over classes, not the mean
     factor: Callable[[Tensor], Tensor] | None = None  # factor of the loss, from the probability of the target
     class_weight: Callable[[int], Tensor] | None = None  # factor of each of K classes, in the sum only
     positive_weight: Callable[[], float] | None = None  # binary: factor of positives; 1 minus this for negatives
@@ -29,11 +33,14 @@ class LossSpec:
     used: bool = False  # whether a loss has used the target
     mean_factor: Tensor | None = None  # mean of the factor, for the log
     mean_divergence: Tensor | None = None
+    mean_link: Tensor | None = None  # of the labels, before smoothing
+    mean_positives: Tensor | None = None  # positive targets per item, before smoothing
 
     @property
     def modulates(self) -> bool:
         """Return whether the loss of the labels is more than cross entropy with a distribution."""
-        return any(part is not None for part in (self.factor, self.class_weight, self.positive_weight))
+        parts = (self.link, self.multi_hot, self.factor, self.class_weight, self.positive_weight)
+        return any(part is not None for part in parts)
 
     def names(self) -> str:
         """Return the names of the tricks, for messages."""

@@ -124,7 +124,7 @@ def _one_hot(target: SoftTarget, num_classes: int = -1) -> SoftTarget:
     soft = hard.to(torch.get_default_dtype())
     if others:
         soft = others[0].to(soft).lerp_(soft, target.parts["weight"].to(soft).unsqueeze(-1))
-    if target.spec.smoothing:
+    if target.spec.smoothing and target.spec.multi_hot is None:  # which smooths the targets that it makes of them
         smoothing = target.spec.smoothing(num_classes)
         soft = soft * (1 - smoothing) + smoothing / num_classes
     parts = {"value": hard, "soft": soft}
