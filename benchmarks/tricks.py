@@ -35,6 +35,7 @@ MAKE: dict[str, Callable[[], Callback]] = {
     "FixRes": lambda: callbacks.FixRes(test_size=None),
     "Freeze": lambda: callbacks.Freeze(["layer4"]),
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(timm.create_model("resnet50")),
+    "Lookahead": lambda: callbacks.Lookahead(k=1),  # every step, so that the median has the cost of an update
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=256),
     "SWA": lambda: callbacks.SWA(lr=0.01, start=0.0),
     "Unfreeze": lambda: callbacks.Unfreeze({"layer4": 1}),
@@ -46,14 +47,15 @@ MAKE: dict[str, Callable[[], Callback]] = {
 ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation", "Unfreeze"}
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
-    "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
+    "EMA": 1, "Lookahead": 2, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
     "CutMix": 0.2, "MixUp": 0.2, "LabelSmoothing": 0.1,
     "BinaryCrossEntropy": 0.2, "FocalLoss": 0.2, "GeneralizedCrossEntropy": 0.2, "the paper's seven, and EMA": 1.6,
     "all that go together": 6,
 }  # fmt: skip
 UNMEASURED = {"Compile", "PreciseBN"}  # at the start of the fit; between epochs, see precise_bn.py
 CONFLICTING = {  # with WarmupCosine, EMA and KnowledgeDistillation
-    "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "BinaryCrossEntropy",
+    "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "Lookahead",
+    "BinaryCrossEntropy",
 }  # fmt: skip
 
 
@@ -127,17 +129,17 @@ class TrainingLength(Callback):
 def measure(names: list[str], image_size: int, batch_size: int, steps: int, module: Classifier) -> tuple[float, float]:
     """Return the median seconds of a step, and of the tricks in it."""
     tricks, size = list(map(make, names)), batch_size * (steps + 1)
-    clock, drop = TrainingLength(tricks), drop_path.drop
+    clock, drop = TrainingLength(tricks), drop_path.drop_path
     data = torch.utils.data.TensorDataset(torch.randn(size, 3, image_size, image_size), torch.arange(size) % 1000)
     trainer = Trainer(
         max_epochs=3, max_steps=steps + 1, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[*tricks, clock],
     )  # fmt: skip
-    drop_path.drop = clock.timed(drop, times=2)
+    drop_path.drop_path = clock.timed(drop, times=2)
     try:
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=batch_size))
     finally:
-        drop_path.drop = drop
+        drop_path.drop_path = drop
     return statistics.median(clock.steps), statistics.median(clock.shares)
 
 

@@ -15,6 +15,7 @@ Random draws are arguments, so that every function returns the same for the same
 | LabelSmoothing | ``label_smoothing_for_torch`` |
 | LayerDecay | ``layer_decay_factor`` |
 | LinearScaling | ``lr_scaling_factor`` |
+| Lookahead | ``lookahead_alpha`` |
 | MixUp | ``mixup`` |
 | ProgressiveResizing | ``progressive_side`` |
 | SWA | ``swa_lr_share``, ``swa_ends_cycle`` |
@@ -35,6 +36,7 @@ from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.layer_decay import layer_decay_factor
 from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
+from lit_tricks.callbacks.lookahead import lookahead_alpha
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.optim.schedule import warmup
 from lit_tricks.callbacks.progressive_resizing import progressive_side
@@ -62,6 +64,7 @@ __all__ = [
     "kept_area",
     "label_smoothing_for_torch",
     "layer_decay_factor",
+    "lookahead_alpha",
     "lr_scaling_factor",
     "mean_logits",
     "mixup",

@@ -24,6 +24,7 @@ from lit_tricks.callbacks.l1_penalty import add_l1_gradient
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.layer_decay import layer_decay_factor
 from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
+from lit_tricks.callbacks.lookahead import lookahead_alpha
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.progressive_resizing import progressive_side
 from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
@@ -204,6 +205,31 @@ def draw_ema(theme: Theme) -> Figure:
             average += (1 - decay(update)) * (value - average) if update else 0
             line.append(average)
         axes.plot(steps, line, color=theme.cycle[number], label=name)
+    tidy(axes, "", "step", "weight")
+    axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+@figure_of("Lookahead", "A noisy weight, which starts again from the slow weight every 5 steps.")
+def draw_lookahead(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.8)
+    axes = figure.subplots()
+    for number, (name, alpha) in enumerate(
+        {
+            "alpha 0.5": lambda step: 0.5,
+            "alpha 0.23, cubic": lambda step: lookahead_alpha(0.23, step / 100),
+        }.items()
+    ):
+        noise = torch.Generator().manual_seed(0)
+        fast, slow, paths = 0.0, 0.0, [[0.0, 0.0]]
+        for step in range(1, 101):
+            fast += 0.08 * (1 - fast) + 0.08 * torch.randn((), generator=noise).item()
+            if step % 5 == 0:
+                slow += alpha(step) * (fast - slow)
+                fast = slow
+            paths.append([fast, slow])
+        axes.plot([path[0] for path in paths], color=theme.cycle[number], linewidth=0.6, alpha=0.6)
+        axes.plot([path[1] for path in paths], color=theme.cycle[number], drawstyle="steps-post", label=f"slow, {name}")
     tidy(axes, "", "step", "weight")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure

@@ -15,6 +15,7 @@ from lit_tricks.callbacks.l1_penalty import L1Penalty
 from lit_tricks.callbacks.label_smoothing import LabelSmoothing
 from lit_tricks.callbacks.layer_decay import LayerDecay
 from lit_tricks.callbacks.linear_scaling import LinearScaling
+from lit_tricks.callbacks.lookahead import Lookahead
 from lit_tricks.callbacks.mixup import MixUp
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.precise_bn import PreciseBN
@@ -48,6 +49,7 @@ __all__ = [
     "LabelSmoothing",
     "LayerDecay",
     "LinearScaling",
+    "Lookahead",
     "MixUp",
     "NoBiasDecay",
     "PreciseBN",

@@ -34,8 +34,17 @@ __all__ = [
     "settings_in",
 ]  # fmt: skip
 
-# State that only a resumed run needs.
-RUN = ("callbacks", "optimizer_states", "optimizers", "lr_schedulers", "loops", "MixedPrecision")
+# State that only a resumed run needs. Two are of Lightning's WeightAveraging.
+RUN = (
+    "callbacks",
+    "optimizer_states",
+    "optimizers",
+    "lr_schedulers",
+    "loops",
+    "MixedPrecision",
+    "current_model_state",
+    "averaging_state",
+)
 
 
 def checkpoint_at(path: str | Path, flag: str = "", prefer: Literal["best", "last"] = "best") -> Path:

@@ -140,6 +140,11 @@ TRICKS = {
         tests="test_linear_scaling.py",
         logs=("linear_scaling/factor",),
     ),
+    "Lookahead": Row(
+        make=lambda: callbacks.Lookahead(k=2),
+        tests="test_lookahead.py",
+        logs=("lookahead/alpha",),
+    ),
     "MixUp": Row(
         make=lambda: callbacks.MixUp(alpha=1.0),
         tests="test_mixup.py",

@@ -64,6 +64,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "LabelSmoothing": {"smoothing": "0"},
     "LayerDecay": {},
     "LinearScaling": {"batch_size": "null"},
+    "Lookahead": {},
     "MixUp": {"alpha": "1.5", "off_epochs": "0", "per_sample": "true", "inputs": "null"},
     "NoBiasDecay": {},
     "PreciseBN": {"restore": "true"},

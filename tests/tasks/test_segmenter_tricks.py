@@ -469,6 +469,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
 ALONE = {
     "BinaryCrossEntropy",  # not with the teacher
     "SWA",
+    "Lookahead",
     "WarmupStep",
     "WarmupExponential",
     "WarmupLinear",

@@ -28,7 +28,7 @@ def reject_conflicting_callbacks(average: KeptAverage, trainer: Trainer) -> None
         if callback is average or not (is_ours or any(isinstance(callback, classes) for classes in foreign)):
             continue
         name, other = average.state_key, callback.state_key if is_ours else type(callback).__name__
-        remedy = f"give one of them validate=False, which only keeps its average, or remove {other}."
+        remedy = f"remove {other}, or use EMA or SWA with validate=False, which only keeps the average."
         raise RuntimeError(f"{name} and {other} both decide which weights are validated and saved: {remedy}")
 
 

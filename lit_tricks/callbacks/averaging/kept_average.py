@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+
 from lit_tricks._compat import callbacks_of, lightning_classes, was_skipped_by_scaler
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, text
 from lit_tricks.utils.dtensor import read, write
+from lit_tricks.utils.log import log, show_lines
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -86,7 +89,11 @@ class KeptAverage(Trick):
         if share is not None:
             with self._weights.showing(False):
                 self._weights.update(share)
+                self._averaged()
             self._updates += 1
+
+    def _averaged(self) -> None:
+        """Do what follows an update, while the module has its trained weights."""
 
     # Saving and restoring
 
@@ -112,7 +119,7 @@ class KeptAverage(Trick):
             return
         state = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}))
         if not {"steps", "updates"} <= state.keys():  # from a run without it, or another callback of this name
-            state = {"steps": 0, "updates": 0}
+            state = {"steps": 0, "updates": 0} | self._of_lightning(checkpoint, pl_module)
         if state.get("shards"):
             state["shards"] = str(trainer.ckpt_path)
         if self._wrappers:  # the weights were restored in the middle of the fit
@@ -120,11 +127,29 @@ class KeptAverage(Trick):
         else:
             self._restored = state
 
+    def _of_lightning(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> dict[str, Any]:
+        """Return the state of an average that Lightning's ``WeightAveraging`` has saved, or nothing.
+
+        https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/callbacks/weight_averaging.py#L249
+        """
+        if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
+            return {}
+        # A shared tensor has several names in a state_dict, and one here.
+        known = {name for name, _ in (*pl_module.named_parameters(), *pl_module.named_buffers())}
+        trained = {name: value for name, value in checkpoint["current_model_state"].items() if name in known}
+        updates = int(checkpoint["averaging_state"]["n_averaged"])
+        show_lines()
+        rank_zero_only(log.info)(
+            f"{self.state_key}: took over the average of Lightning's WeightAveraging after {updates} updates, and "
+            f"{len(trained)} tensors of the trained weights. Arguments of this run decide the next updates."
+        )
+        return {"steps": checkpoint["global_step"], "updates": updates, "raw": trained, "average": {}}
+
     def _restore(self, state: dict[str, Any]) -> None:
         assert self._weights is not None
         self._restored, self._stepped = None, False
         self._steps, self._updates = state["steps"], state["updates"]
-        if not self._updates:
+        if not self._updates and not state.get("raw"):
             return
         if "shards" in state:
             state = read(Path(state["shards"]) / self.state_key, self._weights.like_state)

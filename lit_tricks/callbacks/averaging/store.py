@@ -140,6 +140,13 @@ class AveragedWeights:
             average, own = self._average[i], live[i].to(self._average[i].dtype)
             average.copy_(torch.where(own.isfinite() & average.isfinite(), average.lerp(own, share), own))
 
+    @torch.no_grad()
+    def copy_to_module(self) -> None:
+        """Copy the average into the module, which has its trained weights. The average is not changed."""
+        for i, tensor in enumerate(self._live()[: self._first_vector]):
+            to_local(tensor).copy_(self._average[i])
+        self._reshard()
+
     def sync(self, own: bool = False) -> None:
         """Copy the averaged buffers of the first process to all processes, as DDP does with a module's buffers.
 

@@ -41,7 +41,7 @@ __all__ = ["EXCLUSIVE", "race"]
 
 # Tricks that conflict, by their classes.
 EXCLUSIVE = (
-    frozenset({"EMA", "SWA"}),
+    frozenset({"EMA", "Lookahead", "SWA"}),
     frozenset({"WarmupCosine", "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep"}),
     frozenset({"FixRes", "DropPath"}),
     frozenset({"FixRes", "Freeze"}),
