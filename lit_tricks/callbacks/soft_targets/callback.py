@@ -74,6 +74,8 @@ class LossTrick(Trick):
         names = tuple(sorted(type(trick).__name__ for trick in team))
         inputs, where, labels = find(batch, names[0])
         target = carrying(labels, LossSpec(names))
+        if target.kind == "binary" and not self._seen:  # in the first batch only: the GPU waits for the answer
+            _require_shares(labels, names)
         tensors = {path: tensor for path, tensor in tensors_in(batch) if path != where}
         now = dict(tensors)
         for trick in sorted(team, key=lambda trick: (trick.stage, type(trick).__name__)):
@@ -117,6 +119,21 @@ class LossTrick(Trick):
         """Restore the hook."""
         super().on_exception(trainer, pl_module, exception)
         self._trainer = self.spec = None
+
+
+def _require_shares(labels: Tensor, names: tuple[str, ...]) -> None:
+    """Raise if several labels per item are no values from 0 to 1, whose mixture would have no meaning.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    low, high = (float(end) for end in labels.aminmax())
+    if low < 0 or high > 1:
+        raise RuntimeError(
+            f"{' and '.join(names)}: several labels of an item must be values from 0 to 1, and the training batch has "
+            f"values from {low:g} to {high:g}. Encode classes as 0 and 1, and pass unknown labels as a mask, in a "
+            "tensor of their own."
+        )
 
 
 def _team(trainer: Trainer) -> list[LossTrick]:

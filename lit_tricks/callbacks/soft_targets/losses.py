@@ -133,11 +133,30 @@ def bce(
     return loss if plain else _modulated_binary(loss, input, soft, spec, reduction)
 
 
+def multilabel_soft_margin(
+    input: Tensor,  # noqa: A002
+    target: Target,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compute ``F.multilabel_soft_margin_loss``, the mean over classes of binary losses, with the soft targets."""
+    spec, _ = _begin(target, size_average, reduce)
+    soft = _binary(target, input)
+    loss = F.binary_cross_entropy_with_logits(input, soft, weight, reduction="none")
+    if spec.modulates:
+        loss = _modulated_binary(loss, torch.sigmoid(input), soft, spec, "none")
+    loss = loss.mean(-1)
+    return {"none": loss, "sum": loss.sum()}.get(reduction, loss.mean())
+
+
 LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     F.binary_cross_entropy_with_logits: bce_with_logits,
     F.binary_cross_entropy: bce,
+    F.multilabel_soft_margin_loss: multilabel_soft_margin,
 }
 
 

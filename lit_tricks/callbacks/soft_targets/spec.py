@@ -57,8 +57,12 @@ class LossSpec:
             RuntimeError: if not.
         """
         if not kept:
-            raise RuntimeError(
-                f"{self.names()} cannot follow the target of the batch through `{function}`. Give it to "
-                "F.cross_entropy or nn.CrossEntropyLoss as it is, reshaped or indexed (for binary losses as "
-                "F.one_hot(target, num_classes).float()), and change labels in the dataset or the collate_fn."
-            )
+            raise self.unknown(function)
+
+    def unknown(self, function: str) -> RuntimeError:
+        """Return the error for a function that loses what the loss needs."""
+        return RuntimeError(
+            f"{self.names()} cannot follow the target of the batch through `{function}`. Give it to "
+            "F.cross_entropy or nn.CrossEntropyLoss as it is, reshaped or indexed (for binary losses as "
+            "F.one_hot(target, num_classes).float()), and change labels in the dataset or the collate_fn."
+        )

@@ -230,8 +230,12 @@ def _of_several(
     if result.requires_grad:
         spec.require(not target.lost, target.lost)
         spec.require(not (spec.smoothing or spec.modulates or spec.teacher is not None), name)
+        try:
+            result = of_mixed()
+        except (RuntimeError, TypeError) as error:  # losses of class indices support no floats
+            raise spec.unknown(name) from error
         spec.used = True
-        return of_mixed()
+        return result
     if result.shape != target.shape or result.dtype == torch.bool:
         return result
     try:
