@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_tricks import Classifier
-from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
+from lit_tricks.callbacks import (
+    BinaryCrossEntropy,
+    FocalLoss,
+    GeneralizedCrossEntropy,
+    KnowledgeDistillation,
+    LabelSmoothing,
+    MixUp,
+)
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.batch import find
 
 pytestmark = pytest.mark.clients
 
-SMOOTHING, GAMMA, CLASSES, IGNORED = 0.3, 2.0, 4, 0
+SMOOTHING, GAMMA, Q, THRESHOLD, CLASSES, IGNORED = 0.3, 2.0, 0.7, 0.2, 4, 0
 
 
 class Images(Dataset[Any]):
@@ -94,6 +101,8 @@ STACKS: dict[str, list[Callable[[], Trick]]] = {
     "smoothing": [lambda: LabelSmoothing(SMOOTHING)],
     "focal": [lambda: FocalLoss(GAMMA)],
     "mixup": [lambda: MixUp(alpha=1.0)],
+    "generalized": [lambda: GeneralizedCrossEntropy(Q), lambda: MixUp(alpha=1.0), lambda: LabelSmoothing(SMOOTHING)],
+    "binary": [lambda: BinaryCrossEntropy(THRESHOLD), lambda: MixUp(alpha=1.0), lambda: LabelSmoothing(SMOOTHING)],
     "all": [lambda: FocalLoss(GAMMA), lambda: MixUp(alpha=1.0), lambda: LabelSmoothing(SMOOTHING)],
 }
 
@@ -145,13 +154,23 @@ def expected(logits: Tensor, label: Tensor, other: Tensor, share: float, tricks:
     log_p = logits.double().log_softmax(1)
     smoothing = SMOOTHING if LabelSmoothing in tricks else 0.0
     distribution = torch.zeros_like(log_p)
+    shares = torch.zeros_like(log_p)
     known = torch.zeros(label.shape, dtype=torch.float64)
     for labels, part in ((label, share), (other, 1 - share)):
         one_hot = nn.functional.one_hot(labels, CLASSES).movedim(-1, 1).double()
         valid = part * (labels != ignored).double()
         known += valid
+        shares += valid.unsqueeze(1) * one_hot
         distribution += valid.unsqueeze(1) * ((1 - smoothing) * one_hot + smoothing / CLASSES)
+    if BinaryCrossEntropy in tricks:
+        present = (shares / known.clamp(min=1e-12).unsqueeze(1) > THRESHOLD).double()
+        target = present * (1 - smoothing) + smoothing / CLASSES
+        log_odds = -(target * nn.functional.logsigmoid(logits.double()))
+        log_odds -= (1 - target) * nn.functional.logsigmoid(-logits.double())
+        return float((known * log_odds.sum(1)).sum() / known.sum())
     loss = -(distribution * log_p).sum(1)
+    if GeneralizedCrossEntropy in tricks:
+        loss = (distribution * (1 - log_p.exp() ** Q) / Q).sum(1)
     if FocalLoss in tricks:
         p = (distribution * log_p.exp()).sum(1) / known.clamp(min=1e-12)
         loss = loss * (1 - p) ** GAMMA

@@ -15,6 +15,7 @@ from lit_tricks.callbacks import KnowledgeDistillation
 
 # What reads or sets weights when the fit starts.
 REFUSED = {
+    "BinaryCrossEntropy",
     "ChannelsLast",
     "EMA",
     "FixRes",
