@@ -157,9 +157,12 @@ class BinaryCrossEntropy(LossTrick, Initializer):  # type: ignore[misc]  # both 
         """Return why the bias stays as it is: weights were loaded, and no layer is named."""
         if self.layers is not None:
             return ""
-        if tuner := next((c for c in callbacks_of(pl_module.trainer) if isinstance(c, Trick) and c.fine_tunes), None):
-            return f"as it is, {type(tuner).__name__} starts from trained weights"
-        return "as it is, since weights were loaded" if sign_of_training(pl_module, trained) else ""
+        tuner = next((c for c in callbacks_of(pl_module.trainer) if isinstance(c, Trick) and c.fine_tunes), None)
+        if tuner is None and not sign_of_training(pl_module, trained):
+            return ""
+        self.biases = {}
+        reason = "since weights were loaded" if tuner is None else f"{type(tuner).__name__} starts from trained weights"
+        return f"as it is, {reason}"
 
     def initialize(self, pl_module: LightningModule) -> str:
         """Set the biases."""

@@ -273,6 +273,9 @@ def test_named_layers():
         assert layer.bias.detach().tolist() == pytest.approx([-math.log(K - 1)] * K)
     with pytest.raises(RuntimeError, match=r"found net.projection.bias of size 7 .* 4 classes.*layers="):
         Module(Two()).fit(BinaryCrossEntropy())
+    loaded = Two()
+    nn.init.normal_(loaded.body[1].weight)
+    Module(loaded).fit(BinaryCrossEntropy())  # no bias is set, so no size matters
     assert torch.equal(Module(Two()).fit(BinaryCrossEntropy(prior_bias=False)).net.head.bias < -1, torch.zeros(K) > 0)
     with pytest.raises(RuntimeError, match=r"layers=\['fc'\]\).*no linear layer.*'net.projection'"):
         Module(Two()).fit(BinaryCrossEntropy(layers=["fc"]))
