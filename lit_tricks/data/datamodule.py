@@ -21,7 +21,7 @@ from lit_tricks.data.io.file_index import Paths
 from lit_tricks.data.io.formats import ENDINGS
 from lit_tricks.data.io.jpeg import read_image
 from lit_tricks.data.io.worker_errors import EvalLoader, explain_death
-from lit_tricks.data.loader import EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
+from lit_tricks.data.loader import BalancedSampler, EvalSampler, ShuffleSampler, TrainLoader, eval_batch_size
 from lit_tricks.data.samples import Files, PredictSamples, Reader, Samples, Source, collate, find_images
 from lit_tricks.data.transforms import InputTransform, Transform
 from lit_tricks.utils.arguments import MAX_SIDE, integer, path
@@ -85,6 +85,7 @@ class ImageDataModule(LightningDataModule, ABC):
     eval_loader_type: type[EvalLoader] = EvalLoader
     collate = staticmethod(collate)
     repeats = 1  # of an image in an epoch
+    balance = 0.0  # of the classes in training: 1 draws them equally often
     thread_workers = False  # threads of one process, or processes
     on_bad_image: OnBadImage = "raise"
     exif = False  # whether images are rotated by their EXIF orientation
@@ -157,7 +158,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         self._check_enough()
         samples = self._samples("train", self.source("train"), self.train_transform)
-        sampler = ShuffleSampler(samples, *self._replicas(), seed=samples.seed, repeats=self.repeats)
+        kind = partial(BalancedSampler, balance=self.balance) if self.balance else ShuffleSampler
+        sampler = kind(samples, *self._replicas(), seed=samples.seed, repeats=self.repeats)
         with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.14 has deprecated
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")
             return self.train_loader_type(samples, sampler=sampler, drop_last=True, **self._loader_args(samples))

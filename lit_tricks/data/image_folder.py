@@ -118,6 +118,11 @@ class ImageFolder(PhotoDataModule):
         split_seed: decides which images are held out.
         classes: names of the class folders in the order of the labels, for a model that was trained in another order;
             None sorts them.
+        balance: how far training evens out the frequencies of the classes, from 0 to 1. Classes of n images are drawn
+            in proportion to ``n ** (1 - balance)``: 0 draws each image once per epoch, 0.5 takes the square root of the
+            frequencies, and 1 draws all classes equally often
+            ([Kang et al., 2020](https://arxiv.org/abs/1910.09217)). The epoch has the same number of samples. The draws
+            depend only on the seed and the epoch, and each draw of an image is augmented differently.
 
     Raises:
         ValueError: if an argument is out of range, the class folders of train, val and test differ, or the ``cache``
@@ -155,12 +160,15 @@ class ImageFolder(PhotoDataModule):
         val_fraction: float | None = None,
         split_seed: int = 0,
         classes: list[str] | None = None,
+        balance: float = 0.0,
     ) -> None:
         root = check_root(self, root)
         super().__init__(USUAL_BATCH if batch_size == "auto" else batch_size, num_workers, predict_dir)
         self._fits_batch = batch_size == "auto"
         image_size = check_side(self, "image_size", image_size)
         repeats = integer(self, "repeats", repeats, 1, "1 is usual.")
+        fix = "1 draws all classes equally often, 0.5 is the square root, and 0 changes nothing."
+        balance = number(self, "balance", balance, "[0, 1]", fix)
         least = f"{image_size}, which is image_size, leaves the crop as large as the image."
         resize_size = integer(self, "resize_size", resize_size, 1, least, MAX_SIDE, "256/224 of image_size")
         random_erasing = number(self, "random_erasing", random_erasing, "[0, 1]", "It is a probability.")
@@ -196,6 +204,7 @@ class ImageFolder(PhotoDataModule):
         self._short_side = resize_size  # of images in the cache
         self.mean, self.std = mean, std
         self.repeats = repeats
+        self.balance = balance
         self.decode = decode
         self.thread_workers = workers == "thread"
         self.on_bad_image = on_bad_image

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -14,7 +16,9 @@ from lit_tricks._compat import has_iterator
 from lit_tricks.data.io.worker_errors import guarded
 from lit_tricks.data.samples import Samples, derive_seed
 
-__all__ = ["EvalSampler", "ShuffleSampler", "TrainLoader", "check_same_batches", "eval_batch_size"]
+__all__ = ["BalancedSampler", "EvalSampler", "ShuffleSampler", "TrainLoader", "check_same_batches", "eval_batch_size"]
+
+Indices = npt.NDArray[np.int64]
 
 
 class ShuffleSampler(DistributedSampler[int]):
@@ -47,12 +51,92 @@ class ShuffleSampler(DistributedSampler[int]):
     def order(self, epoch: int) -> list[int]:
         """Give the indices of this process in an epoch."""
         size, repeats = len(self.dataset), self.repeats  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        images = torch.randperm(size, generator=generator).numpy()[: -(-size // repeats)]
-        passes = epoch * repeats + np.arange(repeats)
-        indices = (images[:, None] + passes * size).ravel()[:size]
+        images, passes = self._drawn(epoch, size, -(-size // repeats))
+        indices = (images[:, None] + (passes[:, None] * repeats + np.arange(repeats)) * size).ravel()[:size]
         mine = np.resize(indices, self.total_size)[self.rank :: self.num_replicas]  # resize repeats from the start
         return mine.tolist()  # type: ignore[no-any-return]
+
+    def _drawn(self, epoch: int, size: int, count: int) -> tuple[Indices, Indices]:
+        """Return ``count`` of ``size`` images in the order of an epoch, and the number of earlier draws of each."""
+        images = torch.randperm(size, generator=self._generator(epoch)).numpy()[:count]
+        return images, np.full(len(images), epoch)
+
+    def _generator(self, *key: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.seed, *key))
+
+
+class BalancedSampler(ShuffleSampler):
+    """Draw rare classes more often, only by (seed, epoch). The number of samples of an epoch does not change.
+
+    Classes of ``n`` images are drawn in proportion to ``n ** (1 - balance)``
+    ([Kang et al., 2020](https://arxiv.org/abs/1910.09217), equation 1). Each class has an endless list of shuffled
+    passes over its images, of which each epoch takes the next part. So all images of a class are drawn equally often,
+    up to one, also over several epochs. The index carries the number of the pass, so that each draw of an image is
+    augmented differently.
+
+    Args:
+        samples: samples to draw, with their labels in ``targets``.
+        num_replicas: number of processes, which share the draws.
+        rank: rank of this process.
+        seed: seed, the same in all processes.
+        repeats: number of times that each draw is in an epoch.
+        balance: in (0, 1]. 1 draws all classes equally often, and 0.5 in proportion to the square root of ``n``.
+
+    Raises:
+        ValueError: if the samples have no labels, or an epoch has fewer draws than classes.
+
+    Attributes:
+        weights: relative frequency of each image, as ``WeightedRandomSampler`` has it.
+    """
+
+    def __init__(
+        self, samples: Samples, num_replicas: int, rank: int, seed: int, repeats: int = 1, balance: float = 1.0
+    ) -> None:
+        super().__init__(samples, num_replicas, rank, seed, repeats)
+        if samples.targets is None:
+            raise ValueError(f"balance={balance:g} needs a label of each image, and the samples have none")
+        labels = samples.targets.numpy()
+        classes, counts = np.unique(labels, return_counts=True)
+        draws = -(-len(labels) // repeats)
+        if draws < len(classes):
+            raise ValueError(
+                f"repeats={repeats} leaves {draws} draws in an epoch for {len(classes)} classes, and "
+                f"balance={balance:g} needs at least one of each class: lower repeats"
+            )
+        self.members: list[Indices] = [np.flatnonzero(labels == label) for label in classes]
+        frequency = counts ** (1.0 - balance)
+        self.draws: Indices = _shares(frequency, draws)
+        self.weights: Tensor = torch.from_numpy((frequency / counts)[np.searchsorted(classes, labels)])
+
+    def _drawn(self, epoch: int, size: int, count: int) -> tuple[Indices, Indices]:
+        parts = [self._of_class(place, epoch) for place in range(len(self.members))]
+        images, passes = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = torch.randperm(len(images), generator=self._generator(epoch)).numpy()
+        return images[order], passes[order]
+
+    def _of_class(self, place: int, epoch: int) -> tuple[Indices, Indices]:
+        """Return the images of a class in an epoch, and the numbers of their passes."""
+        members, draws = self.members[place], int(self.draws[place])
+        first, last = epoch * draws // len(members), -(-(epoch + 1) * draws // len(members))
+        passes = np.arange(first, last)
+        generators = [self._generator(place, number, 0) for number in range(first, last)]
+        shuffled = torch.cat([torch.randperm(len(members), generator=generator) for generator in generators])
+        begin = epoch * draws - first * len(members)
+        images: Indices = members[shuffled.numpy()][begin : begin + draws]
+        return images, passes.repeat(len(members))[begin : begin + draws]
+
+
+def _shares(weights: npt.NDArray[np.floating[Any]], total: int) -> Indices:
+    """Share a number out in proportion to weights, at least 1 each, by the largest remainders."""
+    exact = weights / weights.sum() * total
+    shares: Indices = np.maximum(np.floor(exact).astype(np.int64), 1)
+    missing = total - int(shares.sum())
+    order = np.argsort(shares - exact, kind="stable")  # the largest remainders first
+    if missing >= 0:
+        shares[order[:missing]] += 1
+    for _ in range(-missing):  # those that were raised to 1 take from the largest
+        shares[np.argmax(shares)] -= 1
+    return shares
 
 
 class _Order(Iterator[int]):

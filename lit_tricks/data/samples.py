@@ -91,6 +91,12 @@ class Samples(Transient, Dataset[tuple[Any, ...]]):
         self.bad = bad
         self._pool: ThreadPoolExecutor | None = None
 
+    @property
+    def targets(self) -> Tensor | None:
+        """Labels of the images, (N,), as torchvision's data sets list them; None for masks and paths."""
+        labels = getattr(self.source, "labels", None)
+        return labels if isinstance(labels, Tensor) else None
+
     def __len__(self) -> int:
         return len(self.source)
 

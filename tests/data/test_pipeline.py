@@ -27,7 +27,7 @@ from lit_tricks.callbacks import ChannelsLast, CutMix
 from lit_tricks.data import ImageFolder
 from lit_tricks.data.crops import CentreCrop, RandomCrop, generator_at
 from lit_tricks.data.io.jpeg import decode_image
-from lit_tricks.data.loader import EvalSampler, ShuffleSampler, eval_batch_size
+from lit_tricks.data.loader import BalancedSampler, EvalSampler, ShuffleSampler, eval_batch_size
 from lit_tricks.data.samples import Samples
 
 CLASSES = ("ant", "bee", "cow")
@@ -311,6 +311,82 @@ def test_repeated_augmentation_shows_images_to_several_processes(size: int, repl
     assert not set(sampler) & set(everything)
 
 
+TAIL = [0] * 100 + [1] * 30 + [2] * 6  # labels of a long tail
+
+
+class Labelled(list[int]):
+    """Samples of which only the labels matter."""
+
+    @property
+    def targets(self) -> Tensor:
+        return torch.tensor(self)
+
+
+def draws_of(
+    balance: float, epochs: int = 1, replicas: int = 1, repeats: int = 1, labels: list[int] = TAIL
+) -> list[list[int]]:
+    """Return the indices of each epoch, from all processes in the order of the draws."""
+    samples: Any = Labelled(labels)
+    samplers = [BalancedSampler(samples, replicas, rank, 7, repeats, balance) for rank in range(replicas)]
+    orders = [[sampler.order(epoch) for sampler in samplers] for epoch in range(epochs)]
+    return [[index for group in zip(*order, strict=True) for index in group] for order in orders]
+
+
+@pytest.mark.parametrize("balance", [0.25, 0.5, 1.0])
+def test_classes_are_drawn_by_the_power_of_their_frequency(balance: float) -> None:
+    counts = np.bincount(TAIL)
+    expected = counts ** (1 - balance) / (counts ** (1 - balance)).sum() * len(TAIL)
+    for draws in draws_of(balance, epochs=5):
+        found = np.bincount([TAIL[index % len(TAIL)] for index in draws])
+        assert len(draws) == len(TAIL)
+        assert np.abs(found - expected).max() < 1
+    sampler = BalancedSampler(Labelled(TAIL), 1, 0, 7, balance=balance)  # type: ignore[arg-type]
+    total = np.bincount(TAIL, sampler.weights.numpy())  # as the weights of torch's WeightedRandomSampler
+    np.testing.assert_allclose(total / total.sum(), expected / len(TAIL))
+
+
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_images_of_a_class_are_drawn_equally_often_and_never_twice_alike(balance: float, repeats: int) -> None:
+    everything = [index for draws in draws_of(balance, epochs=12, repeats=repeats) for index in draws]
+    assert len(set(everything)) == len(everything)  # the index decides the augmentation
+    counts = Counter(index % len(TAIL) for index in everything)
+    for label in range(3):
+        of_class = [counts[index] for index, own in enumerate(TAIL) if own == label]
+        # the last group of repeats in an epoch may be cut off
+        assert max(of_class) - min(of_class) <= (1 if repeats == 1 else 12 * (repeats - 1))
+
+
+def test_balanced_draws_depend_on_seed_and_epoch_alone() -> None:
+    whole = draws_of(1.0, epochs=3)
+    assert [sorted(draws) for draws in draws_of(1.0, epochs=3, replicas=2)] == [sorted(draws) for draws in whole]
+    sampler = BalancedSampler(Labelled(TAIL), 1, 0, 7)  # type: ignore[arg-type]
+    assert [sampler.order(epoch) for epoch in (2, 0, 1)] == [whole[epoch] for epoch in (2, 0, 1)]
+    assert whole[0] != whole[1]
+    assert whole[0] != BalancedSampler(Labelled(TAIL), 1, 0, 8).order(0)  # type: ignore[arg-type]
+
+
+def test_each_process_has_as_many_balanced_draws() -> None:
+    shares = [BalancedSampler(Labelled(TAIL), 5, rank, 7).order(1) for rank in range(5)]  # type: ignore[arg-type]
+    assert {len(share) for share in shares} == {-(-len(TAIL) // 5)}
+    found = np.bincount([TAIL[index % len(TAIL)] for share in shares for index in share])
+    assert found.max() - found.min() <= 5  # 4 draws are repeated, so that all have as many
+
+
+def test_fewer_draws_than_classes_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"repeats=4 leaves 2 draws .* 3 classes"):
+        draws_of(1.0, repeats=4, labels=[0] * 5 + [1, 2])
+
+
+def test_a_folder_is_balanced(folder: str) -> None:
+    for name in "123456":
+        Path(folder, "train", "cow", f"{name}.jpg").unlink()
+    plain, balanced = ImageFolder(folder, 16, 5, 0), ImageFolder(folder, 16, 5, 0, balance=1.0)
+    assert [len(data.train_dataloader()) for data in (plain, balanced)] == [3, 3]
+    labels = torch.cat([labels for _, labels, _ in balanced.train_dataloader()])
+    assert labels.bincount().tolist() == [5, 5, 5]
+
+
 def test_every_process_has_as_many_batches_and_each_image_once() -> None:
     for size in range(1, 40):
         for replicas in (2, 3, 4):
@@ -370,35 +446,42 @@ class Written(Net):
         return super().training_step(batch, batch_idx)
 
 
-def train(folder: str, file: Path, workers: int, how: Any, last: int | None) -> None:
+def train(folder: str, file: Path, workers: int, how: Any, last: int | None, balance: float) -> None:
     torch.manual_seed(9)
     kept = file.parent / "kept"
     keep = ModelCheckpoint(kept, "{step}", every_n_train_steps=1, save_top_k=-1)
     run = trainer(max_epochs=3, callbacks=[keep], enable_checkpointing=True)
     paths = sorted(kept.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
     torch.manual_seed(len(paths))  # the seed of a resumed run comes from its checkpoint
-    data = ImageFolder(folder, 16, 4, workers, workers=how)
+    data = ImageFolder(folder, 16, 4, workers, workers=how, balance=balance, repeats=2 if balance else 1)
     run.fit(Written(file, last), data, ckpt_path=paths[-1] if paths else None, weights_only=True)
 
 
 @any_machine
-@pytest.mark.parametrize(("workers", "how"), [(0, "process"), (2, "process"), (2, "thread")])
+@pytest.mark.parametrize(
+    ("workers", "how", "balance"),
+    [(0, "process", 0), (2, "process", 0), (2, "thread", 0), (0, "process", 1), (2, "process", 0.5)],
+)
 def test_killed_and_resumed_it_goes_on_with_the_same_images(
-    folder: str, tmp_path: Path, workers: int, how: str
+    folder: str, tmp_path: Path, workers: int, how: str, balance: float
 ) -> None:
     files = [tmp_path / name / "seen.txt" for name in ("whole", "killed")]
     for file in files:
         file.parent.mkdir()
-    train(folder, files[0], workers, how, None)
-    steps = sorted(random.Random(workers).sample(range(1, 15), 2))
+    if balance:  # classes of 7, 7 and 2 images
+        for name in "12345":
+            Path(folder, "train", "cow", f"{name}.jpg").unlink()
+    train(folder, files[0], workers, how, None, balance)
+    count = 12 if balance else 15
+    steps = sorted(random.Random(workers).sample(range(1, count), 2))
     context = multiprocessing.get_context("fork")
     for last in [*steps, None]:
-        child = context.Process(target=train, args=(folder, files[1], workers, how, last))
+        child = context.Process(target=train, args=(folder, files[1], workers, how, last, balance))
         child.start()
         child.join()
         assert child.exitcode == (0 if last is None else -signal.SIGKILL)
     whole, killed = (file.read_text().splitlines() for file in files)
-    assert len(set(whole)) == 15
+    assert len(set(whole)) == count
     assert killed == whole
 
 

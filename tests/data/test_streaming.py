@@ -499,6 +499,7 @@ def test_hparams_build_the_same_data(shards: Path, tmp_path: Path, monkeypatch: 
     assert (data.hparams["root"], data.hparams["cache_dir"]) == (str(shards), str(tmp_path))
     assert {*data.hparams} == {*inspect.signature(Streaming).parameters}
     assert {*inspect.signature(ImageFolder).parameters} - {*data.hparams} == {
+        "balance",
         "cache",
         "repeats",
         "split_seed",

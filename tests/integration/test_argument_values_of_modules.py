@@ -42,7 +42,8 @@ LEGAL: dict[str, dict[str, str]] = {
     "DigitSegmentation": {},
     "Digits": {},
     "ImageFolder": {
-        "resize_size": "null", "random_erasing": "0", "exif": "true", "cache": "null", "val_fraction": "null"
+        "resize_size": "null", "balance": "0", "random_erasing": "0", "exif": "true", "cache": "null",
+        "val_fraction": "null"
     },
     "SegmentationFolder": {"flip": "true", "ignore_index": "-1"},
     "Streaming": {"resize_size": "null", "random_erasing": "0", "exif": "true", "cache_dir": 'null "nan"'},

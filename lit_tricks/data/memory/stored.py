@@ -115,6 +115,11 @@ class MemorySource(Transient):
             self._stored = stored(self.image_set)
         return self._stored
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the images, int64, shape (N,)."""
+        return self.stored.labels[self.rows]
+
     def release(self) -> None:
         """Free the memory of devices."""
         if self._stored is not None:
