@@ -48,14 +48,14 @@ ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation",
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
     "EMA": 1, "Lookahead": 2, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
-    "CutMix": 0.2, "MixUp": 0.2, "LabelSmoothing": 0.1,
+    "CutMix": 0.2, "MixUp": 0.2, "LabelSmoothing": 0.1, "LogitAdjustment": 0.1, "ClassBalanced": 0.2,
     "BinaryCrossEntropy": 0.2, "FocalLoss": 0.2, "GeneralizedCrossEntropy": 0.2, "the paper's seven, and EMA": 1.6,
     "all that go together": 6,
 }  # fmt: skip
 UNMEASURED = {"Compile", "PreciseBN"}  # at the start of the fit; between epochs, see precise_bn.py
-CONFLICTING = {  # with WarmupCosine, EMA and KnowledgeDistillation
+CONFLICTING = {  # with WarmupCosine, EMA, KnowledgeDistillation and LogitAdjustment
     "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "Lookahead",
-    "BinaryCrossEntropy",
+    "BinaryCrossEntropy", "ClassBalanced",
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "PRUNED_WEIGHT",
     "SPECTRAL_HOOK",
     "SPECTRAL_VECTORS",
+    "TORCHVISION_LABELS",
     "BatchNorm",
     "Convolution",
     "Dropout",
@@ -89,6 +90,7 @@ __all__ = [
     "streaming_environment",
     "training_source",
     "unscales_in_step",
+    "unwrapped_sampler",
     "was_skipped_by_scaler",
     "workers_of",
     "wrap_again_by_ddp",
@@ -200,6 +202,14 @@ def combined_loader(loop: Any) -> Any:
     https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/fit_loop.py#L107
     """
     return loop._combined_loader
+
+
+def unwrapped_sampler(sampler: Any) -> Any:
+    """Return the sampler that Lightning has wrapped for several processes, or the sampler itself.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/fabric/utilities/distributed.py#L343
+    """
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
 
 
 def training_source(trainer: Trainer) -> Any:
@@ -386,6 +396,13 @@ SPECTRAL_VECTORS = ("_u", "_v")
 """Buffers of a ``spectral_norm_class``: the left and the right vector. One of a vector has none.
 
 https://github.com/pytorch/pytorch/blob/v2.14.1/torch/nn/utils/parametrizations.py#L434
+"""
+
+
+TORCHVISION_LABELS = ("_labels", "_samples")
+"""Labels, or pairs of a file and its label, of torchvision's data sets that have no ``targets``.
+
+https://github.com/pytorch/vision/blob/v0.29.1/torchvision/datasets/flowers102.py#L65
 """
 
 

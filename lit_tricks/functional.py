@@ -5,6 +5,7 @@ Random draws are arguments, so that every function returns the same for the same
 | Trick | Functions |
 |---|---|
 | BinaryCrossEntropy | ``multi_hot``, ``prior_logit`` |
+| ClassBalanced | ``class_balanced_weights`` |
 | CutMix | ``cutmix_box``, ``cutmix``, ``kept_area`` |
 | DropPath | ``drop_path_rates``, ``drop_path`` |
 | EMA | ``ema_decay``, ``ema_decay_of_half_life`` |
@@ -15,6 +16,7 @@ Random draws are arguments, so that every function returns the same for the same
 | LabelSmoothing | ``label_smoothing_for_torch`` |
 | LayerDecay | ``layer_decay_factor`` |
 | LinearScaling | ``lr_scaling_factor`` |
+| LogitAdjustment | ``logit_adjustment`` |
 | Lookahead | ``lookahead_alpha`` |
 | MixUp | ``mixup`` |
 | ProgressiveResizing | ``progressive_side`` |
@@ -26,6 +28,7 @@ Random draws are arguments, so that every function returns the same for the same
 """
 
 from lit_tricks.callbacks.binary_cross_entropy import multi_hot, prior_logit
+from lit_tricks.callbacks.class_balanced import class_balanced_weights
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
 from lit_tricks.callbacks.ema import ema_decay, ema_decay_of_half_life
@@ -36,6 +39,7 @@ from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.layer_decay import layer_decay_factor
 from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
+from lit_tricks.callbacks.logit_adjustment import logit_adjustment
 from lit_tricks.callbacks.lookahead import lookahead_alpha
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.optim.schedule import warmup
@@ -53,6 +57,7 @@ from lit_tricks.callbacks.xavier_init import xavier_uniform
 __all__ = [
     "add_l1_gradient",
     "box_cox",
+    "class_balanced_weights",
     "cutmix",
     "cutmix_box",
     "distillation_divergence",
@@ -64,6 +69,7 @@ __all__ = [
     "kept_area",
     "label_smoothing_for_torch",
     "layer_decay_factor",
+    "logit_adjustment",
     "lookahead_alpha",
     "lr_scaling_factor",
     "mean_logits",

@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from lit_tricks.callbacks.binary_cross_entropy import multi_hot
+from lit_tricks.callbacks.class_balanced import class_balanced_weights
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
 from lit_tricks.callbacks.ema import ema_decay
@@ -24,6 +25,7 @@ from lit_tricks.callbacks.l1_penalty import add_l1_gradient
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.layer_decay import layer_decay_factor
 from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
+from lit_tricks.callbacks.logit_adjustment import logit_adjustment
 from lit_tricks.callbacks.lookahead import lookahead_alpha
 from lit_tricks.callbacks.mixup import mixup
 from lit_tricks.callbacks.progressive_resizing import progressive_side
@@ -124,6 +126,35 @@ def draw_label_smoothing(theme: Theme) -> Figure:
     axes.set_xticks(range(classes))
     tidy(axes, "", "class", "target probability")
     axes.legend(title="smoothing", frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+LONG_TAIL = torch.tensor([round(5000 * 100 ** (-k / 9)) for k in range(10)])
+
+
+@figure_of("ClassBalanced", "Weights of ten classes with 5000 to 50 images. Near 1, weights are inverse to the counts.")
+def draw_class_balanced(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.8)
+    axes = figure.subplots()
+    for number, beta in enumerate((0.0, 0.99, 0.999, 0.9999)):
+        weights = class_balanced_weights(LONG_TAIL.double(), beta)
+        axes.plot(LONG_TAIL, weights, "o-", markersize=3, color=theme.cycle[number], label=f"beta {beta:g}")
+    axes.set_xscale("log")
+    tidy(axes, "", "training images of the class", "weight")
+    axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+@figure_of("LogitAdjustment", "What is added to the logits in training, for ten classes with 5000 to 50 images.")
+def draw_logit_adjustment(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.8)
+    axes = figure.subplots()
+    for number, tau in enumerate((0.5, 1.0, 2.0)):
+        shift = logit_adjustment(LONG_TAIL.double(), tau)
+        axes.plot(LONG_TAIL, shift, "o-", markersize=3, color=theme.cycle[number], label=f"tau {tau:g}")
+    axes.set_xscale("log")
+    tidy(axes, "", "training images of the class", "shift of the logit")
+    axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
 
 

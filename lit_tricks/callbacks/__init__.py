@@ -2,6 +2,7 @@
 
 from lit_tricks.callbacks.binary_cross_entropy import BinaryCrossEntropy
 from lit_tricks.callbacks.channels_last import ChannelsLast
+from lit_tricks.callbacks.class_balanced import ClassBalanced
 from lit_tricks.callbacks.compile import Compile
 from lit_tricks.callbacks.cutmix import CutMix
 from lit_tricks.callbacks.drop_path import DropPath
@@ -15,6 +16,7 @@ from lit_tricks.callbacks.l1_penalty import L1Penalty
 from lit_tricks.callbacks.label_smoothing import LabelSmoothing
 from lit_tricks.callbacks.layer_decay import LayerDecay
 from lit_tricks.callbacks.linear_scaling import LinearScaling
+from lit_tricks.callbacks.logit_adjustment import LogitAdjustment
 from lit_tricks.callbacks.lookahead import Lookahead
 from lit_tricks.callbacks.mixup import MixUp
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
@@ -37,6 +39,7 @@ __all__ = [
     "SWA",
     "BinaryCrossEntropy",
     "ChannelsLast",
+    "ClassBalanced",
     "Compile",
     "CutMix",
     "DropPath",
@@ -49,6 +52,7 @@ __all__ = [
     "LabelSmoothing",
     "LayerDecay",
     "LinearScaling",
+    "LogitAdjustment",
     "Lookahead",
     "MixUp",
     "NoBiasDecay",

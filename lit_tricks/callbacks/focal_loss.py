@@ -136,7 +136,7 @@ class FocalLoss(LossTrick):
             target.spec.factor = partial(focal_factor, gamma=self.gamma)
         if self.alpha is not None:
             alpha = torch.tensor(self.alpha, device=target.device) if isinstance(self.alpha, list) else self.alpha
-            target.spec.class_weight = partial(class_weights, alpha=alpha)
+            target.spec.weigh_classes("FocalLoss(alpha=...)", partial(class_weights, alpha=alpha))
             target.spec.positive_weight = partial(positive_weight, alpha)
         return inputs, target
 

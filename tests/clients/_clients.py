@@ -50,6 +50,7 @@ NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), Lo
 # Those that the contract's module has to be named something for, which they find by themselves in most clients; that
 # set a rate of their own; or that would leave nothing of the clients' images.
 MAKE: dict[str, Callable[[], Trick]] = {
+    "ClassBalanced": lambda: callbacks.ClassBalanced(beta=0.9),  # with the counts of the client's data
     "DropPath": lambda: callbacks.DropPath(rate=0.5),
     "FixRes": lambda: callbacks.FixRes(test_size=None, lr=None),
     "Freeze": lambda: callbacks.Freeze(until=1),

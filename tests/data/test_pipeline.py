@@ -314,7 +314,7 @@ def test_repeated_augmentation_shows_images_to_several_processes(size: int, repl
 TAIL = [0] * 100 + [1] * 30 + [2] * 6  # labels of a long tail
 
 
-class Labelled(list[int]):
+class LabeledSamples(list[int]):
     """Samples of which only the labels matter."""
 
     @property
@@ -326,7 +326,7 @@ def draws_of(
     balance: float, epochs: int = 1, replicas: int = 1, repeats: int = 1, labels: list[int] = TAIL
 ) -> list[list[int]]:
     """Return the indices of each epoch, from all processes in the order of the draws."""
-    samples: Any = Labelled(labels)
+    samples: Any = LabeledSamples(labels)
     samplers = [BalancedSampler(samples, replicas, rank, 7, repeats, balance) for rank in range(replicas)]
     orders = [[sampler.order(epoch) for sampler in samplers] for epoch in range(epochs)]
     return [[index for group in zip(*order, strict=True) for index in group] for order in orders]
@@ -340,7 +340,7 @@ def test_classes_are_drawn_by_the_power_of_their_frequency(balance: float) -> No
         found = np.bincount([TAIL[index % len(TAIL)] for index in draws])
         assert len(draws) == len(TAIL)
         assert np.abs(found - expected).max() < 1
-    sampler = BalancedSampler(Labelled(TAIL), 1, 0, 7, balance=balance)  # type: ignore[arg-type]
+    sampler = BalancedSampler(LabeledSamples(TAIL), 1, 0, 7, balance=balance)  # type: ignore[arg-type]
     total = np.bincount(TAIL, sampler.weights.numpy())  # as the weights of torch's WeightedRandomSampler
     np.testing.assert_allclose(total / total.sum(), expected / len(TAIL))
 
@@ -360,14 +360,14 @@ def test_images_of_a_class_are_drawn_equally_often_and_never_twice_alike(balance
 def test_balanced_draws_depend_on_seed_and_epoch_alone() -> None:
     whole = draws_of(1.0, epochs=3)
     assert [sorted(draws) for draws in draws_of(1.0, epochs=3, replicas=2)] == [sorted(draws) for draws in whole]
-    sampler = BalancedSampler(Labelled(TAIL), 1, 0, 7)  # type: ignore[arg-type]
+    sampler = BalancedSampler(LabeledSamples(TAIL), 1, 0, 7)  # type: ignore[arg-type]
     assert [sampler.order(epoch) for epoch in (2, 0, 1)] == [whole[epoch] for epoch in (2, 0, 1)]
     assert whole[0] != whole[1]
-    assert whole[0] != BalancedSampler(Labelled(TAIL), 1, 0, 8).order(0)  # type: ignore[arg-type]
+    assert whole[0] != BalancedSampler(LabeledSamples(TAIL), 1, 0, 8).order(0)  # type: ignore[arg-type]
 
 
 def test_each_process_has_as_many_balanced_draws() -> None:
-    shares = [BalancedSampler(Labelled(TAIL), 5, rank, 7).order(1) for rank in range(5)]  # type: ignore[arg-type]
+    shares = [BalancedSampler(LabeledSamples(TAIL), 5, rank, 7).order(1) for rank in range(5)]  # type: ignore[arg-type]
     assert {len(share) for share in shares} == {-(-len(TAIL) // 5)}
     found = np.bincount([TAIL[index % len(TAIL)] for share in shares for index in share])
     assert found.max() - found.min() <= 5  # 4 draws are repeated, so that all have as many

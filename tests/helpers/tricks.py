@@ -71,6 +71,11 @@ TRICKS = {
         logs=("channels_last/filters",),
         same_numbers=True,
     ),
+    "ClassBalanced": Row(
+        make=lambda: callbacks.ClassBalanced(beta=0.99, counts=[900, 90, 9]),  # the classes of the data are balanced
+        tests="test_class_balanced.py",
+        logs=("class_balanced/largest_weight",),
+    ),
     "Compile": Row(
         make=lambda: callbacks.Compile(backend="eager"),  # traces and guards as any, and needs no compiler
         tests="test_compile.py",
@@ -139,6 +144,11 @@ TRICKS = {
         make=lambda: callbacks.LinearScaling(base_batch_size=32, batch_size=4),
         tests="test_linear_scaling.py",
         logs=("linear_scaling/factor",),
+    ),
+    "LogitAdjustment": Row(
+        make=lambda: callbacks.LogitAdjustment(tau=1.5),
+        tests="test_logit_adjustment.py",
+        logs=("logit_adjustment/tau",),
     ),
     "Lookahead": Row(
         make=lambda: callbacks.Lookahead(k=2),

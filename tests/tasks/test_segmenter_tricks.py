@@ -448,6 +448,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "LabelSmoothing": lambda: callbacks.LabelSmoothing(0.1),
     "FocalLoss": lambda: callbacks.FocalLoss(),
     "GeneralizedCrossEntropy": lambda: callbacks.GeneralizedCrossEntropy(),
+    "LogitAdjustment": lambda: callbacks.LogitAdjustment(),
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(Plain()),
     "EMA": lambda: callbacks.EMA(decay=0.9),
     "PreciseBN": lambda: callbacks.PreciseBN(num_samples=4),
@@ -468,6 +469,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
 # that set the rate, the weights or the data as another one does, or take minutes; each has a test of its own above
 ALONE = {
     "BinaryCrossEntropy",  # not with the teacher
+    "ClassBalanced",
     "SWA",
     "Lookahead",
     "WarmupStep",

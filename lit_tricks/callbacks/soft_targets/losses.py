@@ -3,7 +3,8 @@
 Weights, ``ignore_index`` and the mean are the same as in torch. The weight of a label is its share of the mixture. An
 ignored label adds neither to the sum nor to the divisor of the mean. The mean of cross entropy divides by the class
 weights of the labels, before smoothing. Factors of tricks on a loss only scale the sum. The divergence from a teacher
-ignores class weights: its mean is over the labels that are not ignored.
+ignores class weights: its mean is over the labels that are not ignored. It also ignores the shift of the logits, since
+a teacher's logits are compared with those that the student has in evaluation.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def cross_entropy(
         label_smoothing = spec.smoothing(input.size(dim))
     if spec.multi_hot is not None:
         return _binary_of_classes(_at_least_float32(input), target, weight, ignore_index, reduction, label_smoothing)
+    logits, input = input, _shifted(input, spec)  # noqa: A001
     if not spec.modulates and "other" not in target.parts:
         loss = F.cross_entropy(
             input, value, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -70,7 +72,7 @@ def cross_entropy(
     else:
         log_p = F.log_softmax(_at_least_float32(input), dim)
         loss = _of_log_p(log_p, target, weight, ignore_index, reduction, label_smoothing)
-    return _with_teacher(loss, input, target, ignore_index, reduction)
+    return _with_teacher(loss, logits, target, ignore_index, reduction)
 
 
 def nll_loss(
@@ -90,12 +92,15 @@ def nll_loss(
             f"{spec.names()}: BinaryCrossEntropy needs logits, and F.nll_loss gets log-probabilities. Let the module "
             "pass its logits to F.cross_entropy or nn.CrossEntropyLoss, without a softmax."
         )
+    logits = input
+    if spec.logit_shift is not None:
+        input = _shifted(input, spec).log_softmax(_class_dim(input))  # noqa: A001
     if not spec.smoothing and not spec.modulates and "other" not in target.parts:
         loss = F.nll_loss(input, value, weight, ignore_index=ignore_index, reduction=reduction)
     else:
         smoothing = spec.smoothing(input.size(_class_dim(input))) if spec.smoothing else 0.0
         loss = _of_log_p(_at_least_float32(input), target, weight, ignore_index, reduction, smoothing)
-    return _with_teacher(loss, input, target, ignore_index, reduction)  # logits, up to a constant in each row
+    return _with_teacher(loss, logits, target, ignore_index, reduction)  # logits, up to a constant in each row
 
 
 def bce_with_logits(
@@ -190,6 +195,15 @@ def _mixture(target: Target, ignore_index: int, like: Tensor) -> list[tuple[Tens
     ]
 
 
+def _shifted(logits: Tensor, spec: LossSpec) -> Tensor:
+    """Add the shift of each class to logits. Floats of 16 bits become float32."""
+    if spec.logit_shift is None:
+        return logits
+    dim = _class_dim(logits)
+    shift = spec.logit_shift(logits.size(dim))
+    return logits + shift.view(-1, *[1] * (logits.dim() - dim - 1))
+
+
 def _of_log_p(
     log_p: Tensor, target: Target, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
@@ -240,6 +254,11 @@ def _binary_of_classes(
     """
     spec, parts, dim = target.spec, target.parts, _class_dim(logits)
     _refuse_teacher(spec)
+    if spec.logit_shift is not None:
+        raise RuntimeError(
+            f"{spec.names()}: {spec.softmax_only} shifts the logits of a softmax, which BinaryCrossEntropy replaces by "
+            "sigmoids. Keep one of them. ClassBalanced also works with BinaryCrossEntropy."
+        )
     if spec.link is not None or spec.multi_hot is None:
         raise RuntimeError(
             f"{spec.names()}: GeneralizedCrossEntropy needs the softmax that BinaryCrossEntropy replaces by sigmoids. "
@@ -328,6 +347,11 @@ def _refuse_teacher(spec: LossSpec) -> None:
 
 def _refuse_softmax_tricks(spec: LossSpec) -> None:
     """Raise if a trick on softmax cross entropy meets a binary loss of the module."""
+    if spec.softmax_only:
+        raise RuntimeError(
+            f"{spec.names()}: the loss is binary, and {spec.softmax_only} needs a softmax over classes. Train with "
+            f"F.cross_entropy or nn.CrossEntropyLoss, or leave {spec.softmax_only} out."
+        )
     if spec.link is not None:
         raise RuntimeError(
             f"{spec.names()}: the module's loss is binary, and GeneralizedCrossEntropy is defined for the softmax over "

@@ -14,9 +14,10 @@ __all__ = ["LossSpec"]
 class LossSpec:
     """The loss of one batch. The target of the batch and all targets derived from it share the spec.
 
-    The meaning does not depend on the order of the tricks. The labels are mixed, then smoothed. The loss under this
-    distribution is modulated. The divergence from a teacher is added last. With ``multi_hot`` the loss is a binary
-    cross entropy per class, and its targets are smoothed.
+    The meaning does not depend on the order of the tricks. The labels are mixed, then smoothed. The logits are shifted.
+    The loss of the shifted logits under this distribution is modulated. The divergence of the logits, without the
+    shift, from a teacher's is added last. With ``multi_hot`` the loss is a binary cross entropy per class, and its
+    targets are smoothed.
     """
 
     tricks: tuple[str, ...]
@@ -26,6 +27,9 @@ class LossSpec:
     sum_classes: bool = True  # with multi_hot: the sum over classes, not the mean
     factor: Callable[[Tensor], Tensor] | None = None  # factor of the loss, from the probability of the target
     class_weight: Callable[[int], Tensor] | None = None  # factor of each of K classes, in the sum only
+    class_weight_by: str = ""  # the trick, or its argument, that has set class_weight
+    logit_shift: Callable[[int], Tensor] | None = None  # added to the logits of K classes
+    softmax_only: str = ""  # the trick that is not defined for a module's binary losses
     positive_weight: Callable[[], float] | None = None  # binary: factor of positives; 1 minus this for negatives
     teacher: Tensor | None = None  # the teacher's logits, a row per label of the batch
     divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of a loss's logits from the teacher's, row by row
@@ -41,6 +45,25 @@ class LossSpec:
         """Return whether the loss of the labels is more than cross entropy with a distribution."""
         parts = (self.link, self.multi_hot, self.factor, self.class_weight, self.positive_weight)
         return any(part is not None for part in parts)
+
+    @property
+    def needs_known_loss(self) -> bool:
+        """Return whether a loss that the user has written out would lack something."""
+        return self.modulates or self.logit_shift is not None or self.teacher is not None
+
+    def weigh_classes(self, by: str, weight: Callable[[int], Tensor]) -> None:
+        """Set ``class_weight``.
+
+        Args:
+            by: the trick, or its argument, for the message.
+            weight: function from the number of classes to their weights.
+
+        Raises:
+            RuntimeError: if another trick has set it.
+        """
+        if self.class_weight is not None:
+            raise RuntimeError(f"{self.class_weight_by} and {by} both weigh the classes. Leave one of them out.")
+        self.class_weight, self.class_weight_by = weight, by
 
     def names(self) -> str:
         """Return the names of the tricks, for messages."""

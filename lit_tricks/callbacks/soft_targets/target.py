@@ -190,10 +190,8 @@ def _other(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 
 def _lost_by(func: Callable[..., Any], target: SoftTarget) -> str:
     """Return the name of the first function that lost something that the loss needs, or an empty text."""
-    if target.kind == "soft":  # a changed distribution is as good, but a factor or a teacher needs a loss that is known
-        is_lost = target.spec.modulates or target.spec.teacher is not None
-    else:
-        is_lost = len(target.parts) > 1
+    # a changed distribution is as good, but factors, shifts and teachers need a loss that is known
+    is_lost = target.spec.needs_known_loss if target.kind == "soft" else len(target.parts) > 1
     return target.lost or (_name(func) if is_lost else "")
 
 
@@ -229,7 +227,7 @@ def _of_several(
         return result
     if result.requires_grad:
         spec.require(not target.lost, target.lost)
-        spec.require(not (spec.smoothing or spec.modulates or spec.teacher is not None), name)
+        spec.require(not (spec.smoothing or spec.needs_known_loss), name)
         try:
             result = of_mixed()
         except (RuntimeError, TypeError) as error:  # losses of class indices support no floats

@@ -41,6 +41,7 @@ __all__ = ["EXCLUSIVE", "race"]
 
 # Tricks that conflict, by their classes.
 EXCLUSIVE = (
+    frozenset({"ClassBalanced", "LogitAdjustment"}),
     frozenset({"EMA", "Lookahead", "SWA"}),
     frozenset({"WarmupCosine", "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep"}),
     frozenset({"FixRes", "DropPath"}),
