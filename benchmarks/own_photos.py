@@ -217,7 +217,7 @@ def report(sections: list[str]) -> str:
         *sections,
         "Fine-tuning trains on four fifths of the photos and chooses the epoch on the others. The probe trains on all. "
         "The setting of an arm is the trial that is best on the validation photos of one further seed. "
-        f"`{FIXRES}` is `lit-tricks fixres --test-size {LARGER}` after `finetune`; its seconds are those of both. No "
+        f"`{FIXRES}` is `lit-tricks fixres --test-size {LARGER}` after `finetune`; its seconds include both. No "
         "public weights were at hand: the pretraining is small, and larger pretrained networks may give other "
         "differences.",
         "",

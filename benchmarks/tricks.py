@@ -52,7 +52,11 @@ EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activ
     "BinaryCrossEntropy": 0.2, "FocalLoss": 0.2, "GeneralizedCrossEntropy": 0.2, "the paper's seven, and EMA": 1.6,
     "all that go together": 6,
 }  # fmt: skip
-UNMEASURED = {"Compile", "PreciseBN"}  # at the start of the fit; between epochs, see precise_bn.py
+UNMEASURED = {
+    "Compile",
+    "Muon",
+    "PreciseBN",
+}  # before the fit; in the optimizer, see muon.py; between epochs, see precise_bn.py
 CONFLICTING = {  # with WarmupCosine, EMA, KnowledgeDistillation and LogitAdjustment
     "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "Lookahead",
     "BinaryCrossEntropy", "ClassBalanced",

@@ -69,6 +69,7 @@ __all__ = [
     "is_compiled_by_lightning",
     "is_optimized_module",
     "is_overridden",
+    "keep_unscaling",
     "leaves",
     "lightning_classes",
     "lightning_packages",
@@ -531,6 +532,31 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
     https://github.com/pytorch/pytorch/blob/v2.14.1/torch/amp/grad_scaler.py#L418
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+class _Unscaling:
+    """Keeps a gradient scaler from leaving it to an optimizer to unscale gradients, until it is removed."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._attributes = vars(optimizer)
+        self._before = self._attributes.get("_step_supports_amp_scaling")
+        self._attributes["_step_supports_amp_scaling"] = False
+
+    def remove(self) -> None:
+        """Restore what the optimizer had."""
+        if self._before is None:
+            self._attributes.pop("_step_supports_amp_scaling", None)
+        else:
+            self._attributes["_step_supports_amp_scaling"] = self._before
+
+
+def keep_unscaling(optimizer: Optimizer) -> Any:
+    """Let a gradient scaler unscale the gradients of an optimizer before its step, also of a fused one.
+
+    Returns a handle whose ``remove`` restores the optimizer. The scaler reads the attribute of ``unscales_in_step``.
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/amp/grad_scaler.py#L418
+    """
+    return _Unscaling(optimizer)
 
 
 def was_skipped_by_scaler(optimizer: Optimizer) -> bool:

@@ -19,6 +19,7 @@ Random draws are arguments, so that every function returns the same for the same
 | LogitAdjustment | ``logit_adjustment`` |
 | Lookahead | ``lookahead_alpha`` |
 | MixUp | ``mixup`` |
+| Muon | ``orthogonalize``, ``muon_lr_scale`` |
 | ProgressiveResizing | ``progressive_side`` |
 | SWA | ``swa_lr_share``, ``swa_ends_cycle`` |
 | TestTimeAugment | ``tta_views``, ``mean_logits`` |
@@ -42,6 +43,7 @@ from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
 from lit_tricks.callbacks.logit_adjustment import logit_adjustment
 from lit_tricks.callbacks.lookahead import lookahead_alpha
 from lit_tricks.callbacks.mixup import mixup
+from lit_tricks.callbacks.muon import muon_lr_scale, orthogonalize
 from lit_tricks.callbacks.optim.schedule import warmup
 from lit_tricks.callbacks.progressive_resizing import progressive_side
 from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
@@ -75,6 +77,8 @@ __all__ = [
     "mean_logits",
     "mixup",
     "multi_hot",
+    "muon_lr_scale",
+    "orthogonalize",
     "prior_logit",
     "progressive_side",
     "sparsity",

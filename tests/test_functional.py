@@ -24,7 +24,8 @@ def test_examples_run_as_written(name):
 
 def test_functions_of_trick_files_are_listed():
     """Except for those that only make sense with their trick."""
-    needs_trick = {"class_weights", "effective_batch_size", "focal_target", "layer_factors", "positive_weight"}
+    needs_trick = {"class_weights", "effective_batch_size", "focal_target", "layer_factors", "matrices_in"}
+    needs_trick |= {"orthogonal_updates", "positive_weight"}
     found = {
         name
         for trick in callbacks.__all__

@@ -28,6 +28,7 @@ from lit_tricks.callbacks.linear_scaling import lr_scaling_factor
 from lit_tricks.callbacks.logit_adjustment import logit_adjustment
 from lit_tricks.callbacks.lookahead import lookahead_alpha
 from lit_tricks.callbacks.mixup import mixup
+from lit_tricks.callbacks.muon import orthogonalize
 from lit_tricks.callbacks.progressive_resizing import progressive_side
 from lit_tricks.callbacks.swa import swa_ends_cycle, swa_lr_share
 from lit_tricks.callbacks.test_time_augment import mean_logits, tta_views
@@ -415,6 +416,22 @@ def draw_drop_path(theme: Theme) -> Figure:
     right.imshow(drop_path(branch, kept, 0.25).numpy(), aspect="auto", cmap="viridis")
     tidy(right, "", "feature of the branch", "image")
     right.grid(False)
+    return figure
+
+
+@figure_of("Muon", "Singular values of a momentum of 64 filters, before and after 1, 3 and 5 iterations.")
+def draw_muon(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.6)
+    axes = figure.subplots()
+    generator = torch.Generator().manual_seed(0)
+    momentum = torch.randn(64, 64, generator=generator) @ torch.randn(64, 576, generator=generator)
+    momentum /= momentum.norm()
+    for number, steps in enumerate((0, 1, 3, 5)):
+        values = torch.linalg.svdvals(orthogonalize(momentum[None], steps)[0])
+        label = "momentum" if steps == 0 else f"{steps} iteration{'s' if steps > 1 else ''}"
+        axes.plot(range(1, 65), values, color=theme.cycle[number], label=label)
+    tidy(axes, "", "singular value, by size", "")
+    axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
 
 

@@ -19,6 +19,7 @@ from lit_tricks.callbacks.linear_scaling import LinearScaling
 from lit_tricks.callbacks.logit_adjustment import LogitAdjustment
 from lit_tricks.callbacks.lookahead import Lookahead
 from lit_tricks.callbacks.mixup import MixUp
+from lit_tricks.callbacks.muon import Muon
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.precise_bn import PreciseBN
 from lit_tricks.callbacks.progressive_resizing import ProgressiveResizing
@@ -55,6 +56,7 @@ __all__ = [
     "LogitAdjustment",
     "Lookahead",
     "MixUp",
+    "Muon",
     "NoBiasDecay",
     "PreciseBN",
     "ProgressiveResizing",

@@ -50,6 +50,11 @@ class Wrapped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(self.method, *args, **kwargs)
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """Return a function of the owner, as bound methods have one. Schedulers of torch wrap it."""
+        return lambda owner, *args, **kwargs: self(*args, **kwargs)
+
 
 class _Packed(NamedTuple):
     """The state of a generator, as bytes.

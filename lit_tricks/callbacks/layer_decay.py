@@ -49,7 +49,7 @@ def layer_factors(owner: str, distances: Mapping[nn.Parameter, int], decay: floa
     """
     depth = max(distances.values())
 
-    def part_of(parameter: Tensor) -> tuple[str, float]:
+    def part_of(parameter: Tensor, _: float) -> tuple[str, float]:
         distance = distances.get(parameter, 0)  # type: ignore[call-overload]
         return f"layer{depth - distance}", layer_decay_factor(distance, decay)
 

@@ -119,7 +119,7 @@ class Unfreeze(Freezing):
     ) -> Any:
         stages = {pl_module.get_parameter(name): stage for stage, held in self._now.parts for name in held.parameters}
 
-        def part_of(parameter: Tensor) -> tuple[str, float]:
+        def part_of(parameter: Tensor, _: float) -> tuple[str, float]:
             stage = stages.get(parameter)  # type: ignore[call-overload]
             return (stage.name, stage.lr_factor) if stage else ("rest", 1.0)
 

@@ -174,7 +174,7 @@ def test_two_optimizers_by_hand() -> None:
 
 
 def test_a_tensor_stays_a_tensor() -> None:
-    factors = LRFactors("X", lambda parameter: (str(parameter.ndim), 0.5**parameter.ndim))
+    factors = LRFactors("X", lambda parameter, _: (str(parameter.ndim), 0.5**parameter.ndim))
     lr = torch.tensor(0.1, dtype=torch.float64)
     with factors.applied():
         optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)], lr=lr)

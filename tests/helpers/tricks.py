@@ -160,6 +160,11 @@ TRICKS = {
         tests="test_mixup.py",
         logs=("mixup/lambda",),
     ),
+    "Muon": Row(
+        make=lambda: callbacks.Muon(lr=0.05),
+        tests="test_muon.py",
+        logs=("muon/lr",),
+    ),
     "NoBiasDecay": Row(
         make=callbacks.NoBiasDecay,
         tests="test_no_bias_decay.py",

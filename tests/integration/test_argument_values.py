@@ -68,6 +68,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "LogitAdjustment": {"tau": "0 1.5", "counts": "null"},
     "Lookahead": {},
     "MixUp": {"alpha": "1.5", "off_epochs": "0", "per_sample": "true", "inputs": "null"},
+    "Muon": {"lr": "1.5", "momentum": "0", "weight_decay": "0 1.5"},
     "NoBiasDecay": {},
     "PreciseBN": {"restore": "true"},
     "ProgressiveResizing": {"start": "0", "total_steps": "null"},

@@ -56,6 +56,7 @@ ACT: dict[str, tuple[Callable[[], Trick], str, bool]] = {
     "LayerDecay": (callbacks.LayerDecay, "layer_decay/lowest", True),
     "LinearScaling": (lambda: callbacks.LinearScaling(base_batch_size=2, batch_size=4), "linear_scaling/factor", True),
     "Lookahead": (lambda: callbacks.Lookahead(k=2), "lookahead/alpha", True),
+    "Muon": (callbacks.Muon, "muon/lr", True),
     "NoBiasDecay": (callbacks.NoBiasDecay, "no_bias_decay/share", True),
     "PreciseBN": (lambda: callbacks.PreciseBN(num_samples=8), "precise_bn/shift", False),
     "SWA": (lambda: callbacks.SWA(lr=0.01, start=0.25), "swa/averaged", True),

@@ -463,6 +463,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "DropPath": lambda: callbacks.DropPath(rate=0.2),
     "L1Penalty": lambda: callbacks.L1Penalty(),
     "LayerDecay": lambda: callbacks.LayerDecay(),
+    "Muon": lambda: callbacks.Muon(),
     "Freeze": lambda: callbacks.Freeze(["layer1"]),
     "Unfreeze": lambda: callbacks.Unfreeze({"layer2": 0.5}, unit="run"),
 }

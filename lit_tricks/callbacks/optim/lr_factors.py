@@ -32,10 +32,11 @@ class LRFactors:
 
     Args:
         owner: name of the trick or argument, for messages.
-        part_of: function that returns the name of a parameter's part, and the factor on its learning rate.
+        part_of: function of a parameter and its learning rate before factors. It returns the name of the parameter's
+            part, and the factor on the learning rate.
     """
 
-    def __init__(self, owner: str, part_of: Callable[[Tensor], tuple[str, float]]) -> None:
+    def __init__(self, owner: str, part_of: Callable[[Tensor, float], tuple[str, float]]) -> None:
         self.owner = owner
         self.part_of = part_of
         self._split: set[int] = set()  # identities of the optimizers
@@ -94,7 +95,8 @@ class LRFactors:
             items = list(zip(group["param_names"], items, strict=True))
         parts: dict[tuple[str, float], list[Any]] = {}
         for item in items:
-            parts.setdefault(self.part_of(item[1] if isinstance(item, tuple) else item), []).append(item)
+            parameter = item[1] if isinstance(item, tuple) else item
+            parts.setdefault(self.part_of(parameter, float(base)), []).append(item)
         for (name, factor), part in parts.items():
             new_mark = {**mark, "": base, self.owner: factor}
             new = {**group, "params": part, "lr": _product(new_mark), _MARK: new_mark}

@@ -53,7 +53,7 @@ class EvalLoader(DataLoader[Any]):
 def _death_of_worker(loader: DataLoader[Any], error: Exception) -> str | None:
     workers = workers_of(loader)
     if isinstance(error, OSError | EOFError):  # a connection breaks some time before the process is gone
-        broken = isinstance(error, ConnectionError | EOFError)  # other errors are mostly those of a file
+        broken = isinstance(error, ConnectionError | EOFError)  # other errors mostly come from a file
         connection.wait([worker.sentinel for worker in workers], timeout=SECONDS if broken else 1)
         for worker in workers:
             worker.join(0.1)
