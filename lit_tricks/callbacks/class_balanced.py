@@ -62,7 +62,7 @@ class ClassBalanced(CountedClasses):
         counts: number of training images of each class, at least 1, in the order of the labels. None counts them.
 
     Raises:
-        ValueError: for an argument out of its range; on resume, if other counts are given than those of the checkpoint.
+        ValueError: for an argument out of its range; on resume, if other counts are given than in the checkpoint.
         RuntimeError: in the first training step, if the labels cannot be counted, a sampler draws by weights, a class
             has no image, the loss is binary, or no loss used the target; if both tricks for class frequencies are used.
 

@@ -23,7 +23,7 @@ from lit_tricks.utils.rng import isolated_random_state
 if TYPE_CHECKING:
     from lit_tricks._compat import Trainer
 
-__all__ = ["Counts", "count_classes", "listed_labels", "training_items"]
+__all__ = ["Counts", "count_classes", "listed_counts", "listed_labels", "training_items"]
 
 CHECKED = 8  # items that are loaded to check a list of labels
 BATCH = 64  # items in a batch, where the loader has batches of its own
@@ -80,6 +80,26 @@ def training_items(trainer: Trainer) -> int | None:
         return sum(len(loader.dataset) if (chosen := _chosen(loader)) is None else len(chosen) for loader in loaders)
     except (TypeError, AttributeError):
         return None
+
+
+def listed_counts(trainer: Trainer) -> list[int] | None:
+    """Return the number of training images per class from the list of their labels, without loading any.
+
+    None where there is no such list, or where an item has several labels. A list is not checked, unlike in
+    ``count_classes``.
+    """
+    loaders = combined_loader(trainer.fit_loop).flattened
+    dataset = getattr(loaders[0], "dataset", None) if len(loaders) == 1 else None
+    try:
+        labels = listed_labels(dataset)
+    except Exception as error:  # attributes of the user's data set may fail with any type
+        if not is_about_input(error):
+            raise
+        return None
+    if labels is None or labels.dim() != 1:
+        return None
+    chosen = _chosen(loaders[0])
+    return _of_batches([labels if chosen is None else labels[torch.as_tensor(chosen, dtype=torch.long)]]).classes
 
 
 def listed_labels(dataset: Any, size: int | None = None) -> Tensor | None:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,7 @@ from helpers.browser import FLAGS, chromium, needs_browser
 from helpers.cli import COSINE, FIT, cli, done, workplace, write_images
 from huggingface_hub import ModelCard
 from PIL import Image
-from sklearn.metrics import confusion_matrix, precision_score, recall_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lit_tricks
@@ -117,6 +118,68 @@ def test_recall_and_precision_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(recalls, recall_score(found.label, found.predicted, average=None))
     np.testing.assert_allclose(found.precisions(), precision_score(found.label, found.predicted, average=None))
     np.testing.assert_array_equal(counts, np.bincount(found.label))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_balanced_accuracy_and_macro_f1_match_scikit_learn(missing: bool) -> None:
+    found = said()
+    if missing:  # class 3 has no image, and class 5 is never predicted
+        kept = found.label != 3
+        found.label, found.top = found.label[kept], found.top[kept]
+        found.top[:, 0][found.top[:, 0] == 5] = 3
+    accuracy, f1 = found.balanced_accuracy(), found.macro_f1()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes that are predicted and have no image
+        assert accuracy == pytest.approx(balanced_accuracy_score(found.label, found.predicted))
+        assert f1 == pytest.approx(f1_score(found.label, found.predicted, average="macro"))
+
+
+def test_accuracy_by_class_frequency() -> None:
+    found = said()
+    assert not found.is_imbalanced
+    assert found.by_frequency() == {}
+    found.train_counts = np.array([50, 900, 10, 400, 0, 400, 80])  # class 4 is not trained
+    assert {name: classes.tolist() for name, classes in found.groups().items()} == {
+        "head": [1, 3], "middle": [5, 6], "tail": [0, 2],
+    }  # fmt: skip
+    recall = recall_score(found.label, found.predicted, average=None)
+    values = found.by_frequency()
+    assert values["balanced_accuracy"] == pytest.approx(recall.mean())
+    for name, classes in {"head": [1, 3], "middle": [5, 6], "tail": [0, 2]}.items():
+        assert values[f"{name}_recall"] == pytest.approx(recall[classes].mean())
+    found.train_counts = np.array([100, 1000, 100, 100, 100, 100, 100])
+    assert not found.is_imbalanced  # 10 times is not more than 10 times
+    found.train_counts = None
+    found.label = np.repeat([0, 1], [480, 20])  # without counts of training, those of the evaluated images
+    assert found.is_imbalanced
+    assert {name: classes.tolist() for name, classes in found.groups().items()} == {
+        "head": [0], "middle": [], "tail": [1],
+    }  # fmt: skip
+    assert "middle_recall" not in found.by_frequency()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_imbalanced_run_reports_accuracy_by_class_frequency(folder: Path) -> None:
+    for split, counts in (("train", (45, 12, 4)), ("val", (4, 4, 4))):
+        for label, count in enumerate(counts):
+            write_images(folder / "photos" / split / f"class {label}", count, seed=10 * label)
+    words = [*FIT, "--data=ImageFolder", "--data.root=photos", "--data.image_size=16", "--data.batch_size=8"]
+    done(*words, "--data.num_workers=0", "--trainer.limit_val_batches=1.0", "--data.balance=1")
+    [run] = read_runs(["runs/tiny/v0"])
+    assert run.predictions
+    assert run.predictions.train_counts is not None
+    assert run.predictions.train_counts.tolist() == [45, 12, 4]  # the sampler draws others
+    metrics = run.metrics["val"]
+    label, predicted = run.predictions.label, run.predictions.predicted
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(label, predicted))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(label, predicted, average="macro"))
+    assert metrics["head_recall"] == pytest.approx((predicted[label == 0] == 0).mean())
+    assert metrics["tail_recall"] == pytest.approx((predicted[label == 2] == 2).mean())
+    assert "tail_recall" in Path("runs/tiny/v0/report.md").read_text()
+    [section] = [each for each in report_sections([run]) if each.title == "Accuracy by class frequency"]
+    assert "4 to 45 training images per class" in section.text[0]
+    [row] = section.tables[0].rows
+    assert row[3] == f"{metrics['head_recall']:.2%} (1)"
 
 
 def test_calibration_error_is_that_of_torchmetrics() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_tricks.run.evidence.mask_split import MaskSplit, joined_masks
 from lit_tricks.run.evidence.seen import Seen, pixels_of, smaller
 from lit_tricks.utils.batch import find
+from lit_tricks.utils.class_counts import listed_counts
 from lit_tricks.utils.files import written_whole
 from lit_tricks.utils.transient import Transient
 
@@ -39,7 +40,13 @@ class Evidence(Transient, Callback):
     Counting pixels waits for the GPU.
     """
 
-    transient: ClassVar[dict[str, Any]] = {"_hook": None, "_last": [], "_splits": {}, "_best": ()}
+    transient: ClassVar[dict[str, Any]] = {
+        "_hook": None,
+        "_last": [],
+        "_splits": {},
+        "_best": (),
+        "_train_counts": None,
+    }
 
     def __init__(self) -> None:
         self._splits: dict[str, tuple[_Split | MaskSplit, ...]] = {}  # before the layout of the batches is known
@@ -47,6 +54,12 @@ class Evidence(Transient, Callback):
         self._score: float | None = None  # of the best checkpoint
         self._last: list[Tensor] = []  # what `forward` gave in this step
         self._hook: Any = None
+        self._train_counts: list[int] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the training images of each class, if the data set lists its labels."""
+        if trainer.is_global_zero:
+            self._train_counts = listed_counts(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch ``forward``."""
@@ -121,6 +134,8 @@ class Evidence(Transient, Callback):
             return
         arrays: dict[str, Any] = {"split": np.array(name), "classes": np.array(classes or [])}
         arrays["weights"] = np.array(weights)
+        if self._train_counts is not None and kind is _Split:
+            arrays["train_counts"] = np.array(self._train_counts)
         arrays |= kinds[kind]([part[kind] for part in parts])
         with written_whole(path) as unfinished, unfinished.open("wb") as stream:
             np.savez_compressed(stream, **arrays)

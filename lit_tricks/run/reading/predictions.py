@@ -13,7 +13,19 @@ import numpy.typing as npt
 from lit_tricks.run.reading.checks import numbered
 from lit_tricks.utils.bounded import read_arrays
 
-__all__ = ["SPLITS", "Calibration", "Confusion", "Floats", "Ints", "Predictions", "check_pictures", "clean"]
+__all__ = [
+    "IMBALANCE",
+    "SPLITS",
+    "Calibration",
+    "Confusion",
+    "Floats",
+    "Ints",
+    "Predictions",
+    "check_pictures",
+    "clean",
+]
+
+IMBALANCE = 10  # times the images of the smallest class, from which on classes count as imbalanced
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -82,6 +94,7 @@ class Predictions:
         wrong_image: uint8 (K, H, W, 3 or 1), those images; None where they are no images.
         wrong_file: their files, or "".
         weights: "best", "last" or "given": the best checkpoint, the last epoch, or a given checkpoint.
+        train_counts: (up to C,), number of training images per class; None where it is unknown.
     """
 
     unit: ClassVar[str] = "images"
@@ -97,6 +110,7 @@ class Predictions:
     wrong_image: npt.NDArray[np.uint8] | None
     wrong_file: list[str]
     weights: str = "best"
+    train_counts: Ints | None = None
 
     @classmethod
     def read(cls, path: Path) -> Predictions:
@@ -117,6 +131,7 @@ class Predictions:
             arrays.get("wrong_image"),
             [clean(file) for file in arrays.get("wrong_file", [])],
             str(arrays.get("weights", "best")),
+            arrays.get("train_counts"),
         )
 
     @property
@@ -155,6 +170,56 @@ class Predictions:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(right / taken)
 
+    @property
+    def frequencies(self) -> Ints:
+        """Number of training images per class, or of evaluated images where training is unknown, (C,)."""
+        if self.train_counts is None:
+            return self.recalls()[1]
+        counts: Ints = np.zeros(len(self.classes), np.int64)
+        known = self.train_counts[: len(counts)]
+        counts[: len(known)] = known
+        return counts
+
+    @property
+    def is_imbalanced(self) -> bool:
+        """Return whether a class has more than ``IMBALANCE`` times the images of another class with images."""
+        counts = self.frequencies[self.frequencies > 0]
+        return len(counts) > 1 and bool(counts.max() > IMBALANCE * counts.min())
+
+    def groups(self) -> dict[str, Ints]:
+        """Return the classes of head, middle and tail: the most frequent, other and rarest third of the classes.
+
+        Thirds exist for any data set. The bounds of 100 and 20 training images of
+        [Liu et al., 2019](https://arxiv.org/abs/1904.05160) would leave groups of most data sets without a class.
+        Classes without images are in no group.
+        """
+        counts = self.frequencies
+        order = np.argsort(-counts, kind="stable")
+        order = order[counts[order] > 0]
+        third = max(1, len(order) // 3)
+        return {"head": order[:third], "middle": order[third:-third], "tail": order[-third:]}
+
+    def balanced_accuracy(self) -> float:
+        """Return the mean recall of the classes that have images."""
+        return _mean(self.recalls()[0])
+
+    def macro_f1(self) -> float:
+        """Return the mean F1 score of the classes that have images or were predicted. F1 is 0 if nothing is right."""
+        taken = np.bincount(self.predicted, minlength=len(self.classes))
+        count = np.bincount(self.label, minlength=len(self.classes))
+        right = np.bincount(self.label[self.predicted == self.label], minlength=len(self.classes))
+        with np.errstate(invalid="ignore"):
+            return _mean(2 * right / (count + taken))
+
+    def by_frequency(self) -> dict[str, float]:
+        """Return balanced accuracy, macro F1, and the mean recall of the classes of each group, if imbalanced."""
+        if not self.is_imbalanced:
+            return {}
+        recalls = self.recalls()[0]
+        found = {f"{name}_recall": _mean(recalls[classes]) for name, classes in self.groups().items()}
+        found = {"balanced_accuracy": self.balanced_accuracy(), "macro_f1": self.macro_f1(), **found}
+        return {name: value for name, value in found.items() if not np.isnan(value)}
+
     def wrong(self) -> Iterator[tuple[npt.NDArray[np.uint8], str, str, float, float, str]]:
         """Yield an image with a large loss: pixels, true class, predicted class, their probabilities, and its file."""
         places = {int(place): i for i, place in enumerate(self.index)}
@@ -166,6 +231,12 @@ class Predictions:
             label, predicted = self.classes[self.label[i]], self.classes[self.predicted[i]]
             where = Path(file).name if file else f"image {place}"
             yield image, label, predicted, float(self.probability[i]), float(self.confidence[i]), where
+
+
+def _mean(values: Floats) -> float:
+    """Return the mean of the numbers that are not NaN, or NaN."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 SPLITS = ("test", "val")
@@ -194,6 +265,9 @@ def _check(arrays: dict[str, npt.NDArray[Any]]) -> None:
     """Raise ValueError unless the arrays are predictions."""
     if str(arrays["split"]) not in SPLITS:
         raise ValueError(f"split={str(arrays['split'])!r:.60} is not one of {', '.join(SPLITS)}")
+    counts = arrays.get("train_counts", np.zeros(0, np.int64))
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or counts.min(initial=0) < 0:
+        raise ValueError(f"train_counts of type {counts.dtype} and shape {counts.shape} are no numbers of images")
     if arrays["classes"].ndim != 1:
         raise ValueError("classes is not a list of names")
     count = len(arrays["label"])

@@ -15,6 +15,11 @@ SCORES = {
     "map": "mAP",
     "map50": "mAP50",
     "map75": "mAP75",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "head_recall": "recall of the head",
+    "middle_recall": "recall of the middle",
+    "tail_recall": "recall of the tail",
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_tricks.run.reading.mask_predictions import MaskPredictions
-from lit_tricks.run.reading.predictions import Predictions
+from lit_tricks.run.reading.predictions import IMBALANCE, Predictions
 from lit_tricks.run.reading.run import Run
 from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.run.report.curves import draw_panel, lacking, panels_of
@@ -247,6 +247,7 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
     yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, said, names)])
     same = {name: found for name, found in said.items() if found.classes == next(iter(said.values())).classes}
     yield _classes(same, names)
+    yield _frequencies(said)
     for name, found in said.items():
         images = [
             Image(
@@ -278,19 +279,19 @@ def _confusions(said: Mapping[str, Predictions | MaskPredictions]) -> Iterator[P
 
 def _masks(runs: list[Run]) -> Iterator[Section]:
     """Return the sections on segmentations."""
-    said: SaidOfPixels = {run.name: run.masks for run in runs if run.masks and run.masks.pixels.any()}
-    if not said:
+    shown: SaidOfPixels = {run.name: run.masks for run in runs if run.masks and run.masks.pixels.any()}
+    if not shown:
         return
-    several = len(said) > 1
+    several = len(shown) > 1
     text = [
         f"{name}: {found.pixels.sum():,} pixels of {found.images:,} {IMAGES[found.split]} images, "
         f"{WEIGHTS[found.weights]}. Pixels that are to be ignored do not count."
-        for name, found in said.items()
+        for name, found in shown.items()
     ]
-    yield Section("Mistakes", text, pictures=[*_confusions(said)])
-    first = next(iter(said.values()))
-    yield _ious({name: found for name, found in said.items() if found.classes == first.classes}, list(said))
-    for name, found in said.items():
+    yield Section("Mistakes", text, pictures=[*_confusions(shown)])
+    first = next(iter(shown.values()))
+    yield _ious({name: found for name, found in shown.items() if found.classes == first.classes}, list(shown))
+    for name, found in shown.items():
         title = "Images with the lowest IoU"
         section = Section(f"{title}, {name}" if several else title)
         if found.worst:
@@ -345,6 +346,31 @@ def _classes(said: Said, names: list[str]) -> Section:
     alt = "Worst classes: " + ", ".join(f"{row[0]} {row[2]}" for row in rows) + "."
     picture = _picture("classes", alt, draw_recalls, said, names)
     return Section("Worst classes", text, [Table("Worst classes", ["class", "images", *heads], rows)], [picture])
+
+
+def _frequencies(predictions: Mapping[str, Predictions]) -> Section:
+    """Return accuracy by class frequency, of runs whose classes are imbalanced."""
+    found = {name: each for name, each in predictions.items() if each.is_imbalanced}
+    section = Section("Accuracy by class frequency")
+    rows = []
+    for name, each in found.items():
+        values = each.by_frequency()
+        counts = each.frequencies[each.frequencies > 0]
+        source = "evaluated" if each.train_counts is None else "training"
+        section.text.append(f"{name}: {counts.min():,} to {counts.max():,} {source} images per class.")
+        heads = {group: len(classes) for group, classes in each.groups().items()}
+        shown = [cell("macro_f1", values.get(key)) for key in ("balanced_accuracy", "macro_f1")]
+        shown += [f"{cell('macro_f1', values.get(f'{group}_recall'))} ({size})" for group, size in heads.items()]
+        rows.append([name, *shown])
+    if rows:
+        section.text.append(
+            f"Shown where a class has more than {IMBALANCE} times the images of another. Balanced accuracy: mean "
+            "recall of the classes. Macro F1: mean of the classes' F1 scores. Head, middle, tail: mean recall of the "
+            "most frequent, the other and the rarest third of the classes, with their number in brackets."
+        )
+        header = ["", "balanced accuracy", "macro F1", "head", "middle", "tail"]
+        section.tables = [Table("Accuracy by class frequency", header, rows)]
+    return section
 
 
 def _file(what: str, name: str, several: bool) -> str:

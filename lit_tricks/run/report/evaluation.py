@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_tricks.run.reading.checks import check_results
-from lit_tricks.run.reading.run import Run
+from lit_tricks.run.reading.run import Run, read_run_folder
 from lit_tricks.run.report.fit import print_results, weights_in
 from lit_tricks.utils.bounded import read_arrays
 from lit_tricks.utils.checkpoint_files import load_archive
@@ -54,6 +54,9 @@ def report_evaluation(split: str, logged: Mapping[str, Any], checkpoint: str, fo
     content = load_archive(checkpoint) if checkpoint else {}
     metrics = {name.removeprefix(f"{split}/"): float(value) for name, value in sorted(logged.items())}
     of_split = {name: metrics[name] for name in metrics if f"{split}/{name}" in logged}
+    kept = read_run_folder(folder).predictions if folder is not None else None
+    if kept is not None and kept.split == split:
+        of_split = kept.by_frequency() | of_split
     weights = weights_in(content)
     results = {"checkpoint": checkpoint or None, "epoch": content.get("epoch"), weights: {split: of_split or metrics}}
     files: dict[str, str | Path | None] = {"checkpoint": checkpoint}

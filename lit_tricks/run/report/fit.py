@@ -43,13 +43,16 @@ def report_fit(
     Returns:
         The content of ``results.json``: the best checkpoint, its epoch, its metrics of ``train``, ``val`` and ``test``,
         under ``raw`` (trained weights) or ``averaged`` (val and test use the average in the checkpoint), the seconds,
-        the CPU seconds, the time, and the peak memory.
+        the CPU seconds, the time, and the peak memory. Where classes are imbalanced, metrics of the evaluated split
+        include balanced accuracy, macro F1, and the recall by class frequency.
     """
     read = read_run_folder(run)
     rows = read.rows
     checkpoint = load_archive(best) if best else {}
     epoch = checkpoint.get("epoch", _last_epoch(rows))
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
+    if (kept := read.predictions) and kept.split in metrics:
+        metrics[kept.split] = kept.by_frequency() | metrics[kept.split]
     results = {"best_checkpoint": best, "epoch": epoch, weights_in(checkpoint): metrics}
     results |= {"seconds": seconds, "cpu_seconds": cpu_seconds, "time": time, "peak_memory": memory}
     write_whole(run / "results.json", to_json(results, indent=2) + "\n")

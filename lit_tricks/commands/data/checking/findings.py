@@ -13,12 +13,12 @@ import numpy as np
 from lit_tricks.commands.data.checking.image_facts import ODDITIES, Facts
 from lit_tricks.commands.data.checking.listing import Listing
 from lit_tricks.data.splits import NAMES
+from lit_tricks.run.reading.predictions import IMBALANCE
 from lit_tricks.utils.files import printable
 
 __all__ = ["QUANTILES", "Finding", "find", "sizes"]
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
-IMBALANCE = 10  # times the images of the smallest class
 MOST = 1000  # files of a finding in the file of results
 SPLITS = tuple(NAMES)
 
