@@ -51,7 +51,8 @@ class GeneralizedCrossEntropy(LossTrick):
 
     Cost: a few operations on the logits. Use it where many labels are wrong, such as labels from the web. Leave it out
     for clean labels and for many classes: at the start ``p^q`` is about ``K^-q``, so learning starts slowly. Gradients
-    are smaller, so a larger learning rate may help. FocalLoss does the opposite.
+    are smaller, so a larger learning rate may help. Expect no gain in short runs on few images, as
+    ``benchmarks/results/noisy_labels.md`` has it. FocalLoss does the opposite.
 
     Args:
         q: exponent, in (0, 1]. Near 0 the loss is cross entropy. 1 is the mean absolute error, which is robust to
