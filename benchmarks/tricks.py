@@ -31,12 +31,15 @@ from lit_tricks import callbacks
 from lit_tricks.callbacks import drop_path
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
 
+COUNTS = list(range(1, 1001))  # the images of the benchmark are of few classes
 MAKE: dict[str, Callable[[], Callback]] = {
+    "ClassBalanced": lambda: callbacks.ClassBalanced(counts=COUNTS),
     "FixRes": lambda: callbacks.FixRes(test_size=None),
     "Freeze": lambda: callbacks.Freeze(["layer4"]),
     "KnowledgeDistillation": lambda: callbacks.KnowledgeDistillation(timm.create_model("resnet50")),
     "Lookahead": lambda: callbacks.Lookahead(k=1),  # every step, so that the median has the cost of an update
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=256),
+    "LogitAdjustment": lambda: callbacks.LogitAdjustment(counts=COUNTS),
     "SWA": lambda: callbacks.SWA(lr=0.01, start=0.0),
     "Unfreeze": lambda: callbacks.Unfreeze({"layer4": 1}),
     "WarmupCosine": lambda: callbacks.WarmupCosine(warmup_epochs=1),

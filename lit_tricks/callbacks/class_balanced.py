@@ -50,11 +50,12 @@ class ClassBalanced(CountedClasses):
     sigmoid loss. Binary losses of the module itself are rejected.
 
     The counts are of the whole training set: not of the share of a process, nor of ``limit_train_batches``. Data sets
-    that list their labels (``targets``, ``labels``, ``samples``) are not loaded. Others are loaded once, when training
-    starts. Checkpoints have the counts. For segmentation, pixels are counted as the training transforms give them.
+    that list their labels (``targets``, ``labels``, ``samples``) are not loaded. Others are loaded once, in the
+    first training step. Checkpoints have the counts. For segmentation, pixels are counted as the training transforms
+    give them.
 
-    Cost: none measurable. Use it for few classes with a moderate imbalance. LogitAdjustment is the stronger correction
-    for long tails. Leave it out if a sampler balances the classes.
+    Cost: a few operations on the logits. Use it for few classes with a moderate imbalance.
+    LogitAdjustment is the stronger correction for long tails. Leave it out if a sampler balances the classes.
 
     Args:
         beta: in [0, 1). 0 weighs all classes alike. Near 1, weights are inverse to the counts. ``1 - 1 / n`` for about

@@ -47,12 +47,13 @@ class LogitAdjustment(CountedClasses):
     the teacher with LogitAdjustment, too. Binary losses and BinaryCrossEntropy are rejected.
 
     The counts are of the whole training set: not of the share of a process, nor of ``limit_train_batches``. Data sets
-    that list their labels (``targets``, ``labels``, ``samples``) are not loaded. Others are loaded once, when training
-    starts. Checkpoints have the counts. For segmentation, pixels are counted as the training transforms give them.
+    that list their labels (``targets``, ``labels``, ``samples``) are not loaded. Others are loaded once, in the
+    first training step. Checkpoints have the counts. For segmentation, pixels are counted as the training transforms
+    give them.
 
-    Cost: none measurable. Use it for classes of different frequency, if each class matters as much as any other. Leave
-    it out if test images have the frequencies of training and plain accuracy counts, or if a sampler balances the
-    classes.
+    Cost: a few operations on the logits. Use it for classes of different frequency, if each class matters as much as
+    any other. Leave it out if test images have the frequencies of training and plain accuracy counts, or if a sampler
+    balances the classes.
 
     Args:
         tau: factor, in [0, 100]. 0 is cross entropy. 1 is the optimum for the balanced error. Larger values favor rare
