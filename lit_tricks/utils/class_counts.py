@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,6 +151,9 @@ def _lists_in(dataset: Any) -> Iterator[Tensor | None]:
 
 def _integers(value: Any) -> Tensor | None:
     """Return a list, array or tensor of integers as a tensor of shape (N,), or None."""
+    is_list = isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Integral | Tensor)
+    if not is_list and not hasattr(value, "__array__"):  # torch would load the items of another data set
+        return None
     try:
         labels = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):

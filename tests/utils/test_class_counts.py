@@ -125,8 +125,9 @@ def test_a_sampler_of_some_items_counts_these():
         lambda: Items(change=lambda label: 2 - label, targets=LABELS),  # labels change while they are loaded
         lambda: Items(targets=LABELS[:5]),
         lambda: Items(targets=torch.rand(13)),
+        lambda: Items(samples=Items(), imgs=[np.zeros((4, 4), np.uint8)] * 13),  # no labels, and not to be loaded
     ],
-    ids=["none", "names", "changed", "short", "floats"],
+    ids=["none", "names", "changed", "short", "floats", "images"],
 )
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_other_items_are_loaded_once(dataset, workers):
@@ -134,6 +135,7 @@ def test_other_items_are_loaded_once(dataset, workers):
     expected = torch.tensor([dataset[i][1] for i in range(13)]).bincount().tolist()
     counts, lines = counted(loader(dataset, num_workers=workers))
     assert counts == expected
+    assert not getattr(getattr(dataset, "samples", None), "loaded", None)
     assert len(lines) == 2
     assert "one pass over 13 training items" in lines[0]
     assert "counts=" in lines[0]
