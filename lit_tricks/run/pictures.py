@@ -104,7 +104,7 @@ def _mask_tables(predictions: MaskPredictions) -> dict[str, Any]:
     if not predictions.worst:
         return {}
     rows = [
-        [wandb.Image(each.image.squeeze(), masks=masks(each.mask, each.said)), each.where, each.iou]
+        [wandb.Image(each.image.squeeze(), masks=masks(each.mask, each.predicted)), each.where, each.iou]
         for each in predictions.worst
     ]
     return {"worst_images": wandb.Table(columns=["image", "file", "IoU"], data=rows)}

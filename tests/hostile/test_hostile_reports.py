@@ -70,12 +70,12 @@ def pixels(**changes: Any) -> dict[str, Any]:
         "worst_file": np.array(["0.jpg"]),
         "image_0": np.zeros((4, 4, 3), np.uint8),
         "mask_0": np.zeros((4, 4), np.int16),
-        "said_0": np.ones((4, 4), np.int16),
+        "predicted_0": np.ones((4, 4), np.int16),
     }
     return {name: value for name, value in (found | changes).items() if value is not ...}
 
 
-def write_run(folder: Path, said: dict[str, Any] | None = None, **parts: Any) -> Path:
+def write_run(folder: Path, predicted: dict[str, Any] | None = None, **parts: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {"results": RESULTS, "tricks": TRICKS}.items():
         text = parts.get(name, content)
@@ -84,7 +84,7 @@ def write_run(folder: Path, said: dict[str, Any] | None = None, **parts: Any) ->
     (folder / "config.yaml").write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     rows = parts.get("metrics", "epoch,step,train/loss_epoch,val/loss,val/top1\n0,1,2,2,0.3\n1,2,1,1,0.5\n")
     (folder / "metrics.csv").write_text(rows)
-    np.savez_compressed(folder / "predictions.npz", **(arrays() if said is None else said))
+    np.savez_compressed(folder / "predictions.npz", **(arrays() if predicted is None else predicted))
     return folder
 
 
@@ -226,7 +226,7 @@ BAD_PIXELS: dict[str, dict[str, Any]] = {
     "counts below zero": {"confusion": np.array([[-1, 0], [0, 1]])},
     "counts that overflow": {"confusion": np.full((2, 2), 2**62)},
     "labels that are no classes": {"mask_0": np.full((4, 4), 9)},
-    "a mask of another size": {"said_0": np.zeros((2, 2), np.int16)},
+    "a mask of another size": {"predicted_0": np.zeros((2, 2), np.int16)},
     "no image": {"image_0": ...},
     "an image of seven channels": {"image_0": np.zeros((4, 4, 7), np.uint8)},
     "lists of other lengths": {"worst_iou": np.array([0.5, 0.6])},
@@ -338,9 +338,11 @@ EVIL = (
 @pytest.mark.parametrize("name", EVIL)
 def test_a_name_is_text_in_every_report(name: str, tmp_path: Path) -> None:
     clean = name.encode("utf-8", "backslashreplace").decode()
-    said = arrays(classes=np.array([clean, "bee"]), wrong_file=np.array([clean.replace("\n", " "), "2.jpg"]))
+    predicted = arrays(classes=np.array([clean, "bee"]), wrong_file=np.array([clean.replace("\n", " "), "2.jpg"]))
     tricks = {name: {"arguments": {name: name}, "effect": name}}
-    run = write_run(tmp_path / "v0", said, tricks=tricks, results=deep(RESULTS, "raw/val", {"loss": 1.0, name: 0.5}))
+    run = write_run(
+        tmp_path / "v0", predicted, tricks=tricks, results=deep(RESULTS, "raw/val", {"loss": 1.0, name: 0.5})
+    )
     page = Page(report([str(run)]))  # draws all pictures
     assert not {"script", "iframe", "object"} & set(page.tags)
     assert "onerror" not in page.text or "<img src=x onerror" in page.text  # shown as text

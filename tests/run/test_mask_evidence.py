@@ -38,18 +38,18 @@ from lit_tricks.run.report.style import DARK, draw
 Pixels = npt.NDArray[np.int64]
 
 
-def count(mask: npt.NDArray[Any], said: npt.NDArray[Any], classes: int = K) -> Pixels:
+def count(mask: npt.NDArray[Any], predicted: npt.NDArray[Any], classes: int = K) -> Pixels:
     """The confusion matrix, pair by pair."""
-    matrix = [[int(((mask == a) & (said == b)).sum()) for b in range(classes)] for a in range(classes)]
+    matrix = [[int(((mask == a) & (predicted == b)).sum()) for b in range(classes)] for a in range(classes)]
     return np.array(matrix)
 
 
-def mean_iou(mask: npt.NDArray[Any], said: npt.NDArray[Any]) -> float:
+def mean_iou(mask: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> float:
     """By sets of pixels."""
     known = mask != IGNORED
     found = []
     for label in range(K):
-        true, guess = set(np.flatnonzero((mask == label) & known)), set(np.flatnonzero((said == label) & known))
+        true, guess = set(np.flatnonzero((mask == label) & known)), set(np.flatnonzero((predicted == label) & known))
         if true | guess:
             found.append(len(true & guess) / len(true | guess))
     return float(np.mean(found)) if found else float("nan")
@@ -62,27 +62,27 @@ def test_pixels_are_counted_as_numpy_does(tmp_path: Path) -> None:
     module, found, metrics = see_masks(tmp_path)
     images, masks = (torch.stack(each) for each in zip(*samples(), strict=True))
     with torch.no_grad():
-        said = module.eval()(images).argmax(1).numpy()
+        predicted = module.eval()(images).argmax(1).numpy()
     masks = masks.numpy()
     assert (found.split, found.classes, found.images) == ("test", NAMES, 11)
-    np.testing.assert_array_equal(found.pixels, count(masks, said))
+    np.testing.assert_array_equal(found.pixels, count(masks, predicted))
     assert found.pixels.sum() == (masks != IGNORED).sum()
     assert np.nanmean(found.ious()) == pytest.approx(metrics["test/miou"], abs=1e-6)
     assert found.pixels.diagonal().sum() / found.pixels.sum() == pytest.approx(metrics["test/pixel_accuracy"], abs=1e-6)
-    true, guess = masks[masks != IGNORED], said[masks != IGNORED]
+    true, guess = masks[masks != IGNORED], predicted[masks != IGNORED]
     settings: Any = {"average": None, "labels": range(K), "zero_division": np.nan}
     np.testing.assert_allclose(found.recalls()[0], recall_score(true, guess, **settings))
     np.testing.assert_allclose(found.precisions(), precision_score(true, guess, **settings))
     np.testing.assert_array_equal(found.confusion().dense(K), found.pixels)
 
-    ious = np.array([mean_iou(mask, guess) for mask, guess in zip(masks, said, strict=True)])
+    ious = np.array([mean_iou(mask, guess) for mask, guess in zip(masks, predicted, strict=True)])
     worst = np.argsort(ious, kind="stable")[:WORST]  # NaN comes last
     assert [each.where for each in found.worst] == [f"image {i}" for i in worst]
     assert [each.iou for each in found.worst] == pytest.approx(ious[worst], abs=1e-6)
     low, high = images.min(), images.max()
     for i, each in zip(worst, found.worst, strict=True):
         np.testing.assert_array_equal(each.mask, np.where(masks[i] == IGNORED, -1, masks[i]))
-        np.testing.assert_array_equal(each.said, said[i])
+        np.testing.assert_array_equal(each.predicted, predicted[i])
         np.testing.assert_allclose(each.image[..., 0], 255 * (images[i, 0] - low) / (high - low), atol=0.51)
 
 
@@ -96,23 +96,23 @@ def test_the_last_validation_counts_where_nothing_was_tested(tmp_path: Path) -> 
     assert np.nanmean(found.ious()) == pytest.approx(run.callback_metrics["val/miou"].item(), abs=1e-6)
 
 
-def logits_of(said: Tensor, classes: int = K) -> Tensor:
-    return torch.nn.functional.one_hot(said, classes).movedim(-1, 1).float()
+def logits_of(predicted: Tensor, classes: int = K) -> Tensor:
+    return torch.nn.functional.one_hot(predicted, classes).movedim(-1, 1).float()
 
 
 @pytest.mark.parametrize("kind", ["int64", "uint8", "with a channel", "named"])
 def test_masks_of_all_kinds(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    mask, said = torch.randint(K, (2, 6, 7), generator=generator), torch.randint(K, (2, 6, 7), generator=generator)
+    mask, predicted = torch.randint(K, (2, 6, 7), generator=generator), torch.randint(K, (2, 6, 7), generator=generator)
     mask[0, 0] = 255 if kind == "uint8" else -100
     image = torch.rand(2, 3, 6, 7, generator=generator)
     given = {"int64": mask, "uint8": mask.to(torch.uint8), "with a channel": mask[:, None], "named": mask}[kind]
     batch = {"image": image, "mask": given} if kind in ("named", "uint8") else (image, given)
     split = MaskSplit(None, 0, 1)
-    split.add(batch, [torch.rand(2, K), logits_of(said)])
+    split.add(batch, [torch.rand(2, K), logits_of(predicted)])
     part = split.part()
     assert part is not None
-    np.testing.assert_array_equal(part["confusion"], count(mask.numpy(), said.numpy()))
+    np.testing.assert_array_equal(part["confusion"], count(mask.numpy(), predicted.numpy()))
     assert part["worst"][0]["image"].shape == (3, 6, 7)
 
 
@@ -120,9 +120,9 @@ def test_right_images_are_not_the_worst_and_sizes_may_differ(tmp_path: Path) -> 
     split = MaskSplit(None, 0, 1)
     for size, wrong in (((6, 7), 0), ((300, 200), 40), ((480, 480), 9), ((4, 5), 1)):
         mask = torch.ones(1, *size, dtype=torch.int64)
-        said = mask.clone()
-        said[0, :wrong] = 0
-        split.add((torch.rand(1, 3, *size), mask), [logits_of(said)])
+        predicted = mask.clone()
+        predicted[0, :wrong] = 0
+        split.add((torch.rand(1, 3, *size), mask), [logits_of(predicted)])
     part = split.part()
     assert part is not None
     with (tmp_path / "a.npz").open("wb") as stream:
@@ -132,9 +132,9 @@ def test_right_images_are_not_the_worst_and_sizes_may_differ(tmp_path: Path) -> 
     assert [each.iou for each in found.worst] == pytest.approx([3 / 8, 260 / 600, 471 / 960])
     assert [each.image.shape for each in found.worst] == [(4, 5, 3), (SIDE, 107, 3), (SIDE, SIDE, 3)]
     for each in found.worst:
-        assert each.image.shape[:2] == each.mask.shape == each.said.shape
-        assert set(np.unique(each.said)) == {0, 1}
-        assert (each.said == 0).mean() == pytest.approx(1 - 2 * each.iou, abs=0.01)
+        assert each.image.shape[:2] == each.mask.shape == each.predicted.shape
+        assert set(np.unique(each.predicted)) == {0, 1}
+        assert (each.predicted == 0).mean() == pytest.approx(1 - 2 * each.iou, abs=0.01)
 
 
 def test_nothing_to_see_keeps_nothing() -> None:
@@ -149,8 +149,8 @@ def test_150_classes_stay_small(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     split = MaskSplit(None, 0, 1)
     for _ in range(10):
-        mask, said = (torch.randint(150, (1, 200, 200), generator=generator) for _ in range(2))
-        split.add((torch.rand(1, 3, 200, 200, generator=generator), mask), [logits_of(said, 150)])
+        mask, predicted = (torch.randint(150, (1, 200, 200), generator=generator) for _ in range(2))
+        split.add((torch.rand(1, 3, 200, 200, generator=generator), mask), [logits_of(predicted, 150)])
     with (tmp_path / "a.npz").open("wb") as stream:  # noise, which is as large as it can be
         np.savez_compressed(stream, split=np.array("val"), classes=np.array([]), **joined_masks([split.part() or {}]))
     assert (tmp_path / "a.npz").stat().st_size < 1_500_000
@@ -160,21 +160,21 @@ def test_images_that_a_sampler_repeats_count_once() -> None:
     """Three processes share seven images: two get an image a second time."""
     found = samples()[:7]
     images, masks = (torch.stack(each) for each in zip(*found, strict=True))
-    said = torch.randint(K, masks.shape, generator=torch.Generator().manual_seed(0))
+    predicted = torch.randint(K, masks.shape, generator=torch.Generator().manual_seed(0))
     parts = []
     for rank in range(3):
         split = MaskSplit(found, rank, 3)
         mine = [i % 7 for i in range(rank, 9, 3)]
         for batch in (mine[:2], mine[2:]):
-            split.add((images[batch], masks[batch]), [logits_of(said[batch])])
+            split.add((images[batch], masks[batch]), [logits_of(predicted[batch])])
         parts.append(split.part())
     whole = MaskSplit(found, 0, 1)
-    whole.add((images, masks), [logits_of(said)])
+    whole.add((images, masks), [logits_of(predicted)])
     ours, theirs = joined_masks(parts), joined_masks([whole.part() or {}])  # type: ignore[arg-type]
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], name)
-    np.testing.assert_array_equal(ours["confusion"], count(masks.numpy(), said.numpy()))
+    np.testing.assert_array_equal(ours["confusion"], count(masks.numpy(), predicted.numpy()))
     assert ours["images"] == 7
 
 
@@ -187,7 +187,7 @@ def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
     assert two.images == one.images == 11
     assert [(each.where, each.iou) for each in two.worst] == [(each.where, each.iou) for each in one.worst]
     for ours, theirs in zip(two.worst, one.worst, strict=True):
-        for part in ("image", "mask", "said"):
+        for part in ("image", "mask", "predicted"):
             np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part))
 
 
@@ -288,16 +288,16 @@ def test_any_number_of_classes(classes: int) -> None:
     split = MaskSplit(None, 0, 1)
     for _ in range(3):
         mask = torch.from_numpy(rng.integers(-1, classes, (1, 20, 30)))
-        said = torch.from_numpy(rng.integers(0, classes, (1, 20, 30)))
-        split.add((torch.rand(1, 1, 20, 30), mask), [logits_of(said, classes)])
+        predicted = torch.from_numpy(rng.integers(0, classes, (1, 20, 30)))
+        split.add((torch.rand(1, 1, 20, 30), mask), [logits_of(predicted, classes)])
     with Path("a.npz").open("wb") as stream:
         names = np.array([f"class {i}" for i in range(classes)])
         np.savez_compressed(stream, split=np.array("val"), classes=names, **joined_masks([split.part() or {}]))
-    said_of = MaskPredictions.read(Path("a.npz"))
+    predictions_of_a = MaskPredictions.read(Path("a.npz"))
     for function, *args in (
-        (draw_confusion, said_of, ""),
-        (draw_ious, {"a": said_of, "b": said_of}, ["a", "gone", "b"]),
-        (draw_worst_masks, said_of),
+        (draw_confusion, predictions_of_a, ""),
+        (draw_ious, {"a": predictions_of_a, "b": predictions_of_a}, ["a", "gone", "b"]),
+        (draw_worst_masks, predictions_of_a),
     ):
         with Image.open(io.BytesIO(draw(function, *args, theme=DARK))) as image:  # type: ignore[arg-type]
             assert 300 < image.width < 2000

@@ -33,16 +33,16 @@ def fit(module: Segmenter, samples: list[Any]) -> None:
 # Numbers
 
 
-def confusion(labels: npt.NDArray[Any], said: npt.NDArray[Any], classes: int = K) -> npt.NDArray[np.float64]:
+def confusion(labels: npt.NDArray[Any], predicted: npt.NDArray[Any], classes: int = K) -> npt.NDArray[np.float64]:
     matrix = np.zeros((classes, classes))
-    for label, prediction in zip(labels.ravel(), said.ravel(), strict=True):
+    for label, prediction in zip(labels.ravel(), predicted.ravel(), strict=True):
         if label != IGNORED:
             matrix[label, prediction] += 1
     return matrix
 
 
 def miou(matrix: npt.NDArray[np.float64]) -> float:
-    """Mean over the classes that occur, in the labels or among what was said."""
+    """Mean over the classes that occur, in the labels or among what was predicted."""
     union = matrix.sum(0) + matrix.sum(1) - np.diag(matrix)
     return float((np.diag(matrix)[union > 0] / union[union > 0]).mean())
 
@@ -76,14 +76,16 @@ def test_the_mean_is_over_the_classes_that_occur() -> None:
 
     module = segmenter()
     module.model = Says()  # type: ignore[assignment]
-    said, mask = torch.tensor([[0, 0, 1, 3]]), torch.tensor([[0, 1, 1, IGNORED]])  # (H, W) = (1, 4)
-    found = trainer().validate(module, DataLoader([(said[None].float(), mask)]), verbose=False)[0]
-    assert found["val/miou"] == pytest.approx((1 / 2 + 1 / 2) / 2)  # 3 was said of an ignored pixel, 2 and 4 of none
+    predicted, mask = torch.tensor([[0, 0, 1, 3]]), torch.tensor([[0, 1, 1, IGNORED]])  # (H, W) = (1, 4)
+    found = trainer().validate(module, DataLoader([(predicted[None].float(), mask)]), verbose=False)[0]
+    assert found["val/miou"] == pytest.approx(
+        (1 / 2 + 1 / 2) / 2
+    )  # 3 was predicted of an ignored pixel, 2 and 4 of none
     assert found["val/pixel_accuracy"] == pytest.approx(2 / 3)
-    said[0, 3] = 3
+    predicted[0, 3] = 3
     mask[0, 3] = 0
-    found = trainer().validate(module, DataLoader([(said[None].float(), mask)]), verbose=False)[0]
-    assert found["val/miou"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)  # 3 was said, and is never right
+    found = trainer().validate(module, DataLoader([(predicted[None].float(), mask)]), verbose=False)[0]
+    assert found["val/miou"] == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)  # 3 was predicted, and is never right
 
 
 @pytest.mark.parametrize("aux_weight", [0.0, 0.5])
@@ -336,15 +338,15 @@ def test_masks_are_predicted(run: Path, folder: Path) -> None:
         rng = np.random.default_rng(len(name))
         Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / "images" / name)
     best = str(run / "checkpoints" / "best.ckpt")
-    outcome = done("predict", "--ckpt_path", best, "--images=images", "--output=said.csv", *QUIET)
-    assert "3 masks written to said, their shares written to said.csv" in outcome.log
-    with open("said.csv", newline="") as stream:
+    outcome = done("predict", "--ckpt_path", best, "--images=images", "--output=predicted.csv", *QUIET)
+    assert "3 masks written to predicted, their shares written to predicted.csv" in outcome.log
+    with open("predicted.csv", newline="") as stream:
         header, *rows = csv.reader(stream)
     assert header == ["file", "mask", "ground", *map(str, range(10)), "error"]
     assert [row[:2] for row in rows] == [
-        ["images/a.jpg", "said/a.png"],
-        ["images/a.png", "said/a.png.png"],
-        ["images/b/c.jpg", "said/b/c.png"],
+        ["images/a.jpg", "predicted/a.png"],
+        ["images/a.png", "predicted/a.png.png"],
+        ["images/b/c.jpg", "predicted/b/c.png"],
     ]
     for file, path, *shares, _ in rows:
         with Image.open(path) as mask, Image.open(file) as image:
@@ -357,8 +359,8 @@ def test_masks_are_predicted(run: Path, folder: Path) -> None:
     module = Segmenter.load_from_checkpoint(best, map_location="cpu", weights_only=True).eval()
     with Image.open("images/a.jpg") as image:  # of 64 pixels, as in training
         gray = torch.from_numpy(np.array(image.convert("L"))).float()
-    said = module(((gray - 31.97) / 53.16)[None, None]).argmax(1)[0]
-    assert (torch.from_numpy(np.array(Image.open("said/a.png"))) == said).float().mean() > 0.99
+    predicted = module(((gray - 31.97) / 53.16)[None, None]).argmax(1)[0]
+    assert (torch.from_numpy(np.array(Image.open("predicted/a.png"))) == predicted).float().mean() > 0.99
 
 
 def test_the_palette_is_that_of_voc() -> None:

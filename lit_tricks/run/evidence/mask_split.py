@@ -44,7 +44,7 @@ class MaskSplit(Seen):
         logits = next((o for o in outputs if o.dim() == 4 and masks.shape == (o.size(0), *o.shape[2:])), None)
         if logits is None:
             return
-        said, classes = logits.argmax(1), logits.size(1)
+        predicted, classes = logits.argmax(1), logits.size(1)
         masks = torch.where((masks >= 0) & (masks < classes), masks, -1)
         if self.confusion is None:
             self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=masks.device)
@@ -54,7 +54,7 @@ class MaskSplit(Seen):
         once = [i for i in indices if size is None or i < size]
         self.images += len(once)
         ious = []
-        for _, mask, guess in zip(once, masks, said, strict=False):
+        for _, mask, guess in zip(once, masks, predicted, strict=False):
             matrix = _confusion(mask, guess, classes)
             self.confusion += matrix
             ious.append(_mean_iou(matrix))
@@ -62,15 +62,15 @@ class MaskSplit(Seen):
         if pictures is not None and once:
             self.note_range(pictures)
             found = torch.stack(ious).tolist()
-            for index, iou, *parts in zip(once, found, pictures, masks, said, strict=False):
+            for index, iou, *parts in zip(once, found, pictures, masks, predicted, strict=False):
                 self._keep_worst(index, iou, *parts)
 
-    def _keep_worst(self, index: int, iou: float, image: Tensor, mask: Tensor, said: Tensor) -> None:
+    def _keep_worst(self, index: int, iou: float, image: Tensor, mask: Tensor, predicted: Tensor) -> None:
         if math.isnan(iou) or iou == 1 or (len(self.worst) == WORST and iou >= self.worst[-1]["iou"]):
             return
         found: dict[str, Any] = {"iou": iou, "index": index, "file": self.file_of(index)}
         found["image"] = smaller(image[None].float(), SIDE)[0].cpu().numpy()
-        for name, labels in (("mask", mask), ("said", said)):
+        for name, labels in (("mask", mask), ("predicted", predicted)):
             small = smaller(labels[None, None].float(), SIDE, "nearest-exact")[0, 0]
             found[name] = small.cpu().numpy().astype(np.int16)
         self.worst = sorted([*self.worst, found], key=lambda each: (each["iou"], each["index"]))[:WORST]
@@ -98,13 +98,13 @@ def joined_masks(parts: list[dict[str, Any]]) -> Arrays:
     for i, each in enumerate(worst):  # of one size or not
         low, high = np.min([part["low"] for part in known], 0), np.max([part["high"] for part in known], 0)
         arrays[f"image_{i}"] = pixels_of(each["image"][None], low, high)[0]
-        arrays |= {f"{name}_{i}": each[name] for name in ("mask", "said")}
+        arrays |= {f"{name}_{i}": each[name] for name in ("mask", "predicted")}
     return arrays
 
 
-def _confusion(mask: Tensor, said: Tensor, classes: int) -> Tensor:
+def _confusion(mask: Tensor, predicted: Tensor, classes: int) -> Tensor:
     """Return the pixels of an image by true and predicted class, (classes, classes), without label -1."""
-    pairs = torch.where(mask >= 0, mask * classes + said, classes**2)
+    pairs = torch.where(mask >= 0, mask * classes + predicted, classes**2)
     return torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
 
 

@@ -37,14 +37,14 @@ class WorstMask:
         iou: mean over the classes that occur in it, in [0, 1].
         image: uint8 (H, W, 3 or 1).
         mask: (H, W), the true classes; -1 is none.
-        said: (H, W), the predicted classes.
+        predicted: (H, W), the predicted classes.
     """
 
     where: str
     iou: float
     image: npt.NDArray[np.uint8]
     mask: Ints
-    said: Ints
+    predicted: Ints
 
 
 @dataclass
@@ -111,7 +111,7 @@ class MaskPredictions:
         return self.pixels.diagonal()
 
 
-PARTS = ("image", "mask", "said")
+PARTS = ("image", "mask", "predicted")
 
 
 def _check(arrays: dict[str, Any]) -> None:
@@ -130,7 +130,7 @@ def _check(arrays: dict[str, Any]) -> None:
         raise ValueError(f"worst_file, worst_index and worst_iou have the shapes {shapes}")
     for i in range(shapes[0][0]):
         check_pictures(arrays[f"image_{i}"], f"image_{i}", 3)
-        for name in ("mask", "said"):
+        for name in ("mask", "predicted"):
             labels = arrays[f"{name}_{i}"]
             if labels.dtype.kind not in "iu" or labels.shape != arrays[f"image_{i}"].shape[:2]:
                 raise ValueError(f"{name}_{i} of type {labels.dtype} and shape {labels.shape} is no mask of its image")

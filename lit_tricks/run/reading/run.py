@@ -142,14 +142,14 @@ def read_run_folder(path: Path, name: str = "", above: Collection[Path] = ()) ->
     )
     run.config = read("config.yaml", "settings", "the run was not made by lit-tricks", _read_yaml) or {}
     _add_earlier_rows(run, above)
-    said = read(
+    stored = read(
         "predictions.npz",
         "predictions",
         "the run did not come to its end, an older version made it, or the module does not compute class scores in its "
         "forward, called from test_step or validation_step",
         _read_said,
     )
-    run.predictions, run.masks = (said, None) if isinstance(said, Predictions) else (None, said)
+    run.predictions, run.masks = (stored, None) if isinstance(stored, Predictions) else (None, stored)
     if not run.seconds and "results" not in run.missing:
         run.missing["time"] = "results.json has no time: an older version made it, or the Trainer had another profiler"
     return run

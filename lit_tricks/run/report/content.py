@@ -13,8 +13,8 @@ from lit_tricks.run.reading.scores import SCORES
 from lit_tricks.run.report.curves import draw_panel, lacking, panels_of
 from lit_tricks.run.report.figures import (
     MOST_CLASSES,
-    Said,
-    SaidOfPixels,
+    ByRun,
+    MasksByRun,
     draw_calibration,
     draw_confusion,
     draw_ious,
@@ -233,22 +233,22 @@ def _time(runs: list[Run]) -> Section:
 
 def _predictions(runs: list[Run]) -> Iterator[Section]:
     names = [run.name for run in runs]
-    said: Said = {run.name: run.predictions for run in runs if run.predictions and len(run.predictions.label)}
-    if not said:
+    by_run: ByRun = {run.name: run.predictions for run in runs if run.predictions and len(run.predictions.label)}
+    if not by_run:
         return
-    several = len(said) > 1
+    several = len(by_run) > 1
     text = [
         f"{name}: {len(found.label):,} {IMAGES[found.split]} images, {WEIGHTS[found.weights]}."
-        for name, found in said.items()
+        for name, found in by_run.items()
     ]
-    yield Section("Mistakes", text, pictures=[*_confusions(said)])
-    errors = ", ".join(f"{name} {found.calibration().error:.4f}" for name, found in said.items())
+    yield Section("Mistakes", text, pictures=[*_confusions(by_run)])
+    errors = ", ".join(f"{name} {found.calibration().error:.4f}" for name, found in by_run.items())
     alt = f"Reliability diagram: accuracy against confidence. Expected calibration error: {errors}."
-    yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, said, names)])
-    same = {name: found for name, found in said.items() if found.classes == next(iter(said.values())).classes}
+    yield Section("Calibration", pictures=[_picture("reliability", alt, draw_calibration, by_run, names)])
+    same = {name: found for name, found in by_run.items() if found.classes == next(iter(by_run.values())).classes}
     yield _classes(same, names)
-    yield _frequencies(said)
-    for name, found in said.items():
+    yield _frequencies(by_run)
+    for name, found in by_run.items():
         images = [
             Image(
                 pixels, f"{where}: {label}, taken for {predicted}", f"{label} → {predicted}, {sure:.0%} sure ({where})"
@@ -266,9 +266,9 @@ def _predictions(runs: list[Run]) -> Iterator[Section]:
         yield section
 
 
-def _confusions(said: Mapping[str, Predictions | MaskPredictions]) -> Iterator[Picture]:
-    several = len(said) > 1
-    for name, found in said.items():
+def _confusions(by_run: Mapping[str, Predictions | MaskPredictions]) -> Iterator[Picture]:
+    several = len(by_run) > 1
+    for name, found in by_run.items():
         frequent = found.confusion().mistakes()[:5]
         words = ", ".join(f"{found.classes[a]} as {found.classes[b]}: {n}" for a, b, n in frequent)
         many = len(found.classes) > MOST_CLASSES
@@ -279,7 +279,7 @@ def _confusions(said: Mapping[str, Predictions | MaskPredictions]) -> Iterator[P
 
 def _masks(runs: list[Run]) -> Iterator[Section]:
     """Return the sections on segmentations."""
-    shown: SaidOfPixels = {run.name: run.masks for run in runs if run.masks and run.masks.pixels.any()}
+    shown: MasksByRun = {run.name: run.masks for run in runs if run.masks and run.masks.pixels.any()}
     if not shown:
         return
     several = len(shown) > 1
@@ -304,47 +304,47 @@ def _masks(runs: list[Run]) -> Iterator[Section]:
         yield section
 
 
-def _ious(said: SaidOfPixels, names: list[str]) -> Section:
+def _ious(by_run: MasksByRun, names: list[str]) -> Section:
     """Return all classes, as their mean is what counts."""
-    first = next(iter(said.values()))
-    order = worst_first([found.ious() for found in said.values()])
+    first = next(iter(by_run.values()))
+    order = worst_first([found.ious() for found in by_run.values()])
     order += [label for label in range(len(first.classes)) if label not in order]  # that did not occur
     rows = []
     for label in order:
         row = [first.classes[label], f"{first.recalls()[1][label]:,}"]
-        for found in said.values():
+        for found in by_run.values():
             values = (found.ious(), found.recalls()[0], found.precisions())
             row += [f"{each[label]:.1%}".replace("nan%", "-") for each in values]
         rows.append(row)
-    heads = [f"{what}{f', {name}' if len(said) > 1 else ''}" for name in said for what in ("IoU", "found", "right")]
+    heads = [f"{what}{f', {name}' if len(by_run) > 1 else ''}" for name in by_run for what in ("IoU", "found", "right")]
     text = [
         "IoU: intersection over union of the true and the predicted pixels of a class. mIoU: mean over classes with "
         "an IoU. Found: share of the class that was predicted as the class (recall). Right: share of the predictions "
         "of the class that are right (precision)."
     ]
     alt = "Lowest IoU: " + ", ".join(f"{row[0]} {row[2]}" for row in rows[:10]) + "."
-    picture = _picture("classes", alt, draw_ious, said, names)
+    picture = _picture("classes", alt, draw_ious, by_run, names)
     return Section(
         "IoU of the classes", text, [Table("Classes, the worst first", ["class", "pixels", *heads], rows)], [picture]
     )
 
 
-def _classes(said: Said, names: list[str]) -> Section:
-    order = worst_classes(said)
-    first = next(iter(said.values()))
+def _classes(by_run: ByRun, names: list[str]) -> Section:
+    order = worst_classes(by_run)
+    first = next(iter(by_run.values()))
     rows = []
     for label in order:
         row = [first.classes[label], f"{first.recalls()[1][label]}"]
-        for found in said.values():
+        for found in by_run.values():
             row += [f"{found.recalls()[0][label]:.1%}", f"{found.precisions()[label]:.1%}".replace("nan%", "-")]
         rows.append(row)
-    heads = [f"{what}{f', {name}' if len(said) > 1 else ''}" for name in said for what in ("found", "right")]
+    heads = [f"{what}{f', {name}' if len(by_run) > 1 else ''}" for name in by_run for what in ("found", "right")]
     text = [
         "Found: share of the class that was predicted as the class (recall). Right: share of the predictions of "
         "the class that are right (precision)."
     ]
     alt = "Worst classes: " + ", ".join(f"{row[0]} {row[2]}" for row in rows) + "."
-    picture = _picture("classes", alt, draw_recalls, said, names)
+    picture = _picture("classes", alt, draw_recalls, by_run, names)
     return Section("Worst classes", text, [Table("Worst classes", ["class", "images", *heads], rows)], [picture])
 
 

@@ -29,8 +29,8 @@ WORST = 10  # classes, or mistakes
 COLORS = 12  # of classes that are named under masks
 IGNORED = (224, 224, 192)  # VOC's, of pixels of no class
 
-Said = dict[str, Predictions]  # by the name of the run
-SaidOfPixels = dict[str, MaskPredictions]
+ByRun = dict[str, Predictions]  # by the name of the run
+MasksByRun = dict[str, MaskPredictions]
 
 
 def draw_time(runs: dict[str, dict[str, float]], names: list[str], theme: Theme) -> Figure:
@@ -59,7 +59,7 @@ def draw_time(runs: dict[str, dict[str, float]], names: list[str], theme: Theme)
     return figure
 
 
-def draw_calibration(runs: Said, names: list[str], theme: Theme) -> Figure:
+def draw_calibration(runs: ByRun, names: list[str], theme: Theme) -> Figure:
     """Accuracy against confidence, and how many images have which confidence."""
     figure = new_figure(4.8, 4.4)
     axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -140,14 +140,14 @@ def _draw_mistakes(predictions: Predictions | MaskPredictions, of: str, theme: T
     return figure
 
 
-def draw_recalls(runs: Said, names: list[str], theme: Theme) -> Figure:
+def draw_recalls(runs: ByRun, names: list[str], theme: Theme) -> Figure:
     """Draw the classes of which the least is found, by the mean over the runs."""
     values = {name: predictions.recalls()[0] for name, predictions in runs.items()}
     title = "found, of the images of the class, in %"
     return _draw_classes(values, next(iter(runs.values())).classes, title, names, theme)
 
 
-def draw_ious(runs: SaidOfPixels, names: list[str], theme: Theme) -> Figure:
+def draw_ious(runs: MasksByRun, names: list[str], theme: Theme) -> Figure:
     """Draw the classes with the lowest IoU, by the mean over the runs."""
     values = {name: predictions.ious() for name, predictions in runs.items()}
     return _draw_classes(values, next(iter(runs.values())).classes, "IoU in %", names, theme)
@@ -175,7 +175,7 @@ def _draw_classes(runs: dict[str, Floats], classes: list[str], title: str, names
     return figure
 
 
-def worst_classes(runs: Said) -> list[int]:
+def worst_classes(runs: ByRun) -> list[int]:
     """Return labels of the classes of which the least is found, the worst first; those without images are left out."""
     return worst_first([predictions.recalls()[0] for predictions in runs.values()])[:WORST]
 
@@ -217,7 +217,7 @@ def draw_worst_masks(predictions: MaskPredictions, theme: Theme) -> Figure:
     colors = np.concatenate([palette(len(predictions.classes)), [IGNORED]])  # of label -1, which is the last
     for i, found in enumerate(predictions.worst):
         titles = (_short(found.where, 20), "mask", f"IoU {100 * found.iou:.1f} %")
-        pictures = (found.image.squeeze(), colors[found.mask], colors[found.said])
+        pictures = (found.image.squeeze(), colors[found.mask], colors[found.predicted])
         start = 4 * (i % columns)
         for axes, title, picture in zip(grid[i // columns, start : start + 3], titles, pictures, strict=True):
             axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -237,7 +237,9 @@ def draw_worst_masks(predictions: MaskPredictions, theme: Theme) -> Figure:
 
 def _shown(predictions: MaskPredictions) -> list[tuple[int, str]]:
     """Return labels and names of the classes that have the most pixels in the worst images."""
-    labels: Ints = np.concatenate([part.ravel() for found in predictions.worst for part in (found.mask, found.said)])
+    labels: Ints = np.concatenate(
+        [part.ravel() for found in predictions.worst for part in (found.mask, found.predicted)]
+    )
     found, counts = np.unique(labels, return_counts=True)
     most = sorted(found[np.argsort(-counts, kind="stable")[:COLORS]].tolist(), key=lambda label: (label < 0, label))
     return [(label, _short(predictions.classes[label], 14) if label >= 0 else "ignored") for label in most]
