@@ -59,7 +59,8 @@ UNMEASURED = {
     "Compile",
     "Muon",
     "PreciseBN",
-}  # before the fit; in the optimizer, see muon.py; between epochs, see precise_bn.py
+    "TemperatureScaling",
+}  # before the fit; in the optimizer, see muon.py; between epochs, see precise_bn.py; in validation
 CONFLICTING = {  # with WarmupCosine, EMA, KnowledgeDistillation and LogitAdjustment
     "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "Lookahead",
     "BinaryCrossEntropy", "ClassBalanced",

@@ -22,6 +22,7 @@ Random draws are arguments, so that every function returns the same for the same
 | Muon | ``orthogonalize``, ``muon_lr_scale`` |
 | ProgressiveResizing | ``progressive_side`` |
 | SWA | ``swa_lr_share``, ``swa_ends_cycle`` |
+| TemperatureScaling | ``fit_temperature``, ``fit_vector_scaling``, ``calibration_scores`` |
 | TestTimeAugment | ``tta_views``, ``mean_logits`` |
 | WarmupCosine, WarmupExponential, WarmupStep | ``warmup``, ``warmup_cosine``, ``warmup_exponential``, ``warmup_step`` |
 | WarmupLinear, WarmupPoly, WarmupStableDecay | ``warmup_linear``, ``warmup_poly``, ``warmup_stable_decay`` |
@@ -29,6 +30,7 @@ Random draws are arguments, so that every function returns the same for the same
 """
 
 from lit_tricks.callbacks.binary_cross_entropy import multi_hot, prior_logit
+from lit_tricks.callbacks.calibration.scaling import calibration_scores, fit_temperature, fit_vector_scaling
 from lit_tricks.callbacks.class_balanced import class_balanced_weights
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
 from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
@@ -59,6 +61,7 @@ from lit_tricks.callbacks.xavier_init import xavier_uniform
 __all__ = [
     "add_l1_gradient",
     "box_cox",
+    "calibration_scores",
     "class_balanced_weights",
     "cutmix",
     "cutmix_box",
@@ -67,6 +70,8 @@ __all__ = [
     "drop_path_rates",
     "ema_decay",
     "ema_decay_of_half_life",
+    "fit_temperature",
+    "fit_vector_scaling",
     "focal_factor",
     "kept_area",
     "label_smoothing_for_torch",

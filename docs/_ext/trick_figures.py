@@ -115,6 +115,22 @@ def draw_cutmix(theme: Theme) -> Figure:
     return figure
 
 
+@figure_of("TemperatureScaling", "Probabilities of five classes from the same logits, for three temperatures.")
+def draw_temperature(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.6)
+    axes = figure.subplots()
+    logits = torch.tensor([0.0, 1.0, 4.0, 2.5, -1.0])
+    for number, temperature in enumerate((0.5, 1.0, 3.0)):
+        probabilities = (logits / temperature).softmax(0).numpy()
+        axes.bar(
+            np.arange(5) + (number - 1) * 0.27, probabilities, 0.25, color=theme.cycle[number], label=f"{temperature}"
+        )
+    axes.set_xticks(range(5))
+    tidy(axes, "", "class", "probability")
+    axes.legend(title="temperature", frameon=False, labelcolor=theme.ink)
+    return figure
+
+
 @figure_of("LabelSmoothing", "The target of one image among ten classes, without and with smoothing of 0.1.")
 def draw_label_smoothing(theme: Theme) -> Figure:
     figure = new_figure(WIDE, 2.6)

@@ -24,6 +24,7 @@ from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.precise_bn import PreciseBN
 from lit_tricks.callbacks.progressive_resizing import ProgressiveResizing
 from lit_tricks.callbacks.swa import SWA
+from lit_tricks.callbacks.temperature_scaling import TemperatureScaling
 from lit_tricks.callbacks.test_time_augment import TestTimeAugment
 from lit_tricks.callbacks.unfreeze import Unfreeze
 from lit_tricks.callbacks.warmup_cosine import WarmupCosine
@@ -60,6 +61,7 @@ __all__ = [
     "NoBiasDecay",
     "PreciseBN",
     "ProgressiveResizing",
+    "TemperatureScaling",
     "TestTimeAugment",
     "Unfreeze",
     "WarmupCosine",

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from lit_tricks._compat import callbacks_of, lightning_classes, should_update_logs
 from lit_tricks.utils.log import log, show_lines
 
-__all__ = ["Trick", "paused"]
+__all__ = ["Trick", "paused", "unwrapped"]
 
 if TYPE_CHECKING:
     import lightning.pytorch
@@ -96,6 +96,7 @@ class Trick(_Callback):
         conflict_with_frozen: why the trick does not fit a frozen network with one input size. Empty if it does.
         fine_tunes: whether the trick starts from trained weights, which tricks for runs from scratch then do not
             change.
+        averages_views: whether evaluation gives means over several views of an image.
     """
 
     effect: str = ""
@@ -103,6 +104,7 @@ class Trick(_Callback):
     transient: ClassVar[tuple[str, ...]] = ()
     conflict_with_frozen = ""
     fine_tunes = False
+    averages_views = False
 
     _wrappers: tuple[tuple[Any, str, Wrapped], ...] = ()
 
@@ -210,6 +212,19 @@ class Trick(_Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({k: value.generator() if isinstance(value, _Packed) else value for k, value in state.items()})
+
+
+@contextlib.contextmanager
+def unwrapped(owner: Any, *names: str) -> Iterator[None]:
+    """Remove the wrappers of all tricks from methods of an object for a while."""
+    wrappers = {name: wrapper for name in names if isinstance(wrapper := vars(owner).get(name), Wrapped)}
+    for name, wrapper in wrappers.items():
+        setattr(owner, name, wrapper.__wrapped__)
+    try:
+        yield
+    finally:
+        for name, wrapper in wrappers.items():
+            setattr(owner, name, wrapper)
 
 
 @contextlib.contextmanager

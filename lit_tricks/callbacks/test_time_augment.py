@@ -110,6 +110,7 @@ class TestTimeAugment(Trick):
         ``- {class_path: TestTimeAugment, init_args: {flip: true}}``
     """
 
+    averages_views = True
     __test__ = False  # pytest collects classes whose names start with Test
     _calls = 0
 

@@ -23,8 +23,8 @@ import lit_tricks.callbacks
 import lit_tricks.data
 import lit_tricks.tasks.classification
 import lit_tricks.tasks.detection  # noqa: F401
-from lit_tricks import LinearScaling, __version__, commands
-from lit_tricks._compat import drop_anonymous_setting, overrides
+from lit_tricks import LinearScaling, TemperatureScaling, __version__, commands
+from lit_tricks._compat import callbacks_of, drop_anonymous_setting, overrides
 from lit_tricks.cli.commands import find_command, own_arguments, run_command
 from lit_tricks.cli.errors import explain
 from lit_tricks.cli.hints import require_known_names
@@ -275,6 +275,8 @@ class TricksCLI(LightningCLI):
         # before the test, whose checkpoint would put the timers forward
         seconds, cpu = self.timer.time_elapsed("train"), self.cpu_timer.seconds
         best = best if Path(best).is_file() else ""  # the old run's, if a resumed run had no steps left
+        scaled = (each.checkpoint for each in callbacks_of(trainer) if isinstance(each, TemperatureScaling))
+        best = next(scaled, "") or best
         if best and _has_test_data(self.model, self.datamodule):
             trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
         self.evidence.save(self.run.path / PREDICTIONS, trainer, self._class_names())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lit_tricks.commands import data
 from lit_tricks.commands.ablation.ablate import ablate
+from lit_tricks.commands.calibration import calibrate
 from lit_tricks.commands.checkpoint_average import average
 from lit_tricks.commands.exporting.export import export
 from lit_tricks.commands.model_card import card
@@ -16,4 +17,16 @@ from lit_tricks.commands.run_report import report
 from lit_tricks.commands.sizes.fixres_pass import fixres
 from lit_tricks.commands.sizes.resolution_sweep import resolution
 
-__all__ = ["ablate", "average", "card", "data", "export", "fixres", "predict", "race", "report", "resolution"]
+__all__ = [
+    "ablate",
+    "average",
+    "calibrate",
+    "card",
+    "data",
+    "export",
+    "fixres",
+    "predict",
+    "race",
+    "report",
+    "resolution",
+]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_tricks._compat import CLASS_PATH_KEY, INSTANTIATOR_KEY
 from lit_tricks.utils.bounded import read_yaml
-from lit_tricks.utils.checkpoint_files import check_classes, class_of, read_checkpoint, require_resumable
+from lit_tricks.utils.checkpoint_files import RUN, check_classes, class_of, read_checkpoint, require_resumable
 from lit_tricks.utils.class_names import require_same_classes
 from lit_tricks.utils.files import read_regular
 from lit_tricks.utils.finite import first_not_finite, not_finite, weights_in
@@ -33,18 +33,6 @@ __all__ = [
     "run_settings",
     "settings_in",
 ]  # fmt: skip
-
-# State that only a resumed run needs. Two are of Lightning's WeightAveraging.
-RUN = (
-    "callbacks",
-    "optimizer_states",
-    "optimizers",
-    "lr_schedulers",
-    "loops",
-    "MixedPrecision",
-    "current_model_state",
-    "averaging_state",
-)
 
 
 def checkpoint_at(path: str | Path, flag: str = "", prefer: Literal["best", "last"] = "best") -> Path:

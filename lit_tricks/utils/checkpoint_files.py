@@ -24,6 +24,7 @@ from lit_tricks.utils.blame import is_about_input
 from lit_tricks.utils.files import open_regular, written_whole
 
 __all__ = [
+    "RUN",
     "check_archive",
     "check_classes",
     "checkpoint_without_weights",
@@ -36,6 +37,17 @@ __all__ = [
 
 # Packages that may be imported for a checkpoint. Other classes must already be imported.
 OURS = ("lit_tricks", "timm.optim", "torch.optim")
+RUN = (
+    "callbacks",
+    "optimizer_states",
+    "optimizers",
+    "lr_schedulers",
+    "loops",
+    "MixedPrecision",
+    "current_model_state",
+    "averaging_state",
+)
+"""Parts of a checkpoint that only a resumed run needs. Two are of Lightning's WeightAveraging."""
 MAPPINGS = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters", "callbacks", "loops")
 LISTS = ("optimizer_states", "lr_schedulers")
 

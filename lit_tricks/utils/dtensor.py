@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["full_tensor", "is_sharded", "part_for", "read", "shard_like", "to_local", "write"]
+__all__ = ["full_tensor", "is_sharded", "part_for", "read", "reshard", "shard_like", "to_local", "write"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -48,6 +48,13 @@ def part_for(tensor: Any, value: Tensor) -> Tensor:
 
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
     return to_local(value)
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop the gathered weights that FSDP2 keeps for the next forward pass, since they are outdated."""
+    for part in module.modules():
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            part.reshard()  # type: ignore[operator]
 
 
 def write(state: dict[str, dict[str, Tensor]], folder: Path) -> None:

@@ -77,6 +77,7 @@ COMMANDS = {
     "export": (("export", "runs/tiny/v0", "--format=safetensors"), "runs/tiny/v0/checkpoints/best.safetensors"),
     "average": (("average", "runs/tiny/v0", "runs/tiny/v0/checkpoints/last.ckpt", "-o", "soup.ckpt"), "soup.ckpt"),
     "resolution": (("resolution", "--ckpt=runs/tiny/v0", "--sizes", "8", "--out=sizes"), "sizes/resolution.csv"),
+    "calibrate": (("calibrate", "--ckpt=runs/tiny/v0", "-o=cal.ckpt"), "cal.ckpt"),
     "fixres": (("fixres", "--ckpt=runs/tiny/v0/checkpoints", "--test-size=9", "-o=fixed.ckpt"), "fixed.ckpt"),
 }
 

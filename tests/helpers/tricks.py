@@ -42,6 +42,7 @@ class Row:
         refused: cases that it refuses, each with a regex of the RuntimeError's message.
         flags: what the command line needs besides its name.
         same_numbers: it changes how fast a run is, or acts in evaluation only: weights change by rounding at most.
+        validates: it needs a validation.
     """
 
     make: Callable[[], Trick]
@@ -50,6 +51,7 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     same_numbers: bool = False
+    validates: bool = False
 
 
 def teacher() -> nn.Module:
@@ -184,6 +186,12 @@ TRICKS = {
         make=lambda: callbacks.SWA(lr=0.2, start=0.25),
         tests="test_swa.py",
         logs=("swa/averaged", "lr-SGD"),
+    ),
+    "TemperatureScaling": Row(
+        make=callbacks.TemperatureScaling,
+        tests="test_temperature_scaling.py",
+        logs=("temperature_scaling/temperature", "temperature_scaling/ece"),
+        validates=True,
     ),
     "TestTimeAugment": Row(
         make=callbacks.TestTimeAugment,

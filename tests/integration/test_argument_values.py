@@ -80,6 +80,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
         "validate": "true",
         "name": 'null "nan"',
     },
+    "TemperatureScaling": {"classifier": 'null "nan"'},
     "TestTimeAugment": {"flip": "true", "layer": 'null "nan"'},
     "Unfreeze": {"lr_factors": "null", "train_bn": "true"},
     "WarmupCosine": {"warmup_epochs": "0 1.5", "min_lr": "0 1.5", "total_steps": "null"},

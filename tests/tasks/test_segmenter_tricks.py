@@ -459,7 +459,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "XavierInit": lambda: callbacks.XavierInit(),
     "ChannelsLast": lambda: callbacks.ChannelsLast(),
     "ProgressiveResizing": lambda: callbacks.ProgressiveResizing(start_scale=0.5, multiple_of=8),
-    "TestTimeAugment": lambda: callbacks.TestTimeAugment(),
+    "TemperatureScaling": lambda: callbacks.TemperatureScaling(),
     "DropPath": lambda: callbacks.DropPath(rate=0.2),
     "L1Penalty": lambda: callbacks.L1Penalty(),
     "LayerDecay": lambda: callbacks.LayerDecay(),
@@ -480,6 +480,7 @@ ALONE = {
     "WarmupStableDecay",
     "FixRes",
     "Compile",
+    "TestTimeAugment",
 }
 
 

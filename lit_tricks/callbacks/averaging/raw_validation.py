@@ -1,14 +1,14 @@
 """Run an additional validation in a fit, and return only its metrics.
 
-Loggers are not called, and no callback except a progress bar. Afterwards the random states, the module, its metrics,
-and the counts and results of the loop are restored.
+Loggers are not called, and no callbacks except progress bars and given ones. Afterwards the random states, the module,
+its metrics, and the counts and results of the loop are restored.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 __all__ = ["validate_trained"]
 
 
-def validate_trained(trainer: Trainer, pl_module: LightningModule, run: Callable[[], Any]) -> dict[str, float]:
+def validate_trained(
+    trainer: Trainer, pl_module: LightningModule, run: Callable[[], Any], also: Sequence[Any] = ()
+) -> dict[str, float]:
     """Validate, and return the metrics that the module logs.
 
     Args:
         trainer: the Trainer, in a fit.
         pl_module: its module.
         run: function that runs the validation loop of the fit.
+        also: callbacks whose hooks are called, in addition to progress bars.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.setup_data()  # it may load the data set
@@ -44,7 +47,7 @@ def validate_trained(trainer: Trainer, pl_module: LightningModule, run: Callable
     with _kept(*map(vars, pl_module.modules()), vars(loop), *results), states, untouched:
         # the thread that draws a progress bar finds it among the callbacks
         bars = [each for each in callbacks if isinstance(each, lightning_classes("callbacks.ProgressBar"))]
-        trainer.callbacks = bars  # type: ignore[union-attr]
+        trainer.callbacks = [*bars, *also]  # type: ignore[union-attr]
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         try:
             outputs = run()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_tricks._compat import foreach_copy_, foreach_lerp_
 from lit_tricks.callbacks.averaging.bf16_split import join, remainder_of, round_to
-from lit_tricks.utils.dtensor import full_tensor, is_sharded, part_for, shard_like, to_local
+from lit_tricks.utils.dtensor import full_tensor, is_sharded, part_for, reshard, shard_like, to_local
 from lit_tricks.utils.modes import Modes
 from lit_tricks.utils.modules import is_statistic, some_of
 from lit_tricks.utils.processes import world_size
@@ -45,7 +45,7 @@ class AveragedWeights:
     def __init__(self, module: nn.Module, buffers: str = "statistics", on_cpu: bool = False) -> None:
         self._module = module
         self._on_cpu = on_cpu
-        self._reshard()
+        reshard(self._module)
         self._params = {name: param for name, param in module.named_parameters() if _is_averaged(param)}
         floating = {  # by owner, since modules replace their buffers by new tensors
             f"{path}.{name}" if path else name: (owner, name)
@@ -145,7 +145,7 @@ class AveragedWeights:
         """Copy the average into the module, which has its trained weights. The average is not changed."""
         for i, tensor in enumerate(self._live()[: self._first_vector]):
             to_local(tensor).copy_(self._average[i])
-        self._reshard()
+        reshard(self._module)
 
     def sync(self, own: bool = False) -> None:
         """Copy the averaged buffers of the first process to all processes, as DDP does with a module's buffers.
@@ -190,7 +190,7 @@ class AveragedWeights:
                 else:
                     tensor.data = raw[i].to(tensor.device)
             self.swapped = to_average
-            self._reshard()
+            reshard(self._module)
             if to_average and self._stale:
                 self._iterate(live)
 
@@ -305,7 +305,7 @@ class AveragedWeights:
         live |= others  # a run with another choice of buffers has averaged them
         for name, value in state["raw"].items():
             to_local(live[name]).copy_(part_for(live[name], value))
-        self._reshard()
+        reshard(self._module)
 
     def like_state(self, names: dict[str, list[str]]) -> dict[str, dict[str, Tensor]]:
         """Return empty tensors in the form of ``state`` to read into, with these names, sharded like the weights."""
@@ -393,12 +393,6 @@ class AveragedWeights:
             else:
                 self._imprecise.append(i)
         self._groups = [(indices, [self._average[i] for i in indices]) for indices in groups.values()]
-
-    def _reshard(self) -> None:
-        """Drop the gathered weights that FSDP2 keeps for the next forward pass, since they are outdated."""
-        for module in self._module.modules():
-            if hasattr(module, "reshard") and hasattr(module, "unshard"):
-                module.reshard()  # type: ignore[operator]
 
 
 def _is_averaged(tensor: Tensor) -> bool:

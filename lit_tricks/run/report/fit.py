@@ -93,6 +93,8 @@ def metrics_at(rows: list[Row], split: str, epoch: int) -> Row:
 
 def weights_in(checkpoint: dict[str, Any]) -> str:
     """Return "averaged" or "raw", for the ``state_dict``. Raw weights of an averaged run are in a callback's state."""
+    if weights := checkpoint.get("calibration", {}).get("weights"):  # a calibrated checkpoint has no state of callbacks
+        return str(weights)
     states = checkpoint.get("callbacks", {}).values()
     return "averaged" if any(isinstance(state, dict) and state.get("raw") for state in states) else "raw"
 
