@@ -1,9 +1,9 @@
-"""Accuracy and CPU time of SGD with and without Muon, in a short and in a longer run.
+"""Accuracy and CPU time of SGD with and without Muon, in runs of several lengths.
 
     OMP_NUM_THREADS=1 python benchmarks/muon.py --cifar FOLDER/cifar10 --out benchmarks/results/muon.md
 
-``lookahead.py`` has the network, the images and the pairing. Both arms have three trials of their learning rate in the
-short run, on training images that the final runs leave out. The test images are used once.
+``lookahead.py`` has the network, the images and the pairing. Both arms have four trials of their learning rate in the
+shortest run, on training images that the final runs leave out. The test images are used once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from lookahead import Small, images, interval
 from lit_tricks.callbacks import Muon, WarmupCosine
 from lit_tricks.callbacks.muon import matrices_in, orthogonal_updates
 
-EPOCHS = (6, 24)
-RATES = {"SGD": (0.1, 0.2, 0.4), "SGD and Muon": (0.02, 0.05, 0.1)}
+RATES = {"SGD": (0.1, 0.2, 0.4, 0.8), "SGD and Muon": (0.02, 0.05, 0.1, 0.2)}
 HELD_OUT = 200  # training images of each class, for the trials
 
 
@@ -65,12 +64,12 @@ def train(arm: str, lrs: dict[str, float], epochs: int, seed: int, data: Any, te
     return found
 
 
-def tune(data: Any, held_out: Any) -> tuple[dict[str, float], list[str]]:
+def tune(epochs: int, data: Any, held_out: Any) -> tuple[dict[str, float], list[str]]:
     """Return the best learning rate of each arm in the short run, and a line per trial."""
     best: dict[str, float] = {}
     lines = []
     for arm, rates in RATES.items():
-        scores = {lr: train(arm, best | {arm: lr}, EPOCHS[0], 100, data, held_out)[0] for lr in rates}
+        scores = {lr: train(arm, best | {arm: lr}, epochs, 100, data, held_out)[0] for lr in rates}
         best[arm] = max(scores, key=scores.__getitem__)
         lines += [f"{arm} {lr:g}: {score:.2f}" for lr, score in scores.items()]
     return best, lines
@@ -97,13 +96,13 @@ def cost() -> str:
     return f"The update of a ResNet-50 takes {min(updates):.2f} s of CPU time (fp32), at 224 pixels {shown}."
 
 
-def report(cifar: Path, per_class: int, size: int, seeds: int) -> str:
+def report(cifar: Path, per_class: int, size: int, lengths: list[int], seeds: int) -> str:
     """Return the table."""
     every, labels = images(cifar / "train", per_class + HELD_OUT, size)
     kept = torch.arange(len(labels)) % (per_class + HELD_OUT) < per_class
     data, held_out = (every[kept], labels[kept]), (every[~kept], labels[~kept])
     test = images(cifar / "val", 500, size)
-    best, trials = tune(data, held_out)
+    best, trials = tune(lengths[0], data, held_out)
     lines = [
         "# Muon on small images",
         "",
@@ -111,7 +110,7 @@ def report(cifar: Path, per_class: int, size: int, seeds: int) -> str:
         "seconds per run |",
         "|---|---|---|---|---|",
     ]
-    for epochs in EPOCHS:
+    for epochs in lengths:
         found = {arm: [train(arm, best, epochs, seed, data, test) for seed in range(seeds)] for arm in RATES}
         for arm, runs in found.items():
             change = "-" if arm == "SGD" else interval([b[0] - a[0] for a, b in zip(found["SGD"], runs, strict=True)])
@@ -123,7 +122,7 @@ def report(cifar: Path, per_class: int, size: int, seeds: int) -> str:
             "",
             cost(),
             "",
-            f"Trials at {EPOCHS[0]} epochs, accuracy in % on {len(held_out[1])} other training images: "
+            f"Trials at {lengths[0]} epochs, accuracy in % on {len(held_out[1])} other training images: "
             f"{', '.join(trials)}.",
             "",
             f"CIFAR-10, {10 * per_class} training and {len(test[1])} test images at {size} x {size}, ResNet-18-D "
@@ -131,7 +130,7 @@ def report(cifar: Path, per_class: int, size: int, seeds: int) -> str:
             f"{os.cpu_count()} cores shared with other work; Python {platform.python_version()}, torch "
             f"{torch.__version__}, lightning {lightning.__version__}; {datetime.date.today()}. "
             f"`OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/muon.py --cifar FOLDER/cifar10 --per-class "
-            f"{per_class} --size {size} --seeds {seeds}`.",
+            f"{per_class} --size {size} --epochs {' '.join(map(str, lengths))} --seeds {seeds}`.",
             "",
         ]
     )
@@ -142,11 +141,14 @@ def main() -> None:
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=1000)
     parser.add_argument("--size", type=int, default=16)
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", default=[6, 24], help="of the runs; the first is for the trials"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    text = report(arguments.cifar, arguments.per_class, arguments.size, arguments.seeds)
+    text = report(arguments.cifar, arguments.per_class, arguments.size, arguments.epochs, arguments.seeds)
     print(text)
     if arguments.out:
         arguments.out.write_text(text)
