@@ -147,6 +147,8 @@ def check(
         trick.teacher = teacher()
     assert len(plain.losses) == 12 * plain.fits
     message = (refused or {}).get(name) or TRICKS[name].refused.get(layout)
+    if TRICKS[name].validates and not plain.trainer.enable_validation:
+        message = message or f"^{name} needs logits of images that are not trained on"
     if message:
         with pytest.raises(RuntimeError, match=message):
             spy_on(fit, trick)
