@@ -59,6 +59,7 @@ UNMEASURED = {
     "Compile",
     "Muon",
     "PreciseBN",
+    "ScheduleFree",
     "TemperatureScaling",
 }  # before the fit; in the optimizer, see muon.py; between epochs, see precise_bn.py; in validation
 CONFLICTING = {  # with WarmupCosine, EMA, KnowledgeDistillation and LogitAdjustment

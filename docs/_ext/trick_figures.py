@@ -283,6 +283,26 @@ def draw_lookahead(theme: Theme) -> Figure:
     return figure
 
 
+@figure_of("ScheduleFree", "A weight of a schedule-free optimizer: where it trains, and the average that is validated.")
+def draw_schedule_free(theme: Theme) -> Figure:
+    figure = new_figure(WIDE, 2.8)
+    axes = figure.subplots()
+    noise = torch.Generator().manual_seed(0)
+    z = x = 0.0
+    trained, averaged = [], []
+    for step in range(1, 201):
+        y = 0.1 * z + 0.9 * x
+        z -= 0.15 * (y - 1 + torch.randn((), generator=noise).item())
+        x += (z - x) / step
+        trained.append(0.1 * z + 0.9 * x)
+        averaged.append(x)
+    axes.plot(trained, color=theme.faint, linewidth=0.8, label="training, train()")
+    axes.plot(averaged, color=theme.cycle[0], label="validation and checkpoints, eval()")
+    tidy(axes, "", "step", "weight")
+    axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
 @figure_of("SWA", "The learning rate of a run with SWA, and the steps whose weights are averaged.")
 def draw_swa(theme: Theme) -> Figure:
     start, length, lr = int(0.75 * STEPS), 10 * EPOCH, 0.04

@@ -23,6 +23,7 @@ from lit_tricks.callbacks.muon import Muon
 from lit_tricks.callbacks.no_bias_decay import NoBiasDecay
 from lit_tricks.callbacks.precise_bn import PreciseBN
 from lit_tricks.callbacks.progressive_resizing import ProgressiveResizing
+from lit_tricks.callbacks.schedule_free import ScheduleFree
 from lit_tricks.callbacks.swa import SWA
 from lit_tricks.callbacks.temperature_scaling import TemperatureScaling
 from lit_tricks.callbacks.test_time_augment import TestTimeAugment
@@ -61,6 +62,7 @@ __all__ = [
     "NoBiasDecay",
     "PreciseBN",
     "ProgressiveResizing",
+    "ScheduleFree",
     "TemperatureScaling",
     "TestTimeAugment",
     "Unfreeze",

@@ -15,6 +15,7 @@ import torch
 
 from helpers import once as _once  # noqa: F401
 from helpers.modules import eval_loader, lightning, module_class, sgd, train_loader
+from lit_tricks.callbacks.base import Trick
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def result(trainer: Any) -> Result:
         trainer.lightning_module,
         weights_of(trainer.lightning_module),
         deepcopy([optimizer.state_dict() for optimizer in trainer.optimizers]),
-        deepcopy([c.state_dict() for c in trainer.callbacks if type(c).__module__.startswith("lit_tricks")]),
+        deepcopy([c.state_dict() for c in trainer.callbacks if isinstance(c, Trick)]),
         getattr(trainer.logger, "metrics", {}),
     )
 

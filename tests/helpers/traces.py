@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lit_tricks.callbacks.base import Trick
+
 
 def traces(trainer: Any, module: Any, datamodule: Any) -> dict[str, str]:
     """Attributes, hooks and flags of a run's objects, and the random states: to be compared with another run's."""
@@ -53,7 +55,7 @@ def class_attributes(*instances: Any) -> dict[str, int]:
 
 
 def ours(callback: Any) -> bool:
-    return type(callback).__module__.startswith("lit_tricks")
+    return isinstance(callback, Trick)
 
 
 def ancestors(cls: type[Any]) -> Iterator[type[Any]]:

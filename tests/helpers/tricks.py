@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from helpers import schedule_free
 from helpers.modules import network
 from lit_tricks import callbacks
 from lit_tricks.callbacks.base import Trick
@@ -42,6 +43,7 @@ class Row:
         refused: cases that it refuses, each with a regex of the RuntimeError's message.
         flags: what the command line needs besides its name.
         same_numbers: it changes how fast a run is, or acts in evaluation only: weights change by rounding at most.
+        plain: callbacks of a run without it, to compare what it leaves behind.
         validates: it needs a validation.
     """
 
@@ -51,6 +53,7 @@ class Row:
     refused: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     same_numbers: bool = False
+    plain: Callable[[], list[Trick]] = list
     validates: bool = False
 
 
@@ -181,6 +184,12 @@ TRICKS = {
         make=lambda: callbacks.ProgressiveResizing(start_scale=0.5, end=0.1, multiple_of=4),
         tests="test_progressive_resizing.py",
         logs=("progressive_resizing/size",),
+    ),
+    "ScheduleFree": Row(
+        make=schedule_free.ScheduleFree,
+        tests="test_schedule_free.py",
+        logs=("schedule_free/distance",),
+        plain=lambda: [schedule_free.Replacing()],
     ),
     "SWA": Row(
         make=lambda: callbacks.SWA(lr=0.2, start=0.25),

@@ -72,6 +72,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "NoBiasDecay": {},
     "PreciseBN": {"restore": "true"},
     "ProgressiveResizing": {"start": "0", "total_steps": "null"},
+    "ScheduleFree": {},
     "SWA": {
         "lr": "1.5",
         "start": "0",

@@ -98,6 +98,7 @@ REFUSED |= {
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics:UserWarning")
+@pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit:UserWarning")
 @pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network, and GAN looks as if:UserWarning")
 @pytest.mark.filterwarnings("ignore:PreciseBN runs `forward` of GAN on the inputs as they are in the batch:UserWarning")
 @pytest.mark.parametrize("name", TRICKS)

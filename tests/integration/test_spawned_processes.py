@@ -50,6 +50,9 @@ def fit_all(pickled: bytes, path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics", "ignore:FixRes fine-tunes a trained network")
+@pytest.mark.filterwarnings(
+    "ignore:The statistics of the BatchNorm layers in .* do not fit", "ignore:FixRes fine-tunes a trained network"
+)
 @pytest.mark.filterwarnings("ignore:TestTimeAugment has no effect")
 def test_tricks_in_a_spawned_process_train_the_same_weights(tmp_path: Path) -> None:
     tricks = pickle.dumps({name: row.make() for name, row in TRICKS.items()})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import schedule_free
 from helpers.detectors import detector, trainer
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ ACT: dict[str, tuple[Callable[[], Trick], str, bool]] = {
     "Muon": (callbacks.Muon, "muon/lr", True),
     "NoBiasDecay": (callbacks.NoBiasDecay, "no_bias_decay/share", True),
     "PreciseBN": (lambda: callbacks.PreciseBN(num_samples=8), "precise_bn/shift", False),
+    "ScheduleFree": (schedule_free.ScheduleFree, "schedule_free/distance", True),
     "SWA": (lambda: callbacks.SWA(lr=0.01, start=0.25), "swa/averaged", True),
     "Unfreeze": (lambda: callbacks.Unfreeze({"backbone": 0.4}, unit="run"), "unfreeze/trained", True),
     "WarmupCosine": (lambda: callbacks.WarmupCosine(warmup_epochs=0.5), "lr-SGD", True),
@@ -118,6 +120,7 @@ def test_trick_without_boxes_is_rejected_before_a_step(name: str, batch_size: in
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics")
+@pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "Compile")) for name in ACT])
 def test_trick_on_weights_rates_and_layers_acts(name: str, plain: tuple[Tensor, list[float]]) -> None:
     make, logged, differs = ACT[name]

@@ -472,6 +472,7 @@ ALONE = {
     "BinaryCrossEntropy",  # not with the teacher
     "ClassBalanced",
     "SWA",
+    "ScheduleFree",
     "Lookahead",
     "WarmupStep",
     "WarmupExponential",

@@ -11,15 +11,26 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["TemporaryLRs", "configured_rates", "rates_of"]
+__all__ = ["TemporaryLRs", "configured_rates", "is_schedule_free", "rates_of"]
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """Return whether an optimizer has the methods ``train`` and ``eval`` of schedule-free optimizers."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -> list[list[float]]:
     """Return the configured learning rates per optimizer and group, before a resumed checkpoint replaces them.
 
     Raises:
-        RuntimeError: if no optimizer has a learning rate.
+        RuntimeError: if no optimizer has a learning rate, or an optimizer works without a schedule.
     """
+    for optimizer in trainer.optimizers:
+        if is_schedule_free(optimizer):
+            raise RuntimeError(
+                f"{trick} sets the learning rate, and the average of {type(optimizer).__name__} assumes a constant "
+                f"learning rate: use another optimizer, or remove {trick}."
+            )
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if not groups or not all("lr" in group for group in groups):
         raise RuntimeError(

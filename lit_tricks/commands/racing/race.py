@@ -42,7 +42,7 @@ __all__ = ["EXCLUSIVE", "race"]
 # Tricks that conflict, by their classes.
 EXCLUSIVE = (
     frozenset({"ClassBalanced", "LogitAdjustment"}),
-    frozenset({"EMA", "Lookahead", "SWA"}),
+    frozenset({"EMA", "Lookahead", "SWA", "ScheduleFree"}),
     frozenset({"WarmupCosine", "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep"}),
     frozenset({"FixRes", "DropPath"}),
     frozenset({"FixRes", "Freeze"}),

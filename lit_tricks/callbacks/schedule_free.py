@@ -1,0 +1,271 @@
+"""ScheduleFree: switch optimizers with ``train()`` and ``eval()`` around validation, checkpoints and the end of a fit.
+
+One caveat: a checkpoint that is written in the middle of training, some steps after a validation, has the running
+statistics of training, even with PreciseBN.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+
+from lit_tricks._compat import callbacks_of, lightning_classes, saves_in_shards
+from lit_tricks.callbacks.averaging.kept_average import KeptAverage
+from lit_tricks.callbacks.base import Trick
+from lit_tricks.callbacks.batchnorm.callback import Estimating
+from lit_tricks.callbacks.batchnorm.data_pass import norms
+from lit_tricks.callbacks.optim.lr_override import is_schedule_free
+from lit_tricks.utils.dtensor import full_tensor, part_for, read, reshard, shard_like, to_local, write
+from lit_tricks.utils.modules import batchnorms_of, is_flattened
+
+if TYPE_CHECKING:
+    from lit_tricks._compat import LightningModule, Trainer
+
+__all__ = ["ScheduleFree"]
+
+
+class ScheduleFree(Trick):
+    """Validate and save the averaged weights of optimizers with ``train()`` and ``eval()`` ([Defazio et al., 2024](https://arxiv.org/abs/2405.15682)).
+
+    Schedule-free optimizers, such as those of the package ``schedulefree``, train at one point and average another.
+    Their ``eval()`` writes the average into the module, and ``train()`` the point of training. This trick calls
+    ``eval()`` before the first hook of a validation, around every checkpoint and before ``on_train_end``, and
+    ``train()`` afterwards and after an error. The weights of training are restored bit by bit, so validations and
+    checkpoints do not change training. Tests and predictions after the fit, or from any checkpoint, use the average.
+
+    A checkpoint has the average as ``state_dict``, and optimizers in evaluation mode, as their authors recommend. Full
+    checkpoints also have the weights of training in the state of the callback, from which a run resumes. Schedules of
+    this package reject such optimizers, because the average assumes a constant learning rate.
+
+    Cost: a copy of the weights during validation and saving, and after the fit. Full checkpoints have one more copy of
+    the weights. Use it with every schedule-free optimizer. With BatchNorm, add PreciseBN: the running statistics are of
+    the weights of training. Other averages of weights are rejected.
+
+    Raises:
+        RuntimeError: when the fit starts, if no optimizer has the two methods, another callback averages weights, or
+            the strategy flattens parameters.
+
+    Example:
+        ``- {class_path: ScheduleFree}``
+    """
+
+    transient: ClassVar[tuple[str, ...]] = ("_trainer", "_module", "_trained", "_restored", "_states", "_left", "_eval")
+
+    _trainer: Callable[[], Any] = staticmethod(lambda: None)  # of the current or last fit, as weak references
+    _module: Callable[[], Any] = staticmethod(lambda: None)
+    _trained: dict[Tensor, Tensor] | None = None  # by parameter, the weights of training while the average is shown
+    _restored: dict[str, Any] | None = None  # the state of a checkpoint, until training starts
+    _states: list[dict[str, Any]] | None = None  # of the optimizers of an earlier fit with this Trainer
+    _left: list[float] | None = None  # norms of the weights at the end of a fit
+    _eval = False  # whether the average is in the module
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the state of the optimizers of an earlier fit, which Lightning drops, if the weights are the same."""
+        if stage != "fit":
+            return
+        same = self._trainer() is trainer and self._module() is pl_module and self._is_as_left()
+        self._restored = self._states = None
+        if same:
+            self._restored = {"raw": self._named()}
+            self._states = [optimizer.state_dict() for optimizer in self._optimizers()]
+        self._trainer, self._module = weakref.ref(trainer), weakref.ref(pl_module)
+        self._trained, self._left, self._eval = None, None, False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the optimizers, and wrap validation, saving and the end of the fit.
+
+        Raises:
+            RuntimeError: if there is no such optimizer, or another callback averages weights.
+        """
+        name = type(pl_module).__name__
+        if not self._optimizers():
+            raise RuntimeError(
+                f"ScheduleFree found no optimizer with `train()` and `eval()` in {name}: return one from "
+                "configure_optimizers, such as schedulefree.SGDScheduleFree, or remove ScheduleFree."
+            )
+        if is_flattened(trainer.strategy.model or pl_module):
+            strategy = type(trainer.strategy).__name__
+            raise RuntimeError(f"ScheduleFree cannot copy weights under {strategy}: use ModelParallelStrategy.")
+        foreign = [lightning_classes(f"callbacks.{kind}") for kind in ("WeightAveraging", "StochasticWeightAveraging")]
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, KeptAverage) or any(isinstance(callback, kinds) for kinds in foreign):
+                raise RuntimeError(
+                    f"ScheduleFree and {type(callback).__name__} both average weights: remove one of the two callbacks."
+                )
+        for optimizer, state in zip(self._optimizers(), self._states or [], strict=False):
+            optimizer.load_state_dict(state)
+        self._states = None
+        if trainer.strategy.restore_checkpoint_after_setup:
+            # FSDP2 restores optimizers by a step without gradients, which they reject in evaluation mode.
+            for optimizer in self._optimizers():
+                optimizer.train()
+                # Their methods leave empty states, which would count as initialized.
+                for parameter in [parameter for parameter, state in optimizer.state.items() if not state]:
+                    del optimizer.state[parameter]
+        # It precedes on_validation_start of all callbacks, in any order of the list, and follows on_validation_end.
+        self.wrap(trainer.fit_loop.epoch_loop.val_loop, "run", self._around_validation)
+        # Weights-only checkpoints skip the hooks of callbacks. The optimizers have to be in evaluation mode too.
+        self.wrap(trainer, "save_checkpoint", self._around_saving)
+        # It precedes on_train_end of all callbacks, in any order of the list.
+        self.wrap(trainer.fit_loop, "on_run_end", self._around_run_end)
+        # Other callbacks' on_exception may still save a checkpoint; the strategy's comes last.
+        self.wrap(trainer.strategy, "on_exception", self._around_exception)
+        if saves_in_shards(trainer):
+            # on_save_checkpoint does not get the path, to which every process writes its shards.
+            self.wrap(trainer.strategy, "save_checkpoint", self._around_writing)
+        re_estimated = any(isinstance(callback, Estimating) for callback in callbacks_of(trainer))
+        if not re_estimated and any(layer.training for layer in batchnorms_of(pl_module).values()):
+            rank_zero_only(warnings.warn)(
+                f"The statistics of the BatchNorm layers in {name} do not fit the averaged weights of ScheduleFree. "
+                "Add the callback PreciseBN, which re-estimates them.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch to training, from the weights of a checkpoint if there are any."""
+        self._trained, self._eval = self._read(), True
+        self._train()
+        kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in self._optimizers()))
+        self.announce(f"the average of {kinds} is validated and saved")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the distance of the weights of training from the average, as a share of the norm of the average."""
+        if not self._trained or trainer.sanity_checking:
+            return
+        pairs = [(to_local(parameter.detach()), trained) for parameter, trained in self._trained.items()]
+        moved = torch.stack([torch.linalg.vector_norm(trained - own) for own, trained in pairs]).norm()
+        size = torch.stack([torch.linalg.vector_norm(own) for own, _ in pairs]).norm()
+        pl_module.log(
+            "schedule_free/distance", moved / size, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of training, by the names of parameters, while the module has the average."""
+        if not self._trained or not (self._wrappers or self._is_as_left()):
+            return {}
+        if saves_in_shards(self._trainer()):
+            return {"shards": True}
+        return {"raw": self._named()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the weights of training of a resumed run until its optimizers are restored."""
+        if trainer.state.fn is None or trainer.state.fn.value != "fit":
+            return
+        self._restored = dict(checkpoint.get("callbacks", {}).get(self.state_key, {}))
+        if self._restored.get("shards"):
+            self._restored["shards"] = str(trainer.ckpt_path)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Switch back to training. The wrappers stay for checkpoints that other callbacks now write."""
+        self._train()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the average in the module, and remove the wrappers."""
+        if stage == "fit" and self._wrappers:
+            if self._restored:  # a resumed run that was already complete
+                self._trained, self._eval = self._read(), True
+            self._end_fit()
+
+    # The wrappers: each is called instead of a method
+
+    def _around_validation(self, run: Callable[[], Any]) -> Any:
+        self._evaluate()
+        try:
+            return run()
+        finally:
+            self._train()
+
+    def _around_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        was_shown = self._eval
+        self._evaluate()
+        try:
+            return save_checkpoint(*args, **kwargs)
+        finally:
+            if not was_shown:
+                self._train()
+
+    def _around_writing(self, save_checkpoint: Callable[..., Any], checkpoint: Any, filepath: Any, **how: Any) -> Any:
+        result = save_checkpoint(checkpoint, filepath, **how)
+        if self.state_key in checkpoint.get("callbacks", {}) and self._trained:
+            state = {"raw": {n: shard_like(p, self._trained[p]) for n, p in self._by_name().items()}}
+            write(state, Path(self._trainer().strategy.broadcast(filepath)) / self.state_key)
+        return result
+
+    def _around_run_end(self, on_run_end: Callable[..., Any]) -> Any:
+        self._evaluate()
+        return on_run_end()
+
+    def _around_exception(self, on_exception: Callable[..., Any], exception: BaseException) -> Any:
+        self._train()
+        self._end_fit()
+        return on_exception(exception)
+
+    # The switch
+
+    def _evaluate(self) -> None:
+        if self._eval:
+            return
+        reshard(self._module())
+        with torch.inference_mode(False), torch.no_grad():
+            parameters = [
+                p for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]
+            ]
+            self._trained = {parameter: to_local(parameter).detach().clone() for parameter in parameters}
+            for optimizer in self._optimizers():
+                optimizer.eval()
+        reshard(self._module())
+        self._eval = True
+
+    def _train(self) -> None:
+        if not self._eval:
+            return
+        reshard(self._module())
+        with torch.inference_mode(False), torch.no_grad():
+            for optimizer in self._optimizers():
+                optimizer.train()
+            # Methods that compute the weights from the average round them.
+            for parameter, trained in (self._trained or {}).items():
+                to_local(parameter).copy_(trained)
+        reshard(self._module())
+        self._trained, self._eval = None, False
+
+    # Helpers
+
+    def _read(self) -> dict[Tensor, Tensor]:
+        """Return the weights of training of the checkpoint, or nothing."""
+        restored, self._restored = self._restored or {}, None
+        named = self._by_name()
+        if restored.get("shards"):
+            like = {name: torch.empty_like(parameter) for name, parameter in named.items()}
+            restored = read(Path(restored["shards"]) / self.state_key, lambda names: {"raw": like, "average": {}})
+        found = restored.get("raw", {})
+        return {named[name]: part_for(named[name], value).to(named[name].device) for name, value in found.items()}
+
+    def _optimizers(self) -> list[Any]:
+        return [optimizer for optimizer in self._trainer().optimizers if is_schedule_free(optimizer)]
+
+    def _by_name(self) -> dict[str, Tensor]:
+        """Return the parameters of these optimizers by their names in the module."""
+        chosen = {p for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in self._module().named_parameters() if p in chosen}
+
+    def _named(self) -> dict[str, Tensor]:
+        """Return the weights of training by name, whole in the first process if they are sharded."""
+        assert self._trained is not None
+        parts = {name: shard_like(p, self._trained[p]) for name, p in self._by_name().items()}
+        return {name: full_tensor(part) for name, part in parts.items()}
+
+    def _is_as_left(self) -> bool:
+        module = self._module()
+        return self._trained is not None and module is not None and norms(module) == self._left
+
+    def _end_fit(self) -> None:
+        self._left = norms(self._module())
+        self.unwrap()
