@@ -34,7 +34,7 @@ __all__ = ["ScheduleFree"]
 class ScheduleFree(Trick):
     """Validate and save the averaged weights of optimizers with ``train()`` and ``eval()`` ([Defazio et al., 2024](https://arxiv.org/abs/2405.15682)).
 
-    Schedule-free optimizers, such as those of the package ``schedulefree``, train at one point and average another.
+    Schedule-free optimizers, such as in the package ``schedulefree``, train at one point and average another.
     Their ``eval()`` writes the average into the module, and ``train()`` the point of training. This trick calls
     ``eval()`` before the first hook of a validation, around every checkpoint and before ``on_train_end``, and
     ``train()`` afterwards and after an error. The weights of training are restored bit by bit, so validations and

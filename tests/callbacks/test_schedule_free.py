@@ -1,4 +1,4 @@
-"""ScheduleFree: which weights are validated, saved and trained, with a small optimizer and those of the package."""
+"""ScheduleFree: which weights are validated, saved and trained, with a small optimizer and the authors' package."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_validation_and_the_end_have_the_average():
     for epoch, validated in enumerate(record.validated, start=1):
         x, y = expected[epoch * BATCHES - 1]
         assert_close({name: validated[name] for name in x}, x, rtol=1e-4, atol=1e-5)
-        if epoch < 3:  # training goes on from y
+        if epoch < 3:  # training continues from y
             before = record.before[epoch * BATCHES]
             assert_close({name: before[name] for name in y}, y, rtol=1e-4, atol=1e-5)
     assert_close(params_of(result.weights, result.module), expected[-1][0], rtol=1e-4, atol=1e-5)
@@ -71,7 +71,7 @@ def test_validation_and_the_end_have_the_average():
 
 
 def test_training_is_not_changed_by_validation_and_saving(tmp_path):
-    """``eval`` and ``train`` of the optimizer round. Training is that of a run without either, bit by bit."""
+    """``eval`` and ``train`` of the optimizer round. Training equals a run without either, bit by bit."""
     plain, tricked = History(), History()
     run(Replacing(), plain, limit_val_batches=0)
     run(WithReplacing(), tricked, Saver(tmp_path))
