@@ -157,6 +157,7 @@ def draw_class_balanced(theme: Theme) -> Figure:
         weights = class_balanced_weights(LONG_TAIL.double(), beta)
         axes.plot(LONG_TAIL, weights, "o-", markersize=3, color=theme.cycle[number], label=f"beta {beta:g}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     tidy(axes, "", "training images of the class", "weight")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
@@ -170,6 +171,7 @@ def draw_logit_adjustment(theme: Theme) -> Figure:
         shift = logit_adjustment(LONG_TAIL.double(), tau)
         axes.plot(LONG_TAIL, shift, "o-", markersize=3, color=theme.cycle[number], label=f"tau {tau:g}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     tidy(axes, "", "training images of the class", "shift of the logit")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
@@ -385,6 +387,7 @@ def draw_layer_decay(theme: Theme) -> Figure:
         factors = [layer_decay_factor(17 - layer, decay) for layer in range(18)]
         axes.plot(range(1, 19), factors, ".-", color=theme.cycle[number], label=f"decay {decay}")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks([1, 6, 12, 18])
     tidy(axes, "", "layer", "factor")
     axes.legend(frameon=False, labelcolor=theme.ink)
@@ -432,6 +435,8 @@ def draw_scaling(theme: Theme) -> Figure:
         axes.plot(sizes, factors, "o-", color=theme.cycle[number], label=f'rule="{rule}"')
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
     tidy(axes, "", "images per optimizer step", "factor")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
@@ -467,7 +472,7 @@ def draw_muon(theme: Theme) -> Figure:
         label = "momentum" if steps == 0 else f"{steps} iteration{'s' if steps > 1 else ''}"
         axes.plot(range(1, 65), values, color=theme.cycle[number], label=label)
     tidy(axes, "", "singular value, by size", "")
-    axes.legend(frameon=False, labelcolor=theme.ink)
+    axes.legend(frameon=False, labelcolor=theme.ink, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

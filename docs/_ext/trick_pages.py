@@ -10,19 +10,21 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from effects import RESULTS, effect, entries
 from helpers.tricks import CASES, TRICKS
+from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
-from trick_figures import FIGURES
+from trick_figures import FIGURES, Draw
 
 from lit_tricks import callbacks
 from lit_tricks.run.report.citations import citations, link_of
-from lit_tricks.run.report.style import DARK, LIGHT, draw
+from lit_tricks.run.report.style import DARK, LIGHT, Theme, draw
 
 REPOSITORY = "https://github.com/lit-tricks/lit-tricks"
 SECTION = re.compile(r"^(Args|Raises|Example|Returns|References):$", re.MULTILINE)
@@ -118,6 +120,16 @@ def behavior(name: str) -> Iterator[str]:
     yield 'Each cell is a test. "No" means an error that explains the conflict. A resumed run ends bitwise equal.\n'
 
 
+def plain_figure(name: str, function: Draw, theme: Theme) -> Figure:
+    """Draw a figure, and raise if an axis shows TeX, which the style does not render: log scales label ticks so."""
+    figure = function(theme)
+    for axes in figure.axes:
+        labels = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        if formulas := [label.get_text() for label in labels if "$" in label.get_text()]:
+            raise ExtensionError(f"{name}: its figure shows {formulas[0]!r}: set a plain formatter of the axis")
+    return figure
+
+
 def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -> str:
     """Return the page of a trick, and draw its figure.
 
@@ -132,7 +144,7 @@ def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -
         raise ExtensionError(f"{name} has no BibTeX: add {card['link']} to lit_tricks/run/report/citations.bib")
     function, caption = FIGURES[name]
     for theme, kind in ((LIGHT, "light"), (DARK, "dark")):
-        (images / f"{slug(name)}_{kind}.png").write_bytes(draw(function, theme=theme))
+        (images / f"{slug(name)}_{kind}.png").write_bytes(draw(partial(plain_figure, name, function), theme=theme))
     out = [f"# {name}\n\n{card['claim']}\n\n", *usage(name, card["example"]), "\n"]
     for kind in ("light", "dark"):
         out.append(f"```{{image}} images/{slug(name)}_{kind}.png\n:class: only-{kind}\n:alt: {caption}\n```\n\n")
