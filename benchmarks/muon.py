@@ -75,6 +75,14 @@ def tune(epochs: int, data: Any, held_out: Any) -> tuple[dict[str, float], list[
     return best, lines
 
 
+def at_ends(best: dict[str, float]) -> str:
+    """Return which arms were best at an end of their grid."""
+    found = [arm for arm, lr in best.items() if lr in (min(RATES[arm]), max(RATES[arm]))]
+    if not found:
+        return "No best trial is at an end of its grid."
+    return f"The best trial of {' and of '.join(found)} is at an end of its grid, so a rate beyond may be better still."
+
+
 def cost() -> str:
     """Return the time of an update of ResNet-50 as a share of its step, without the step of the other parameters."""
     net = timm.create_model("resnet50").to(memory_format=torch.channels_last)
@@ -119,6 +127,8 @@ def report(cifar: Path, per_class: int, size: int, lengths: list[int], seeds: in
     return "\n".join(
         [
             *lines,
+            "",
+            at_ends(best),
             "",
             cost(),
             "",

@@ -86,7 +86,7 @@ class Muon(GroupSplitting):
     safer. ``SWA(lr=...)`` is the learning rate of the group with the highest one, and groups keep their ratio.
 
     Args:
-        lr: learning rate of the matrices, above 0. It is about the relative change of a weight per step. 0.02 to 0.1
+        lr: learning rate of the matrices, above 0. It is about the relative change of a weight per step. 0.02 to 0.2
             are usual. Far above, runs diverge; far below, the matrices hardly move.
         momentum: share of the old momentum in the new one, in [0, 1). 0.95 is usual, and 0.6 in very short runs. 0
             orthogonalizes the gradient of each step.
