@@ -69,6 +69,7 @@ __all__ = [
     "is_compiled_by_lightning",
     "is_optimized_module",
     "is_overridden",
+    "keep_scheduler_mark",
     "keep_unscaling",
     "leaves",
     "lightning_classes",
@@ -532,6 +533,15 @@ def unscales_in_step(optimizer: Optimizer) -> bool:
     https://github.com/pytorch/pytorch/blob/v2.14.1/torch/amp/grad_scaler.py#L418
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def keep_scheduler_mark(step: Any, replacement: Any) -> None:
+    """Mark what replaces the step of an optimizer as wrapped by schedulers, if the step was. They warn otherwise.
+
+    https://github.com/pytorch/pytorch/blob/v2.14.1/torch/optim/lr_scheduler.py#L171
+    """
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        replacement._wrapped_by_lr_sched = True
 
 
 class _Unscaling:

@@ -68,9 +68,9 @@ def defined_names(source: str) -> Iterator[str]:
 
 # Names with an underscore that are public: of namedtuple, and of PIL for those who write a plugin.
 # https://pillow.readthedocs.io/en/stable/handbook/writing-your-own-image-plugin.html
-PUBLIC = {"_fields", "_replace", "_mode", "_size"}
+PUBLIC = {"_asdict", "_fields", "_replace", "_mode", "_size"}
 # Ends of names of files and metrics, and a function of the shell.
-STRINGS = {"_", "_dataloader", "_epoch", "_lit_tricks_config", "_masks", "_no_decay", "_step", "_timm"}
+STRINGS = {"_", "_dataloader", "_epoch", "_lit_tricks_config", "_masks", "_no_decay", "_recall", "_step", "_timm"}
 
 
 def test_private_names_of_others_stand_in_compat_only():
@@ -422,6 +422,32 @@ def test_calls_step_hooks_unless_init_was_not_called():
 def test_unscales_in_step_if_fused():
     assert _compat.unscales_in_step(optimizer(fused=True))
     assert not _compat.unscales_in_step(optimizer())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_keep_unscaling_of_a_fused_optimizer(fused):
+    scaler, kept = torch.amp.GradScaler("cpu", init_scale=8.0), optimizer(fused=fused)
+    before = _compat.unscales_in_step(kept)
+    handle = _compat.keep_unscaling(kept)
+    kept.param_groups[0]["params"][0].grad = torch.full((2,), 4.0)
+    seen = []
+    kept.register_step_pre_hook(lambda kept, *_: seen.append(kept.param_groups[0]["params"][0].grad.tolist()))
+    scaler.scale(torch.ones(()))
+    scaler.step(kept)
+    assert seen == [[0.5, 0.5]]
+    handle.remove()
+    assert _compat.unscales_in_step(kept) == before
+
+
+def test_keep_scheduler_mark_of_a_step_that_is_replaced(recwarn):
+    kept = optimizer()
+    scheduler = torch.optim.lr_scheduler.StepLR(kept, 1)
+    step = kept.step
+    kept.step = lambda *args: step(*args)
+    _compat.keep_scheduler_mark(step, kept.step)
+    kept.step()
+    scheduler.step()
+    assert not [each for each in recwarn if "overridden" in str(each.message)]
 
 
 def test_was_skipped_by_scaler_in_the_step_of_a_fused_optimizer():

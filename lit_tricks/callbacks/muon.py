@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from lit_tricks._compat import callbacks_of, foreach_lerp_, keep_unscaling, lightning_classes
+from lit_tricks._compat import callbacks_of, foreach_lerp_, keep_scheduler_mark, keep_unscaling, lightning_classes
 from lit_tricks.callbacks.optim.lr_factors import LRFactors
 from lit_tricks.callbacks.optim.param_groups import Group, GroupNames, GroupSplitting, groups_of, optimizers_in
 from lit_tricks.utils.arguments import number
@@ -187,7 +187,9 @@ class Muon(GroupSplitting):
                 group |= {"muon": True, "weight_decay": self.weight_decay}
             if chosen:
                 # Hooks of the optimizer run inside of its step, and so before the closure, which computes gradients.
+                step = optimizer.step
                 self.wrap(optimizer, "step", partial(self._step, optimizer))
+                keep_scheduler_mark(step, optimizer.step)
                 # It is the first hook, so that what sets learning rates for a step, as SWA, does so for both parts.
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         if not any(map(_is_matrices, groups_of(optimizers))):

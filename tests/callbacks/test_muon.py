@@ -159,6 +159,19 @@ def test_schedules_change_both_learning_rates() -> None:
     assert len({each["rest"] for each in rates}) > 3
 
 
+def test_a_scheduler_of_the_module_steps_without_a_warning() -> None:
+    """Warnings are errors here. torch's scheduler warns if the step that it has wrapped is replaced."""
+
+    def make(parameters: Any) -> Any:
+        optimizer = SGD(parameters, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    module = Trained(make)
+    groups = fitted(module, Muon(LR)).optimizers[0].param_groups
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx({"rest": 0.1 / 8, "muon": LR / 8})
+
+
 def test_swa_sets_both_learning_rates_within_a_step() -> None:
     """The rate of the average is lent only for the step, also to the matrices."""
     last: dict[str, float] = {}

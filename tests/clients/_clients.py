@@ -42,7 +42,7 @@ RATES = {
     "WarmupStep": [1 / 2, 1, 1, 1, *4 * [1 / 2], *4 * [1 / 4]],
 }
 
-OWN_RATES = ("LayerDecay", "SWA")  # one per layer; at its start SWA goes to a rate of its own
+OWN_RATES = ("LayerDecay", "Muon", "SWA")  # one per layer or kind of weight; at its start SWA goes to its own
 
 SCHEDULES = [name for name, row in TRICKS.items() if isinstance(row.make(), Schedule)]
 NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), LossTrick)]
@@ -50,12 +50,13 @@ NEED_LABELS = [name for name, row in TRICKS.items() if isinstance(row.make(), Lo
 # Those that the contract's module has to be named something for, which they find by themselves in most clients; that
 # set a rate of their own; or that would leave nothing of the clients' images.
 MAKE: dict[str, Callable[[], Trick]] = {
-    "ClassBalanced": lambda: callbacks.ClassBalanced(beta=0.9),  # with the counts of the client's data
+    "ClassBalanced": lambda: callbacks.ClassBalanced(beta=0.99999),  # with the counts of the client's data, also pixels
     "DropPath": lambda: callbacks.DropPath(rate=0.5),
     "FixRes": lambda: callbacks.FixRes(test_size=None, lr=None),
     "Freeze": lambda: callbacks.Freeze(until=1),
     "LinearScaling": lambda: callbacks.LinearScaling(base_batch_size=32),
     "ProgressiveResizing": lambda: callbacks.ProgressiveResizing(start_scale=0.75, end=0.1, multiple_of=2),
+    "ScheduleFree": callbacks.ScheduleFree,  # for the client's own optimizer, which is no such one
     "Unfreeze": lambda: callbacks.Unfreeze({"backbone": 1}),
     "ZeroGamma": callbacks.ZeroGamma,
 }
@@ -147,7 +148,7 @@ def check(
     if teacher and isinstance(trick, callbacks.KnowledgeDistillation):
         trick.teacher = teacher()
     assert len(plain.losses) == 12 * plain.fits
-    message = (refused or {}).get(name) or TRICKS[name].refused.get(layout)
+    message = (NO_SCHEDULE_FREE_OPTIMIZER | (refused or {})).get(name) or TRICKS[name].refused.get(layout)
     if TRICKS[name].validates and not plain.trainer.enable_validation:
         message = message or f"^{name} needs logits of images that are not trained on"
     if message:
@@ -169,6 +170,8 @@ def check(
     assert not differences(tricked.left, plain.left)
     assert tricked.warnings <= plain.warnings
 
+
+NO_SCHEDULE_FREE_OPTIMIZER = {"ScheduleFree": r"^ScheduleFree found no optimizer with `train\(\)` and `eval\(\)` in "}
 
 # What else a client can lack, and the errors and warnings that say so.
 NO_BATCHNORM = {"PreciseBN": "^UserWarning: PreciseBN has no effect: .+ has no BatchNorm with running statistics"}

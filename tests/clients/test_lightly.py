@@ -52,6 +52,7 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 def test_linear_classifier_takes_or_rejects_trick(name):
     only_the_head_is_trained = NO_RESIDUAL_BRANCHES | NO_WEIGHT_DECAY | NOTHING_TO_FREEZE
     only_the_head_is_trained |= {"DropPath": "^DropPath has no effect: .+ none of its layers ran in training mode"}
+    only_the_head_is_trained |= {"Muon": "^Muon has no effect: "}
     own = own_schedule("CosineWarmupScheduler", "LinearClassifier")
     frozen = {"PreciseBN": "^UserWarning: PreciseBN has no effect: all BatchNorm layers of .+ are frozen"}
     check(name, fit, layout="list", refused=own | only_the_head_is_trained, idle=frozen, teacher=partial(network, 3))
