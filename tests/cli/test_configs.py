@@ -160,6 +160,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.full  # .ci/run and tests/integration/test_first_hour.py run it, too
 def test_the_quickstart_runs_as_it_stands() -> None:
     """With its progress bar, summary and sanity check; on a few batches."""
     limits = [f"--trainer.limit_{loop}_batches=5" for loop in ("train", "val", "test")]

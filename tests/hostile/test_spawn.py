@@ -177,7 +177,7 @@ def test_modules_pickle_with_their_default_optimizer(kind: type[LightningModule]
     assert pickle.loads(pickle.dumps(given)).optimizer(module.parameters()).param_groups[0]["lr"] == 0.3
 
 
-@pytest.mark.slow  # two processes that import torch and Lightning
+@pytest.mark.full  # two processes that import torch and Lightning
 @pytest.mark.filterwarnings("ignore")
 def test_all_tricks_that_stack_in_ddp_spawn() -> None:
     torch.manual_seed(1)

@@ -161,7 +161,7 @@ def test_precise_bn_has_the_statistics_of_the_images() -> None:
     torch.testing.assert_close(layers[1].running_var, values.var((0, 2, 3)), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:`create_unbacked_symint` is deprecated")  # torchvision's non-maximum suppression
 def test_compile_takes_the_whole_detector_too() -> None:
     module, run = fitted(callbacks.Compile(backend="eager"))
