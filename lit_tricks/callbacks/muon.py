@@ -109,9 +109,11 @@ class Muon(GroupSplitting):
     _lr: float | Tensor
 
     def __init__(self, lr: float = 0.05, momentum: float = 0.95, weight_decay: float = 0.05) -> None:
-        self.lr = number(self, "lr", lr, "(0, 100]", "0.05 is usual.")
-        self.momentum = number(self, "momentum", momentum, "[0, 1)", "0.95 is usual.")
-        self.weight_decay = number(self, "weight_decay", weight_decay, "[0, 1000]", "0.05 is usual, and 0 is none.")
+        self.lr: float = number(self, "lr", lr, "(0, 100]", "0.05 is usual.")
+        self.momentum: float = number(self, "momentum", momentum, "[0, 1)", "0.95 is usual.")
+        self.weight_decay: float = number(
+            self, "weight_decay", weight_decay, "[0, 1000]", "0.05 is usual, and 0 is none."
+        )
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from lit_tricks._compat import callbacks_of, is_overridden
 from lit_tricks.callbacks.averaging.raw_validation import validate_trained
 from lit_tricks.callbacks.base import Trick, unwrapped
+from lit_tricks.callbacks.calibration.calibrate import Calibration, calibrate_network, find_head, same_outputs
 from lit_tricks.callbacks.calibration.checkpoint import KEY, write_calibrated
 from lit_tricks.callbacks.calibration.head import Head, Scaling
-from lit_tricks.callbacks.calibration.network import Calibration, calibrate_network, find_head, same_outputs
 from lit_tricks.callbacks.calibration.recorder import Recorder, record
 from lit_tricks.utils.arguments import choice, text
 from lit_tricks.utils.dtensor import full_tensor, part_for, reshard, shard_like, to_local

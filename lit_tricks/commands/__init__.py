@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lit_tricks.commands import data
 from lit_tricks.commands.ablation.ablate import ablate
-from lit_tricks.commands.calibration import calibrate
+from lit_tricks.commands.calibrating import calibrate
 from lit_tricks.commands.checkpoint_average import average
 from lit_tricks.commands.exporting.export import export
 from lit_tricks.commands.model_card import card

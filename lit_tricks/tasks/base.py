@@ -197,7 +197,7 @@ class Task(LightningModule):
             for group in self._groups():
                 if group["lr"] == self.lr:  # a learning rate finder has set all groups to the same
                     group["lr"] *= scales.get(group["params"][0], 1.0)
-        self._settings = [_settings(group) for group in self._groups()]
+        self._settings = [settings for optimizer in self.trainer.optimizers for settings in _settings(optimizer)]
 
     def on_train_start(self) -> None:
         """Override settings of the resumed checkpoint by this run's settings, and freeze parts again."""
@@ -345,5 +345,11 @@ def is_of_module(weights: str | None, argument: str) -> bool:
         return False
 
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "name")}
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group, without what the optimizer keeps there of its own state.
+
+    Schedule-free optimizers count steps there, by names that their constructor does not take.
+    """
+    state = optimizer.defaults.keys() - signature(type(optimizer)).parameters.keys()
+    left_out = {"params", "name", *state}
+    return [{name: value for name, value in group.items() if name not in left_out} for group in optimizer.param_groups]

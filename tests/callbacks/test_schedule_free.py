@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from helpers.averages import History, Interrupt, Weights, all_weights, assert_close, loaded
 from helpers.fits import Saver, differences, make_trainer, run, said
 from helpers.modules import BATCHES, eval_loader, lightning, module_class, train_loader
-from helpers.schedule_free import Replacing, ScheduleFreeSGD
-from helpers.schedule_free import ScheduleFree as WithReplacing
+from helpers.schedule_free import ReplacedScheduleFree, Replacing, ScheduleFreeSGD
 
+from lit_tricks import Classifier
 from lit_tricks.callbacks import EMA, SWA, Lookahead, PreciseBN, ScheduleFree, WarmupCosine, WarmupStep
+from lit_tricks.data import Digits
 
 pl = lightning()
 STEPS = 3 * BATCHES
@@ -74,7 +76,7 @@ def test_training_is_not_changed_by_validation_and_saving(tmp_path):
     """``eval`` and ``train`` of the optimizer round. Training equals a run without either, bit by bit."""
     plain, tricked = History(), History()
     run(Replacing(), plain, limit_val_batches=0)
-    run(WithReplacing(), tricked, Saver(tmp_path))
+    run(ReplacedScheduleFree(), tricked, Saver(tmp_path))
     assert not differences(tricked.weights, plain.weights)
     optimizer = ScheduleFreeSGD([torch.nn.Parameter(torch.randn(1000))])  # the premise
     [parameter] = optimizer.param_groups[0]["params"]
@@ -260,3 +262,28 @@ def test_the_small_optimizer_is_that_of_the_package():
     run(ScheduleFree(), theirs, optimizers=lambda module: schedulefree.SGDScheduleFree(module.parameters(), lr=0.1))
     for our, their in zip(ours.weights, theirs.weights, strict=True):
         assert_close(our, their)
+
+
+def test_our_classifier_leaves_the_state_of_the_optimizer_alone(tmp_path):
+    """It restores settings when training starts, and the package counts its steps among them."""
+    schedulefree = pytest.importorskip("schedulefree")
+    torch.manual_seed(0)
+    network = {"depth": 18, "width": 1 / 32, "small_input": True, "in_chans": 1}
+    counts = []
+
+    class Look(lightning().Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            group = trainer.optimizers[0].param_groups[0]
+            counts.append((group["k"], group["train_mode"]))
+
+    def make() -> Any:
+        optimizer = partial(schedulefree.SGDScheduleFree, lr=0.1)
+        return Classifier("resnet", 10, model_args=network, optimizer=optimizer)
+
+    options = {"limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": 1}
+    trainer = make_trainer(ScheduleFree(), PreciseBN(num_samples=64), Look(), **options)
+    trainer.fit(make(), Digits(batch_size=64))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = make_trainer(ScheduleFree(), PreciseBN(num_samples=64), Look(), **(options | {"max_epochs": 2}))
+    again.fit(make(), Digits(batch_size=64), ckpt_path=tmp_path / "x.ckpt")
+    assert counts == [(step, True) for step in range(1, 7)]

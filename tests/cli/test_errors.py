@@ -151,7 +151,7 @@ FLAGS = {
     ),
     "classes other than those of the data": (
         (*FIT, "--model.num_classes=3"),
-        r"--model\.num_classes=3 .*has 10: leave it out.*",
+        r"--model\.num_classes=3 .*has 10. Leave it out.*",
     ),
     "missing weights": ((*FIT, "--model.weights=nowhere.pth"), "weights='nowhere.pth': no such file .*"),
     "optimizer": ((*FIT, "--model.optimizer=SDG"), "--model.optimizer: 'SDG' is unknown; did you mean 'SGD'?"),

@@ -93,5 +93,8 @@ class Replacing(Trick):
             optimizer.train()
 
 
-class ScheduleFree(Replacing, callbacks.ScheduleFree):
+class ReplacedScheduleFree(Replacing, callbacks.ScheduleFree):
     """The trick in a run whose optimizers are replaced."""
+
+
+ReplacedScheduleFree.__name__ = "ScheduleFree"  # in messages; the command line finds classes by their path

@@ -186,7 +186,7 @@ TRICKS = {
         logs=("progressive_resizing/size",),
     ),
     "ScheduleFree": Row(
-        make=schedule_free.ScheduleFree,
+        make=schedule_free.ReplacedScheduleFree,
         tests="test_schedule_free.py",
         logs=("schedule_free/distance",),
         plain=lambda: [schedule_free.Replacing()],

@@ -20,7 +20,7 @@ from torch import nn
 from lit_tricks import Classifier
 from lit_tricks.callbacks import KnowledgeDistillation, PreciseBN, TestTimeAugment
 from lit_tricks.callbacks.soft_targets.teacher import load_teacher, logits_of
-from lit_tricks.commands.exporting.file_formats import refused
+from lit_tricks.commands.exporting.file_formats import not_exportable
 from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.data.io.bad_images import BadImages
 from lit_tricks.data.io.jpeg import BadImageError, read_image
@@ -193,10 +193,10 @@ def test_an_export_that_fails_in_our_own_code() -> None:
     with pytest.raises(AttributeError, match="ours") as ours:
         raises(AttributeError("ours"), OURS)()
     with pytest.raises(AttributeError, match="ours"):
-        refused(exported, "ONNX", ours.value)
+        not_exportable(exported, "ONNX", ours.value)
     with pytest.raises(RuntimeError) as theirs:
         raises(RuntimeError("theirs"), THEIRS)()
-    assert "Linear cannot be written by ONNX" in str(refused(exported, "ONNX", theirs.value))
+    assert "Linear cannot be written by ONNX" in str(not_exportable(exported, "ONNX", theirs.value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ REFUSED = {
     "KnowledgeDistillation",
     "L1Penalty",
     "LayerDecay",
+    "Lookahead",
+    "Muon",
     "NoBiasDecay",
     "SWA",
     "Unfreeze",

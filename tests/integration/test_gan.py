@@ -93,6 +93,7 @@ REFUSED |= {
     "DropPath": "^DropPath found no drop-path layers",
     "PreciseBN": "^PreciseBN .*forward",
     "ProgressiveResizing": "shapes cannot be multiplied",  # the discriminator's, which is for one size
+    "TemperatureScaling": "^TemperatureScaling found no logits for the labels",
     "TestTimeAugment": "^TestTimeAugment makes views of images .*, and `forward` gets none",
 }
 

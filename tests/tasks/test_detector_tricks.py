@@ -60,7 +60,7 @@ ACT: dict[str, tuple[Callable[[], Trick], str, bool]] = {
     "Muon": (callbacks.Muon, "muon/lr", True),
     "NoBiasDecay": (callbacks.NoBiasDecay, "no_bias_decay/share", True),
     "PreciseBN": (lambda: callbacks.PreciseBN(num_samples=8), "precise_bn/shift", False),
-    "ScheduleFree": (schedule_free.ScheduleFree, "schedule_free/distance", True),
+    "ScheduleFree": (schedule_free.ReplacedScheduleFree, "schedule_free/distance", True),
     "SWA": (lambda: callbacks.SWA(lr=0.01, start=0.25), "swa/averaged", True),
     "Unfreeze": (lambda: callbacks.Unfreeze({"backbone": 0.4}, unit="run"), "unfreeze/trained", True),
     "WarmupCosine": (lambda: callbacks.WarmupCosine(warmup_epochs=0.5), "lr-SGD", True),

@@ -62,8 +62,8 @@ class Head:
     """
 
     def __init__(self, module: nn.Module, names: Collection[str]) -> None:
-        self.module = module
-        self.names = list(names)
+        self.module: nn.Module = module
+        self.names: list[str] = list(names)
         self._parameters = [
             f"{name}.{kind}".lstrip(".")
             for name in self.names

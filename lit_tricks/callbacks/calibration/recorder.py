@@ -41,10 +41,13 @@ class Recorder:
     """
 
     def __init__(self, pl_module: nn.Module, classifier: str, who: str, dataset: Any, rank: int, replicas: int) -> None:
-        self.pl_module, self.who = pl_module, who
-        self.dataset, self.rank, self.replicas = dataset, rank, replicas
+        self.pl_module: nn.Module = pl_module
+        self.who: str = who
+        self.dataset: Any = dataset
+        self.rank: int = rank
+        self.replicas: int = replicas
         self.source: nn.Module | None = None  # the module that outputs the logits
-        self.are_probabilities = False
+        self.are_probabilities: bool = False
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
         self._seen = 0

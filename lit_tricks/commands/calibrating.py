@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
+from lit_tricks.callbacks.calibration.calibrate import Calibration, calibrate_network
 from lit_tricks.callbacks.calibration.checkpoint import RESULT, calibrated
-from lit_tricks.callbacks.calibration.network import Calibration, calibrate_network
 from lit_tricks.callbacks.calibration.recorder import Recorder, record
 from lit_tricks.commands.checkpoints import checkpoint_at, data_of, fill, module_of, read_checkpoint
 from lit_tricks.commands.progress import progress
