@@ -268,7 +268,7 @@ def test_our_classifier_leaves_the_state_of_the_optimizer_alone(tmp_path):
     """It restores settings when training starts, and the package counts its steps among them."""
     schedulefree = pytest.importorskip("schedulefree")
     torch.manual_seed(0)
-    network = {"depth": 18, "width": 1 / 32, "small_input": True, "in_chans": 1}
+    network = {"depth": 18, "width": 1 / 32, "small_input": True}
     counts = []
 
     class Look(lightning().Callback):
@@ -278,7 +278,7 @@ def test_our_classifier_leaves_the_state_of_the_optimizer_alone(tmp_path):
 
     def make() -> Any:
         optimizer = partial(schedulefree.SGDScheduleFree, lr=0.1)
-        return Classifier("resnet", 10, model_args=network, optimizer=optimizer)
+        return Classifier("resnet", 10, model_args=network, optimizer=optimizer, input_size=(1, 8, 8))
 
     options = {"limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": 1}
     trainer = make_trainer(ScheduleFree(), PreciseBN(num_samples=64), Look(), **options)
