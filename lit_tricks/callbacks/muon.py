@@ -188,8 +188,8 @@ class Muon(GroupSplitting):
             for group in chosen:
                 group |= {"muon": True, "weight_decay": self.weight_decay}
             if chosen:
-                # Hooks of the optimizer run inside of its step, and so before the closure, which computes gradients.
                 step = optimizer.step
+                # Hooks of the optimizer run inside of its step, and so before the closure, which computes gradients.
                 self.wrap(optimizer, "step", partial(self._step, optimizer))
                 keep_scheduler_mark(step, optimizer.step)
                 # It is the first hook, so that what sets learning rates for a step, as SWA, does so for both parts.
