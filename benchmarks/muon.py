@@ -28,6 +28,10 @@ from lit_tricks.callbacks import Muon, WarmupCosine
 from lit_tricks.callbacks.muon import matrices_in, orthogonal_updates
 
 RATES = {"SGD": (0.1, 0.2, 0.4, 0.8), "SGD and Muon": (0.02, 0.05, 0.1, 0.2)}
+LIMITS = (
+    "The trials of Muon use the best learning rate of SGD for the other parameters. Momentum and weight decay are the "
+    "defaults of both and were not tried. One seed chose the rates. The change is at equal epochs, not at equal cost."
+)
 HELD_OUT = 200  # training images of each class, for the trials
 
 
@@ -129,6 +133,8 @@ def report(cifar: Path, per_class: int, size: int, lengths: list[int], seeds: in
             *lines,
             "",
             at_ends(best),
+            "",
+            LIMITS,
             "",
             cost(),
             "",

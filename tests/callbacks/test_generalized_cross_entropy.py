@@ -1,4 +1,4 @@
-"""The numbers of GeneralizedCrossEntropy, against the paper's formula in float64, also beside other tricks."""
+"""The numbers of GeneralizedCrossEntropy, against the paper's formula in float64, and together with other tricks."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.cli import FIT, QUIET, checkpoint, cli, done, workplace
+from helpers.cli import FIT, QUIET, checkpoint, cli, done, results, workplace
 from PIL import Image
 from torch import Tensor
 
@@ -122,3 +122,14 @@ def test_wrong_arguments_are_one_line(words: tuple[str, ...], message: str) -> N
     assert outcome.code
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_results_of_a_fit_name_the_calibrated_split() -> None:
+    """The validation row is from before the calibration, so that the two rows are not compared."""
+    outcome = cli(*FIT, "--config=tricks/temperature_scaling", "--name=marked")
+    assert outcome.code == 0, outcome
+    assert "test (calibrated)" in outcome.out
+    assert "val (calibrated)" not in outcome.out
+    assert results("runs/marked/v0")["calibrated"] == ["test"]
+    assert "| test (calibrated) |" in Path("runs/marked/v0/report.md").read_text()

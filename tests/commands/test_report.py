@@ -150,7 +150,7 @@ def test_accuracy_by_class_frequency() -> None:
     found.train_counts = np.array([100, 1000, 100, 100, 100, 100, 100])
     assert not found.is_imbalanced  # 10 times is not more than 10 times
     found.train_counts = None
-    found.label = np.repeat([0, 1], [480, 20])  # without counts of training, those of the evaluated images
+    found.label = np.repeat([0, 1], [480, 20])  # counts of the evaluated images, as training counts are missing
     assert found.is_imbalanced
     assert {name: classes.tolist() for name, classes in found.groups().items()} == {
         "head": [0], "middle": [], "tail": [1],

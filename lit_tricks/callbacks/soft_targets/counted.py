@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -71,13 +72,13 @@ class CountedClasses(LossTrick):
             self, "counts", counts, 1, fix, 2**53, or_none="the counts of the training set"
         )
 
+    @abstractmethod
     def numbers(self, counts: Tensor) -> Tensor:
         """Return a number per class, (L,), from counts of float64, (L,), some of which may be 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self, counts: Tensor) -> str:
         """Return what the trick does with the counts of classes that have images."""
-        raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the counts of another fit. A checkpoint restores its own afterwards."""

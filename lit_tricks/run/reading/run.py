@@ -61,6 +61,12 @@ class Run:
         return next((kind for kind in ("averaged", "raw") if kind in self.results), "")
 
     @property
+    def calibrated(self) -> list[Any]:
+        """Return the splits whose metrics are of calibrated probabilities."""
+        found = self.results.get("calibrated")
+        return found if isinstance(found, list) else []
+
+    @property
     def metrics(self) -> dict[str, Row]:
         """Metrics of the best checkpoint, by split."""
         found: dict[str, dict[str, float | None]] = self.results.get(self.kind, {})

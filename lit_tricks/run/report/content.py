@@ -111,6 +111,7 @@ def results_table(runs: list[Run]) -> Table:
         for split in SPLITS:
             if found := run.metrics.get(split):
                 label = f"{run.name}, {split}" if len(runs) > 1 else split
+                label += " (calibrated)" if split in run.calibrated else ""
                 rows.append([label, *(cell(name, found.get(name)) for name in columns)])
     return Table("Metrics at the best checkpoint", ["", *columns], rows)
 

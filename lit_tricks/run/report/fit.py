@@ -43,7 +43,8 @@ def report_fit(
     Returns:
         The content of ``results.json``: the best checkpoint, its epoch, its metrics of ``train``, ``val`` and ``test``,
         under ``raw`` (trained weights) or ``averaged`` (val and test use the average in the checkpoint), the seconds,
-        the CPU seconds, the time, and the peak memory. Where classes are imbalanced, metrics of the evaluated split
+        the CPU seconds, the time, and the peak memory. ``calibrated`` lists the splits whose metrics are of calibrated
+        probabilities, if there are any. Where classes are imbalanced, metrics of the evaluated split
         include balanced accuracy, macro F1, and the recall by class frequency.
     """
     read = read_run_folder(run)
@@ -53,7 +54,9 @@ def report_fit(
     metrics = {split: found for split in SPLITS if (found := metrics_at(rows, split, epoch))}
     if (kept := read.predictions) and kept.split in metrics:
         metrics[kept.split] = kept.by_frequency() | metrics[kept.split]
-    results = {"best_checkpoint": best, "epoch": epoch, weights_in(checkpoint): metrics}
+    results: dict[str, Any] = {"best_checkpoint": best, "epoch": epoch, weights_in(checkpoint): metrics}
+    if "calibration" in checkpoint and "test" in metrics:  # validation and training came before the calibration
+        results["calibrated"] = ["test"]
     results |= {"seconds": seconds, "cpu_seconds": cpu_seconds, "time": time, "peak_memory": memory}
     write_whole(run / "results.json", to_json(results, indent=2) + "\n")
     curves = draw_curves(rows, run / "curves.png", read.starts)
