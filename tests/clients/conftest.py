@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +19,14 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+@pytest.fixture(scope="session")
+def client_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return one folder for all fits of a process, since their Trainers are compared, and each names its folder."""
+    return tmp_path_factory.mktemp("client")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _in_an_empty_folder(client_folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("client"))  # some clients write where they stand
+        patch.chdir(client_folder)  # some clients write where they stand
         yield

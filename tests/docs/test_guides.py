@@ -31,8 +31,8 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield a folder with the runs ``runs/quickstart/v0`` and ``runs/finetune/v0``, and images in class folders."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the runs ``runs/quickstart/v0`` and ``runs/finetune/v0``, and images in class folders."""
     with workplace(tmp_path_factory.mktemp("docs")) as folder:
         done(*FIT, "--name=quickstart")
         write_image_folder(folder / "PATH")
@@ -41,6 +41,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             write_images(folder / "photos" / name, 14, seed=number)
         shutil.copytree("photos/ant", "folder")
         shutil.copy("photos/ant/0.jpg", "new.jpg")
+    return folder
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """Yield a copy of the folder, since pages write files of the same name."""
+    with workplace(shutil.copytree(trained, tmp_path / "docs")) as folder:
         yield folder
 
 
@@ -56,7 +63,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_of_guides_run(page: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_guides_run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells_in_this_process(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for words in commands(page):
@@ -67,7 +74,7 @@ def test_commands_of_guides_run(page: str, trained: Path, monkeypatch: pytest.Mo
         else:
             outcome = cli(*words)
         assert outcome.code == 0, (words, outcome.err)
-    assert Path.cwd() == trained
+    assert Path.cwd() == folder
 
 
 def test_pages_link_to_files_that_exist() -> None:
