@@ -11,7 +11,7 @@ Random draws are arguments, so that every function returns the same for the same
 | EMA | ``ema_decay``, ``ema_decay_of_half_life`` |
 | FocalLoss | ``focal_factor`` |
 | GeneralizedCrossEntropy | ``box_cox`` |
-| KnowledgeDistillation | ``distillation_divergence`` |
+| KnowledgeDistillation | ``distillation_divergence``, ``dist_divergence`` |
 | L1Penalty | ``add_l1_gradient``, ``sparsity`` |
 | LabelSmoothing | ``label_smoothing_for_torch`` |
 | LayerDecay | ``layer_decay_factor`` |
@@ -37,7 +37,7 @@ from lit_tricks.callbacks.drop_path import drop_path, drop_path_rates
 from lit_tricks.callbacks.ema import ema_decay, ema_decay_of_half_life
 from lit_tricks.callbacks.focal_loss import focal_factor
 from lit_tricks.callbacks.generalized_cross_entropy import box_cox
-from lit_tricks.callbacks.knowledge_distillation import distillation_divergence
+from lit_tricks.callbacks.knowledge_distillation import dist_divergence, distillation_divergence
 from lit_tricks.callbacks.l1_penalty import add_l1_gradient, sparsity
 from lit_tricks.callbacks.label_smoothing import label_smoothing_for_torch
 from lit_tricks.callbacks.layer_decay import layer_decay_factor
@@ -65,6 +65,7 @@ __all__ = [
     "class_balanced_weights",
     "cutmix",
     "cutmix_box",
+    "dist_divergence",
     "distillation_divergence",
     "drop_path",
     "drop_path_rates",

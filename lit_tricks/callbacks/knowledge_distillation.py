@@ -7,10 +7,10 @@ gains 0.3 points of top-1 for ResNet-50-D, but loses accuracy for Inception-V3 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
@@ -24,7 +24,11 @@ from lit_tricks.utils.class_names import names_of, require_same_classes
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["KnowledgeDistillation", "distillation_divergence"]
+__all__ = ["KnowledgeDistillation", "dist_divergence", "distillation_divergence"]
+
+EPS = 1e-8  # of https://github.com/hunto/DIST_KD. Columns of absent classes are tiny, so the value counts
+TEMPERATURES = {"kl": 20.0, "ce": 20.0, "dist": 1.0}
+WEIGHT = 2.0  # of each relation, in the paper and in its code
 
 
 def distillation_divergence(
@@ -50,6 +54,61 @@ def distillation_divergence(
     return temperature**2 * terms.sum(-1)
 
 
+def dist_divergence(
+    logits: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    beta: float = WEIGHT,
+    gamma: float = WEIGHT,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Return the loss of DIST per row, whose mean is the paper's loss ([Huang et al., 2022](https://arxiv.org/abs/2205.10536)).
+
+    With the probabilities ``q = softmax(logits / T)`` and ``p = softmax(teacher / T)``, the loss of row i is
+    ``T^2 (beta (1 - r_i) + gamma (1 - c))``. Here ``r_i`` is Pearson's correlation of row i of q and p (inter-class),
+    and ``c`` is the mean of the correlations of their columns (intra-class). A constant row or column has correlation 0
+    and no gradient. The computation is in float32 at least.
+
+    Args:
+        logits: logits of the student (..., K), or their log-softmax. Columns extend over all other dimensions.
+        teacher: logits of the teacher (..., K).
+        temperature: ``T``, above 0.
+        beta: weight of the relations between classes, 0 or more.
+        gamma: weight of the relations between rows, 0 or more.
+        weight: weight of each row in the columns (...), 0 or more. None is 1.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+        >>> dist_divergence(5 * teacher, teacher, beta=1.0, gamma=0.0)
+        tensor([0.0329, 0.0033])
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    q, p = ((each.to(dtype) / temperature).softmax(-1) for each in (logits, teacher))
+    of_rows = _correlation(q, p, -1)
+    weight = torch.ones_like(of_rows) if weight is None else weight.to(dtype)
+    classes = q.size(-1)
+    of_columns = _correlation(q.reshape(-1, classes), p.reshape(-1, classes), 0, weight.reshape(-1, 1))
+    return temperature**2 * (beta * (1 - of_rows) + gamma * (1 - of_columns.mean()))
+
+
+def _correlation(a: Tensor, b: Tensor, dim: int, weight: Tensor | None = None) -> Tensor:
+    """Return Pearson's correlation along a dimension, 0 where a or b are constant up to rounding."""
+    is_constant = torch.zeros((), dtype=torch.bool, device=a.device)
+    centered, norms = [], []
+    for x in (a, b):
+        if weight is None:
+            deviation, size = x - x.mean(dim, keepdim=True), x.norm(dim=dim)
+        else:
+            mean = (x * weight).sum(dim, keepdim=True) / weight.sum().clamp(min=torch.finfo(x.dtype).tiny)
+            deviation, size = (x - mean) * weight.sqrt(), (x * weight.sqrt()).norm(dim=dim)
+        centered.append(deviation)
+        norms.append(deviation.norm(dim=dim))
+        # the gradient of a constant would be up to 1 / EPS: an untrained classifier may start with equal logits
+        is_constant = is_constant | (norms[-1] <= 64 * torch.finfo(x.dtype).eps * size)
+    correlation = (centered[0] * centered[1]).sum(dim) / (norms[0] * norms[1] + EPS)
+    return torch.where(is_constant, 0.0, correlation)
+
+
 class KnowledgeDistillation(LossTrick):
     """Learn from a trained teacher in addition to the labels ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).
 
@@ -59,6 +118,11 @@ class KnowledgeDistillation(LossTrick):
     the module's checkpoint, optimizer or summary. Class weights, smoothing and focal factors apply to the label loss
     only. Pixels or images with ``ignore_index`` get no teacher loss either.
 
+    With ``loss="dist"`` the term is the loss of DIST ([Huang et al., 2022](https://arxiv.org/abs/2205.10536)): student
+    and teacher must agree in the relations of their predictions, not in the predictions. Relations are Pearson
+    correlations, between the classes of an image, and between the images of a class. The relations between images are
+    those of one batch on one device, as in the authors' code: neither DDP nor accumulation makes this batch larger.
+
     Cost: a forward pass of the teacher per batch, and its weights on every device. Use it for a student of the
     teacher's family that trains for long. Leave it out if the teacher has other classes or was trained with strong
     label smoothing, and for pre-training of backbones for segmentation.
@@ -67,11 +131,17 @@ class KnowledgeDistillation(LossTrick):
         teacher: a module that returns logits. In YAML: ``class_path`` and ``init_args``, the path of a checkpoint of a
             Classifier or Segmenter, or the name of a pretrained timm model, which is downloaded.
         temperature: ``T``, above 0. At 1 the most likely classes of the teacher dominate the loss. Far above the size
-            of the logits, the loss compares the logits of all classes.
+            of the logits, the loss compares the logits of all classes. None is 20 for "kl" and "ce", as in Bag of
+            Tricks for ImageNet, and 1 for "dist", as in its paper for ImageNet. The paper uses 4 for CIFAR-100.
         alpha: None adds both losses with weight 1, as in Bag of Tricks. A number in (0, 1] is the weight of the
             teacher's loss, and ``1 - alpha`` of the label loss. 0.5 is GluonCV's choice.
         loss: ``L``. "kl" is the Kullback-Leibler divergence, which is 0 if student and teacher agree. "ce" is the cross
-            entropy of Bag of Tricks. Both have the same gradients. "ce" is larger by the teacher's entropy.
+            entropy of Bag of Tricks. Both have the same gradients. "ce" is larger by the teacher's entropy. "dist" is
+            the loss of DIST, for teachers that are much stronger than the student.
+        beta: weight of the relations between classes in "dist", 0 or more. 2 is the paper's. At 0, only relations
+            between images count.
+        gamma: weight of the relations between images in "dist", 0 or more. 2 is the paper's. At 0, only relations
+            between classes count.
         mean: channel means that the teacher expects to be subtracted from images in [0, 1]. None passes images as they
             are.
         std: channel standard deviations that the teacher expects.
@@ -101,9 +171,11 @@ class KnowledgeDistillation(LossTrick):
     def __init__(
         self,
         teacher: str | nn.Module,
-        temperature: float = 20.0,
+        temperature: float | None = None,
         alpha: float | None = None,
-        loss: Literal["kl", "ce"] = "kl",
+        loss: Literal["kl", "ce", "dist"] = "kl",
+        beta: float = WEIGHT,
+        gamma: float = WEIGHT,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         input_mean: Sequence[float] | None = None,
@@ -117,10 +189,18 @@ class KnowledgeDistillation(LossTrick):
         )
         if isinstance(teacher, nn.Module) and getattr(teacher.forward, "__func__", None) is nn.Module.forward:
             raise invalid(self, "the teacher has no `forward`. Give a network that returns logits.", teacher=teacher)
-        self.temperature: float = number(self, "temperature", temperature, "[0.01, 1000]", "4 and 20 are usual.")
+        self.loss: Literal["kl", "ce", "dist"] = choice(self, "loss", loss, ("kl", "ce", "dist"))
+        none, fix = "the value of the loss's paper", "4 and 20 are usual."
+        self.temperature: float | None = number(self, "temperature", temperature, "[0.01, 1000]", fix, or_none=none)
         fix = "Give the weight of the teacher."
         self.alpha: float | None = number(self, "alpha", alpha, "(0, 1]", fix, or_none="the sum of both losses")
-        self.loss: Literal["kl", "ce"] = choice(self, "loss", loss, ("kl", "ce"))
+        self.beta: float = number(self, "beta", beta, "[0, 1e6]", "The paper uses 2.")
+        self.gamma: float = number(self, "gamma", gamma, "[0, 1e6]", "The paper uses 2.")
+        if self.loss != "dist" and (self.beta, self.gamma) != (WEIGHT, WEIGHT):
+            rule = "beta and gamma are weights of DIST. Give loss='dist', or leave them out."
+            raise invalid(self, rule, loss=loss, beta=beta, gamma=gamma)
+        if not self.beta and not self.gamma:
+            raise invalid(self, "the teacher has no weight. Give at least one above 0.", beta=beta, gamma=gamma)
         self.channels_last: bool = flag(self, "channels_last", channels_last)
         self.compiled: bool = flag(self, "compiled", compiled)
         fix = "Give one number per channel."
@@ -165,9 +245,12 @@ class KnowledgeDistillation(LossTrick):
             teacher = teacher.to(memory_format=torch.channels_last)
         size = sum(parameter.numel() for parameter in teacher.parameters())
         labels, factor = self._weights()
+        factor *= self._temperature**2
+        shown = f"{factor:g} x {self.loss.upper()}"
+        if self.loss == "dist":
+            shown = f"{factor * self.beta:g} x inter-class + {factor * self.gamma:g} x intra-class relations of DIST"
         self.announce(
-            f"{labels:g} x loss + {factor * self.temperature**2:g} x {self.loss.upper()} from "
-            f"{self._name}, {size:,} parameters, at temperature {self.temperature:g}"
+            f"{labels:g} x loss + {shown} from {self._name}, {size:,} parameters, at temperature {self._temperature:g}"
         )
         self._teacher = torch.compile(teacher) if self.compiled else teacher  # type: ignore[assignment]
 
@@ -190,7 +273,12 @@ class KnowledgeDistillation(LossTrick):
         labels, spec = target.parts["value"], target.spec
         with torch.no_grad(), self._trainer.precision_plugin.forward_context():
             spec.teacher = logits_of(self._teacher, images, labels, self._name)
-        spec.divergence = partial(distillation_divergence, temperature=self.temperature, loss=self.loss)
+        if self.loss == "dist" and self.gamma and labels.numel() == 1 and not self._seen:
+            rank_zero_warn(
+                "KnowledgeDistillation(loss='dist') compares the images of a batch, and the first batch has one image, "
+                "which has no such relation: take larger batches, since accumulation does not make them larger."
+            )
+        spec.divergence = self._divergence
         spec.weights = self._weights()
         target.parts["row"] = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
         return inputs, target
@@ -203,6 +291,15 @@ class KnowledgeDistillation(LossTrick):
         """Also release the teacher."""
         super().unwrap()
         self._teacher = None
+
+    @property
+    def _temperature(self) -> float:
+        return TEMPERATURES[self.loss] if self.temperature is None else self.temperature
+
+    def _divergence(self, logits: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        if self.loss == "dist":
+            return dist_divergence(logits, teacher, self._temperature, self.beta, self.gamma, weight)
+        return distillation_divergence(logits, teacher, self._temperature, self.loss)
 
     def _weights(self) -> tuple[float, float]:
         return (1.0, 1.0) if self.alpha is None else (1 - self.alpha, self.alpha)

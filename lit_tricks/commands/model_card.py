@@ -159,6 +159,7 @@ class Facts:
         methods |= {known for known in ("resnet", "inception_v3", "mobilenetv1") if self.model.startswith(known)}
         if self.model == "resnet" and (self.settings.get("model_args") or {}).get("variant", "D") != "B":
             links.append("https://arxiv.org/abs/1812.01187")  # its variants are that paper's
+        methods |= {"DIST" for trick in self.tricks.values() if trick.get("arguments", {}).get("loss") == "dist"}
         methods |= {"average"} if "averaged_from" in self.content else set()
         return citations(links, methods)
 

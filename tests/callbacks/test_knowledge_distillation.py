@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from lit_tricks import Classifier
 from lit_tricks.callbacks import FocalLoss, KnowledgeDistillation, LabelSmoothing, MixUp
-from lit_tricks.callbacks.knowledge_distillation import distillation_divergence
+from lit_tricks.callbacks.knowledge_distillation import dist_divergence, distillation_divergence
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.callbacks.soft_targets.teacher import Renormalized
@@ -203,6 +204,125 @@ def test_an_ignored_label_of_a_mixture_is_not_taught():
     target = taught(kd(), target=carrying(LABELS.clone(), LossSpec(("KnowledgeDistillation",)), other, share))
     each = share * (-softmax(LOGITS)[range(N), LABELS].log() + by_hand())
     torch.testing.assert_close(CE(LOGITS, target, ignore_index=255), each.sum() / share.sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DIST
+
+
+def correlations(q: Tensor, p: Tensor) -> Tensor:
+    """Return Pearson's correlation of each row of two matrices."""
+    return torch.tensor([np.corrcoef(*pair)[0, 1] for pair in zip(q.numpy(), p.numpy(), strict=True)])
+
+
+def dist_by_hand(t: float, beta: float, gamma: float, logits: Tensor = LOGITS, teacher: Tensor = TAUGHT) -> Tensor:
+    q, p = softmax(logits / t), softmax(teacher / t)
+    return t**2 * (beta * (1 - correlations(q, p).mean()) + gamma * (1 - correlations(q.T, p.T).mean()))
+
+
+@pytest.mark.parametrize(("t", "beta", "gamma"), [(1.0, 2.0, 2.0), (4.0, 1.0, 0.5), (1.0, 0.0, 1.0), (20.0, 1.0, 0.0)])
+def test_dist_of_the_paper(t, beta, gamma):
+    """The published code adds 1e-8 to each divisor, and so does ours."""
+    found = dist_divergence(LOGITS, TAUGHT, t, beta, gamma).mean()
+    torch.testing.assert_close(found, dist_by_hand(t, beta, gamma), rtol=1e-5, atol=1e-6 * t**2)
+    trick = kd(loss="dist", temperature=t, beta=beta, gamma=gamma, alpha=0.25)
+    torch.testing.assert_close(CE(LOGITS, taught(trick)), 0.75 * CE(LOGITS, LABELS) + 0.25 * found)
+
+
+def test_dist_equals_numbers_of_the_published_code():
+    """The numbers are from DIST(beta, gamma, tau) of hunto/image_classification_sota, lib/models/losses/dist_kd.py."""
+    x = torch.arange(12.0, dtype=torch.float64).view(3, 4)
+    published = {(1, 1, 1): 1.9430850495775507, (2, 2, 1): 3.8861700991551014, (1, 0.5, 4): 21.424275568182725}
+    for (beta, gamma, tau), expected in published.items():
+        found = dist_divergence(3 * x.sin(), 3 * x.cos(), tau, beta, gamma).mean().item()
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_defaults_of_dist_are_the_papers():
+    expected = dist_divergence(LOGITS, TAUGHT, 1.0, 2.0, 2.0).mean() + CE(LOGITS, LABELS)
+    assert CE(LOGITS, taught(kd(loss="dist", temperature=None))) == expected
+    assert CE(LOGITS, taught(kd(temperature=None))) == CE(LOGITS, taught(kd(temperature=20.0)))
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_constant_rows_and_columns_have_no_relation_and_no_gradient(of):
+    logits, teacher = LOGITS.float(), TAUGHT.float()
+    changed = logits if of == "student" else teacher
+    changed[1] = 3.7
+    logits.requires_grad_()
+    rows = dist_divergence(logits, teacher, gamma=0.0)
+    (gradient,) = torch.autograd.grad(rows.sum(), logits)
+    assert rows[1] == 2
+    assert gradient[1].abs().max() == 0
+    assert gradient[0].abs().max() > 0
+    changed.data[:] = changed.data[:1]  # all columns are constant
+    columns = dist_divergence(logits, teacher, beta=0.0)
+    (gradient,) = torch.autograd.grad(columns.sum(), logits)
+    assert columns.tolist() == [2.0] * N
+    assert gradient.abs().max() == 0
+
+
+def test_dist_of_a_single_image_has_relations_between_classes_only():
+    logits = LOGITS[:1].clone().requires_grad_()
+    found, between_classes = (dist_divergence(logits, TAUGHT[:1], gamma=gamma) for gamma in (2.0, 0.0))
+    torch.testing.assert_close(found, between_classes + 2)
+    expected = torch.autograd.grad(between_classes.sum(), logits)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), logits), expected)
+    single = loader_of([torch.rand(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)])
+    with pytest.warns(UserWarning, match="the first batch has one image"):
+        fit_with(CE, KnowledgeDistillation(small_teacher(), loss="dist"), loader=single, max_steps=1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_dist_leaves_out_ignored_images(reduction):
+    trick, known = kd(loss="dist", temperature=1.0), LABELS.ne(2)
+    found = CE(LOGITS, taught(trick), ignore_index=2, reduction=reduction)
+    found = found[known] if reduction == "none" else found
+    torch.testing.assert_close(found, CE(LOGITS[known], taught(trick)[known], reduction=reduction))
+    relations = dist_by_hand(1, 2, 2, LOGITS[known], TAUGHT[known])
+    count = {"mean": 1, "sum": known.sum(), "none": known.sum()}[reduction]
+    expected = CE(LOGITS[known], LABELS[known], reduction="mean") + relations
+    torch.testing.assert_close(found.sum(), expected * count, rtol=1e-5, atol=0)
+
+
+def test_dist_of_pixels_is_dist_of_their_rows():
+    logits, teacher = torch.randn(2, 2, K, 3, 3, generator=GENERATOR, dtype=torch.float64).unbind()
+    labels = torch.randint(K, (2, 3, 3), generator=GENERATOR)
+    labels[0, 0] = 255
+    rows, of_teacher = (z.permute(0, 2, 3, 1).reshape(-1, K)[labels.flatten() != 255] for z in (logits, teacher))
+    found = CE(logits, taught(kd(loss="dist", temperature=1.0), labels, teacher), ignore_index=255)
+    expected = CE(logits, labels, ignore_index=255) + dist_by_hand(1, 2, 2, rows, of_teacher)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dist_of_low_precision_is_computed_in_float32(dtype):
+    low, low_teacher = LOGITS.to(dtype), TAUGHT.to(dtype)
+    with torch.autocast("cpu", dtype):
+        found = dist_divergence(low, low_teacher)
+    assert found.dtype == torch.float32
+    expected = dist_divergence(low.double(), low_teacher.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dist_in_a_fit_with_mixing_and_accumulation():
+    trick = KnowledgeDistillation(small_teacher(), loss="dist", gamma=0.5)
+    found = fit_with(CE, trick, MixUp(alpha=1.0), accumulate_grad_batches=2)
+    assert "1 x loss + 2 x inter-class + 0.5 x intra-class relations of DIST from Sequential" in trick.effect
+    assert all(0 < row["knowledge_distillation/loss"] < 5 for row in found.logged.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beta": 1.0}, r"beta=1.0.*loss='dist'"),
+        ({"loss": "dist", "beta": 0.0, "gamma": 0.0}, r"beta=0.0, gamma=0.0.*no weight"),
+        ({"loss": "dist", "gamma": -1.0}, r"gamma=-1.0"),
+    ],
+)
+def test_weights_of_dist_that_have_no_meaning(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kd(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "GeneralizedCrossEntropy": {},
     "KnowledgeDistillation": {
         "teacher": '"nan"',
-        "temperature": "1.5",
+        "temperature": "null 1.5",
         "alpha": "null",
         "mean": "null",
         "std": "null",

@@ -311,13 +311,12 @@ def _with_teacher(loss: Tensor, logits: Tensor, target: Target, ignore_index: in
             f"KnowledgeDistillation: the teacher has {taught.size(-1)} classes, and the loss of the student "
             f"{logits.size(-1)}: take a teacher that was trained on the same classes, in the same order."
         )
-    divergence = spec.divergence(logits, taught)
-    known = torch.ones_like(divergence)
+    known = torch.ones_like(logits.select(-1, 0), dtype=torch.promote_types(logits.dtype, torch.float32))
     if target.kind == "labels":
-        known = (parts["value"] != ignore_index).to(divergence)
+        known = (parts["value"] != ignore_index).to(known)
         if "other" in parts:
             known = torch.lerp((parts["other"] != ignore_index).to(known), known, parts["weight"].to(known))
-    divergence = divergence * known
+    divergence = spec.divergence(logits, taught, known) * known
     mean = divergence.sum() / known.sum()
     spec.mean_divergence = mean.detach()
     of_labels, of_teacher = spec.weights

@@ -32,7 +32,8 @@ class LossSpec:
     softmax_only: str = ""  # the trick that is not defined for a module's binary losses
     positive_weight: Callable[[], float] | None = None  # binary: factor of positives; 1 minus this for negatives
     teacher: Tensor | None = None  # the teacher's logits, a row per label of the batch
-    divergence: Callable[[Tensor, Tensor], Tensor] | None = None  # of a loss's logits from the teacher's, row by row
+    # of a loss's logits from the teacher's, row by row, with the weights of the rows
+    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     weights: tuple[float, float] = (1.0, 1.0)  # of the loss of the labels, and of the divergence
     used: bool = False  # whether a loss has used the target
     mean_factor: Tensor | None = None  # mean of the factor, for the log
