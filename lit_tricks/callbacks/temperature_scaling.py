@@ -23,7 +23,7 @@ from lit_tricks.callbacks.averaging.raw_validation import validate_trained
 from lit_tricks.callbacks.base import Trick, unwrapped
 from lit_tricks.callbacks.calibration.calibrate import Calibration, calibrate_network, find_head, same_outputs
 from lit_tricks.callbacks.calibration.checkpoint import KEY, write_calibrated
-from lit_tricks.callbacks.calibration.head import Head, Scaling
+from lit_tricks.callbacks.calibration.head import Scaling, Written, head_at
 from lit_tricks.callbacks.calibration.recorder import Recorder, record
 from lit_tricks.utils.arguments import choice, text
 from lit_tricks.utils.dtensor import full_tensor, part_for, reshard, shard_like, to_local
@@ -43,7 +43,9 @@ class TemperatureScaling(Trick):
 
     The logits are divided by a temperature ``T``, with which the labels of the validation images are most likely. The
     temperature is part of the weights: at the end of the fit, weight and bias of the last linear layer are divided by
-    it. So every export and plain torch code has calibrated probabilities. The most probable class stays the same.
+    it. So every export and plain torch code has calibrated probabilities. The most probable class stays the same. In a
+    network without such a layer, a buffer scales the logits. ``Classifier`` has this buffer for any network. End the
+    ``forward`` of another module with ``lit_tricks.models.LogitScaling()``.
 
     Each validation records its logits, and fits a temperature to the weights that are validated and saved, such as the
     average of EMA. If the last weights were not validated, the fit ends with one more validation. The module then has
@@ -212,12 +214,14 @@ class TemperatureScaling(Trick):
         if self._fit:
             self._fit.restored = checkpoint.get(KEY)
         for name, value in replaced.items():
-            if "state_dict" in checkpoint:
+            if "state_dict" in checkpoint and value is None:  # a buffer that the scaling has made
+                del checkpoint["state_dict"][name]
+            elif "state_dict" in checkpoint:
                 checkpoint["state_dict"][name] = value
-            elif module is not None:  # some strategies have loaded it into the module already
-                parameter = module.get_parameter(name)
+            elif module is not None and value is not None:  # some strategies have loaded it into the module already
+                tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
                 with torch.no_grad():
-                    to_local(parameter.detach()).copy_(part_for(parameter, value))
+                    to_local(tensors[name].detach()).copy_(part_for(tensors[name], value))
         return on_load_checkpoint(checkpoint)
 
     def _around_run_end(self, trainer: Trainer, on_run_end: Callable[..., Any]) -> Any:
@@ -233,7 +237,7 @@ class TemperatureScaling(Trick):
         fit = self._fit
         if fit and fit.restored and not fit.ended:  # a resumed run that was already complete skips the end of the fit
             scaling = Scaling.of(fit.restored["temperatures"], fit.restored["offsets"])
-            fit.written = Head(fit.module(), fit.restored["layers"]).write(scaling)
+            fit.written = head_at(fit.module(), fit.restored["layers"]).write(scaling)
         self.unwrap()
         return result
 
@@ -299,7 +303,7 @@ class _Fit:
     found: Calibration | None = None  # for the weights of the last validation
     step: int = -1  # of these weights
     why: str = ""  # the last validation gave none
-    written: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
     restored: Mapping[str, Any] | None = None  # the temperature in the checkpoint of the resumed run
     begun: bool = False
     ended: bool = False
@@ -319,22 +323,23 @@ class _Fit:
         if written:
             reshard(module)
         with torch.inference_mode(False), torch.no_grad():
-            for name, memory, before, after in written:
-                for where in (to_local(module.get_parameter(name).detach()), memory):
-                    if torch.equal(where, after.to(where.device)):
-                        where.copy_(before)
+            for each in written:
+                each.undo(module)
 
-    def replaced(self) -> dict[str, Tensor]:
-        """Return the weights before the scaling, if the module still has the scaled weights."""
+    def replaced(self) -> dict[str, Tensor | None]:
+        """Return the weights before the scaling, if the module still has the scaled weights.
+
+        The value of a buffer that the scaling has made is None.
+        """
         module, found = self.module(), {}
         if module is not None:
             reshard(module)
-        for name, _, before, after in self.written if module is not None else ():
-            parameter = module.get_parameter(name)
-            local = to_local(parameter.detach())
-            if not torch.equal(local, after.to(local.device)):
+        for each in self.written if module is not None else ():
+            current = each.current(module)
+            if current is None or not each.is_in(to_local(current.detach())):
                 return {}
-            found[name] = full_tensor(shard_like(parameter, before.to(local.device)))
+            before = each.before
+            found[each.name] = None if before is None else full_tensor(shard_like(current, before.to(current.device)))
         return found
 
 

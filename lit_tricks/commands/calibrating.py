@@ -44,7 +44,8 @@ def calibrate(
 
     This is temperature scaling ([Guo et al., 2017](https://arxiv.org/abs/1706.04599)). The temperature maximizes the
     likelihood of the labels of the validation images. Weight and bias of the last linear layer are divided by it, so
-    every export and plain torch code has calibrated probabilities. The most probable class of every image stays the
+    every export and plain torch code has calibrated probabilities. A network without such a layer gets a buffer, if it
+    is a Classifier's or ends with lit_tricks.models.LogitScaling. The most probable class of every image stays the
     same. A table shows calibration error (ECE), negative log-likelihood (NLL) and Brier score before and after, and a
     reliability diagram is written next to ``output``. The weights are the checkpoint's ``state_dict``, which has the
     averaged weights for a run with EMA or SWA. The state of a run, such as its optimizer, is left out.
@@ -67,7 +68,8 @@ def calibrate(
         FileNotFoundError: if the checkpoint, or the folder of ``output``, does not exist.
         FileExistsError: if ``output`` exists, without ``overwrite``.
         ValueError: for a checkpoint without its module or data, and for images that determine no temperature.
-        RuntimeError: if validation gives no logits for one label per image, or they are not scaled by one layer.
+        RuntimeError: if validation gives no logits for one label per image, or no layer scales
+            them.
     """
     path = _check(ckpt, output, overwrite)
     content = read_checkpoint(path)

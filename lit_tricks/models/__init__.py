@@ -7,9 +7,11 @@ from lit_tricks.models.separable import make_separable
 from lit_tricks.models.spp import SpatialPyramidPool2d
 from lit_tricks.models.transfer import freeze, layer_scales
 from lit_tricks.models.weights import load_weights
+from lit_tricks.utils.logit_scaling import LogitScaling
 
 __all__ = [
     "Backbone",
+    "LogitScaling",
     "SpatialPyramidPool2d",
     "create_model",
     "freeze",

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from lit_tricks.models import create_model, load_weights
 from lit_tricks.tasks.base import Task
 from lit_tricks.utils.arguments import text
+from lit_tricks.utils.logit_scaling import LogitScaling, scale_as_saved
 
 __all__ = ["Classifier"]
 
@@ -78,6 +79,7 @@ class Classifier(Task):
         if weights:
             load_weights(model, weights, class_names)
         self.model = model
+        self.logit_scaling: LogitScaling = LogitScaling()  # for networks without a layer that scales the logits
         self.example_input_array = torch.zeros(2, *input_size)
         self.criterion: nn.CrossEntropyLoss = nn.CrossEntropyLoss()
         metrics = MetricCollection({"top1": MulticlassAccuracy(num_classes, average="micro")})
@@ -101,7 +103,13 @@ class Classifier(Task):
                 f"{type(self.model).__name__} gives logits of shape {tuple(logits.shape)}; with "
                 f"num_classes={self.num_classes} they must be (N, {self.num_classes})."
             )
-        return logits
+        scaled: Tensor = self.logit_scaling(logits)
+        return scaled
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also load the scaling of a calibrated checkpoint into sharded weights."""
+        super().on_load_checkpoint(checkpoint)
+        scale_as_saved(self, checkpoint)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the cross entropy of a batch."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lit_tricks import EMA, SWA, PreciseBN, TemperatureScaling
+from lit_tricks import EMA, SWA, Classifier, PreciseBN, TemperatureScaling
 from lit_tricks.callbacks.calibration import scaling as _scaling
 from lit_tricks.callbacks.calibration.recorder import spread
 from lit_tricks.callbacks.calibration.scaling import calibration_scores, fit_temperature, fit_vector_scaling
+from lit_tricks.models import LogitScaling
 
 
 def problem(classes: int = 5, samples: int = 1000, temperature: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -353,8 +356,118 @@ class Tied(nn.Module):
         return self.b(image.flatten(1) + self.a(image.flatten(1)).mean(1, keepdim=True))
 
 
+SCALED_BY_A_BUFFER: dict[str, Any] = {
+    "cosine": Cosine,
+    "shared weights": Tied,
+    "a norm at the end": lambda: nn.Sequential(network(), nn.LayerNorm(3, elementwise_affine=False)),
+    "half": lambda: nn.Sequential(Cosine(), nn.Softsign()),
+}
+
+
+def classifier(net: nn.Module) -> Any:
+    """Return our module with a network, and no calibration."""
+    torch.manual_seed(0)
+    return Classifier(net, 3, input_size=(1, 8, 8), optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
+
+
+@pytest.mark.parametrize("kind", SCALED_BY_A_BUFFER)
+def test_network_without_such_a_layer_has_a_buffer(kind, tmp_path):
+    """The state of the run has the network without the buffer, and the calibrated file loads as any other one."""
+    best, trick = checkpoints(tmp_path, save_last=True), TemperatureScaling()
+    best.monitor = "val/loss"
+    made = []
+    for tricks in ([], [trick, best]):
+        torch.manual_seed(0)
+        net = SCALED_BY_A_BUFFER[kind]()
+        how = {"precision": "bf16-true"} if kind == "half" else {}
+        made.append(fitted(*tricks, module=classifier(net), enable_checkpointing=bool(tricks), **how))
+    plain, scaled = made
+    logits, labels = outputs(plain.float())
+    temperature = fit_temperature(logits, labels)
+    assert scaled.logit_scaling.factors.dtype == torch.float32
+    new, _ = outputs(scaled.float())
+    close = {"rtol": 2e-2, "atol": 2e-2} if kind == "half" else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(new, logits / temperature, **close)
+    assert abs(temperature - 1) > 0.05
+    changed = {n for n, v in weights_of(scaled).items() if n not in plain.state_dict()}
+    assert changed == {"logit_scaling.factors"}
+    if kind == "half":
+        return
+    assert torch.equal(new.argmax(1), logits.argmax(1))
+    assert fit_temperature(new, labels) == pytest.approx(1, abs=1e-3)
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (best.best_model_path, trick.checkpoint)]
+    assert states[1].keys() - states[0].keys() == {"logit_scaling.factors"}
+    values = []
+    for path in (best.best_model_path, trick.checkpoint):
+        net = SCALED_BY_A_BUFFER[kind]()
+        loaded = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True, model=net)
+        values.append(outputs(loaded)[0])
+    torch.testing.assert_close(values[1], values[0] / fit_temperature(values[0], labels), rtol=1e-4, atol=1e-4)
+
+
+def test_buffer_has_offsets_for_vector_scaling():
+    plain, scaled = (fitted(*tricks, module=classifier(Cosine())) for tricks in ([], [TemperatureScaling("vector")]))
+    logits, labels = outputs(plain)
+    temperatures, offsets = fit_vector_scaling(logits, labels)
+    torch.testing.assert_close(outputs(scaled)[0], (logits / temperatures + offsets).float(), rtol=1e-3, atol=1e-3)
+    assert set(scaled.state_dict()) - set(plain.state_dict()) == {"logit_scaling.factors", "logit_scaling.offsets"}
+
+
+def test_run_resumes_without_the_buffer(tmp_path):
+    """Also a second fit, which continues from the weights before the scaling."""
+
+    def fit(epochs: int, **how: Any) -> Any:
+        trainer = make_trainer(TemperatureScaling(), max_epochs=epochs)
+        torch.manual_seed(0)
+        module = how.pop("module", None) or classifier(Cosine())
+        trainer.fit(module, train_loader(), loader(), **how)
+        return trainer
+
+    full = weights_of(fit(3).lightning_module)
+    first = fit(2)
+    first.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert saved["callbacks"]["TemperatureScaling"]["replaced"] == {"logit_scaling.factors": None}
+    assert "logit_scaling.factors" in saved["state_dict"]
+    resumed = weights_of(fit(3, ckpt_path=tmp_path / "after.ckpt", weights_only=True).lightning_module)
+    first.fit_loop.max_epochs = 3
+    first.fit(first.lightning_module, train_loader(), loader())
+    for found in (resumed, weights_of(first.lightning_module)):
+        assert found.keys() == full.keys()
+        assert all(torch.equal(found[name], value) for name, value in full.items())
+
+
+def test_sharded_weights_get_the_buffer_of_a_calibrated_checkpoint():
+    """A strategy has loaded the entries that the module has, and taken the ``state_dict`` out of the checkpoint."""
+    module = classifier(Cosine())
+    logits = outputs(module)[0]
+    module.on_load_checkpoint({"calibration": {"buffers": {"logit_scaling.factors": torch.tensor([0.5])}}})
+    assert torch.equal(outputs(module)[0], logits / 2)
+
+
+def test_module_of_others_ends_with_logit_scaling(tmp_path):
+    """Its checkpoint from before loads, and its own code loads the calibrated checkpoint."""
+    module = with_network(Cosine())
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "before.ckpt")
+    module.net = nn.Sequential(module.net, LogitScaling())
+    twin = with_network(nn.Sequential(Cosine(), LogitScaling()))
+    twin.load_state_dict(module.state_dict())
+    before = outputs(twin)[0]
+    for _ in range(2):  # a calibration of a calibrated network multiplies
+        fitted(TemperatureScaling(), module=module)
+    twin.load_state_dict(module.state_dict())
+    torch.testing.assert_close(outputs(twin)[0], outputs(module)[0])
+    again = copy.deepcopy(pickle.loads(pickle.dumps(module.net[1])))
+    again.load_state_dict({"factors": torch.tensor([2.0])})
+    assert torch.equal(again(torch.ones(1, 3)), torch.full((1, 3), 2.0))
+    assert module.net[1].factors is not None
+    twin.load_state_dict({name: value for name, value in module.state_dict().items() if "factors" not in name})
+    assert twin.net[1].factors is None
+    assert not torch.equal(outputs(twin)[0], before)  # trained
+
+
 REJECTED = {
-    "cosine": (lambda: with_network(Cosine()), {}, "not by net.fc.*Name the layer"),
+    "cosine": (lambda: with_network(Cosine()), {}, "not by net.fc.*Name the layer.*LogitScaling"),
     "shared weights": (lambda: with_network(Tied()), {}, "no linear layer or convolution has 3 outputs"),
     "another layer": (lambda: with_network(Homogeneous()), {"classifier": "net.unused"}, "classifier='net.unused'"),
     "no such layer": (lambda: with_network(network()), {"classifier": "net.fc"}, "net.fc"),

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from helpers.cli import FIT, QUIET, checkpoint, cli, done, results, workplace
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from lit_tricks import Classifier
 from lit_tricks.commands import calibrate, export
+from lit_tricks.commands.predicting.loading import load
 from lit_tricks.data import Digits
 from lit_tricks.functional import calibration_scores, fit_temperature
 
@@ -133,3 +136,51 @@ def test_results_of_a_fit_name_the_calibrated_split() -> None:
     assert "val (calibrated)" not in outcome.out
     assert results("runs/marked/v0")["calibrated"] == ["test"]
     assert "| test (calibrated) |" in Path("runs/marked/v0/report.md").read_text()
+
+
+NET = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Cosine(nn.Module):
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, classes, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 3 * F.linear(F.normalize(images.flatten(1)), F.normalize(self.fc.weight))
+"""
+
+
+def test_network_without_a_layer_that_scales_is_loaded_by_all_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer has the temperature: in predictions, tests and exports. Formats without it are rejected."""
+    Path("cosine_net.py").write_text(NET)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    config = Path("tiny.yaml").read_text().replace("model_args: {", "model: {class_path: cosine_net.Cosine} #")
+    Path("cosine.yaml").write_text(config)
+    done("fit", "--config", "cosine.yaml", "--name=cosine")
+    best = "runs/cosine/v0/checkpoints/best.ckpt"
+    done("calibrate", "--ckpt", best, "-o", "cosine.ckpt")
+    (before, labels), (after, _) = logits_of(best), logits_of("cosine.ckpt")
+    temperature = fit_temperature(before, labels)
+    assert abs(temperature - 1) > 0.05
+    torch.testing.assert_close(after, before / temperature, rtol=1e-4, atol=1e-5)
+    assert torch.equal(after.argmax(1), before.argmax(1))
+    result = json.loads(Path("cosine.json").read_text())
+    assert (result["layers"], result["is_buffer"]) == (["logit_scaling"], True)
+    data = Digits(batch_size=1000)
+    data.setup("validate")
+    [(images, _)] = list(data.val_dataloader())
+    model, _ = load("cosine.ckpt")
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict_step(images), (before / temperature).softmax(1), rtol=1e-3, atol=1e-5)
+    export("cosine.ckpt", format="torch-export", output="cosine.pt2")
+    torch.testing.assert_close(torch.export.load("cosine.pt2").module()(images), after)
+    for form in ("timm", "safetensors"):
+        with pytest.raises(ValueError, match="has only the network: choose --format onnx"):
+            export("cosine.ckpt", format=form, output="x")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    [scores] = trainer.validate(model, data, ckpt_path="cosine.ckpt", verbose=False, weights_only=True)
+    assert scores["val/loss"] == pytest.approx(float(F.cross_entropy(before / temperature, labels)), rel=1e-4)

@@ -69,6 +69,7 @@ class Calibration:
             "temperatures": self.temperatures,
             "offsets": list(self.scaling.offsets),
             "layers": self.head.names,
+            "is_buffer": self.head.is_buffer,
             "before": self.before._asdict(),
             "after": self.after._asdict(),
             "samples": self.samples,
@@ -114,14 +115,17 @@ def find_head(recorder: Recorder, trainer: Trainer, classifier: str | None, kind
     probe = Scaling(factors)
     tried: list[str] = []
     for head in heads_of(module, classifier, classes):
-        like = next(iter(head.parameters.values()))
+        like = head.like
         logits = recorder.logs(recorder.rerun(like))
         with head.scaled(probe):
             scaled = recorder.logs(recorder.rerun(like))
         expected = probe.applied(logits)
         if kind == "temperature":  # also of log-probabilities
             scaled, expected = scaled.double().log_softmax(1), expected.log_softmax(1)
-        precision = torch.finfo(like.dtype).eps * 64 * float(logits.abs().amax().clamp_min(1))
+        rounding = torch.finfo(like.dtype)
+        most = float(logits.abs().amax())
+        # powers of two are exact, so weights of 16 bits round as little as the outputs themselves
+        precision = rounding.eps * (64 * max(1.0, most) if rounding.bits >= 32 else 4 * most)
         fits = bool(((scaled - expected).abs().amax() <= precision).item())
         if trainer.strategy.reduce_boolean_decision(fits):
             return head
@@ -130,7 +134,8 @@ def find_head(recorder: Recorder, trainer: Trainer, classifier: str | None, kind
     named = "" if classifier is None else f"classifier={classifier!r}: "
     raise RuntimeError(
         f"{recorder.who}: {named}the logits of {name} are not scaled by the weights of one layer, {what}. Name the "
-        'layer that gives them, as classifier="model.fc". A layer with parametrized or shared weights does not work.'
+        'layer that gives them, as classifier="model.fc"; or pass the logits through lit_tricks.models.LogitScaling() '
+        "in `forward`. It can then be calibrated, and old checkpoints still load."
     )
 
 
@@ -157,7 +162,7 @@ def calibrate_network(recorder: Recorder, trainer: Trainer, classifier: str | No
     if not len(labels):
         raise ValueError("no image has a label of a class.")
     head = find_head(recorder, trainer, classifier, kind)
-    like = next(iter(head.parameters.values()))
+    like = head.like
     if int(labels.min()) == int(labels.max()):
         raise ValueError(f"all {len(labels)} samples have the class {int(labels[0])}. A fit needs more classes.")
     outputs = recorder.rerun(like)
@@ -200,7 +205,7 @@ def _exact_factor(
     power = min(powers, key=lambda factor: powers[factor])
     if head.is_half:
         return power
-    like, classes = next(iter(head.parameters.values())), outputs.argmax(1)
+    like, classes = head.like, outputs.argmax(1)
     changes: dict[float, int] = {}
     for i in sorted(range(-NUDGES, NUDGES + 1), key=abs):
         factor = best * (1 + i * NUDGE)
@@ -214,7 +219,7 @@ def _exact_factor(
 
 def same_outputs(calibration: Calibration, recorder: Recorder, trainer: Trainer) -> bool:
     """Return whether the network still is the calibrated network, by its outputs for some images."""
-    now = recorder.rerun(next(iter(calibration.head.parameters.values())))
+    now = recorder.rerun(calibration.head.like)
     before = calibration.outputs
     scale = float(before.float().abs().amax().clamp_min(1))
     same = bool(((now - before).abs().amax() <= 1e-3 * scale).item())

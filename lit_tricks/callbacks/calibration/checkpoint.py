@@ -53,10 +53,14 @@ def calibrated(content: Mapping[str, Any], found: Mapping[str, Any], source: Pat
     states = content.get("callbacks", {}).values()
     is_average = any(isinstance(state, Mapping) and state.get("raw") for state in states)
     scaling = Scaling.of(found["temperatures"], found["offsets"])
-    state: dict[str, Tensor] = scaled_state(content["state_dict"], found["layers"], scaling)
+    old: dict[str, Tensor] = content["state_dict"]
+    is_buffer = found.get("is_buffer", False)
+    state = scaled_state(old, found["layers"], scaling, is_buffer)
+    buffers = {name: value for name, value in state.items() if is_buffer and value is not old.get(name)}
     kept = {key: value for key, value in content.items() if key not in (*RUN, KEY)}
     weights = "averaged" if is_average else "raw"
-    return kept | {"state_dict": state, RESULT: {**found, "calibrated_from": str(source), "weights": weights}}
+    result = {**found, "calibrated_from": str(source), "weights": weights, "buffers": buffers}
+    return kept | {"state_dict": state, RESULT: result}
 
 
 def write_calibrated(source: Path, path: Path) -> str:
@@ -67,7 +71,10 @@ def write_calibrated(source: Path, path: Path) -> str:
     """
     content = read_checkpoint(source)
     found = content.get(KEY)
-    if not isinstance(found, Mapping) or any(f"{name}.weight" not in content["state_dict"] for name in found["layers"]):
+    has_layers = isinstance(found, Mapping) and (
+        found.get("is_buffer") or all(f"{name}.weight" in content["state_dict"] for name in found["layers"])
+    )
+    if not isinstance(found, Mapping) or not has_layers:
         log.warning(
             "TemperatureScaling: %s was not saved right after a validation with it, and stays as it is. Use "
             "`lit-tricks calibrate --ckpt %s -o calibrated.ckpt`", source, source,

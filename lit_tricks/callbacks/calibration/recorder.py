@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_tricks._compat import compiled_call_of, leaves
 from lit_tricks.utils.batch import describe, find
+from lit_tricks.utils.logit_scaling import LogitScaling
 from lit_tricks.utils.modules import batchnorms_of, find_classifier
 from lit_tricks.utils.processes import world_size
 
@@ -193,6 +194,7 @@ def record(trainer: Trainer, pl_module: LightningModule, classifier: str | None,
     if classifier is None:
         with contextlib.suppress(RuntimeError):  # there is no such layer
             found = list(find_classifier(pl_module))
+        found = found or [path for path, part in parts.items() if isinstance(part, LogitScaling)]
     loaders = leaves(trainer.val_dataloaders)
     dataset = getattr(loaders[0], "dataset", None) if loaders else None
     return Recorder(pl_module, found[0] if found else "", who, dataset, trainer.global_rank, trainer.world_size)

@@ -95,6 +95,12 @@ def export(
                 f"{path} is of a {type(trained).__name__}, and timm has classifiers: choose --format onnx or "
                 "torch-export."
             )
+        is_scaled = isinstance(trained, Classifier) and trained.logit_scaling.factors is not None
+        if is_scaled and format in ("timm", "safetensors"):
+            raise ValueError(
+                f"{path} is calibrated by a factor after its network, as no layer scales the logits, and the format "
+                f"{format} has only the network: choose --format onnx or torch-export."
+            )
         facts = Facts.of(path)
         known: dict[str, Any] = {
             "model": trained.hparams.get("model") or facts.settings.get("model"),

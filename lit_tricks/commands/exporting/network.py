@@ -136,8 +136,12 @@ class _Logits(nn.Module):
 
 
 def network_of(module: Classifier | Segmenter) -> nn.Module:
-    """From images to logits, without the Lightning around it."""
-    return module.model if isinstance(module, Classifier) else _Logits(module.model).eval()
+    """Return the network from images to logits, without the LightningModule."""
+    if isinstance(module, Segmenter):
+        return _Logits(module.model).eval()
+    if module.logit_scaling.factors is None:
+        return module.model
+    return nn.Sequential(module.model, module.logit_scaling).eval()
 
 
 def module_to_export(path: Path, module: LightningModule | None) -> Classifier | Segmenter | Detector:
