@@ -55,6 +55,10 @@ class TemperatureScaling(Trick):
     calibration error with it as ``temperature_scaling/ece``. Only the first validation loader is used. For dense
     targets, 256 pixels of each image are recorded.
 
+    With TestTimeAugment in the list, the prediction is a mean over views, and the temperature is the best one for the
+    mean: it maximizes ``mean(softmax(logits / T))`` of the labels. So tests with the same views are calibrated, and a
+    single view is not. The most probable class of a view stays the same. The mean may have another one.
+
     Cost: memory for the logits of a validation on the CPU, and a fit that takes about a second for 50,000 images of
     1000 classes. Use it where probabilities matter: thresholds, expected costs, ensembles. Leave it out if only the
     most probable class matters. Give ``lit-tricks calibrate`` other images if the validation images choose between
@@ -68,8 +72,8 @@ class TemperatureScaling(Trick):
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if there is no validation, or the list has TestTimeAugment or another
-            TemperatureScaling; in the first validation, if it has no logits for one label per image, or they are not
+        RuntimeError: when the fit starts, if there is no validation, or the list has another TemperatureScaling; in the
+            first validation, if it has no logits for one label per image, or they are not
             scaled by the weights of one layer.
 
     Example:
@@ -98,12 +102,6 @@ class TemperatureScaling(Trick):
         for other in callbacks_of(trainer):
             if isinstance(other, TemperatureScaling) and other is not self:
                 raise RuntimeError("TemperatureScaling was passed twice. Keep only one.")
-            if getattr(other, "averages_views", False):
-                name = type(other).__name__
-                raise RuntimeError(
-                    f"TemperatureScaling fits the logits of single images, and {name} validates a mean over views, "
-                    f"which another temperature fits. Fit without {name}, and test with it."
-                )
         last, self._fit = self._fit, _Fit(weakref.ref(trainer), weakref.ref(pl_module))
         if last and last.trainer() is trainer and last.module() is pl_module:
             self._fit.written = last.written

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -110,7 +110,11 @@ class TestTimeAugment(Trick):
         ``- {class_path: TestTimeAugment, init_args: {flip: true}}``
     """
 
+    transient: ClassVar[tuple[str, ...]] = ("recorded",)
     averages_views = True
+    recorded: list[Tensor] | None = None
+    """Logits (V, N, K) of the views, one tensor per call of ``forward``, while a calibration records them."""
+
     __test__ = False  # pytest collects classes whose names start with Test
     _calls = 0
 
@@ -232,6 +236,8 @@ class TestTimeAugment(Trick):
                 if view.shape != images.shape:
                     output = F.interpolate(output, images.shape[-2:], mode="bilinear", align_corners=False)
             outputs.append(output)
+        if self.recorded is not None:
+            self.recorded.append(torch.stack(outputs).detach())
         return mean_logits(outputs, self.activation)
 
     def _check(self, output: Any, number: int, view: Tensor) -> None:

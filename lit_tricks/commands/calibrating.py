@@ -15,12 +15,15 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 import lit_tricks.data  # noqa: F401  # the parser finds the short names of the classes that are imported
-from lit_tricks.callbacks.calibration.calibrate import Calibration, calibrate_network
+from lit_tricks.callbacks import TestTimeAugment
+from lit_tricks.callbacks.calibration.calibrate import Calibration, calibrate_network, scaled_logits
 from lit_tricks.callbacks.calibration.checkpoint import RESULT, calibrated
+from lit_tricks.callbacks.calibration.head import Scaling
 from lit_tricks.callbacks.calibration.recorder import Recorder, record
 from lit_tricks.commands.checkpoints import checkpoint_at, data_of, fill, module_of, read_checkpoint
 from lit_tricks.commands.progress import progress
 from lit_tricks.run.report.calibration import report_calibration
+from lit_tricks.utils.bounded import read_yaml
 from lit_tricks.utils.checkpoint_files import write_checkpoint
 from lit_tricks.utils.class_names import require_same_classes
 from lit_tricks.utils.log import log
@@ -38,6 +41,7 @@ def calibrate(
     classifier: str | None = None,
     data: LightningDataModule | None = None,
     module: LightningModule | None = None,
+    test_time_augment: TestTimeAugment | Literal["run", "none"] = "run",
     overwrite: bool = False,
 ) -> Path:
     """Calibrate the probabilities of a checkpoint by a temperature, which becomes part of its weights.
@@ -59,6 +63,9 @@ def calibrate(
         classifier: name of the layer that gives the logits, such as model.fc. By default it is searched for.
         data: the images, of its validation split; by default the data of the checkpoint.
         module: module that the weights belong to; by default from the checkpoint.
+        test_time_augment: views of an image whose mean is the prediction, such as TestTimeAugment. The temperature is
+            then the best one for the mean, which is no longer the best for one view. "run" uses the TestTimeAugment in
+            the configuration of the checkpoint's run, if there is one. "none" calibrates single images.
         overwrite: replace ``output`` if it exists.
 
     Returns:
@@ -88,10 +95,19 @@ def calibrate(
     else:
         fill(module, path)
     require_same_classes(module, data, "the checkpoint", "the data", f"Give --data with the classes of {ckpt}.")
-    found, logits, labels = _calibrate(module, data, classifier, kind)
+    if test_time_augment == "run":
+        views = _views_of_run(path)
+        if views:
+            log.info(
+                "for the mean over %d views, as in the run: --test_time_augment none is for one view", views.number
+            )
+    else:
+        views = None if isinstance(test_time_augment, str) else test_time_augment
+    found, logits, labels = _calibrate(module, data, classifier, kind, views)
     result = found.plain()
     write_checkpoint(calibrated(content, result, path), output)
-    report_calibration(Path(output), logits, found.scaling.applied(logits), labels, result, f"{ckpt}, validation")
+    before, after = Scaling((1.0,)).predicted(logits), found.scaling.predicted(logits)
+    report_calibration(Path(output), before, after, labels, result, f"{ckpt}, validation")
     if is_own and (metric := _chosen_by(content, path)):
         log.warning(
             "%s of the same images chose %s, so new images are calibrated less well than here: give --data with other "
@@ -122,13 +138,13 @@ class _Record(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.recorder and self.recorder.logits:
-            self.logits, self.labels = torch.cat(self.recorder.logits), torch.cat(self.recorder.labels)
             self.found = calibrate_network(self.recorder, trainer, self.classifier, self.kind)
+            self.logits, self.labels = scaled_logits(self.recorder, trainer, self.found.head)
             self.recorder.close()
 
 
 def _calibrate(
-    module: LightningModule, data: LightningDataModule, classifier: str | None, kind: str
+    module: LightningModule, data: LightningDataModule, classifier: str | None, kind: str, views: TestTimeAugment | None
 ) -> tuple[Calibration, Tensor, Tensor]:
     """Validate a module. Return its calibration, and the logits and labels of the images."""
     data.prepare_data()
@@ -137,12 +153,23 @@ def _calibrate(
         recording = _Record(classifier, kind, advance)
         trainer = Trainer(
             devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-            callbacks=[recording],
+            callbacks=[recording, *([views] if views else [])],
         )  # fmt: skip
         trainer.validate(module, datamodule=data, verbose=False)
     if recording.found is None:
         raise ValueError(f"{type(data).__name__} has no validation images: give --data with some.")
     return recording.found, recording.logits, recording.labels
+
+
+def _views_of_run(path: Path) -> TestTimeAugment | None:
+    """Return the TestTimeAugment in the configuration of the run of a checkpoint, if there is one."""
+    file = path.parent.parent / "config.yaml"
+    config = read_yaml(file) if path.parent.name == "checkpoints" and file.is_file() else {}
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if str(callback.get("class_path", "")).rpartition(".")[2] == TestTimeAugment.__name__:
+            return TestTimeAugment(**callback.get("init_args") or {})
+    return None
 
 
 def _batches(data: LightningDataModule) -> int:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lit_tricks import EMA, SWA, Classifier, PreciseBN, TemperatureScaling
+from lit_tricks import EMA, SWA, Classifier, PreciseBN, TemperatureScaling, TestTimeAugment
 from lit_tricks.callbacks.calibration import scaling as _scaling
 from lit_tricks.callbacks.calibration.recorder import spread
 from lit_tricks.callbacks.calibration.scaling import calibration_scores, fit_temperature, fit_vector_scaling
@@ -67,6 +67,64 @@ def test_temperature_equals_scikit_learn(seed):
     assert temperature == pytest.approx(1 / float(beta), rel=1e-4)
     assert temperature > 1.1
     np.testing.assert_allclose((logits / temperature).softmax(1), theirs.predict_proba(rest), atol=1e-4)
+
+
+def views_of(images: int = 300, views: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return overconfident logits of views (V, N, K) that disagree, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    common, labels = problem(4, images, temperature=3.0, seed=seed)
+    return common + 2 * torch.randn(views, images, 4, generator=generator), labels
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_temperature_of_views_maximizes_the_likelihood_of_their_mean(views, monkeypatch):
+    monkeypatch.setattr(_scaling, "CHUNK", 97)
+    logits, labels = views_of(views=views)
+
+    def loss(log_beta: float) -> float:
+        mean = (math.exp(log_beta) * logits.double()).softmax(2).mean(0)
+        return -float(mean[torch.arange(len(labels)), labels].log().mean())
+
+    expected = math.exp(-minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-10}).x)
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-6)
+    if views > 1:  # the logarithm of the mean has another temperature
+        mean = logits.log_softmax(2).logsumexp(0)
+        assert abs(fit_temperature(mean, labels) / expected - 1) > 0.05
+    else:
+        assert fit_temperature(logits[0], labels) == pytest.approx(expected, rel=1e-6)
+
+
+def test_likelihood_of_views_may_have_two_maxima():
+    """Views that disagree are best at a high temperature, others at a low one. The higher maximum is far from T = 1."""
+    first = torch.tensor([20.0] * 10 + [0.1] * 24 + [-0.1] * 6)
+    second = torch.tensor([-1.0] * 10 + [0.1] * 24 + [-0.1] * 6)
+    logits = torch.stack([torch.stack([view, torch.zeros(40)], 1) for view in (first, second)])
+    labels = torch.zeros(40, dtype=torch.long)
+    betas = torch.logspace(math.log10(0.05), math.log10(20), 1000, dtype=torch.float64)
+    losses = [-float((beta * logits.double()).softmax(2).mean(0)[:, 0].log().mean()) for beta in betas.tolist()]
+    slopes = np.diff(losses)
+    assert ((slopes[:-1] < 0) & (slopes[1:] > 0)).sum() == 2
+    best = 1 / float(betas[int(np.argmin(losses))])
+    assert fit_temperature(logits, labels) == pytest.approx(best, rel=1e-2)
+
+
+@pytest.mark.parametrize("offset", [True, False])
+def test_vector_scaling_of_views_maximizes_the_likelihood_of_their_mean(offset):
+    logits, labels = views_of()
+    temperatures, offsets = fit_vector_scaling(logits, labels, offset)
+
+    def loss(flat: Any) -> tuple[float, Any]:
+        both = torch.tensor(flat).requires_grad_()
+        mean = (logits.double() * both[:4] + both[4:] * offset).softmax(2).mean(0)
+        value = -mean[torch.arange(len(labels)), labels].log().mean()
+        value.backward()
+        return float(value.detach()), both.grad.numpy()
+
+    start = np.repeat([1 / fit_temperature(logits, labels), 0.0], 4)
+    found = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-10})
+    np.testing.assert_allclose(1 / temperatures, found.x[:4], rtol=1e-4)
+    expected = found.x[4:] - found.x[4:].mean() if offset else np.zeros(4)
+    np.testing.assert_allclose(offsets, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [True, False])
@@ -195,6 +253,72 @@ def test_last_weights_without_a_validation_are_validated():
         temperature = fit_temperature(logits, labels)
         torch.testing.assert_close(outputs(scaled)[0], logits / temperature, rtol=1e-4, atol=1e-4)
         assert scaled.trainer.state.stage is None or scaled.trainer.state.stage.value == "train"
+
+
+def of_views(module: Any) -> tuple[Tensor, Tensor]:
+    """Return the logits (V, N, K) of the views of the validation images: as they are, and flipped; and labels."""
+    image, labels = images(SIZE).tensors
+    with torch.no_grad():
+        return torch.stack([module.eval()(image), module(image.flip(-1))]), labels
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_temperature_is_that_of_the_mean_over_views(order, tmp_path):
+    """The reference is the mean of softmaxes in float64, of a run without the callbacks."""
+    best = checkpoints(tmp_path)
+    plain = fitted(namespace="lightning")
+    tricks = [TemperatureScaling(), TestTimeAugment()][::order]
+    module = fitted(*tricks, best, enable_checkpointing=True)
+    logits, labels = of_views(plain)
+
+    def loss(beta: float) -> float:
+        mean = (beta * logits.double()).softmax(2).mean(0)
+        return -float(mean[torch.arange(SIZE), labels].log().mean())
+
+    temperature = 1 / minimize_scalar(loss, bounds=(0.05, 20), options={"xatol": 1e-12}).x
+    assert temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-5)
+    assert abs(temperature / fit_temperature(logits[0], labels) - 1) > 1e-3  # of single views
+    scaled, _ = of_views(module)
+    torch.testing.assert_close(scaled, logits / temperature, rtol=1e-4, atol=1e-4)
+    assert torch.equal(scaled.argmax(2), logits.argmax(2))
+    assert float(module.trainer.callback_metrics["temperature_scaling/ece"]) == pytest.approx(
+        calibration_scores((logits / temperature).double().softmax(2).mean(0).log(), labels).ece, abs=1e-4
+    )
+    found = torch.load(next(tmp_path.glob("*-calibrated.ckpt")), weights_only=True)["calibration"]
+    assert found["views"] == 2
+    assert "forward" not in vars(module)
+
+
+def test_vector_scaling_of_the_mean_over_views():
+    plain, module = fitted(), fitted(TemperatureScaling("vector"), TestTimeAugment())
+    logits, labels = of_views(plain)
+    temperatures, offsets = fit_vector_scaling(logits, labels)
+    expected = (logits / temperatures + offsets).float()
+    torch.testing.assert_close(of_views(module)[0], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_buffer_after_the_mean_over_views_scales_the_mean():
+    """The network is averaged, and the buffer follows in ``forward`` of the Classifier."""
+    views = TestTimeAugment(layer="model")
+    torch.manual_seed(0)
+    plain = fitted(module=classifier(Cosine()))
+    torch.manual_seed(0)
+    module = fitted(TemperatureScaling(), views, module=classifier(Cosine()))
+    logits, labels = of_views(plain)
+    mean = logits.double().softmax(2).mean(0).log()
+    factor = float(module.logit_scaling.factors)
+    assert 1 / factor == pytest.approx(fit_temperature(mean, labels), rel=1e-4)
+
+
+def test_logits_that_change_after_the_mean_over_views_are_rejected():
+    module = with_network(network(), lambda logits: 3 * logits)
+    with pytest.raises(RuntimeError, match="changes the logits after the mean over views of net"):
+        fitted(TemperatureScaling(), TestTimeAugment(layer="net"), module=module)
+
+
+def test_views_of_sigmoids_are_rejected():
+    with pytest.raises(RuntimeError, match=r"fits a softmax.*activation='sigmoid'"):
+        fitted(TemperatureScaling(), TestTimeAugment(activation="sigmoid"))
 
 
 def checkpoints(folder: Path, **kwargs: Any) -> Any:

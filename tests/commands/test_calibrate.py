@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lit_tricks import Classifier
 from lit_tricks.commands import calibrate, export
 from lit_tricks.commands.predicting.loading import load
 from lit_tricks.data import Digits
-from lit_tricks.functional import calibration_scores, fit_temperature
+from lit_tricks.functional import calibration_scores, fit_temperature, tta_views
 
 BEST = "runs/tiny/v0/checkpoints/best.ckpt"
 
@@ -136,6 +137,30 @@ def test_results_of_a_fit_name_the_calibrated_split() -> None:
     assert "val (calibrated)" not in outcome.out
     assert results("runs/marked/v0")["calibrated"] == ["test"]
     assert "| test (calibrated) |" in Path("runs/marked/v0/report.md").read_text()
+
+
+def test_views_of_the_run_are_calibrated() -> None:
+    """The reference is the mean of softmaxes over the views, by hand."""
+    Path("tta/checkpoints").mkdir(parents=True)
+    shutil.copy(BEST, "tta/checkpoints/best.ckpt")
+    views = "{class_path: lit_tricks.TestTimeAugment, init_args: {scales: [1.0, 1.25]}}"
+    Path("tta/config.yaml").write_text(f"trainer: {{callbacks: [{{class_path: lit_tricks.EMA}}, {views}]}}")
+    calibrate(ckpt="tta/checkpoints/best.ckpt", output="tta.ckpt")
+    done("calibrate", "--ckpt", "tta/checkpoints/best.ckpt", "-o", "one.ckpt", "--test_time_augment", "none")
+    words = ("--test_time_augment", "TestTimeAugment", "--test_time_augment.crops", "5")
+    done("calibrate", "--ckpt", BEST, "-o", "five.ckpt", *words)
+    results = [json.loads(Path(f"{name}.json").read_text()) for name in ("tta", "one", "five")]
+    assert [result["views"] for result in results] == [4, 1, 10]
+    model = Classifier.load_from_checkpoint(BEST, map_location="cpu", weights_only=True).eval()
+    data = Digits(batch_size=1000)
+    data.setup("validate")
+    [(images, labels)] = list(data.val_dataloader())
+    with torch.no_grad():
+        logits = torch.stack([model(view) for view in tta_views(images, True, 1, [1.0, 1.25])]).double()
+    temperature = results[0]["temperatures"][0]
+    assert temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-3)
+    nll = -(logits / temperature).softmax(2).mean(0)[torch.arange(len(labels)), labels].log().mean()
+    assert results[0]["after"]["nll"] == pytest.approx(float(nll), rel=1e-4)
 
 
 NET = """

@@ -17,13 +17,14 @@ from lit_tricks.callbacks.calibration.scaling import (
     calibration_scores,
     fit_temperature,
     fit_vector_scaling,
+    mean_of_views,
 )
 from lit_tricks.utils.modules import some_of
 
 if TYPE_CHECKING:
     from lit_tricks._compat import Trainer
 
-__all__ = ["Calibration", "calibrate_network", "find_head", "gathered", "same_outputs"]
+__all__ = ["Calibration", "calibrate_network", "find_head", "same_outputs", "scaled_logits"]
 
 NUDGES = 8  # other factors near the best one that are tried, to either side
 NUDGE = 2.0**-14  # relative distance
@@ -41,6 +42,7 @@ class Calibration:
         samples: number of images, or of pixels.
         changed: number of samples whose most probable class changes.
         outputs: outputs of the network for the images nearest to a tie, before the scaling.
+        views: number of views of each image, whose mean is the prediction.
         note: what is unusual, or "".
     """
 
@@ -51,6 +53,7 @@ class Calibration:
     samples: int
     changed: int
     outputs: Tensor
+    views: int = 1
     note: str = ""
 
     @property
@@ -74,19 +77,43 @@ class Calibration:
             "after": self.after._asdict(),
             "samples": self.samples,
             "changed": self.changed,
+            "views": self.views,
             "note": self.note,
         }
 
 
-def gathered(recorder: Recorder, trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Return the logits (N, K) and labels (N,) of all processes, in the order of the processes."""
-    own = (torch.cat(recorder.logits), torch.cat(recorder.labels))
-    if trainer.world_size == 1 or not torch.distributed.is_initialized():
-        return own
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, [each.numpy() for each in own])
-    logits, labels = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in (0, 1))
-    return logits, labels
+def gathered(recorder: Recorder, trainer: Trainer) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return logits (N, K), labels (N,) and logits of views (V, N, K) of all processes, in their order."""
+    own = [torch.cat(recorder.logits), torch.cat(recorder.labels)]
+    if recorder.views:
+        own.append(torch.cat(recorder.views, 1).transpose(0, 1))
+    found = own
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        parts: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, [each.numpy() for each in own])
+        found = [torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in range(len(own))]
+    return found[0], found[1], found[2].transpose(0, 1) if len(found) > 2 else None
+
+
+def scaled_logits(recorder: Recorder, trainer: Trainer, head: Head) -> tuple[Tensor, Tensor]:
+    """Return the logits that a head scales, (N, K), or (V, N, K) if predictions are means over views; and labels (N,).
+
+    Test-time augmentation averages probabilities after the scaling, unless the head follows the mean.
+
+    Raises:
+        RuntimeError: if the module changes the logits after the mean.
+    """
+    logits, labels, views = gathered(recorder, trainer)
+    layer = getattr(recorder.averaging, "layer", None) or ""
+    if views is None or not any(name == layer or name.startswith(f"{layer}." if layer else "") for name in head.names):
+        return logits, labels
+    expected, found = mean_of_views(views.double()), logits.double().log_softmax(1)
+    if bool(((expected - found).abs() > 0.05 * (1 + expected.abs())).any()):
+        raise RuntimeError(
+            f"{recorder.who}: {type(recorder.pl_module).__name__} changes the logits after the mean over views of "
+            f"{layer or 'forward'}. Let TestTimeAugment average the outputs of the whole network, without `layer`."
+        )
+    return views, labels
 
 
 def find_head(recorder: Recorder, trainer: Trainer, classifier: str | None, kind: str) -> Head:
@@ -142,6 +169,9 @@ def find_head(recorder: Recorder, trainer: Trainer, classifier: str | None, kind
 def calibrate_network(recorder: Recorder, trainer: Trainer, classifier: str | None, kind: str) -> Calibration:
     """Fit the scaling of a network to the recorded images of all processes.
 
+    If the recorded predictions are means over views of an image, the temperature maximizes the likelihood of the mean,
+    as a function of the temperature in each view.
+
     A temperature is accepted only if the scaled weights leave the most probable class of the images nearest to a tie as
     it is. Otherwise temperatures next to it are tried, and then the nearest power of two, which scales without
     rounding. For weights of 16 bits it is always a power of two.
@@ -156,7 +186,7 @@ def calibrate_network(recorder: Recorder, trainer: Trainer, classifier: str | No
         RuntimeError: if no layer scales the logits.
         ValueError: if the data fits no scaling.
     """
-    logits, labels = gathered(recorder, trainer)
+    logits, labels, _ = gathered(recorder, trainer)
     if not bool(logits.isfinite().all()):
         raise ValueError("the logits are not all finite, so no temperature fits them.")
     if not len(labels):
@@ -166,6 +196,7 @@ def calibrate_network(recorder: Recorder, trainer: Trainer, classifier: str | No
     if int(labels.min()) == int(labels.max()):
         raise ValueError(f"all {len(labels)} samples have the class {int(labels[0])}. A fit needs more classes.")
     outputs = recorder.rerun(like)
+    logits, labels = scaled_logits(recorder, trainer, head)
     note = ""
     if kind == "vector":
         temperatures, offsets = fit_vector_scaling(logits, labels, head.has_bias)
@@ -179,16 +210,16 @@ def calibrate_network(recorder: Recorder, trainer: Trainer, classifier: str | No
         scaling = Scaling((factor,))
         if abs(factor * temperature - 1) > 0.01:
             note = f"temperature {1 / factor:g}, a power of two, instead of {temperature:.4g}, which rounds the weights"
-    scaled = scaling.applied(logits)
-    changed = int((scaled.argmax(1) != logits.argmax(1)).sum())
+    before, after = Scaling((1.0,)).predicted(logits), scaling.predicted(logits)
     return Calibration(
         head,
         scaling,
-        calibration_scores(logits, labels),
-        calibration_scores(scaled, labels),
+        calibration_scores(before, labels),
+        calibration_scores(after, labels),
         len(labels),
-        changed,
+        int((after.argmax(1) != before.argmax(1)).sum()),
         outputs,
+        len(logits) if logits.dim() == 3 else 1,
         note,
     )
 
@@ -201,7 +232,9 @@ def _exact_factor(
     Pixels have ties without number, so a dense target takes the factor with the fewest changes.
     """
     below = 2.0 ** math.floor(math.log2(best))
-    powers = {factor: calibration_scores(factor * logits.double(), labels).nll for factor in (below, 2 * below)}
+    powers = {
+        factor: calibration_scores(Scaling((factor,)).predicted(logits), labels).nll for factor in (below, 2 * below)
+    }
     power = min(powers, key=lambda factor: powers[factor])
     if head.is_half:
         return power

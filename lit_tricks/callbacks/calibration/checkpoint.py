@@ -28,7 +28,10 @@ def describe(found: Mapping[str, Any]) -> str:
     what = f"temperature {temperatures[0]:.4g}"
     if len(temperatures) > 1:
         what = f"temperatures {min(temperatures):.4g} to {max(temperatures):.4g}"
+    if len(temperatures) > 1 or found["changed"]:
         what += f", {found['changed']} of {found['samples']} predictions changed"
+    if found.get("views", 1) > 1:
+        what += f", for the mean over {found['views']} views"
     scores = ", ".join(
         f"{name} {before[key]:.4f} -> {after[key]:.4f}"
         for name, key in {"ECE": "ece", "NLL": "nll", "Brier": "brier"}.items()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_tricks.callbacks.calibration.scaling import CHUNK, mean_of_views
 from lit_tricks.utils.dtensor import is_sharded, part_for, reshard, to_local
 from lit_tricks.utils.logit_scaling import LogitScaling
 from lit_tricks.utils.modules import find_classifier, has_matrix, own_parameter
@@ -40,6 +41,14 @@ class Scaling:
         if self.offsets:
             scaled += torch.tensor(self.offsets, dtype=torch.float64, device=logits.device).view(shape)
         return scaled
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """Return logits (N, K) of the prediction, in float64, with logits (N, K), or (V, N, K) of views to average."""
+        if logits.dim() == 2:
+            return self.applied(logits)
+        parts = torch.split(logits, max(1, CHUNK // (len(logits) * logits.size(2))), dim=1)
+        scaled = (self.applied(part.flatten(0, 1)).view(part.shape) for part in parts)
+        return torch.cat([mean_of_views(part) for part in scaled])
 
     def weight(self, value: Tensor) -> Tensor:
         """Return a scaled weight (K, ...), rounded once."""
@@ -133,7 +142,7 @@ class Head:
 
     @property
     def like(self) -> Tensor:
-        """Return a weight, whose type and device are those of inputs."""
+        """Return a weight, with the type and device of inputs."""
         return next(iter(self.parameters.values()))
 
     @property

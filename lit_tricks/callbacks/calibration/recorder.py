@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_tricks._compat import compiled_call_of, leaves
+from lit_tricks._compat import callbacks_of, compiled_call_of, leaves
+from lit_tricks.callbacks.base import unwrapped
 from lit_tricks.utils.batch import describe, find
 from lit_tricks.utils.logit_scaling import LogitScaling
 from lit_tricks.utils.modules import batchnorms_of, find_classifier
@@ -39,9 +40,19 @@ class Recorder:
         dataset: data set of the first loader.
         rank: number of the process.
         replicas: number of processes.
+        averaging: the callback that averages predictions over views of an image, if there is one.
     """
 
-    def __init__(self, pl_module: nn.Module, classifier: str, who: str, dataset: Any, rank: int, replicas: int) -> None:
+    def __init__(
+        self,
+        pl_module: nn.Module,
+        classifier: str,
+        who: str,
+        dataset: Any,
+        rank: int,
+        replicas: int,
+        averaging: Any = None,
+    ) -> None:
         self.pl_module: nn.Module = pl_module
         self.who: str = who
         self.dataset: Any = dataset
@@ -51,6 +62,10 @@ class Recorder:
         self.are_probabilities: bool = False
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
+        self.views: list[Tensor] = []  # logits (V, N, K) of the views, if predictions are means over views
+        self.averaging: Any = averaging
+        if averaging is not None:
+            averaging.recorded = []
         self._seen = 0
         self._calls: dict[int, tuple[Any, Any, Tensor]] = {}  # first call of each module in this step
         self._ties: list[tuple[float, list[Any], dict[str, Any]]] = []
@@ -75,7 +90,9 @@ class Recorder:
 
     def close(self) -> None:
         """Remove the hooks, and drop all but the inputs nearest to a tie."""
-        self.logits, self.labels = [], []
+        self.logits, self.labels, self.views = [], [], []
+        if self.averaging is not None:
+            self.averaging.recorded = None
         for handle in self._handles:
             handle.remove()
         self._handles, self._calls = [], {}
@@ -91,6 +108,9 @@ class Recorder:
             RuntimeError: if the batch has no single label per image or pixel, or no output fits the labels.
         """
         calls, self._calls = self._calls, {}
+        views: list[Tensor] = []
+        if self.averaging is not None:
+            views, self.averaging.recorded = self.averaging.recorded[:1], []
         _, _, labels = find(batch, self.who)
         if labels.is_floating_point() or (labels.dim() == 2 and labels.size(1) > 1):
             raise RuntimeError(
@@ -101,7 +121,7 @@ class Recorder:
             args, kwargs, output = calls[place]
             target = labels_for(labels, output)
             if target is not None:
-                self._add(self._modules[place], args, kwargs, output, target)
+                self._add(self._modules[place], args, kwargs, output, target, views[0] if views else None)
                 return
         shapes = ", ".join(describe(output) for _, _, output in calls.values()) or "no output"
         one = any(output.size(-1) == 1 for _, _, output in calls.values())
@@ -116,7 +136,9 @@ class Recorder:
             f"{type(self.pl_module).__name__}, but {shapes}. {remedy}"
         )
 
-    def _add(self, source: nn.Module, args: Any, kwargs: Any, output: Tensor, labels: Tensor) -> None:
+    def _add(
+        self, source: nn.Module, args: Any, kwargs: Any, output: Tensor, labels: Tensor, views: Tensor | None
+    ) -> None:
         places = torch.arange(self._seen, self._seen + len(labels)) * self.replicas + self.rank
         self._seen += len(labels)
         if self.source is None:
@@ -127,15 +149,14 @@ class Recorder:
         # a sampler repeats some images, so that all processes have as many
         known = len(self.dataset) if self.replicas > 1 and hasattr(self.dataset, "__len__") else math.inf
         once = (places < known).to(output.device)
-        self._keep_ties(args, kwargs, logits)
-        rows, targets = logits[once], labels[once]
-        if rows.dim() > 2:
-            chosen = spread(math.prod(rows.shape[2:]), rows.size(-1)).to(rows.device)
-            rows = rows.flatten(2)[..., chosen].transpose(1, 2).flatten(0, 1)
-            targets = targets.flatten(1)[..., chosen].flatten()
+        self._keep_ties(args, kwargs, logits if views is None else views[0].float())
+        targets = _samples(labels[:, None], once)[:, 0]
+        rows = _samples(logits, once)
         valid = (targets >= 0) & (targets < rows.size(1))  # an ignored label is no class
         self.logits.append(rows[valid].cpu())
         self.labels.append(targets[valid].long().cpu())
+        if views is not None:
+            self.views.append(torch.stack([_samples(view.float(), once)[valid].cpu() for view in views]))
 
     def logs(self, output: Tensor) -> Tensor:
         """Return an output as logits in float32: logarithms of probabilities, and other outputs as they are."""
@@ -167,10 +188,17 @@ class Recorder:
         args = [_joined(values, like) for values in zip(*(tie[0] for tie in ties), strict=True)]
         kwargs = {key: _joined([tie[1][key] for tie in ties], like) for key in ties[0][1]}
         autocast = torch.autocast(like.device.type, enabled=False)
-        with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):  # other sizes would compile again
+        eager = torch.compiler.set_stance("force_eager")  # other sizes would compile again
+        with torch.no_grad(), autocast, eager, self._single_views():
             output: Tensor = self.source(*args, **kwargs)
         self._calls = {}
         return output
+
+    def _single_views(self) -> contextlib.AbstractContextManager[None]:
+        """Evaluate images by themselves for a while, and not the mean over their views."""
+        if self.averaging is None:
+            return contextlib.nullcontext()
+        return unwrapped(self.pl_module.get_submodule(self.averaging.layer or ""), "forward")
 
 
 def record(trainer: Trainer, pl_module: LightningModule, classifier: str | None, who: str) -> Recorder:
@@ -197,7 +225,14 @@ def record(trainer: Trainer, pl_module: LightningModule, classifier: str | None,
         found = found or [path for path, part in parts.items() if isinstance(part, LogitScaling)]
     loaders = leaves(trainer.val_dataloaders)
     dataset = getattr(loaders[0], "dataset", None) if loaders else None
-    return Recorder(pl_module, found[0] if found else "", who, dataset, trainer.global_rank, trainer.world_size)
+    averaging: Any = next((each for each in callbacks_of(trainer) if getattr(each, "averages_views", False)), None)
+    if getattr(averaging, "activation", "softmax") != "softmax":
+        raise RuntimeError(
+            f"{who} fits a softmax, and {type(averaging).__name__}(activation='{averaging.activation}') averages "
+            "sigmoids, which need a temperature of another kind: leave one of the two out."
+        )
+    classifier, rank, number = found[0] if found else "", trainer.global_rank, trainer.world_size
+    return Recorder(pl_module, classifier, who, dataset, rank, number, averaging)
 
 
 def _statistics_of_first(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -217,6 +252,15 @@ def labels_for(labels: Tensor, output: Tensor) -> Tensor | None:
         labels = labels[:, 0]
     fits = output.dim() in (2, 4) and output.size(1) > 1 and labels.shape == (output.size(0), *output.shape[2:])
     return labels if fits else None
+
+
+def _samples(values: Tensor, once: Tensor) -> Tensor:
+    """Return values (N, K) or (N, K, H, W) of some images as rows (n, K), of some of their pixels."""
+    rows = values[once]
+    if rows.dim() > 2:
+        chosen = spread(math.prod(rows.shape[2:]), rows.size(-1)).to(rows.device)
+        rows = rows.flatten(2)[..., chosen].transpose(1, 2).flatten(0, 1)
+    return rows
 
 
 def spread(number: int, width: int) -> Tensor:

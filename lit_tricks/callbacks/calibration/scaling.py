@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BOUNDS", "Scores", "calibration_scores", "fit_temperature", "fit_vector_scaling"]
+__all__ = ["BOUNDS", "Scores", "calibration_scores", "fit_temperature", "fit_vector_scaling", "mean_of_views"]
 
 BOUNDS = (0.05, 20.0)  # of a temperature
 MOST_OFFSET = 20.0  # absolute value
 CHUNK = 2**22  # logits that are in float64 at a time
 BINS = 15
+GRID = 16  # inverse temperatures that are tried for a mean over views, whose likelihood may have several maxima
 
 
 class Scores(NamedTuple):
@@ -40,8 +41,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     likelihood still increases at an end of this range, the end is returned: 0.05 if all labels have the highest logit,
     20 if the logits are worse than a guess.
 
+    With several views per image, ``mean(softmax(logits / T))`` is the probability. Its likelihood may
+    have several maxima, so a grid of temperatures comes first.
+
     Args:
-        logits: logits or log-probabilities (N, K).
+        logits: logits or log-probabilities (N, K), or (V, N, K) for V views of each image.
         labels: class indices (N,).
 
     Raises:
@@ -54,13 +58,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     _check(logits, labels)
     low, high = 1 / BOUNDS[1], 1 / BOUNDS[0]
-    if _slope(logits, labels, high)[0] <= 0:
-        return BOUNDS[0]
-    if _slope(logits, labels, low)[0] >= 0:
-        return BOUNDS[1]
     beta = 1.0
+    if logits.dim() == 3:
+        grid = [low * (high / low) ** (i / (GRID - 1)) for i in range(GRID)]
+        losses = [_slope(logits, labels, each)[2] for each in grid]
+        best = losses.index(min(losses))
+        low, beta, high = grid[max(best - 1, 0)], grid[best], grid[min(best + 1, GRID - 1)]
+    if high >= 1 / BOUNDS[0] and _slope(logits, labels, high)[0] <= 0:
+        return BOUNDS[0]
+    if low <= 1 / BOUNDS[1] and _slope(logits, labels, low)[0] >= 0:
+        return BOUNDS[1]
     for _ in range(100):
-        slope, curvature = _slope(logits, labels, beta)
+        slope, curvature, _ = _slope(logits, labels, beta)
         low, high = (low, beta) if slope > 0 else (beta, high)
         step = beta - slope / curvature if curvature > 0 else math.inf
         if not low < step < high:  # Newton's step leaves the interval that has the minimum
@@ -71,6 +80,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return 1 / beta
 
 
+def mean_of_views(logits: Tensor) -> Tensor:
+    """Return the logarithm of the mean probability (N, K) over views with these logits (V, N, K)."""
+    return logits.log_softmax(2).logsumexp(0) - math.log(len(logits))
+
+
 def fit_vector_scaling(logits: Tensor, labels: Tensor, offset: bool = True) -> tuple[Tensor, Tensor]:
     """Return the temperatures and offsets that maximize the likelihood under ``softmax(logits / T + b)``.
 
@@ -78,7 +92,7 @@ def fit_vector_scaling(logits: Tensor, labels: Tensor, offset: bool = True) -> t
     common temperature. Temperatures stay within [0.05, 20], and offsets within [-20, 20] around their mean 0.
 
     Args:
-        logits: logits (N, K).
+        logits: logits (N, K), or (V, N, K) for V views of each image, whose mean probability is fitted.
         labels: class indices (N,). Each class needs a sample.
         offset: whether there are offsets. Without them they are 0.
 
@@ -96,7 +110,7 @@ def fit_vector_scaling(logits: Tensor, labels: Tensor, offset: bool = True) -> t
                 [0.5000, 0.5000]], dtype=torch.float64)
     """
     _check(logits, labels)
-    classes = logits.size(1)
+    classes = logits.size(-1)
     missing = (torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist()
     if missing:
         raise ValueError(
@@ -160,40 +174,53 @@ def calibration_scores(logits: Tensor, labels: Tensor) -> Scores:
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
-    if not len(labels) or logits.dim() != 2 or logits.shape[:1] != labels.shape:
+    if not len(labels) or logits.dim() not in (2, 3) or logits.shape[-2:-1] != labels.shape:
         raise ValueError(f"logits (N, K) and labels (N,) are needed, got {(*logits.shape,)} and {(*labels.shape,)}.")
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.size(1):
-        raise ValueError(f"labels must be in [0, {logits.size(1)}), got {int(labels.min())} to {int(labels.max())}.")
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.size(-1):
+        raise ValueError(f"labels must be in [0, {logits.size(-1)}), got {int(labels.min())} to {int(labels.max())}.")
     if not bool(logits.isfinite().all()):
         raise ValueError("the logits are not all finite, so no temperature fits them.")
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, CHUNK // logits.size(1))
-    for chunk, label in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
+    rows = max(1, CHUNK * labels.numel() // max(1, logits.numel()))
+    for chunk, label in zip(torch.split(logits, rows, dim=-2), torch.split(labels, rows), strict=True):
         yield chunk.double(), label
 
 
-def _slope(logits: Tensor, labels: Tensor, beta: float) -> tuple[float, float]:
-    """Return the first and second derivative of the mean negative log-likelihood in ``1 / T``."""
-    slope = curvature = 0.0
+def _views(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (V, n, K), and labels as indices (V, n, 1)."""
     for chunk, label in _chunks(logits, labels):
-        probabilities = (beta * chunk).softmax(1)
-        mean = (probabilities * chunk).sum(1)
-        slope += float((mean - chunk.gather(1, label[:, None])[:, 0]).sum())
-        curvature += float((probabilities * (chunk - mean[:, None]).square()).sum())
-    return slope / len(labels), curvature / len(labels)
+        views = chunk if chunk.dim() == 3 else chunk[None]
+        yield views, label[None, :, None].expand(len(views), -1, 1)
+
+
+def _slope(logits: Tensor, labels: Tensor, beta: float) -> tuple[float, float, float]:
+    """Return first and second derivative of the mean negative log-likelihood in ``1 / T``, and its value."""
+    slope = curvature = value = 0.0
+    for views, label in _views(logits, labels):
+        logs = (beta * views).log_softmax(2)
+        own, probabilities = logs.gather(2, label)[..., 0], logs.exp()
+        mean = (probabilities * views).sum(2)
+        variance = (probabilities * (views - mean[..., None]).square()).sum(2)
+        of_views = views.gather(2, label)[..., 0] - mean  # derivatives of the logarithms
+        share = own.softmax(0)
+        gain = (share * of_views).sum(0)
+        slope -= float(gain.sum())
+        curvature += float(((share * (variance - of_views.square())).sum(0) + gain.square()).sum())
+        value -= float((own.logsumexp(0) - math.log(len(views))).sum())
+    return slope / len(labels), curvature / len(labels), value / len(labels)
 
 
 def _gradient(logits: Tensor, labels: Tensor, factors: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mean negative log-likelihood, and its gradients by the factors and the offsets."""
     loss = torch.zeros((), dtype=torch.float64)
     by_factor, by_offset = torch.zeros_like(factors), torch.zeros_like(offsets)
-    for chunk, label in _chunks(logits, labels):
-        logs = (chunk * factors + offsets).log_softmax(1)
-        loss -= logs.gather(1, label[:, None]).sum()
-        error = logs.exp()
-        error[torch.arange(len(label)), label] -= 1
-        by_factor += (error * chunk).sum(0)
-        by_offset += error.sum(0)
+    for views, label in _views(logits, labels):
+        logs = (views * factors + offsets).log_softmax(2)
+        own = logs.gather(2, label)
+        loss -= (own.logsumexp(0) - math.log(len(views))).sum()
+        error = logs.exp().scatter_add(2, label, -torch.ones_like(own)) * own.softmax(0)
+        by_factor += (error * views).sum((0, 1))
+        by_offset += error.sum((0, 1))
     return loss / len(labels), by_factor / len(labels), by_offset / len(labels)

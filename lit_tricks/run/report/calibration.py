@@ -83,4 +83,6 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         "changed": f"{result['changed']} of {result['samples']} predictions",
         "layer": ", ".join(result["layers"]),
     }
+    if result["views"] > 1:
+        found["views"] = f"{result['views']} per image, whose mean is calibrated"
     return [f"{name:>15}  {value}" for name, value in found.items()]
