@@ -8,7 +8,7 @@ Random draws are arguments, so that every function returns the same for the same
 | ClassBalanced | ``class_balanced_weights`` |
 | CutMix | ``cutmix_box``, ``cutmix``, ``kept_area`` |
 | DropPath | ``drop_path_rates``, ``drop_path`` |
-| EMA | ``ema_decay``, ``ema_decay_of_half_life`` |
+| EMA | ``ema_decay``, ``ema_decay_of_half_life``, ``power_ema_decay``, ``power_ema_exponent``, ``power_ema_mixture`` |
 | FocalLoss | ``focal_factor`` |
 | GeneralizedCrossEntropy | ``box_cox`` |
 | KnowledgeDistillation | ``distillation_divergence``, ``dist_divergence`` |
@@ -29,6 +29,7 @@ Random draws are arguments, so that every function returns the same for the same
 | XavierInit | ``xavier_uniform`` |
 """
 
+from lit_tricks.callbacks.averaging.power_law import power_ema_decay, power_ema_exponent, power_ema_mixture
 from lit_tricks.callbacks.binary_cross_entropy import multi_hot, prior_logit
 from lit_tricks.callbacks.calibration.scaling import calibration_scores, fit_temperature, fit_vector_scaling
 from lit_tricks.callbacks.class_balanced import class_balanced_weights
@@ -85,6 +86,9 @@ __all__ = [
     "multi_hot",
     "muon_lr_scale",
     "orthogonalize",
+    "power_ema_decay",
+    "power_ema_exponent",
+    "power_ema_mixture",
     "prior_logit",
     "progressive_side",
     "sparsity",
