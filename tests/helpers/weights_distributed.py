@@ -40,7 +40,7 @@ class History(lightning().Callback):  # type: ignore[misc]
         self.validated.append(weights_of(module))
 
 
-def fit(case: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, Any]:
+def fit(case: str, *callbacks: Any, root: Path, ckpt_path: Path | None = None) -> dict[str, Any]:
     how = dict(CASES[case])
     precision = how.pop("precision", None)
     strategies = lightning().strategies
@@ -51,9 +51,11 @@ def fit(case: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, 
     history = History()
     # no summary: it would run its example through the first process alone, and FSDP2 then waits for the others' shards
     how = {"strategy": plan, "devices": 2, "use_distributed_sampler": False, "enable_model_summary": False}
-    trainer = make_trainer(*callbacks, history, precision=precision, num_sanity_val_steps=0, **how)
+    how |= {"precision": precision, "num_sanity_val_steps": 0, "default_root_dir": root}
+    trainer = make_trainer(*callbacks, history, **how)
     torch.manual_seed(0)
     trainer.fit(module, train_loader(rank=RANK, world_size=2), eval_loader(), ckpt_path=ckpt_path)
+    files = sorted((root / "ema_snapshots-power").glob("*")) if RANK == 0 else []
     aside = [c.state_dict() for c in callbacks if isinstance(c, EMA) and not c.validate and "shards" not in case]
     return {
         "weights": weights_of(module),
@@ -63,12 +65,18 @@ def fit(case: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, 
             dict(zip(c._weights.names, c._weights._average, strict=True)) for c in callbacks if isinstance(c, EMA)
         ],
         "aside": aside,
+        "snapshots": {file.name: torch.load(file, weights_only=True) for file in files},
+        "writes": [c._folder is not None for c in callbacks if isinstance(c, EMA)],
         "trainer": trainer,
     }
 
 
 def emas() -> list[EMA]:
-    return [EMA(0.8, validate="both"), EMA(0.5, validate=False, name="aside", device="cpu")]
+    return [
+        EMA(0.8, validate="both"),
+        EMA(0.5, validate=False, name="aside", device="cpu"),
+        EMA(power=[0.05, 0.2], snapshots=4, validate=False, name="power"),
+    ]
 
 
 class Spectral(sharded_class("lightning")):  # type: ignore[misc]
@@ -119,7 +127,7 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {f"spectral {case}": fit_spectral(case, folder) for case in ("DDP", "FSDP2")}
     for case in CASES:
         saver = Saver(folder / case, steps=(3, 8))
-        full = fit(case, *emas(), saver)
+        full = fit(case, *emas(), saver, root=folder / case / "full")
         after = folder / case / "after.ckpt"
         full.pop("trainer").save_checkpoint(after, weights_only="shards" in case)
         checkpoints = {}
@@ -129,9 +137,9 @@ def main(folder: Path) -> None:
                 checkpoints[path.name] = {key: state[key] for key in ("state_dict", "global_step", "callbacks")}
         resumed = {}
         for path in saver.paths:
-            resumed[path.name] = fit(case, *emas(), ckpt_path=path)
+            resumed[path.name] = fit(case, *emas(), ckpt_path=path, root=folder / case / f"from {path.name}")
             del resumed[path.name]["trainer"]
-        plain = fit(case)
+        plain = fit(case, root=folder / case / "plain")
         del plain["trainer"]
         found[case] = {"full": full, "resumed": resumed, "plain": plain, "checkpoints": checkpoints}
     torch.save(found, folder / f"{RANK}.pt")

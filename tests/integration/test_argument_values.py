@@ -39,6 +39,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
         "validate": "true",
         "name": 'null "nan"',
         "device": "null",
+        "power": "null",
     },
     "FixRes": {
         "test_size": "null",

@@ -273,6 +273,20 @@ class AveragedWeights:
                 average = {n: _unsaved(mean, pairs[n][0].dtype) if n in saved else mean for n, mean in average.items()}
         return {"raw": raw, "average": average}
 
+    @torch.no_grad()
+    def whole(self) -> dict[str, Tensor]:
+        """Return the averaged tensors by name, without vectors of spectral norms, which belong to the weights.
+
+        Shards are gathered into the first process. The other processes return nothing.
+        """
+        self.finish()
+        found = {
+            name: shard_like(own, mean.to(own.device)) if is_sharded(own) else mean
+            for name, own, mean in zip(self.names, self._live(), self._average, strict=True)
+        }
+        found = dict(list(found.items())[: self._first_vector])
+        return _gathered(found) if self._sharded else found
+
     def _update_vectors(self) -> None:
         """Compute the vectors of spectral norms for the average, unless they are up to date."""
         if self._norms and self._stale:

@@ -12,6 +12,7 @@ from helpers.fits import differences
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lit_tricks.callbacks.averaging.power_law import power_ema_exponent
 from lit_tricks.callbacks.averaging.store import AveragedWeights
 
 timm = pytest.importorskip("timm")
@@ -234,6 +235,29 @@ def test_two_processes_resume_bitwise(case, weights_ranks):
             ), path
             for left, right in zip(resumed["shadows"], full["shadows"], strict=True):
                 assert not differences(*({k: v for k, v in x.items() if is_trained(k)} for x in (left, right))), path
+
+
+@each_case
+def test_one_process_writes_whole_snapshots_and_resumes_them_bitwise(case, weights_ranks):
+    first, other = (rank[case]["full"] for rank in weights_ranks)
+    assert [first["writes"], other["writes"]] == [[False, False, True], [False, False, False]]
+    assert list(first["snapshots"]) == ["12.pt", "3.pt", "6.pt", "9.pt"]
+    last = first["snapshots"]["12.pt"]
+    for length, means, exponents in zip(last["lengths"], last["averages"], last["exponents"], strict=True):
+        power = power_ema_exponent(length) + 1
+        shares = [((step + 1) / 12) ** power - (step / 12) ** power for step in range(12)]
+        for name, mean in means.items():
+            values = [share * trained[name].double() for share, trained in zip(shares, first["trained"], strict=True)]
+            torch.testing.assert_close(mean.double() * 2.0 ** exponents[name], sum(values), rtol=1e-3, atol=1e-3)
+    for path, resumed in weights_ranks[0][case]["resumed"].items():
+        trained = [
+            {
+                name: [{n: v for n, v in a.items() if is_trained(n)} for a in each["averages"]]
+                for name, each in of.items()
+            }
+            for of in (resumed["snapshots"], first["snapshots"])
+        ]
+        assert not differences(*trained), path
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "shards" not in case])
