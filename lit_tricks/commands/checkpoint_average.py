@@ -2,6 +2,8 @@
 
 One caveat: a uniform average is good where the checkpoints lie in one basin: of one run, or of runs that started from
 the same weights. The average of runs from different random weights is worthless.
+
+``--ema_length`` averages within one run instead, from the snapshots of ``EMA(power=...)``.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from lit_tricks.commands.checkpoints import (
     RUN,
     checkpoint_at,
     class_path_in,
+    data_of,
     module_of,
     read_checkpoint,
     require_finite,
 )
+from lit_tricks.commands.ema_lengths import lengths_of, mixed, mixtures_of, snapshots_of, write_lengths
 from lit_tricks.commands.progress import progress
 from lit_tricks.utils.batch import arguments_of
 from lit_tricks.utils.checkpoint_files import write_checkpoint
@@ -82,6 +86,7 @@ def average(
     module: LightningModule | None = None,
     num_samples: int = 8192,
     overwrite: bool = False,
+    ema_length: str | None = None,
 ) -> Path:
     """Average finished checkpoints into one that loads like any other.
 
@@ -90,26 +95,41 @@ def average(
     optimizer, is left out. With ``data`` the statistics of BatchNorm are re-estimated for the new weights. Without
     ``data`` the statistics are averaged too, and a network with BatchNorm may lose most of its accuracy.
 
+    ``ema_length`` gives averages within one run instead, which are mixed from the snapshots of
+    ``EMA(power=[0.05, 0.2])`` ([Karras et al., 2024](https://arxiv.org/abs/2312.02696)). The average of each length is
+    validated, and the best one is written. A .csv file of the same name as ``output`` has the metric of each length.
+    The test split is not used.
+
     Args:
-        checkpoints: two or more checkpoints of the same model, each a file or a run folder (its best checkpoint).
+        checkpoints: two or more checkpoints of the same model, each a file or a run folder (its best checkpoint). With
+            ``ema_length``: one run folder (its last checkpoint), or one checkpoint of the run.
         output: file to write.
         greedy: start from the checkpoint with the best ``metric``, and add the others in the order of their metric,
             each only if the average does not get worse. Needs ``data``.
         metric: metric to compare, which the model logs in validation.
         mode: whether higher ("max") or lower ("min") is better.
-        data: training data to re-estimate BatchNorm from, and validation data for ``greedy``.
+        data: training data to re-estimate BatchNorm from, and validation data for ``greedy`` and ``ema_length``; for
+            ``ema_length`` by default the data of the run.
         module: module that the weights belong to; by default from the checkpoints.
         num_samples: training samples to re-estimate BatchNorm from, 1 or more.
         overwrite: replace ``output`` if it exists.
+        ema_length: length of the average, as the standard deviation of its profile in the run: "0.1" for one length,
+            "0.05:0.25" for five lengths in this range, "0.05:0.25:9" for nine. Lengths between the two of ``power``,
+            and a little beyond, can be mixed: the error of the profile must be below 5 %.
 
     Returns:
         The path of the new checkpoint.
 
     Raises:
-        FileNotFoundError: if a checkpoint, or the folder of ``output``, does not exist.
+        FileNotFoundError: if a checkpoint, or the folder of ``output``, does not exist; or a run without snapshots.
         FileExistsError: if ``output`` exists, without ``overwrite``.
-        ValueError: if a file is no checkpoint, or belongs to another model; or for arguments that exclude each other.
+        ValueError: if a file is no checkpoint, or belongs to another model; for arguments that exclude each other; or
+            for a length that cannot be mixed from the snapshots.
     """
+    if ema_length is not None:
+        lengths = lengths_of(ema_length)
+        path = _check_run(checkpoints, output, greedy, num_samples, overwrite)
+        return _choose_length(path, lengths, output, metric, mode, data, module, num_samples)
     paths = _check(checkpoints, output, greedy, data, num_samples, overwrite)
     first = read_checkpoint(paths[0])
     for path in paths:
@@ -214,6 +234,51 @@ class _Workshop:
                 return
 
 
+def _choose_length(
+    path: Path,
+    lengths: list[float],
+    output: str,
+    metric: str,
+    mode: str,
+    data: LightningDataModule | None,
+    module: LightningModule | None,
+    num_samples: int,
+) -> Path:
+    """Write the average of a run that is best on validation, and the table of all lengths."""
+    first = read_checkpoint(path)
+    snapshots = snapshots_of(path, first)
+    mixtures = mixtures_of(snapshots, lengths)
+    data = data_of(path) if data is None else data
+    if data is None and len(lengths) > 1:
+        raise ValueError(
+            f"--ema_length with a range compares metrics of validation data, and {path} does not name its data: give "
+            "--data, such as --data Digits."
+        )
+    module = module or _module(path, first, needed=True)
+    assert module is not None
+    workshop = _Workshop(module, data, num_samples)
+    if data is None and batchnorms_of(module):
+        log.warning("the statistics of BatchNorm are averaged, not re-estimated: give --data to do that")
+    sign, scores, chosen, best = 1 if mode == "max" else -1, dict[float, float](), lengths[0], State()
+    with progress("averages", len(lengths)) as advance:
+        for length, (shares, error) in mixtures.items():
+            state = workshop.complete(mixed(snapshots, shares, first["state_dict"], module))
+            require_finite(path, state, module)
+            if data is not None:
+                scores[length] = workshop.score(state, metric)
+                log.info("length %g: %s %.6g (profile error %.1f %%)", length, metric, scores[length], 100 * error)
+            if not best or sign * scores[length] > sign * scores[chosen]:
+                chosen, best = length, state
+            advance(1)
+    kept = {key: value for key, value in first.items() if key not in RUN}
+    origin = {"averaged_from": [str(file) for file in snapshots.files.values()], "ema_length": chosen}
+    write_checkpoint(kept | {"state_dict": best} | origin, output)
+    write_lengths(Path(output).with_suffix(".csv"), {n: error for n, (_, error) in mixtures.items()}, scores, metric)
+    why = f", the best of {len(lengths)} on validation" if len(lengths) > 1 else ""
+    log.info("%s: the average of length %g of %s%s", output, chosen, path, why)
+    return Path(output)
+
+
 def _soup(paths: Sequence[Path], workshop: _Workshop) -> State:
     return workshop.complete(mean_of((read_checkpoint(path)["state_dict"] for path in paths), workshop.copied))
 
@@ -240,6 +305,20 @@ def _greedy(paths: list[Path], workshop: _Workshop, metric: str, mode: str) -> t
     return chosen, state
 
 
+def _check_run(checkpoints: list[str], output: str, greedy: bool, num_samples: int, overwrite: bool) -> Path:
+    if len(checkpoints) != 1:
+        raise ValueError(f"--ema_length averages within one run, got {len(checkpoints)} checkpoints. Give one.")
+    if greedy:
+        raise ValueError("--ema_length and --greedy exclude each other: leave out one of them.")
+    _check_output(Path(output), overwrite, num_samples)
+    table = Path(output).with_suffix(".csv")
+    if table == Path(output):
+        raise ValueError(f"--output {output} is a checkpoint: end its name with .ckpt.")
+    if table.exists() and not overwrite:
+        raise FileExistsError(f"--output {output}: {table} exists. Choose another name, or give --overwrite.")
+    return checkpoint_at(checkpoints[0], prefer="last")
+
+
 def _check(
     checkpoints: list[str], output: str, greedy: bool, data: object, num_samples: int, overwrite: bool
 ) -> list[Path]:
@@ -248,15 +327,19 @@ def _check(
     paths = [checkpoint_at(checkpoint) for checkpoint in checkpoints]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a checkpoint is given twice: it would count double. Give each once.")
-    if Path(output).exists() and not overwrite:
-        raise FileExistsError(f"--output {output} exists: choose another name, or give --overwrite to replace it.")
-    if not Path(output).resolve().parent.is_dir():
-        raise FileNotFoundError(f"--output {output} lies in a folder that does not exist: make it first.")
+    _check_output(Path(output), overwrite, num_samples)
     if greedy and data is None:
         raise ValueError("--greedy compares metrics of validation data: give --data, such as --data Digits.")
+    return paths
+
+
+def _check_output(output: Path, overwrite: bool, num_samples: int) -> None:
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"--output {output} exists: choose another name, or give --overwrite to replace it.")
+    if not output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--output {output} lies in a folder that does not exist: make it first.")
     if num_samples < 1:
         raise ValueError(f"--num_samples={num_samples} is below 1; 1,000 to 10,000 do.")
-    return paths
 
 
 def _check_same(first: dict[str, Any], other: dict[str, Any], first_path: Path, path: Path) -> None:

@@ -34,7 +34,8 @@ def commands(page: str) -> list[list[str]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the runs ``runs/quickstart/v0`` and ``runs/finetune/v0``, and images in class folders."""
     with workplace(tmp_path_factory.mktemp("docs")) as folder:
-        done(*FIT, "--name=quickstart")
+        snapshots = ("--trainer.callbacks+=EMA", "--trainer.callbacks.power=[0.05,0.2]")
+        done(*FIT, "--name=quickstart", *snapshots, "--trainer.limit_train_batches=8")
         write_image_folder(folder / "PATH")
         shutil.copytree("runs/quickstart", "runs/finetune")
         for number, name in enumerate(("ant", "bee", "cow")):
