@@ -86,7 +86,9 @@ def snapshots_of(path: Path, content: Mapping[str, Any]) -> Snapshots:
     files = snapshots_in(found[0])
     lengths = [read_snapshot(file).lengths for file in files.values()]
     if any(each != lengths[0] for each in lengths):
-        raise ValueError(f"{NAME}: {found[0]} has snapshots of averages of different lengths. Keep those of one run.")
+        raise ValueError(
+            f"{NAME}: {found[0]} has snapshots of averages of different lengths. Keep the files of one run."
+        )
     return Snapshots(files, lengths[0])
 
 

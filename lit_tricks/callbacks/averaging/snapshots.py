@@ -98,7 +98,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Write a snapshot atomically. Tensors are written in fp16, divided by the power of 2 above their largest value.
 
     The power of 2 keeps large variances and small weights in the range of fp16. A value is rounded by at most 1 / 2048
-    of itself. Complex tensors, and tensors with values that are not finite, keep their type.
+    of itself, or ``2 ** -24`` of the tensor's largest value. Complex tensors, and tensors with values that are not
+    finite, keep their type.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{snapshot.updates}{SUFFIX}"
