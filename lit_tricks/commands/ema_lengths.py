@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lit_tricks.callbacks.averaging.power_law import LONGEST, power_ema_mixture
@@ -117,19 +118,26 @@ def mixed(
     Args:
         snapshots: the snapshots.
         shares: share of each stored average, in the order of ``mixtures_of``.
-        state: state dict of the run. Tensors that the run did not average are taken from it.
+        state: state dict of the run. It gives the tensors that were not averaged, and frozen tensors, which have more
+            than the 16 bits of a snapshot.
         module: module of the state dict, which has the names of shared tensors.
 
     Raises:
         ValueError: if the averages are of another module.
     """
     means: dict[str, Tensor] = {}
+    constant: dict[str, Tensor] = {}  # equal in all averages so far
     of_each = iter(shares)
     for file in snapshots.files.values():
         for average in read_snapshot(file).averages:
             share = next(of_each)
             for name, tensor in average.items():
-                means[name] = means[name].add_(tensor, alpha=share) if name in means else tensor * share
+                if name not in means:
+                    means[name], constant[name] = tensor * share, tensor
+                    continue
+                means[name].add_(tensor, alpha=share)
+                if name in constant and not torch.equal(constant[name], tensor):
+                    del constant[name]
     keys: dict[int, list[str]] = {}
     for key, tensor in module.state_dict(keep_vars=True).items():
         keys.setdefault(id(tensor), []).append(key)
@@ -142,7 +150,7 @@ def mixed(
                 f"no {name!r} of shape {tuple(mean.shape)}. Set --module to the module of the run."
             )
         for key in keys.get(id(tensors[name]), ()):
-            if key in new:
+            if key in new and name not in constant:
                 new[key] = mean.to(new[key].dtype)
     return new
 

@@ -32,6 +32,7 @@ class Scored(module_class("lightning")):  # type: ignore[misc]
         self.save_hyperparameters()
         self.target = target
         self.shared = self.net[1].weight
+        self.net[0][0].requires_grad_(False)
         self.register_buffer("steps", torch.zeros(()))  # no statistic, so it is not averaged
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -122,6 +123,7 @@ def test_state_dict_is_complete_and_not_averaged_parts_are_kept(trained):
     assert torch.equal(found["shared"], found["net.1.weight"])
     assert not torch.equal(found["shared"], last["shared"])
     assert found["steps"] == last["steps"] == 80
+    assert torch.equal(found["net.0.0.weight"], last["net.0.0.weight"])  # frozen, and not rounded to 16 bits
     Scored().load_state_dict(found)
 
 
