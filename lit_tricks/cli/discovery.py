@@ -68,7 +68,7 @@ def _rows(kind: str, timm: bool) -> dict[str, str]:
 
 def _networks() -> dict[str, Entry]:
     """Return the networks that ``--model.model`` accepts by name, in addition to timm's."""
-    return {"resnet": public_names("models")["resnet"]}
+    return {name: public_names("models")[name] for name in ("resnet", "small_vgg")}
 
 
 def _timm_models() -> dict[str, str]:

@@ -126,4 +126,6 @@ def _require_class(words: list[str]) -> None:
 def _is_network(name: str) -> bool:
     import timm
 
-    return name == "resnet" or timm.is_model(name)
+    from lit_tricks.models.factory import NETWORKS
+
+    return name in NETWORKS or timm.is_model(name)

@@ -156,7 +156,9 @@ class Facts:
         links = [link_of(getattr(callbacks, name).__doc__) for name in names if name in callbacks.__all__]
         ours = self.module.rpartition(".")[2] in ("Classifier", "")
         methods = {self.data, self.optimizer.rpartition(".")[2]} | ({"timm"} if ours else set())
-        methods |= {known for known in ("resnet", "inception_v3", "mobilenetv1") if self.model.startswith(known)}
+        methods |= {
+            known for known in ("resnet", "small_vgg", "inception_v3", "mobilenetv1") if self.model.startswith(known)
+        }
         if self.model == "resnet" and (self.settings.get("model_args") or {}).get("variant", "D") != "B":
             links.append("https://arxiv.org/abs/1812.01187")  # its variants are that paper's
         methods |= {"DIST" for trick in self.tricks.values() if trick.get("arguments", {}).get("loss") == "dist"}

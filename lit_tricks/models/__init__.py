@@ -1,9 +1,10 @@
-"""Models: ResNet in the variants A to D of Bag of Tricks, every model of timm, and weights to start from."""
+"""Models: ResNet of Bag of Tricks in the variants A to D, a small VGG, every model of timm, and weights for them."""
 
 from lit_tricks.models.backbone import Backbone
 from lit_tricks.models.factory import create_model
 from lit_tricks.models.resnet import resnet
 from lit_tricks.models.separable import make_separable
+from lit_tricks.models.small_vgg import small_vgg
 from lit_tricks.models.spp import SpatialPyramidPool2d
 from lit_tricks.models.transfer import freeze, layer_scales
 from lit_tricks.models.weights import load_weights
@@ -19,4 +20,5 @@ __all__ = [
     "load_weights",
     "make_separable",
     "resnet",
+    "small_vgg",
 ]

@@ -32,8 +32,8 @@ class Classifier(Task):
     ``timm.optim.Lamb`` are for batches of thousands of images.
 
     Args:
-        model: ``resnet`` (see ``lit_tricks.models.resnet``), the name of any timm model, or a module that maps images
-            to logits.
+        model: ``resnet`` or ``small_vgg`` (see ``lit_tricks.models``), the name of any timm model, or a module that
+            maps images to logits.
         num_classes: number of classes, at least 2. The command line takes it from the data.
         model_args: further arguments of a model given by name, such as ``{depth: 18, variant: D}``.
         weights: weights to start from: a file (timm's, or a checkpoint of a Classifier) or the name of pretrained

@@ -97,6 +97,7 @@ def test_lists_of_models_and_patterns() -> None:
         ("ImageFolder", ["ImageFolder(root, image_size=224", "--data ImageFolder"]),
         ("Classifier", ["Classifier(model='resnet'", "--model Classifier"]),
         ("resnet", ["resnet(", "--model.model resnet"]),
+        ("small_vgg", ["small_vgg(num_classes=10, *, in_chans=3", "--model.model small_vgg"]),
         ("resnet50", ["3 x 224 x 224", "resnet50.a1_in1k", "--model.model resnet50"]),
         ("adamw", ["--config optimizers/adamw", "class_path: torch.optim.AdamW"]),
         ("tricks/ema", ["--config tricks/ema", "class_path: EMA"]),

@@ -139,7 +139,7 @@ FLAGS = {
     ),
     "timm model": (
         (*FIT, "--model.model=resnet5o"),
-        "name='resnet5o' is neither 'resnet' nor a model of timm; did you mean 'resnet50' .*",
+        "name='resnet5o' is neither 'resnet', 'small_vgg' nor a model of timm; did you mean 'resnet50' .*",
     ),
     "argument of the model": (
         (*FIT, "--model.model_args.dept=18"),

@@ -23,7 +23,16 @@ from lit_tricks import Classifier, Detector, Segmenter, commands, data
 from lit_tricks.cli.parameters import parameter_names
 from lit_tricks.commands import data as data_commands
 from lit_tricks.data import CIFAR10, Digits, VOCSegmentation
-from lit_tricks.models import Backbone, SpatialPyramidPool2d, create_model, freeze, layer_scales, load_weights, resnet
+from lit_tricks.models import (
+    Backbone,
+    SpatialPyramidPool2d,
+    create_model,
+    freeze,
+    layer_scales,
+    load_weights,
+    resnet,
+    small_vgg,
+)
 
 SMALL: dict[str, Any] = {"depth": 18, "width": 1 / 32, "small_input": True}
 COMMON = {"num_workers": "0", "predict_dir": "null", "split_seed": "0", "eval_size": "null", "classes": "null"}
@@ -62,6 +71,7 @@ LEGAL: dict[str, dict[str, str]] = {
         "small_input": "true", "width": "1.5", "separable": "true", "drop_rate": "0", "drop_path_rate": "0",
         "zero_init_last": "true", "weights": "null",
     },
+    "small_vgg": {"width": "1.5", "bn_momentum": "", "logit_scale": "1.5", "weights": "null"},
     "create_model": {"weights": "null"},
     "Backbone": {"weights": "null"},
     "SpatialPyramidPool2d": {},
@@ -131,6 +141,7 @@ MODULES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         },
     ),
     "resnet": (resnet, {**SMALL, "num_classes": 2}),
+    "small_vgg": (small_vgg, {"width": 1 / 64, "num_classes": 2}),
     "create_model": (create_model, {"name": "resnet", "num_classes": 2, **SMALL}),
     "Backbone": (Backbone, {"name": "resnet", **SMALL}),
     "SpatialPyramidPool2d": (SpatialPyramidPool2d, {}),

@@ -515,7 +515,7 @@ def test_create_model_builds_ours_with_its_arguments():
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("resnt", {}, r"name='resnt' is neither 'resnet' nor a model of timm; did you mean 'resnet'"),
+        ("resnt", {}, r"name='resnt' is neither 'resnet', 'small_vgg' nor a model of timm; did you mean 'resnet'"),
         ("mobilenet_v1_100", {}, r"did you mean .*'mobilenetv1_100'"),
         ("!", {}, r"timm.list_models\(\) has all"),
         ("resnet50d.ra2_in1k", {}, r"use name='resnet50d' with weights='resnet50d.ra2_in1k'"),

@@ -284,7 +284,10 @@ def test_the_command_line_starts_from_weights(tmp_path: Path) -> None:
         ({"num_classes": 1}, "num_classes=1"),
         ({"num_classes": 3, "class_names": ["a", "b"]}, "class_names has 2 names"),
         ({"model": Flat(), "model_args": {"depth": 18}}, r"model_args=.* are for a model given by name; Flat is built"),
-        ({"model": "resnet5O"}, "name='resnet5O' is neither 'resnet' nor a model of timm; did you mean 'resnet50'"),
+        (
+            {"model": "resnet5O"},
+            "name='resnet5O' is neither 'resnet', 'small_vgg' nor a model of timm; did you mean 'resnet50'",
+        ),
         ({"model_args": {"depht": 18}}, "'depht' is no argument of model 'resnet'; did you mean 'depth'"),
         ({"model": "vgg11", "model_args": {"depht": 18}}, "'depht' is no argument of model 'vgg11'"),
         ({"model_args": {"width": 0.3}}, "width=0.3 would give the stem 9.6 channels"),

@@ -234,7 +234,7 @@ MISUSE: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "dice"}, "loss='dice' is unknown: write 'cross_entropy' or 'focal'"),
     "aux": ({"aux_weight": -1.0}, r"aux_weight=-1\.0"),
     "gamma": ({"gamma": -1.0}, r"gamma=-1\.0"),
-    "no model": ({"model": "resnet5o", "model_args": None}, "is neither 'resnet' nor a model of timm"),
+    "no model": ({"model": "resnet5o", "model_args": None}, "is neither 'resnet', 'small_vgg' nor a model of timm"),
     "names": ({"class_names": ["a"]}, r"class_names=\['a'\], num_classes=5"),
     "freeze": ({"freeze": ["layer9"]}, "freeze='layer9' is no part of ResNet"),
 }

@@ -87,6 +87,8 @@ def timm_arguments(model: Any, model_args: dict[str, Any]) -> tuple[str, dict[st
     if not isinstance(model, str):
         name = model.get("class_path", "an object") if isinstance(model, dict) else "an object"
         raise ValueError(f"timm builds models by name, and the network of this checkpoint is {name}: {OTHERS}.")
+    if model == "small_vgg":
+        raise ValueError(f"timm has no {model}: {OTHERS}.")
     if model != "resnet":
         return model, model_args
     given: dict[str, Any] = {"depth": 50, "variant": "D", "width": 1.0, "small_input": False} | model_args
