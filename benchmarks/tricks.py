@@ -46,7 +46,7 @@ MAKE: dict[str, Callable[[], Callback]] = {
     "WarmupStep": lambda: callbacks.WarmupStep(milestones=[2], warmup_epochs=1),
 }
 # They trade time, so their cost is not overhead: freezing.py measures what freezing saves.
-ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation", "Unfreeze"}
+ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation", "Unfreeze", "WhitenedStem"}
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
     "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,

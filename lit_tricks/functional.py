@@ -26,6 +26,7 @@ Random draws are arguments, so that every function returns the same for the same
 | TestTimeAugment | ``tta_views``, ``mean_logits`` |
 | WarmupCosine, WarmupExponential, WarmupStep | ``warmup``, ``warmup_cosine``, ``warmup_exponential``, ``warmup_step`` |
 | WarmupLinear, WarmupPoly, WarmupStableDecay | ``warmup_linear``, ``warmup_poly``, ``warmup_stable_decay`` |
+| WhitenedStem | ``whitening_filters`` |
 | XavierInit | ``xavier_uniform`` |
 """
 
@@ -57,6 +58,7 @@ from lit_tricks.callbacks.warmup_linear import warmup_linear
 from lit_tricks.callbacks.warmup_poly import warmup_poly
 from lit_tricks.callbacks.warmup_stable_decay import warmup_stable_decay
 from lit_tricks.callbacks.warmup_step import warmup_step
+from lit_tricks.callbacks.whitened_stem import whitening_filters
 from lit_tricks.callbacks.xavier_init import xavier_uniform
 
 __all__ = [
@@ -102,5 +104,6 @@ __all__ = [
     "warmup_poly",
     "warmup_stable_decay",
     "warmup_step",
+    "whitening_filters",
     "xavier_uniform",
 ]

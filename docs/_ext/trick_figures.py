@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
@@ -38,6 +39,7 @@ from lit_tricks.callbacks.warmup_linear import warmup_linear
 from lit_tricks.callbacks.warmup_poly import warmup_poly
 from lit_tricks.callbacks.warmup_stable_decay import warmup_stable_decay
 from lit_tricks.callbacks.warmup_step import warmup_step
+from lit_tricks.callbacks.whitened_stem import whitening_filters
 from lit_tricks.callbacks.xavier_init import xavier_uniform
 from lit_tricks.models import resnet
 from lit_tricks.run.report.style import Theme, new_figure, tidy
@@ -555,6 +557,29 @@ def draw_l1(theme: Theme) -> Figure:
     for number, (name, values) in enumerate({"before": before, "after": weights}.items()):
         axes.hist(values.numpy(), bins, color=theme.cycle[number], alpha=0.7, label=name)
     tidy(axes, "", "weight", "number of weights")
+    axes.legend(frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+@figure_of("WhitenedStem", "Filters of 2 by 2 pixels from photos, and the variance of patches in their directions.")
+def draw_whitened_stem(theme: Theme) -> Figure:
+    patches = F.unfold(photos().double(), 2).transpose(1, 2).reshape(-1, 12)
+    covariance = torch.cov(patches.T, correction=0)
+    filters = whitening_filters(covariance, 12)
+    figure = new_figure(WIDE, 2.6)
+    left, right = figure.subfigures(1, 2)
+    for axes, values in zip(left.subplots(3, 4).flat, filters, strict=True):
+        image = values.view(3, 2, 2).permute(1, 2, 0)
+        axes.imshow((0.5 + 0.5 * image / image.abs().max()).numpy())
+        axes.axis("off")
+    axes = right.subplots()
+    before = torch.linalg.eigvalsh(covariance).flip(0)
+    after = (filters @ covariance @ filters.T).diagonal()
+    for number, (name, variances) in enumerate({"images": before, "outputs": after}.items()):
+        axes.plot(range(1, 13), variances.numpy(), "o-", color=theme.cycle[number], label=name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    tidy(axes, "", "direction", "variance")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
 

@@ -34,6 +34,7 @@ from lit_tricks.callbacks.warmup_linear import WarmupLinear
 from lit_tricks.callbacks.warmup_poly import WarmupPoly
 from lit_tricks.callbacks.warmup_stable_decay import WarmupStableDecay
 from lit_tricks.callbacks.warmup_step import WarmupStep
+from lit_tricks.callbacks.whitened_stem import WhitenedStem
 from lit_tricks.callbacks.xavier_init import XavierInit
 from lit_tricks.callbacks.zero_gamma import ZeroGamma
 
@@ -72,6 +73,7 @@ __all__ = [
     "WarmupPoly",
     "WarmupStableDecay",
     "WarmupStep",
+    "WhitenedStem",
     "XavierInit",
     "ZeroGamma",
 ]

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lit_tricks._compat import logging_step
 from lit_tricks.callbacks.batchnorm.callback import Estimating
-from lit_tricks.callbacks.batchnorm.data_pass import TrainingDataPass, Watch, check, norms
+from lit_tricks.callbacks.batchnorm.data_pass import StatisticsPass, Watch, check, norms
 from lit_tricks.utils.arguments import choice, flag, integer
 from lit_tricks.utils.batch import inputs_of
 from lit_tricks.utils.modules import batchnorms_of
@@ -154,7 +154,7 @@ class PreciseBN(Estimating):
         layers = {k: v for k, v in batchnorms_of(pl_module).items() if (v.training if names is None else k in names)}
         if not layers:
             return
-        found = TrainingDataPass(trainer, pl_module, layers, self.num_samples, self.transform).run()
+        found = StatisticsPass(trainer, pl_module, layers, self.num_samples, self.transform).run()
         fit.override.values, fit.shift, fit.norms = found.values, found.shift, norms(pl_module)
         if found.samples < self.num_samples and not fit.warned:
             fit.warned = True

@@ -244,6 +244,11 @@ TRICKS = {
         tests="test_schedules.py",
         logs=("lr-SGD",),
     ),
+    "WhitenedStem": Row(
+        make=lambda: callbacks.WhitenedStem(images=8),
+        tests="test_whitened_stem.py",
+        logs=("whitened_stem/condition",),
+    ),
     "XavierInit": Row(
         make=callbacks.XavierInit,
         tests="test_xavier_init.py",

@@ -28,6 +28,7 @@ REFUSED = {
     "NoBiasDecay",
     "SWA",
     "Unfreeze",
+    "WhitenedStem",
     "XavierInit",
     "ZeroGamma",
 }

@@ -91,6 +91,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "WarmupPoly": {"power": "1.5", "warmup_epochs": "0 1.5", "min_lr": "0 1.5", "total_steps": "null"},
     "WarmupStableDecay": {"warmup_epochs": "0 1.5", "min_lr": "0 1.5", "total_steps": "null"},
     "WarmupStep": {"milestones": "[]", "warmup_epochs": "0 1.5", "total_steps": "null"},
+    "WhitenedStem": {"layer": 'null "nan"'},
     "XavierInit": {"seed": "null 0"},
     "ZeroGamma": {"layers": "null"},
 }

@@ -94,6 +94,7 @@ REFUSED |= {
     "PreciseBN": "^PreciseBN .*forward",
     "ProgressiveResizing": "shapes cannot be multiplied",  # the discriminator's, which is for one size
     "TemperatureScaling": "^TemperatureScaling found no logits for the labels",
+    "WhitenedStem": "^WhitenedStem runs `forward` of GAN .* and it failed",
     "TestTimeAugment": "^TestTimeAugment makes views of images .*, and `forward` gets none",
 }
 

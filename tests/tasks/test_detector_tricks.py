@@ -69,6 +69,7 @@ ACT: dict[str, tuple[Callable[[], Trick], str, bool]] = {
     "WarmupPoly": (callbacks.WarmupPoly, "lr-SGD", True),
     "WarmupStableDecay": (lambda: callbacks.WarmupStableDecay(decay=0.3, warmup_epochs=0.5), "lr-SGD", True),
     "WarmupStep": (lambda: callbacks.WarmupStep(milestones=[1], warmup_epochs=0.5), "lr-SGD", True),
+    "WhitenedStem": (lambda: callbacks.WhitenedStem(images=4), "whitened_stem/condition", True),
     "XavierInit": (callbacks.XavierInit, "xavier_init/growth", True),
     "ZeroGamma": (callbacks.ZeroGamma, "zero_gamma/scale", True),
 }

@@ -465,6 +465,7 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "LayerDecay": lambda: callbacks.LayerDecay(),
     "Muon": lambda: callbacks.Muon(),
     "Freeze": lambda: callbacks.Freeze(["layer1"]),
+    "WhitenedStem": lambda: callbacks.WhitenedStem(images=4),
     "Unfreeze": lambda: callbacks.Unfreeze({"layer2": 0.5}, unit="run"),
 }
 # that set the rate, the weights or the data as another one does, or take minutes; each has a test of its own above

@@ -1,4 +1,4 @@
-"""The pass over the training data of a Trainer from which the statistics of BatchNorm are estimated."""
+"""A pass over the training data of a Trainer, from which the statistics of layers are estimated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lit_tricks.utils.rng import isolated_random_state
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
 
-__all__ = ["Found", "TrainingDataPass", "Watch", "check", "norms"]
+__all__ = ["Found", "StatisticsPass", "TrainingDataPass", "Watch", "check", "norms", "require_forward"]
 
 
 @dataclass
@@ -92,32 +92,41 @@ def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform:
                 f"PreciseBN and {type(other).__name__} do not coordinate their swaps of the weights: average with "
                 "EMA or SWA of lit_tricks, or remove PreciseBN."
             )
-    name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
+    strategy = type(trainer.strategy).__name__
     if is_flattened(trainer.strategy.model or pl_module):
         raise RuntimeError(f"PreciseBN cannot run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
-    if not is_overridden("forward", pl_module):
-        raise RuntimeError(
-            f"PreciseBN runs `forward` of {name}, which has none: give it one that takes the inputs of a batch, such "
-            "as `def forward(self, images): return self.net(images)`."
-        )
+    require_forward("PreciseBN", pl_module)
     copied_train_loader(trainer, "PreciseBN", transform == "eval")
 
 
+def require_forward(trick: str, pl_module: LightningModule) -> None:
+    """Raise if the module has no ``forward``.
+
+    Raises:
+        RuntimeError: if it has none.
+    """
+    if not is_overridden("forward", pl_module):
+        raise RuntimeError(
+            f"{trick} runs `forward` of {type(pl_module).__name__}, which has none: give it one that takes the inputs "
+            "of a batch, such as `def forward(self, images): return self.net(images)`."
+        )
+
+
 class TrainingDataPass:
-    """A pass over training data that estimates the statistics of BatchNorm, and leaves everything else as it is.
+    """A pass of training data through the network, which leaves everything else as it is.
 
     Args:
+        trick: name of the trick, for messages.
         trainer: the Trainer, in a fit.
-        pl_module: the Trainer's module, with the weights for which statistics are estimated.
-        layers: BatchNorm layers to estimate, by name.
+        pl_module: the Trainer's module.
         num_samples: number of samples to pass, over all processes.
         transform: "train" or "eval".
     """
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
+        self, trick: str, trainer: Trainer, pl_module: LightningModule, num_samples: int, transform: str = "train"
     ) -> None:
-        self.trainer, self.pl_module, self.layers = trainer, pl_module, layers
+        self.trick, self.trainer, self.pl_module = trick, trainer, pl_module
         self.transform = transform
         self.samples_per_process = math.ceil(num_samples / trainer.world_size)
         self.samples = 0  # of this process
@@ -125,21 +134,45 @@ class TrainingDataPass:
         self.is_sharded = any(map(is_sharded, parameters))
         self.is_channels_last = any(_is_channels_last(to_local(param.detach())) for param in parameters)
 
-    def run(self) -> Found:
-        """Pass the data through the network."""
-        _broadcast_as_ddp(self.trainer, self.layers)
-        loader = copied_train_loader(self.trainer, "PreciseBN", self.transform == "eval")
+    @contextlib.contextmanager
+    def batches(self, in_step: bool = False) -> Iterator[Iterator[list[Any]]]:
+        """Yield the arguments of ``forward``, batch by batch. Random states and loaders are restored afterwards.
+
+        Args:
+            in_step: end in all processes with the first loader that ends, as they wait for each other in ``forward``.
+        """
+        loader = copied_train_loader(self.trainer, self.trick, self.transform == "eval")
         device = self.trainer.strategy.root_device
         with isolated_random_state(device, loader.flattened), paused(self.trainer), self._stage():
             try:
-                with contextlib.closing(self._inputs(loader)) as inputs:
-                    # an exception in the middle of a forward pass would leave FSDP2's shards gathered
-                    stop = not self.is_sharded
-                    statistics = estimate(self.pl_module, self.layers, inputs, self._forward, stop, self._sum)
+                with contextlib.closing(self._inputs(loader, in_step or self.is_sharded)) as inputs:
+                    yield inputs
             finally:
                 loader.reset()
-        samples = int(self._sum(torch.tensor(float(self.samples), device=device)))
-        return self._found(statistics, samples)
+
+    def forward(self, inputs: Sequence[Any]) -> None:
+        """Run the module.
+
+        Raises:
+            RuntimeError: if it does not take the inputs.
+        """
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                self.pl_module(*inputs)
+        except Exception as error:
+            if not is_about_input(error):
+                raise
+            shapes = ", ".join(map(describe, inputs))
+            raise RuntimeError(
+                f"{self.trick} runs `forward` of {type(self.pl_module).__name__} on the inputs of training batches, "
+                f"here {shapes}, and it failed ({type(error).__name__}: {error}). Let it take these, in their order, "
+                "and nothing else that has no default."
+            ) from error
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        total: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        return total
 
     @contextlib.contextmanager
     def _stage(self) -> Iterator[None]:
@@ -154,12 +187,10 @@ class TrainingDataPass:
         finally:
             self.trainer.state.stage = stage
 
-    def _inputs(self, loader: Any) -> Generator[list[Any]]:
+    def _inputs(self, loader: Any, in_step: bool) -> Generator[list[Any]]:
         """Yield the inputs of batches until this process has its samples."""
-        # processes wait for each other within a batch if they exchange weights or statistics
-        in_step = self.is_sharded or any(isinstance(layer, nn.SyncBatchNorm) for layer in self.layers.values())
         for batch in _batches(self.trainer, loader, in_step):
-            inputs = _inputs(self.trainer, self.pl_module, batch)
+            inputs = _inputs(self.trainer, self.pl_module, batch, self.trick)
             if self.is_channels_last:
                 inputs = [_to_channels_last(each) for each in inputs]
             yield inputs
@@ -167,24 +198,35 @@ class TrainingDataPass:
             if self.samples >= self.samples_per_process:
                 return
 
-    def _forward(self, inputs: Sequence[Any]) -> None:
-        try:
-            with self.trainer.precision_plugin.forward_context():
-                self.pl_module(*inputs)
-        except Exception as error:
-            if not is_about_input(error):
-                raise
-            shapes = ", ".join(map(describe, inputs))
-            raise RuntimeError(
-                f"PreciseBN runs `forward` of {type(self.pl_module).__name__} on the inputs of training batches, here "
-                f"{shapes}, and it failed ({type(error).__name__}: {error}). Let it take these, in their order, and "
-                "nothing else that has no default."
-            ) from error
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all processes."""
-        total: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
-        return total
+class StatisticsPass(TrainingDataPass):
+    """A pass that estimates the statistics of BatchNorm layers, for the weights that the module has.
+
+    Args:
+        trainer: the Trainer, in a fit.
+        pl_module: the Trainer's module.
+        layers: the layers, by name.
+        num_samples: number of samples to pass, over all processes.
+        transform: "train" or "eval".
+    """
+
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
+    ) -> None:
+        super().__init__("PreciseBN", trainer, pl_module, num_samples, transform)
+        self.layers = layers
+
+    def run(self) -> Found:
+        """Pass the data through the network."""
+        _broadcast_as_ddp(self.trainer, self.layers)
+        # processes exchange statistics
+        in_step = any(isinstance(layer, nn.SyncBatchNorm) for layer in self.layers.values())
+        with self.batches(in_step) as inputs:
+            # an exception in the middle of a forward pass would leave FSDP2's shards gathered
+            stop = not self.is_sharded
+            statistics = estimate(self.pl_module, self.layers, inputs, self.forward, stop, self.sum)
+        samples = int(self.sum(torch.tensor(float(self.samples), device=self.trainer.strategy.root_device)))
+        return self._found(statistics, samples)
 
     def _found(self, statistics: Statistics, samples: int) -> Found:
         kinds = ("running_mean", "running_var")
@@ -235,12 +277,12 @@ def _batches(trainer: Trainer, loader: Any, in_step: bool) -> Iterator[Any]:
             return
 
 
-def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Any]:
+def _inputs(trainer: Trainer, pl_module: LightningModule, batch: Any, trick: str) -> list[Any]:
     """Transfer a batch to the device as in training, and return its inputs. A list of images is one input."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = apply_before_transfer_hook(pl_module, batch)
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-    return arguments_of(batch, "PreciseBN")
+    return arguments_of(batch, trick)
 
 
 def _to_channels_last(value: Any) -> Any:

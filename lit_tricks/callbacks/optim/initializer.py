@@ -113,7 +113,7 @@ def sign_of_training(module: nn.Module, trained: set[Tensor]) -> str:
     """Return how a norm layer differs from its initial state: equal channels, without statistics."""
     for name, part in module.named_modules():
         weight, bias = own_parameter(part, "weight"), own_parameter(part, "bias")
-        if not is_norm(part) or weight is None or weight not in trained:
+        if not is_norm(part) or not any(each is not None and each in trained for each in (weight, bias)):
             continue
         for key, value in {"weight": weight, "bias": bias}.items():
             if value is not None and not (flat := full_tensor(value.detach()).flatten()).eq(flat[:1]).all():
