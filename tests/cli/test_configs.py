@@ -160,15 +160,6 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.full  # .ci/run and tests/integration/test_first_hour.py run it, too
-def test_the_quickstart_runs_as_it_stands() -> None:
-    """With its progress bar, summary and sanity check; on a few batches."""
-    limits = [f"--trainer.limit_{loop}_batches=5" for loop in ("train", "val", "test")]
-    outcome = cli("fit", "--config=quickstart", "--trainer.max_epochs=2", *limits)
-    assert outcome.code == 0, outcome
-    assert Path("runs/quickstart/v0/results.json").is_file()
-
-
 @pytest.mark.parametrize("name", [name.partition("/")[2] for name in NAMES if name.startswith("optimizers/")])
 def test_an_optimizer_of_one_line_trains(name: str) -> None:
     kind, numbers = OPTIMIZERS[name]

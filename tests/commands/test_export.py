@@ -555,9 +555,10 @@ def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None
     ("kind", "decoder"),
     [
         pytest.param("onnx", "ppm", marks=pytest.mark.slow),  # which pools to bins
-        pytest.param("onnx", "pan", marks=pytest.mark.slow),  # which needs a padded image
+        pytest.param("onnx", "pan", marks=pytest.mark.full),  # which needs a padded image
         ("torch-export", "fcn"),
-        *(pytest.param("torch-export", name, marks=pytest.mark.slow) for name in ("aspp", "ppm", "fpn", "pan")),
+        pytest.param("torch-export", "pan", marks=pytest.mark.slow),
+        *(pytest.param("torch-export", name, marks=pytest.mark.full) for name in ("aspp", "ppm", "fpn")),
         ("safetensors", "fpn"),
     ],
 )

@@ -357,11 +357,14 @@ RUNS = {
     "accumulation": {"accumulate_grad_batches": 2},
     "manual optimization": {"manual": True},
 }
-RUNS_BUT_ONE_SLOW = ["one optimizer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[1:])]
+RESUMED = [  # each trick with one optimizer, and in turn with one of the others
+    pytest.param(name, kind, marks=() if not number else getattr(pytest.mark, ("slow", "full")[(place + number) % 2]))
+    for place, name in enumerate(TRICKS)
+    for number, kind in enumerate(RUNS)
+]
 
 
-@each_trick
-@pytest.mark.parametrize("kind", RUNS_BUT_ONE_SLOW)
+@pytest.mark.parametrize(("name", "kind"), RESUMED)
 def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
     """After each step (the last of an epoch too), each validation and each epoch."""
     how = RUNS[kind]
@@ -455,7 +458,13 @@ def weights_or_error(*names: str) -> tuple[dict[str, torch.Tensor], str]:
         return {}, str(error)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations_with_replacement(TRICKS, 2)))
+PAIRS = [  # of which every third in each run, so that every trick meets a third of the others
+    pytest.param(*pair, marks=[] if number % 3 == 0 else pytest.mark.full)
+    for number, pair in enumerate(itertools.combinations_with_replacement(TRICKS, 2))
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_order_does_not_matter_or_is_an_error(first, second):
     weights, error = weights_or_error(first, second)
     swapped_weights, swapped_error = weights_or_error(second, first)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from check_quickstart import check
-from helpers.cli import FIT, QUIET, built, cli, done, workplace
+from helpers.cli import FIT, built, cli, done, workplace
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -95,7 +95,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_digits_and_the_report_in_two_commands() -> None:
     for words in commands(TRAIN_AND_LOOK):
-        done(*words, *QUIET[:1] * (words[0] == "fit"))
+        done(*words)
     check(Path("runs"))
     page = Path("runs/quickstart/v0/report.html").read_text()
     for part in ("Results", "Tricks", "Learning rate", "Confusion", "Calibration"):

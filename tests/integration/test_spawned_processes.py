@@ -49,6 +49,7 @@ def fit_all(pickled: bytes, path: Path) -> None:
     torch.save({name: run(trick).weights for name, trick in pickle.loads(pickled).items()}, path)
 
 
+@pytest.mark.full  # on Linux; the jobs of macOS and Windows run it as a smoke test
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics", "ignore:FixRes fine-tunes a trained network")
 @pytest.mark.filterwarnings(
     "ignore:The statistics of the BatchNorm layers in .* do not fit", "ignore:FixRes fine-tunes a trained network"
