@@ -15,6 +15,17 @@ from typing import Any
 import pytest
 from helpers.cli import FIT, cells_in_this_process, cli, done, workplace, write_image_folder, write_images
 
+THREE_SMALL_STEPS = (
+    *(
+        "--trainer.max_epochs=3",
+        "--trainer.limit_train_batches=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu",
+        "--name=steps",
+    ),
+    *("--data.batch_size=2", "--data.image_size=32", "--data.resize_size=32", "--data.num_workers=0"),
+    "--model.model_args={depth: 18, width: 0.0625}",
+)
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in [*DOCS.glob("*.md"), *DOCS.glob("guides/*.md")])
 
@@ -68,7 +79,10 @@ def test_commands_of_guides_run(page: str, folder: Path, monkeypatch: pytest.Mon
     cells_in_this_process(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for words in commands(page):
-        if words[0] == "fit":  # the configuration is built; the training is tested elsewhere
+        if "--data.root" in words and "finetune" in words:  # three steps, with random weights of a small network
+            weights = {words.index("--model.weights") + i for i in (0, 1)} if "--model.weights" in words else set()
+            outcome = cli(*(word for i, word in enumerate(words) if i not in weights), *THREE_SMALL_STEPS)
+        elif words[0] == "fit":  # the configuration is built; the training is tested elsewhere
             outcome = cli(*words, "--print_config")
         elif words[0] in ("ablate", "race"):
             outcome = cli(*["tiny.yaml" if word == "quickstart" else word for word in words])
