@@ -1,11 +1,13 @@
-"""Fine-tuning on 200 photos against a linear probe of the same network: the configuration `finetune`, unchanged.
+"""Fine-tuning on 200 and on 2000 photos against a linear probe of the same network: the configuration `finetune`.
 
     python benchmarks/own_photos.py --cifar FOLDER/cifar10 --work FOLDER --out benchmarks/results/own_photos.md
 
-The photos are CIFAR-10's, in its own JPEG files. A small ResNet is pretrained on six of the classes. Each seed draws 50
-photos of each of the other four classes, and holds out a fifth of them. All other photos of these classes in `val` are
-the test. The probe is scikit-learn's logistic regression on the features of the pretrained network, on all 200 photos,
-with the strength of regularization that cross-validation chooses. Runs that are done are kept in --work.
+The photos are CIFAR-10's, in its own JPEG files. A small ResNet is pretrained on six of the classes. Each seed draws
+photos of the other four classes, and a fifth of them is held out for validation. All other photos of these classes in
+`val` are the test. The probe is scikit-learn's logistic regression on the features of the pretrained network, on all
+photos, with the strength of regularization that cross-validation chooses. `finetune` runs unchanged, with SGD, and with
+strong augmentation. What these two change is chosen on the validation photos of one further seed. Runs that are done
+are kept in --work.
 """
 
 from __future__ import annotations
@@ -36,9 +38,23 @@ import lit_tricks
 from lit_tricks.data import ImageFolder
 
 OWN = ("bird", "cat", "horse", "ship")  # the photos of the user; the network has seen no such class
-SEEDS = tuple(range(8))
 PRETRAINING = 500  # photos of each of the other classes
-PHOTOS = 50  # of each class
+SEEDS = {50: tuple(range(8)), 500: tuple(range(4))}  # by the number of photos of each class
+PROBE, FIXRES = "linear probe", "finetune, then FixRes"
+LARGER = 40  # pixels of the test images after FixRes
+TRIAL = 100  # the seed whose validation photos choose learning rates
+BATCH = {50: (), 500: ("--data.batch_size=64",)}
+SGD = (
+    "--model.optimizer=SGD --model.optimizer.momentum=0.9 --model.optimizer.nesterov=true "
+    "--model.optimizer.weight_decay=1e-4"
+)
+TRIALS: dict[str, dict[str, tuple[str, ...]]] = {  # each arm is the trial that is best on validation photos
+    "finetune": {"AdamW, 0.001": ()},
+    "with SGD": {f"SGD, {lr:g}": (*SGD.split(), f"--model.optimizer.lr={lr:g}") for lr in (0.03, 0.1, 0.3)},
+    "with strong augmentation": {
+        f"AdamW, 0.001, {name}": (f"--data.augmentation={name}",) for name in ("trivial", "rand")
+    },
+}
 NETWORK = '{"depth": 18, "variant": "D", "width": 0.25, "small_input": true}'
 SIZE = ("--data.image_size=32", "--data.resize_size=32", "--data.num_workers=0")
 QUIET = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
@@ -92,62 +108,118 @@ def features(checkpoint: Path, root: Path) -> tuple[Any, Any]:
     return found.numpy(), np.array([label for _, label in files])
 
 
-def one(work: Path, cifar: Path, checkpoint: Path, seed: int) -> dict[str, float]:
-    folder = work / f"seed{seed}"
-    result = folder / "result.json"
-    if result.is_file():
-        return json.loads(result.read_text())  # type: ignore[no-any-return]
-    shutil.rmtree(folder, ignore_errors=True)
+def photos(folder: Path, cifar: Path, count: int, seed: int) -> None:
+    """Link the photos of a seed, and the test photos."""
     draw = random.Random(seed)
     for name in OWN:
-        link(draw.sample(sorted((cifar / "train" / name).iterdir()), PHOTOS), folder / "photos" / name)
+        link(draw.sample(sorted((cifar / "train" / name).iterdir()), count), folder / "photos" / name)
         link(sorted((cifar / "val" / name).iterdir()), folder / "new" / name)
-    seconds = lit(
-        folder, "fit", "--config=finetune", "--data.root=photos", f"--model.weights={checkpoint}",
-        f"--model.model_args={NETWORK}", f"--seed_everything={seed}", f"--data.split_seed={seed}", *SIZE, *QUIET,
-    )  # fmt: skip
-    lit(folder, "predict", "new", "--ckpt=runs/finetune/v0", "--output=new.json", "--device=cpu", "--batch_size=200")
+
+
+def fit(folder: Path, checkpoint: Path, count: int, seed: int, name: str, words: tuple[str, ...]) -> float:
+    """Fine-tune, unless it is done, and return the CPU seconds of the process."""
+    result = folder / f"{name}.seconds"
+    if not result.is_file():
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)
+        seconds = lit(
+            folder, "fit", "--config=finetune", "--data.root=photos", f"--model.weights={checkpoint}", f"--name={name}",
+            f"--model.model_args={NETWORK}", f"--seed_everything={seed}", f"--data.split_seed={seed}", *SIZE, *QUIET,
+            *BATCH[count], *words,
+        )  # fmt: skip
+        result.write_text(str(seconds))
+    return float(result.read_text())
+
+
+def accuracy(folder: Path, checkpoint: str) -> float:
+    lit(folder, "predict", "new", f"--ckpt={checkpoint}", "--output=new.json", "--device=cpu", "--batch_size=200")
     rows = json.loads((folder / "new.json").read_text())
-    tuned = statistics.mean(row["label1"] == Path(row["file"]).parent.name for row in rows)
+    return statistics.mean(row["label1"] == Path(row["file"]).parent.name for row in rows)
+
+
+def choose(work: Path, cifar: Path, checkpoint: Path, count: int) -> dict[str, dict[str, float]]:
+    """Return the accuracy of each trial on the validation photos of a further seed."""
+    folder, found = work / f"{count}-trials", {}
+    if not folder.is_dir():
+        photos(folder, cifar, count, TRIAL)
+    for arm, trials in TRIALS.items():
+        found[arm] = {}
+        for name, words in trials.items():
+            run = name.replace(", ", "-")
+            fit(folder, checkpoint, count, TRIAL, run, words)
+            content = json.loads((folder / "runs" / run / "v0" / "results.json").read_text())
+            found[arm][name] = 100 * (content.get("averaged") or content["raw"])["val"]["top1"]
+    return found
+
+
+def probe(folder: Path, checkpoint: Path) -> tuple[float, float]:
+    """Return the accuracy of the linear probe on the test photos, and its CPU seconds."""
     (train, labels), (new, expected) = features(checkpoint, folder / "photos"), features(checkpoint, folder / "new")
     start = time.process_time()
-    probe = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 2, 13), cv=5, max_iter=2000))
-    probe.fit(train, labels)
-    found = {
-        "finetune": tuned, "probe": float(probe.score(new, expected)), "seconds": seconds,
-        "probe seconds": time.process_time() - start,
-    }  # fmt: skip
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 2, 13), cv=5, max_iter=2000))
+    model.fit(train, labels)
+    return float(model.score(new, expected)), time.process_time() - start
+
+
+def one(
+    work: Path, cifar: Path, checkpoint: Path, count: int, seed: int, chosen: dict[str, str]
+) -> dict[str, tuple[float, float]]:
+    """Return the accuracy on the test photos and the CPU seconds of each arm."""
+    folder = work / f"{count}-seed{seed}"
+    result = folder / "result.json"
+    if result.is_file():
+        return {arm: tuple(pair) for arm, pair in json.loads(result.read_text()).items()}
+    if not folder.is_dir():
+        photos(folder, cifar, count, seed)
+    found = {PROBE: probe(folder, checkpoint)}
+    for arm, trial in chosen.items():
+        name = arm.replace(" ", "-")
+        seconds = fit(folder, checkpoint, count, seed, name, TRIALS[arm][trial])
+        found[arm] = accuracy(folder, f"runs/{name}/v0"), seconds
+    seconds = found["finetune"][1]
+    seconds += lit(folder, "fixres", "--ckpt=runs/finetune/v0", f"--test-size={LARGER}", "-o", "large.ckpt")
+    found[FIXRES] = accuracy(folder, "large.ckpt"), seconds
     result.write_text(json.dumps(found))
     return found
 
 
-def report(rows: list[dict[str, float]]) -> str:
-    differences = [100 * (row["finetune"] - row["probe"]) for row in rows]
-    reach = students.ppf(0.975, len(rows) - 1) * statistics.stdev(differences) / len(rows) ** 0.5
+def table(count: int, trials: dict[str, dict[str, float]], rows: list[dict[str, tuple[float, float]]]) -> list[str]:
+    """Return the section of a number of photos."""
+    reach = students.ppf(0.975, len(rows) - 1) / len(rows) ** 0.5
+    lines = [
+        f"## {count * len(OWN)} photos, {len(rows)} seeds",
+        "",
+        "| arm | setting | top-1 | against the probe | against `finetune` | CPU seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for arm in rows[0]:
+        setting = max(trials[arm], key=trials[arm].__getitem__) if arm in trials else ""
+        cells = []
+        for reference in (PROBE, "finetune"):
+            gains = [100 * (row[arm][0] - row[reference][0]) for row in rows]
+            cells.append(
+                "" if arm == reference else f"{statistics.mean(gains):+.2f} ± {reach * statistics.stdev(gains):.2f}"
+            )
+        top1, seconds = (statistics.mean(row[arm][i] for row in rows) for i in (0, 1))
+        lines.append(f"| {arm} | {setting} | {100 * top1:.2f} | {' | '.join(cells)} | {seconds:.1f} |")
+    validated = ", ".join(f"{name} {value:.2f}" for each in trials.values() for name, value in each.items())
+    return [*lines, "", f"Validation top-1 of the trials: {validated}.", ""]
+
+
+def report(sections: list[str]) -> str:
     lines = [
         "# Own photos: fine-tuning against a linear probe",
         "",
-        f"200 photos of {', '.join(OWN)} (50 of each class, from CIFAR-10), and a ResNet-18-D of a quarter of the "
-        f"width, pretrained on {PRETRAINING} photos of each of the six other classes. Top-1 on 2000 new photos, in per "
-        "cent; higher is better.",
+        f"Photos of {', '.join(OWN)} from CIFAR-10, and a ResNet-18-D of a quarter of the width, pretrained on "
+        f"{PRETRAINING} photos of each of the six other classes. Top-1 on 2000 new photos, in per cent; higher is "
+        "better. ±: reach of the 95 % interval of the mean difference, paired by seed, by Student's t, uncorrected for "
+        "the number of rows.",
         "",
-        "| seed | `finetune` | linear probe | difference | `finetune`, CPU seconds | probe, CPU seconds |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for seed, row, difference in zip(SEEDS, rows, differences, strict=True):
-        cells = (100 * row["finetune"], 100 * row["probe"])
-        lines.append(
-            f"| {seed} | {cells[0]:.2f} | {cells[1]:.2f} | {difference:+.2f} | {row['seconds']:.0f} | "
-            f"{row['probe seconds']:.1f} |"
-        )
-    means = [statistics.mean(100 * row[key] for row in rows) for key in ("finetune", "probe")]
-    lines += [
-        f"| mean | {means[0]:.2f} | {means[1]:.2f} | {statistics.mean(differences):+.2f} ± {reach:.2f} | | |",
-        "",
-        "±: reach of the 95 % interval of the mean difference, paired by seed, by Student's t; it "
-        f"{'includes' if abs(statistics.mean(differences)) < reach else 'leaves out'} 0. Fine-tuning trains on "
-        "160 photos and chooses the epoch on 40. The probe trains on all 200. No public weights were at hand: the "
-        "pretraining is small, and larger pretrained networks may give another difference.",
+        *sections,
+        "Fine-tuning trains on four fifths of the photos and chooses the epoch on the others. The probe trains on all. "
+        "The setting of an arm is the trial that is best on the validation photos of one further seed. "
+        f"`{FIXRES}` is `lit-tricks fixres --test-size {LARGER}` after `finetune`; its seconds are those of both. No "
+        "public weights were at hand: the pretraining is small, and larger pretrained networks may give other "
+        "differences.",
         "",
         f"{os.cpu_count()} CPU cores ({platform.machine()}), other work running; Python {platform.python_version()}, "
         f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, lit_tricks {lit_tricks.__version__}; "
@@ -167,8 +239,12 @@ def main() -> None:
     work, cifar = args.work.resolve(), args.cifar.resolve()
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = pretrained(work, cifar)
-    rows = [one(work, cifar, checkpoint, seed) for seed in SEEDS]
-    args.out.write_text(report(rows))
+    sections = []
+    for count, seeds in SEEDS.items():
+        trials = choose(work, cifar, checkpoint, count)
+        chosen = {arm: max(each, key=each.__getitem__) for arm, each in trials.items()}
+        sections += table(count, trials, [one(work, cifar, checkpoint, count, seed, chosen) for seed in seeds])
+    args.out.write_text(report(sections))
     print(args.out.read_text())
 
 
