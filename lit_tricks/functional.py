@@ -19,6 +19,7 @@ Random draws are arguments, so that every function returns the same for the same
 | LogitAdjustment | ``logit_adjustment`` |
 | Lookahead | ``lookahead_alpha`` |
 | MixUp | ``mixup`` |
+| MixUp, CutMix, DropPath, LabelSmoothing | ``strength_at`` |
 | Muon | ``orthogonalize``, ``muon_lr_scale`` |
 | ProgressiveResizing | ``progressive_side`` |
 | SWA | ``swa_lr_share``, ``swa_ends_cycle`` |
@@ -60,6 +61,7 @@ from lit_tricks.callbacks.warmup_stable_decay import warmup_stable_decay
 from lit_tricks.callbacks.warmup_step import warmup_step
 from lit_tricks.callbacks.whitened_stem import whitening_filters
 from lit_tricks.callbacks.xavier_init import xavier_uniform
+from lit_tricks.utils.strength import strength_at
 
 __all__ = [
     "add_l1_gradient",
@@ -94,6 +96,7 @@ __all__ = [
     "prior_logit",
     "progressive_side",
     "sparsity",
+    "strength_at",
     "swa_ends_cycle",
     "swa_lr_share",
     "tta_views",

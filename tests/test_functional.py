@@ -26,7 +26,7 @@ def test_functions_of_trick_files_are_listed():
     """Except for those that only make sense with their trick."""
     needs_trick = {"class_weights", "effective_batch_size", "focal_target", "layer_factors", "matrices_in"}
     needs_trick |= {"orthogonal_updates", "positive_weight"}
-    in_packages = {"calibration_scores", "fit_temperature", "fit_vector_scaling", "warmup"}
+    in_packages = {"calibration_scores", "fit_temperature", "fit_vector_scaling", "strength_at", "warmup"}
     in_packages |= {"power_ema_decay", "power_ema_exponent", "power_ema_mixture"}
     found = {
         name

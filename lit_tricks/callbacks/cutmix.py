@@ -6,6 +6,7 @@ One caveat: for a dense target the mask is cut as the image is, so that its labe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -94,16 +95,20 @@ class CutMix(Mixing):
     Args:
         alpha: parameter of the Beta distribution, above 0. Near 0 images are whole or replaced. 1 is uniform and
             usual. Large values cut half of each image.
-        off_epochs: number of epochs at the end without mixing, 0 or more, and less than ``Trainer(max_epochs)``, which
-            it needs. The network then ends on real images.
         prob: share of the batches that are mixed, in (0, 1]. The paper uses 1 for ImageNet and 0.5 for CIFAR.
             With MixUp in the same run all batches are mixed, and ``prob`` is a relative weight.
         inputs: names or positions of the images to cut, such as ``[image, depth]`` or ``[0, 2]``. None: all images.
             Inputs that are not cut are logged.
+        start: share of the run after which batches are mixed, in [0, ``end``). 0 is the first step.
+        end: share of the run after which no batch is mixed, in (``start``, 1]. At 0.9 the network ends on a tenth of
+            the run with real images. 1 is the end of the run.
+        schedule: "constant" mixes from ``start`` to ``end``. "rise" mixes a share of the batches that rises linearly
+            from 0 at ``start`` to ``prob`` at ``end``, and stays there. "fall" mixes by ``prob`` until ``start``, and a
+            share that falls to 0 at ``end``.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the number of epochs is unknown or not above ``off_epochs``; in the first
+        RuntimeError: when training starts, if the strength varies and the length of the run is unknown; in the first
             training step, if the batch has no images of one size or no supported target, or no loss used the target.
 
     Example:
@@ -113,11 +118,13 @@ class CutMix(Mixing):
     def __init__(
         self,
         alpha: float = 1.0,
-        off_epochs: int = 0,
         prob: float = 1.0,
         inputs: Sequence[str | int] | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        schedule: Literal["constant", "rise", "fall"] = "constant",
     ) -> None:
-        super().__init__(alpha, off_epochs, prob, inputs)
+        super().__init__(alpha, prob, inputs, start, end, schedule)
 
     def mix(
         self, inputs: dict[Path, Tensor], target: SoftTarget, permutation: Tensor, generator: Generator

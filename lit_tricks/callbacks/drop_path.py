@@ -19,6 +19,7 @@ from lit_tricks.callbacks.base import Trick
 from lit_tricks.utils.arguments import choice, number, texts
 from lit_tricks.utils.batch import tensors_in
 from lit_tricks.utils.residual import is_drop_path, residual_branches
+from lit_tricks.utils.strength import RunStrength
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -41,13 +42,14 @@ def drop_path_rates(rate: float, branches: int, mode: Literal["linear", "constan
     return [rate * (i + 1) / branches if mode == "linear" else rate for i in range(branches)]
 
 
-def drop_path(x: Tensor, kept: Tensor, rate: float) -> Tensor:
+def drop_path(x: Tensor, kept: Tensor, rate: float | Tensor) -> Tensor:
     """Return ``x / (1 - rate)`` for the items that are kept, and 0 for the others. The expected value is ``x``.
 
     Args:
         x: output of a residual branch (N, ...).
         kept: booleans (N,), each true with probability ``1 - rate``.
-        rate: probability that an item is dropped, in [0, 1).
+        rate: probability that an item is dropped, in [0, 1). Compiled code is compiled again for another number, and
+            not for another tensor of one element.
 
     Example:
         >>> drop_path(torch.ones(2, 3), torch.tensor([True, False]), rate=0.5)
@@ -57,6 +59,8 @@ def drop_path(x: Tensor, kept: Tensor, rate: float) -> Tensor:
     kept = kept.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
     if torch.finfo(x.dtype).bits >= 32:
         return x * (kept / (1 - rate))
+    if isinstance(rate, Tensor):
+        return (x * kept * (1 / (1 - rate.float().view(1)))).to(x.dtype)  # in 32 bits, rounded once
     out: Tensor = _Scaled.apply(x, kept, 1 / (1 - rate))
     return out
 
@@ -102,10 +106,17 @@ class DropPath(Trick):
         mode: "linear" skips deeper branches more often. "constant" uses ``rate`` for all.
         layers: patterns of names of modules whose output is a branch, such as ``["*.bn3"]``. Give them if the branches
             are not found. A module without a shortcut around it loses its output when it is dropped.
+        start: share of the run after which branches are skipped, in [0, ``end``). 0 is the first step.
+        end: share of the run after which no branch is skipped, in (``start``, 1]. 1 is the end of the run.
+        schedule: "constant" skips from ``start`` to ``end``. "rise" skips at rates that rise linearly from 0 at
+            ``start`` to their full value at ``end``, and stay there. "fall" skips at full rates until ``start``, and at
+            rates that fall to 0 at ``end``. Early drop path against underfitting is "fall"
+            ([Liu et al., 2023](https://arxiv.org/abs/2303.01500)).
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if no branch is found; in the first training step, if no branch was computed.
+        RuntimeError: when the fit starts, if no branch is found; when training starts, if the rates vary and the length
+            of the run is unknown; in the first training step with branches to skip, if no branch was computed.
 
     Example:
         ``- {class_path: DropPath, init_args: {rate: 0.05}}``
@@ -114,7 +125,9 @@ class DropPath(Trick):
     conflict_with_frozen = "drops branches of layers that FixRes holds in evaluation mode"
 
     _found: dict[str, nn.Module]
-    _rates: list[float]
+    _rates: list[float]  # of the branches, at full strength
+    _now: float  # share of the rates in the current batch
+    _varying: Tensor | None  # the rates of the current batch, if they vary
     _kept: dict[int, Tensor]  # which items take which branches, by the size of a batch; only while it is trained on
 
     def __init__(
@@ -122,12 +135,17 @@ class DropPath(Trick):
         rate: float = 0.1,
         mode: Literal["linear", "constant"] = "linear",
         layers: Sequence[str] | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        schedule: Literal["constant", "rise", "fall"] = "constant",
     ) -> None:
         self.rate: float = number(self, "rate", rate, "[0, 1)", "Give a probability; 0.05 to 0.2 are usual.")
         self.mode: Literal["linear", "constant"] = choice(self, "mode", mode, ("linear", "constant"))
         self.layers: list[str] | None = texts(
             self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search"
         )
+        self.strength = RunStrength(self, start, end, schedule)
+        self.start, self.end, self.schedule = self.strength.start, self.strength.end, self.strength.schedule
         self._seeds, self._draws = Generator(), Generator()
         self._forget()
 
@@ -163,17 +181,31 @@ class DropPath(Trick):
             self.wrap(layer, "forward", partial(self._run, i, block, is_drop_path(name, layer)))
         self.announce(
             f"{len(found)} residual branches, skipped at rates of {self._rates[0]:.3g} to {self._rates[-1]:.3g}"
+            f"{self.strength.shown()}"
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the run in steps, if the rates vary.
+
+        Raises:
+            RuntimeError: if the length of the run is unknown, or no step would skip a branch.
+        """
+        self.strength.measure(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw the branches that each image skips, and log the share of branches that are not skipped."""
         seed = int(torch.randint(2**62, (), generator=self._seeds))
         self._draws.manual_seed(seed + trainer.global_rank)  # other images, other draws
+        self._now = self.strength.now(trainer)
+        if self.strength.varies:
+            self._varying = (self._now * torch.tensor(self._rates)).to(pl_module.device, non_blocking=True)
         size = next((tensor.size(0) for _, tensor in tensors_in(batch)), 1)
         kept = self._draw(size)
-        self._kept = {size: kept.to(pl_module.device, non_blocking=True)}
+        self._kept = {size: kept.to(pl_module.device, non_blocking=True)} if self._now else {}
         if self.should_log(trainer):
             pl_module.log("drop_path/kept", kept.float().mean())
+            if self.strength.varies:
+                pl_module.log("drop_path/rate", torch.tensor(self._now * self.rate))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -181,10 +213,12 @@ class DropPath(Trick):
         """Stop until the next batch.
 
         Raises:
-            RuntimeError: if no layer ran in the first batch.
+            RuntimeError: if no layer ran in the first batch with branches to skip, or a batch makes another number of
+                steps than assumed.
         """
         self._kept = {}
-        if not self._ran:
+        self.strength.check(trainer)
+        if self._now and not self._ran:
             raise RuntimeError(
                 f"DropPath has no effect: in the first training step of {type(pl_module).__name__}, none of its layers "
                 "ran in training mode. Name those that do, as DropPath(layers=['*.bn2']), or remove DropPath."
@@ -206,7 +240,7 @@ class DropPath(Trick):
 
     def _draw(self, size: int) -> Tensor:
         """Return whether each image takes each branch, (branches, size)."""
-        taken = 1 - torch.tensor(self._rates, dtype=torch.float64)
+        taken = 1 - self._now * torch.tensor(self._rates, dtype=torch.float64)
         return torch.rand(len(taken), size, generator=self._draws, dtype=torch.float64) < taken[:, None]
 
     def _run(
@@ -222,12 +256,15 @@ class DropPath(Trick):
             )
         if x.size(0) not in self._kept:  # several crops of an image, or parts of the batch
             self._kept[x.size(0)] = self._draw(x.size(0)).to(x.device, non_blocking=True)
-        return drop_path(x, self._kept[x.size(0)][i], self._rates[i])
+        rate = self._rates[i] if self._varying is None else self._varying[i]
+        return drop_path(x, self._kept[x.size(0)][i], rate)
 
     def _forget(self) -> None:
         self._found = {}
         self._rates = []
         self._kept = {}
+        self._now = 1.0
+        self._varying = None
         self._ran = False
 
     def unwrap(self) -> None:

@@ -6,7 +6,6 @@ classes. At 1000 classes the difference is negligible. At 10 classes the true cl
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
 from lit_tricks.utils.arguments import choice, number
 from lit_tricks.utils.batch import Path
+from lit_tricks.utils.strength import RunStrength
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -69,33 +69,72 @@ class LabelSmoothing(LossTrick):
     Args:
         smoothing: probability that the true class loses, in [0, 1). 0 is plain cross entropy, near 1 is uniform.
         convention: classes that share this probability: all K classes ("torch"), or the K - 1 others ("paper").
+        start: share of the run after which targets are smoothed, in [0, ``end``). 0 is the first step.
+        end: share of the run after which targets are not smoothed, in (``start``, 1]. 1 is the end of the run.
+        schedule: "constant" smooths from ``start`` to ``end``. "rise" smooths by a probability that rises linearly from
+            0 at ``start`` to ``smoothing`` at ``end``, and stays there. "fall" smooths by ``smoothing`` until
+            ``start``, and by a probability that falls to 0 at ``end``.
 
     Raises:
-        ValueError: for a smoothing out of its range.
-        RuntimeError: in the first training step, if no loss used the target, or the module's own loss also smooths.
+        ValueError: for an argument out of its range.
+        RuntimeError: when training starts, if the smoothing varies and the length of the run is unknown; in the first
+            training step, if no loss used the target, or the module's own loss also smooths.
 
     Example:
         ``- {class_path: LabelSmoothing, init_args: {smoothing: 0.1}}``
     """
 
-    def __init__(self, smoothing: float = 0.1, convention: Literal["torch", "paper"] = "torch") -> None:
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        convention: Literal["torch", "paper"] = "torch",
+        start: float = 0.0,
+        end: float = 1.0,
+        schedule: Literal["constant", "rise", "fall"] = "constant",
+    ) -> None:
         self.smoothing: float = number(self, "smoothing", smoothing, "[0, 1)", "Give a probability, such as 0.1.")
         self.convention: Literal["torch", "paper"] = choice(self, "convention", convention, ("torch", "paper"))
+        self.strength = RunStrength(self, start, end, schedule)
+        self.start, self.end, self.schedule = self.strength.start, self.strength.end, self.strength.schedule
+        self._now = 1.0  # share of the smoothing in the current batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the trick, and announce it."""
         super().on_fit_start(trainer, pl_module)
         shared = "all classes" if self.convention == "torch" else "the wrong classes"
-        self.announce(f"{self.smoothing:g} of the target's probability shared by {shared}")
+        self.announce(f"{self.smoothing:g} of the target's probability shared by {shared}{self.strength.shown()}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the run in steps, if the smoothing varies.
+
+        Raises:
+            RuntimeError: if the length of the run is unknown, or no step would be smoothed.
+        """
+        self.strength.measure(trainer, pl_module)
 
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Smooth the target's distribution."""
-        if self.smoothing:
-            target.spec.smoothing = partial(
-                label_smoothing_for_torch, smoothing=self.smoothing, convention=self.convention
-            )
+        if self.strength.varies:
+            assert self._trainer is not None
+            self._now = self.strength.now(self._trainer)
+        if self.smoothing and self._now:
+            target.spec.smoothing = self._for_torch
         return inputs, target
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and check in the first batch that a loss used the target, and the number of steps.
+
+        Raises:
+            RuntimeError: if no loss used the target, or a batch makes another number of steps than assumed.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.strength.check(trainer)
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """Return the probability that is shared."""
-        return {"label_smoothing/smoothing": self.smoothing}
+        return {"label_smoothing/smoothing": self.smoothing * self._now}
+
+    def _for_torch(self, num_classes: int) -> float:
+        return self._now * label_smoothing_for_torch(num_classes, self.smoothing, self.convention)

@@ -7,6 +7,7 @@ At the usual alpha of 0.2 most images are nearly unmixed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -54,17 +55,21 @@ class MixUp(Mixing):
     Args:
         alpha: parameter of the Beta distribution, from 0.001 to 1000. Near 0 images stay as they are. 0.2 is usual for
             ImageNet. 1 draws lambda uniformly. Large values give lambdas near 0.5.
-        off_epochs: number of epochs at the end without mixing, 0 or more, and less than ``Trainer(max_epochs)``, which
-            it needs. The network then ends on real images.
         per_sample: whether to draw one lambda per image. False draws one per batch.
         prob: share of the batches that are mixed, in (0, 1]. With CutMix in the same run all batches are mixed, and
             ``prob`` is a relative weight.
         inputs: names or positions of the tensors to mix, such as ``[image, age]`` or ``[0, 2]``. None: all images, or
             all float matrices if there are no images. Inputs that are not mixed are logged.
+        start: share of the run after which batches are mixed, in [0, ``end``). 0 is the first step.
+        end: share of the run after which no batch is mixed, in (``start``, 1]. At 0.9 the network ends on a tenth of
+            the run with real images. 1 is the end of the run.
+        schedule: "constant" mixes from ``start`` to ``end``. "rise" mixes a share of the batches that rises linearly
+            from 0 at ``start`` to ``prob`` at ``end``, and stays there. "fall" mixes by ``prob`` until ``start``, and a
+            share that falls to 0 at ``end``.
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if the number of epochs is unknown or not above ``off_epochs``; in the first
+        RuntimeError: when training starts, if the strength varies and the length of the run is unknown; in the first
             training step, if the batch has no supported input or target, or no loss used the target.
 
     Example:
@@ -74,12 +79,14 @@ class MixUp(Mixing):
     def __init__(
         self,
         alpha: float = 0.2,
-        off_epochs: int = 0,
         per_sample: bool = False,
         prob: float = 1.0,
         inputs: Sequence[str | int] | None = None,
+        start: float = 0.0,
+        end: float = 1.0,
+        schedule: Literal["constant", "rise", "fall"] = "constant",
     ) -> None:
-        super().__init__(alpha, off_epochs, prob, inputs)
+        super().__init__(alpha, prob, inputs, start, end, schedule)
         self.per_sample: bool = flag(self, "per_sample", per_sample)
 
     def mix(

@@ -147,9 +147,13 @@ def check_yaml(path: Path, option: str = "--config") -> None:
         raise ValueError(f"{option} {path} holds no settings, but {content!r}.")
 
 
+FORMER = {"off_epochs": "end"}  # arguments of earlier versions, and what to write instead
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a question with the known name that is nearest, or nothing. Case matters only between equal names."""
     names = list(known)
+    name = FORMER[name] if FORMER.get(name) in names else name
     lower = {each.lower(): each for each in reversed(names)}  # the first of several stays
     found = [name] if name in names else [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1)]
     return f"; did you mean {found[0]!r}?" if found else ""

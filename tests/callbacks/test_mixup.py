@@ -136,7 +136,6 @@ def test_lambda_has_the_moments_of_beta(alpha):
     ("arguments", "message"),
     [
         ({"alpha": 0.0}, r"alpha=0.0"),
-        ({"off_epochs": -1}, r"off_epochs=-1"),
         ({"prob": 0.0}, r"prob=0.0"),
         ({"prob": 1.1}, r"prob=1.1"),
     ],
@@ -189,25 +188,6 @@ def test_loss_of_a_fit_is_that_of_the_mixed_batch():
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_last_epochs_are_unmixed():
-    values = lambdas(MixUp(alpha=1.0, off_epochs=2))
-    assert len(values) == 16
-    assert all(value < 1 for value in values[:8])
-    assert values[8:] == [1.0] * 8
-    assert len(set(values[:8])) == 8
-
-
-def test_a_fast_dev_run_is_mixed_though_it_has_one_epoch():
-    assert fit_with(CE, MixUp(off_epochs=20), fast_dev_run=True).trainer.callback_metrics["mixup/lambda"] < 1
-
-
-@pytest.mark.parametrize("max_epochs", [2, -1])
-def test_off_epochs_must_fit_the_run(max_epochs):
-    message = "off_epochs=2.*(leaves all of max_epochs=2 epochs unmixed|needs the last epoch)"
-    with pytest.raises(RuntimeError, match=message):
-        fit_with(CE, MixUp(off_epochs=2), max_epochs=max_epochs, max_steps=5)
-
-
 def test_share_of_batches():
     values = lambdas(MixUp(alpha=1.0, prob=0.3), max_epochs=30)
     mixed = sum(value < 1 for value in values) / len(values)
@@ -229,7 +209,7 @@ def test_beside_cutmix_each_batch_gets_one_of_the_two(probs, share):
 
 
 def test_mixup_has_its_own_probability_where_cutmix_is_off():
-    values = lambdas(MixUp(alpha=1.0), CutMix(off_epochs=2))
+    values = lambdas(MixUp(alpha=1.0), CutMix(end=0.5))
     assert all(value < 1 for value in values[8:])
     assert 0 < sum(value == 1 for value in values[:8]) < 8
 

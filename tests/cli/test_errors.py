@@ -96,6 +96,10 @@ FLAGS = {
         (*FIT, *COSINE, "--trainer.callbacks.warmup_epoch=1"),
         ".*WarmupCosine, the last .*'warmup_epoch'; did you mean 'warmup_epochs'?",
     ),
+    "argument of a trick in earlier versions": (
+        (*FIT, "--trainer.callbacks+=MixUp", "--trainer.callbacks.MixUp.off_epochs=1"),
+        ".*MixUp has no argument 'off_epochs'; did you mean 'end'?",
+    ),
     "type of a trick's argument": (
         (*FIT, *COSINE, "--trainer.callbacks.warmup_epochs=five"),
         r"--trainer\.callbacks\.warmup_epochs: 'five' is not float\.",

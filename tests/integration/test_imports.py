@@ -129,7 +129,7 @@ ALLOWED: dict[str, set[str]] = {
     "classifier": {"tasks"},
     "detector": {"tasks"},
     "segmenter": {"tasks"},
-    "functional": {"callbacks"},
+    "functional": {"callbacks", "utils"},
     "run": {"_compat", "callbacks", "run", "tasks", "utils"},
     "__init__": {"callbacks", "commands", "data", "functional", "models", "tasks"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -15,10 +15,10 @@ from lit_tricks._compat import callbacks_of, draw_dirichlet
 from lit_tricks.callbacks.soft_targets.callback import LossTrick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget
-from lit_tricks.utils.arguments import integer, names, number
+from lit_tricks.utils.arguments import names, number
 from lit_tricks.utils.batch import Path, describe
 from lit_tricks.utils.log import log
-from lit_tricks.utils.training_length import is_fast_dev_run
+from lit_tricks.utils.strength import RunStrength
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -35,23 +35,34 @@ def beta(alpha: float, size: int, generator: Generator) -> Tensor:
 class Mixing(LossTrick):
     """Mixes each item of a training batch with a random partner of the same batch, with probability ``prob``.
 
+    The strength of the run is a factor of this probability. It changes neither the partners nor the lambdas of the
+    batches that are mixed.
+
     The random numbers of each batch have their own seed. The seeds come from a generator that is the same on all ranks.
     Checkpoints store its state. Each rank adds its number to the seed.
     """
 
     stage = 0
 
-    def __init__(self, alpha: float, off_epochs: int, prob: float, inputs: Sequence[str | int] | None = None) -> None:
+    def __init__(
+        self,
+        alpha: float,
+        prob: float,
+        inputs: Sequence[str | int] | None,
+        start: float,
+        end: float,
+        schedule: Literal["constant", "rise", "fall"],
+    ) -> None:
         # below 0.001 the draws underflow, and every lambda becomes 0.5
         self.alpha: float = number(self, "alpha", alpha, "[0.001, 1000]", "0.2 and 1 are usual.")
-        fix = "Give the number of last epochs without mixing."
-        self.off_epochs: int = integer(self, "off_epochs", off_epochs, 0, fix)
         self.prob: float = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
         fix = "Name the tensors of a batch, as ['image', 'depth'], or give their places, as [0, 1]."
         self.inputs: list[str] | None = names(self, "inputs", inputs, fix, or_none="all images")
+        self.strength = RunStrength(self, start, end, schedule)
+        self.start, self.end, self.schedule = self.strength.start, self.strength.end, self.strength.schedule
         self._seeds, self._draws = Generator(), Generator()
         self.turn = False  # whether this trick mixes the current batch, and not the other one
-        self._lambda = 1.0
+        self._lambda = self._now = 1.0
         self._told = False
 
     @abstractmethod
@@ -67,28 +78,23 @@ class Mixing(LossTrick):
             self._seeds.manual_seed(seed ^ zlib.crc32(type(self).__name__.encode()))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the trick, and announce it.
-
-        Raises:
-            RuntimeError: if ``off_epochs`` is given and the number of epochs is unknown or not larger.
-        """
+        """Start the trick, and announce it."""
         super().on_fit_start(trainer, pl_module)
         self._told = False
-        epochs, name = trainer.max_epochs, type(self).__name__
-        if self.off_epochs and (epochs is None or epochs < 0):
-            raise RuntimeError(
-                f"{name}(off_epochs={self.off_epochs}) needs the last epoch: set Trainer(max_epochs=...)."
-            )
-        if epochs is not None and 0 <= epochs <= self.off_epochs and not is_fast_dev_run(trainer):
-            raise RuntimeError(
-                f"{name}(off_epochs={self.off_epochs}) leaves all of max_epochs={epochs} epochs unmixed: lower it."
-            )
         mixers = [trick for trick in _mixers(trainer) if trick is not self]
         odds = self.prob / (self.prob + sum(mixer.prob for mixer in mixers)) if mixers else self.prob
         share = "each batch" if odds == 1 else f"{odds:.3g} of the batches"
         others = "".join(f", {type(mixer).__name__} the others" for mixer in mixers)
-        off = f", none in the last {self.off_epochs} epochs" if self.off_epochs else ""
-        self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{off}")
+        course = self.strength.shown()
+        self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{course}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the run in steps, if the strength varies.
+
+        Raises:
+            RuntimeError: if the length of the run is unknown, or no step would be mixed.
+        """
+        self.strength.measure(trainer, pl_module)
 
     def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
         """Return the inputs to mix, and log once if several are mixed by default, or tensors are left as they are.
@@ -132,8 +138,10 @@ class Mixing(LossTrick):
             )
         seed = int(torch.randint(2**62, (), generator=self._seeds))
         self._draws.manual_seed(seed + self._trainer.global_rank)
-        mixers = [trick for trick in _mixers(self._trainer) if trick.is_on(self._trainer)]
-        if mixers and mixers[0] is self:
+        strengths = {trick: trick.strength.now(self._trainer) for trick in _mixers(self._trainer)}
+        self._now = strengths[self]
+        mixers = {trick: strength for trick, strength in strengths.items() if strength}
+        if mixers and next(iter(mixers)) is self:
             self._draw_turns(mixers)
         self._lambda = 1.0
         if self.turn and self in mixers:
@@ -141,24 +149,35 @@ class Mixing(LossTrick):
             inputs, target, self._lambda = self.mix(inputs, target, permutation, self._draws)
         return inputs, target
 
-    def is_on(self, trainer: Trainer) -> bool:
-        """Return whether this epoch is mixed: not one of the last ``off_epochs``."""
-        if not self.off_epochs or is_fast_dev_run(trainer):
-            return True
-        return trainer.current_epoch < (trainer.max_epochs or 0) - self.off_epochs
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and check in the first batch that a loss used the target, and the number of steps.
 
-    def _draw_turns(self, mixers: list[Mixing]) -> None:
-        """Choose the trick that mixes a batch: several tricks in proportion to ``prob``, a single one with ``prob``."""
+        Raises:
+            RuntimeError: if no loss used the target, or a batch makes another number of steps than assumed.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.strength.check(trainer)
+
+    def _draw_turns(self, strengths: dict[Mixing, float]) -> None:
+        """Choose the trick that mixes a batch: several tricks in proportion to ``prob``, a single one with ``prob``.
+
+        The strengths are factors of ``prob``. Of several tricks, the largest strength is the share of mixed batches.
+        """
         draw = float(torch.rand((), generator=self._draws, dtype=torch.float64))
-        if len(mixers) > 1:
-            draw *= sum(trick.prob for trick in mixers)
-        for trick in mixers:
-            trick.turn = 0 <= draw < trick.prob
-            draw -= trick.prob
+        shares = {trick: trick.prob * strength for trick, strength in strengths.items()}
+        if len(shares) > 1:
+            draw *= sum(shares.values()) / max(strengths.values())
+        for trick, share in shares.items():
+            trick.turn = 0 <= draw < share
+            draw -= share
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
-        """Return the share that items kept of themselves, 1 in a batch that was not mixed."""
-        return {f"{type(self).__name__.lower()}/lambda": self._lambda}
+        """Return the share that items kept of themselves, 1 in a batch that was not mixed, and the varying strength."""
+        name = type(self).__name__.lower()
+        strength = {f"{name}/strength": self._now} if self.strength.varies else {}
+        return {f"{name}/lambda": self._lambda} | strength
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator of the seeds."""
