@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch import nn
 
+from lit_tricks.callbacks.averaging.power_law import power_ema_decay
 from lit_tricks.callbacks.binary_cross_entropy import multi_hot
 from lit_tricks.callbacks.class_balanced import class_balanced_weights
 from lit_tricks.callbacks.cutmix import cutmix, cutmix_box, kept_area
@@ -238,7 +239,10 @@ def draw_distillation(theme: Theme) -> Figure:
     return figure
 
 
-@figure_of("EMA", "A noisy weight and its averages. With warm-up the average forgets the first weights sooner.")
+@figure_of(
+    "EMA",
+    "A noisy weight and its averages. With warm-up the average forgets the first weights sooner. A power-law average grows longer with the run.",
+)
 def draw_ema(theme: Theme) -> Figure:
     figure = new_figure(WIDE, 2.8)
     axes = figure.subplots()
@@ -250,6 +254,7 @@ def draw_ema(theme: Theme) -> Figure:
         {
             "decay 0.99, warm-up": lambda update: ema_decay(0.99, update),
             "decay 0.99, no warm-up": lambda update: 0.99,
+            "power-law, length 0.2": lambda update: power_ema_decay(0.2, update),
         }.items()
     ):
         average, line = weight[0], []
