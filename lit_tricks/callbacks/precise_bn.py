@@ -154,7 +154,7 @@ class PreciseBN(Estimating):
         layers = {k: v for k, v in batchnorms_of(pl_module).items() if (v.training if names is None else k in names)}
         if not layers:
             return
-        found = StatisticsPass(trainer, pl_module, layers, self.num_samples, self.transform).run()
+        found = StatisticsPass("PreciseBN", trainer, pl_module, layers, self.num_samples, self.transform).run()
         fit.override.values, fit.shift, fit.norms = found.values, found.shift, norms(pl_module)
         if found.samples < self.num_samples and not fit.warned:
             fit.warned = True

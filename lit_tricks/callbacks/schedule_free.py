@@ -1,7 +1,7 @@
 """ScheduleFree: switch optimizers with ``train()`` and ``eval()`` around validation, checkpoints and the end of a fit.
 
-One caveat: a checkpoint that is written in the middle of training, some steps after a validation, has the running
-statistics of training, even with PreciseBN.
+One caveat: each checkpoint in the middle of training needs a pass over training data, if the network has BatchNorm.
+Checkpoints of an error, or from a signal handler, have the running statistics of training.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from torch import Tensor
 from lit_tricks._compat import callbacks_of, lightning_classes, saves_in_shards
 from lit_tricks.callbacks.averaging.kept_average import KeptAverage
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.callbacks.batchnorm.buffers import BufferOverride
 from lit_tricks.callbacks.batchnorm.callback import Estimating
-from lit_tricks.callbacks.batchnorm.data_pass import norms
+from lit_tricks.callbacks.batchnorm.data_pass import StatisticsPass, Watch, check, norms
 from lit_tricks.callbacks.optim.lr_override import is_schedule_free
+from lit_tricks.utils.arguments import integer
+from lit_tricks.utils.batch import inputs_of
 from lit_tricks.utils.dtensor import full_tensor, part_for, read, reshard, shard_like, to_local, write
 from lit_tricks.utils.modules import batchnorms_of, is_flattened
 
@@ -44,19 +47,33 @@ class ScheduleFree(Trick):
     checkpoints also have the weights of training in the state of the callback, from which a run resumes. Schedules of
     this package reject such optimizers, because the average assumes a constant learning rate.
 
+    The running statistics of BatchNorm are of the weights of training. So new ones are estimated for the average, as by
+    PreciseBN, from a second pass over training data. Validations, checkpoints and the end of the fit have these, and
+    training continues with its own. PreciseBN in the list replaces this estimate, with its arguments.
+
     Cost: a copy of the weights during validation and saving, and after the fit. Full checkpoints have one more copy of
-    the weights. Use it with every schedule-free optimizer. With BatchNorm, add PreciseBN: the running statistics are of
-    the weights of training. Other averages of weights are rejected.
+    the weights. With BatchNorm, a forward pass of ``num_samples`` samples before a validation, and before a checkpoint
+    some steps after it. Use it with every schedule-free optimizer. Other averages of weights are rejected.
+
+    Args:
+        num_samples: number of training samples for the statistics of BatchNorm, over all processes, 0 or more; 1,000
+            to 10,000 are enough. 0 keeps the running statistics of training. If the data has fewer samples, all of them
+            are used, in one pass.
 
     Raises:
+        ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if no optimizer has the two methods, another callback averages weights, or
-            the strategy flattens parameters.
+            the strategy flattens parameters; when training starts, if there is BatchNorm, and the loaders cannot be
+            copied, or the module has no ``forward``.
 
     Example:
         ``- {class_path: ScheduleFree}``
     """
 
-    transient: ClassVar[tuple[str, ...]] = ("_trainer", "_module", "_trained", "_restored", "_states", "_left", "_eval")
+    transient: ClassVar[tuple[str, ...]] = (
+        "_trainer", "_module", "_trained", "_restored", "_states", "_left", "_eval", "_override", "_norms", "_watch",
+        "_watched", "_estimates",
+    )  # fmt: skip
 
     _trainer: Callable[[], Any] = staticmethod(lambda: None)  # of the current or last fit, as weak references
     _module: Callable[[], Any] = staticmethod(lambda: None)
@@ -65,6 +82,15 @@ class ScheduleFree(Trick):
     _states: list[dict[str, Any]] | None = None  # of the optimizers of an earlier fit with this Trainer
     _left: list[float] | None = None  # norms of the weights at the end of a fit
     _eval = False  # whether the average is in the module
+    _override: BufferOverride | None = None  # the statistics of BatchNorm for the average
+    _norms: list[float] | None = None  # of the weights of these statistics
+    _estimates = False  # whether there are layers to estimate
+    _watch: Watch | None = None  # on the first training step
+    _watched = False
+
+    def __init__(self, num_samples: int = 8192) -> None:
+        fix = "8192 are usual, and 0 keeps the running statistics of training."
+        self.num_samples: int = integer(self, "num_samples", num_samples, 0, fix)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the state of the optimizers of an earlier fit, which Lightning drops, if the weights are the same."""
@@ -73,10 +99,12 @@ class ScheduleFree(Trick):
         same = self._trainer() is trainer and self._module() is pl_module and self._is_as_left()
         self._restored = self._states = None
         if same:
-            self._restored = {"raw": self._named()}
+            self._restored = {"raw": self._named(), "replaced": self._override.covered() if self._override else {}}
             self._states = [optimizer.state_dict() for optimizer in self._optimizers()]
         self._trainer, self._module = weakref.ref(trainer), weakref.ref(pl_module)
         self._trained, self._left, self._eval = None, None, False
+        self._override, self._norms, self._estimates = BufferOverride(), None, False
+        self._watch, self._watched = None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers, and wrap validation, saving and the end of the fit.
@@ -120,20 +148,54 @@ class ScheduleFree(Trick):
         if saves_in_shards(trainer):
             # on_save_checkpoint does not get the path, to which every process writes its shards.
             self.wrap(trainer.strategy, "save_checkpoint", self._around_writing)
-        re_estimated = any(isinstance(callback, Estimating) for callback in callbacks_of(trainer))
-        if not re_estimated and any(layer.training for layer in batchnorms_of(pl_module).values()):
-            rank_zero_only(warnings.warn)(
-                f"The statistics of the BatchNorm layers in {name} do not fit the averaged weights of ScheduleFree. "
-                "Add the callback PreciseBN, which re-estimates them.",
-                stacklevel=2,
-            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch to training, from the weights of a checkpoint if there are any."""
+        """Switch to training, from the weights and statistics of a checkpoint if there are any.
+
+        Raises:
+            RuntimeError: if there is BatchNorm, and its statistics cannot be estimated.
+        """
+        statistics = (self._restored or {}).get("replaced", {})
         self._trained, self._eval = self._read(), True
         self._train()
+        with torch.no_grad():
+            for path, value in statistics.items():
+                pl_module.get_buffer(path).copy_(value)
         kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in self._optimizers()))
-        self.announce(f"the average of {kinds} is validated and saved")
+        others = any(isinstance(callback, Estimating) for callback in callbacks_of(trainer))
+        number = len(set(batchnorms_of(pl_module).values()))
+        how = ""
+        if number and self.num_samples and not others:
+            try:
+                check(self, trainer, pl_module, "train")
+            except RuntimeError as error:
+                remedy = "ScheduleFree(num_samples=0) keeps the running statistics of training."
+                raise RuntimeError(f"{str(error).rstrip('.')}. {remedy}") from error
+            self._estimates = True
+            how = f", with the statistics of {number} BatchNorm layers from {self.num_samples} samples"
+        self.announce(f"the average of {kinds} is validated and saved{how}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the arguments of ``forward`` in the first training step.
+
+        Raises:
+            RuntimeError: if there is BatchNorm, and no input in the batch.
+        """
+        if self._estimates and not self._watched and batch is not None:
+            self._watched, self._watch = True, Watch(pl_module, inputs_of(batch, "ScheduleFree"))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Warn if ``forward`` got other inputs than the batch, since the statistics would then differ from training."""
+        watch, self._watch = self._watch, None
+        if watch and watch.remove():
+            rank_zero_only(warnings.warn)(
+                f"ScheduleFree runs `forward` of {type(pl_module).__name__} on the inputs as they are in the batch, to "
+                "estimate the statistics of BatchNorm, and training_step gives it others. If these are more than mixed "
+                "or augmented, let `forward` or `on_after_batch_transfer` make them.",
+                stacklevel=2,
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the distance of the weights of training from the average, as a share of the norm of the average."""
@@ -147,12 +209,14 @@ class ScheduleFree(Trick):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of training, by the names of parameters, while the module has the average."""
+        """Return the weights and BatchNorm statistics of training by name, while the module has the average."""
         if not self._trained or not (self._wrappers or self._is_as_left()):
             return {}
+        covered = self._override.covered() if self._override else {}
+        statistics = {"replaced": covered} if covered else {}
         if saves_in_shards(self._trainer()):
-            return {"shards": True}
-        return {"raw": self._named()}
+            return {"shards": True} | statistics
+        return {"raw": self._named()} | statistics
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the weights of training of a resumed run until its optimizers are restored."""
@@ -170,7 +234,9 @@ class ScheduleFree(Trick):
         """Leave the average in the module, and remove the wrappers."""
         if stage == "fit" and self._wrappers:
             if self._restored:  # a resumed run that was already complete
+                statistics = self._restored.get("replaced", {})
                 self._trained, self._eval = self._read(), True
+                self._cover(statistics)
             self._end_fit()
 
     # The wrappers: each is called instead of a method
@@ -184,7 +250,11 @@ class ScheduleFree(Trick):
 
     def _around_saving(self, save_checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         was_shown = self._eval
-        self._evaluate()
+        progress = self._trainer().fit_loop.epoch_loop.batch_progress.current
+        # Lightning writes hpc_ckpt_*.ckpt from a signal handler, maybe within a step, and not in all processes at once
+        path = str(args[0] if args else kwargs.get("filepath", ""))
+        is_signal = Path(path).name.startswith("hpc_ckpt")
+        self._evaluate(progress.ready == progress.processed and not is_signal)
         try:
             return save_checkpoint(*args, **kwargs)
         finally:
@@ -209,9 +279,10 @@ class ScheduleFree(Trick):
 
     # The switch
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, between_steps: bool = True) -> None:
         if self._eval:
             return
+        trained = {name for name, layer in batchnorms_of(self._module()).items() if layer.training}
         reshard(self._module())
         with torch.inference_mode(False), torch.no_grad():
             parameters = [
@@ -222,6 +293,30 @@ class ScheduleFree(Trick):
                 optimizer.eval()
         reshard(self._module())
         self._eval = True
+        if between_steps and self._trainer().state.status.value != "interrupted":
+            self._estimate(trained)
+
+    def _estimate(self, trained: set[str]) -> None:
+        """Show the BatchNorm statistics of the average, estimated once per average."""
+        if not self._estimates or not trained or self._override is None:
+            return
+        trainer, module = self._trainer(), self._module()
+        now = norms(module)
+        if not trainer.strategy.reduce_boolean_decision(now == self._norms):  # of shards, which differ
+            layers = {name: layer for name, layer in batchnorms_of(module).items() if name in trained}
+            found = StatisticsPass("ScheduleFree", trainer, module, layers, self.num_samples).run()
+            self._override.values, self._norms = found.values, now
+        self._override.show(module)
+
+    def _cover(self, statistics: dict[str, Tensor]) -> None:
+        """Show the statistics that are in the module, over the statistics of training."""
+        module, override = self._module(), self._override
+        if override is not None and statistics:
+            buffers = {path: module.get_buffer(path) for path in statistics}
+            override.values = {path: buffer.clone() for path, buffer in buffers.items()}
+            for path, buffer in buffers.items():
+                buffer.copy_(statistics[path])
+            override.show(module)
 
     def _train(self) -> None:
         if not self._eval:
@@ -234,6 +329,8 @@ class ScheduleFree(Trick):
             for parameter, trained in (self._trained or {}).items():
                 to_local(parameter).copy_(trained)
         reshard(self._module())
+        if self._override:
+            self._override.restore()
         self._trained, self._eval = None, False
 
     # Helpers
@@ -268,4 +365,6 @@ class ScheduleFree(Trick):
 
     def _end_fit(self) -> None:
         self._left = norms(self._module())
+        if self._watch:
+            self._watch.remove()
         self.unwrap()

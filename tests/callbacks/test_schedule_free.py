@@ -14,11 +14,11 @@ from helpers.schedule_free import ReplacedScheduleFree, Replacing, ScheduleFreeS
 
 from lit_tricks import Classifier
 from lit_tricks.callbacks import EMA, SWA, Lookahead, PreciseBN, ScheduleFree, WarmupCosine, WarmupStep
+from lit_tricks.callbacks.batchnorm.data_pass import StatisticsPass
 from lit_tricks.data import Digits
 
 pl = lightning()
 STEPS = 3 * BATCHES
-pytestmark = pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit")
 
 
 def small(module: Any) -> Any:
@@ -161,6 +161,70 @@ def test_checkpoint_of_an_error_has_the_average(tmp_path):
     assert_close(content["callbacks"]["ScheduleFree"]["raw"], y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """Names of the tricks that pass over the training data."""
+    found: list[str] = []
+    original = StatisticsPass.run
+
+    def counted(self: Any) -> Any:
+        found.append(self.trick)
+        return original(self)
+
+    monkeypatch.setattr(StatisticsPass, "run", counted)
+    return found
+
+
+def statistics_by_hand(weights: Weights) -> Weights:
+    """Return mean and population variance of the first layer's maps over the training images, in float64."""
+    conv = torch.nn.Conv2d(1, 4, 3).double()
+    conv.load_state_dict({name: weights[f"net.0.0.{name}"].double() for name in ("weight", "bias")})
+    with torch.no_grad():
+        maps = conv(torch.cat([batch[0] for batch in train_loader()]).double())
+    variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0)
+    return {"net.0.1.running_mean": mean, "net.0.1.running_var": variance}
+
+
+def test_validations_checkpoints_and_the_end_have_statistics_of_the_average(tmp_path, passes):
+    """Also a checkpoint in the middle of an epoch. Its callback state has the statistics of training."""
+    record, saver, plain = Record(), Saver(tmp_path, steps=[2, 4, 6]), History()
+    result = run(ScheduleFree(), record, saver, optimizers=small)
+    assert passes == ["ScheduleFree"] * 5  # steps 2, 4, 6, 8 and 12: one per average
+    run(ScheduleFree(num_samples=0), plain, optimizers=small)
+    for weights in (*record.validated, result.weights):
+        expected = statistics_by_hand(weights)
+        assert_close({name: weights[name] for name in expected}, expected)
+    assert saver.paths
+    for path in saver.paths:
+        content = loaded(path)
+        expected = statistics_by_hand(content["state_dict"])
+        assert_close({name: content["state_dict"][name] for name in expected}, expected)
+        trained = plain.weights[content["global_step"] - 1]
+        replaced = content["callbacks"]["ScheduleFree"]["replaced"]
+        assert not differences(replaced, {name: trained[name] for name in replaced})
+        resumed = run(ScheduleFree(), ckpt_path=path, optimizers=small)
+        assert not differences(resumed.weights, result.weights)
+        assert not differences(resumed.optimizers, result.optimizers)
+    result.trainer.save_checkpoint(tmp_path / "after.ckpt")
+    complete = run(ScheduleFree(), ckpt_path=tmp_path / "after.ckpt", optimizers=small)
+    assert not differences(complete.weights, result.weights)
+    complete.trainer.save_checkpoint(tmp_path / "again.ckpt")
+    states = [loaded(tmp_path / name)["callbacks"]["ScheduleFree"] for name in ("after.ckpt", "again.ckpt")]
+    assert not differences(states[0]["replaced"], states[1]["replaced"])
+
+
+def test_a_second_fit_continues_with_the_statistics_of_training():
+    full = run(ScheduleFree(), optimizers=small, max_epochs=3)
+    first = run(ScheduleFree(), optimizers=small, max_epochs=2)
+    first.trainer.fit_loop.max_epochs = 3
+    first.trainer.fit(first.module, train_loader(), eval_loader())
+    names = ["net.0.1.running_mean", "net.0.1.running_var"]
+    now = all_weights(first.module)
+    assert_close({name: now[name] for name in names}, statistics_by_hand(now))
+    covered = [result.trainer.callbacks[0]._override.covered() for result in (full, first)]
+    assert set(covered[0]) == set(names)
+
+
 def test_statistics_are_estimated_for_the_average():
     """PreciseBN passes data through the weights that are validated, here against a pass by hand."""
     record = Record()
@@ -212,9 +276,33 @@ def test_schedules_refuse_such_optimizers(make, with_trick):
         run(make(), *([ScheduleFree()] if with_trick else []), optimizers=small)
 
 
-def test_warns_without_new_statistics():
-    with pytest.warns(UserWarning, match="ScheduleFree. Add the callback PreciseBN"):
-        run(ScheduleFree(), optimizers=small, max_epochs=1)
+def test_loader_that_cannot_be_read_again_is_rejected():
+    """The remedy keeps the running statistics of training."""
+    module = module_class("lightning")(optimizers=small)
+    with pytest.raises(RuntimeError, match=r"ScheduleFree reads training data a second time.*num_samples=0"):
+        make_trainer(ScheduleFree()).fit(module, iter(list(train_loader())), eval_loader())
+    trick = ScheduleFree(num_samples=0)
+    make_trainer(trick, max_epochs=1).fit(module, iter(list(train_loader())), eval_loader())
+    assert "BatchNorm" not in trick.effect
+
+
+def test_precise_bn_replaces_the_estimate(passes):
+    trick = ScheduleFree()
+    result = run(trick, PreciseBN(num_samples=4), optimizers=small)
+    assert "BatchNorm" not in trick.effect
+    assert passes == ["PreciseBN"] * 3
+    assert result.trainer.optimizers[0].param_groups[0]["training"] is False
+
+
+def test_other_inputs_of_forward_are_a_warning():
+    class Scaled(module_class("lightning")):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step([batch[0] / 2, batch[1]], batch_idx)
+
+    module = Scaled(optimizers=small)
+    with pytest.warns(UserWarning, match="ScheduleFree runs `forward` of Scaled"):
+        make_trainer(ScheduleFree(), max_epochs=1).fit(module, train_loader(), eval_loader())
+    assert not module._forward_pre_hooks
 
 
 def test_only_one_of_two_optimizers_is_schedule_free():

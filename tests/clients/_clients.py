@@ -101,7 +101,6 @@ def spy_on(fit: Fit, *tricks: Any) -> Spy:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", ResourceWarning)  # they come whenever garbage is collected
         warnings.filterwarnings("ignore", "SWA averages the statistics of the BatchNorm layers")
-        warnings.filterwarnings("ignore", "The statistics of the BatchNorm layers in .* do not fit")
         warnings.filterwarnings("ignore", "FixRes fine-tunes a trained network")  # clients start from random weights
         fit(*tricks, spy)
     spy.warnings = {f"{warning.category.__name__}: {warning.message}" for warning in caught}

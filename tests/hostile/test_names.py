@@ -58,7 +58,6 @@ def called(name: str, namespace: str = "lightning", **attributes: Any) -> Any:
 @each_namespace
 @pytest.mark.parametrize("trick", TRICKS)
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")
-@pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit")
 @pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network")
 def test_callbacks_of_all_these_names_train_beside_a_trick(trick, namespace):
     """Except one of its own name: two with a state and one name are refused by Lightning."""

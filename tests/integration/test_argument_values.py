@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.fits import Result, run
 from helpers.odd import ODD, accepted, legal, message_of
+from helpers.schedule_free import ScheduleFreeSGD
 from helpers.tricks import teacher
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
@@ -74,7 +75,7 @@ LEGAL_IN_TRICKS: dict[str, dict[str, str]] = {
     "NoBiasDecay": {},
     "PreciseBN": {"restore": "true"},
     "ProgressiveResizing": {"start": "0", "total_steps": "null"},
-    "ScheduleFree": {},
+    "ScheduleFree": {"num_samples": "0"},
     "SWA": {
         "lr": "1.5",
         "start": "0",
@@ -188,9 +189,10 @@ LEGAL = [
 @pytest.mark.parametrize(("name", "argument", "written"), LEGAL)
 def test_legal_values_train_or_stop_the_fit_with_a_reason(name, argument, written):
     trick = getattr(callbacks, name)(**needs(name, argument), **{argument: ODD[written]})
+    options = {"optimizers": lambda module: ScheduleFreeSGD(module.parameters())} if name == "ScheduleFree" else {}
     ends: list[Result] = []
     with torch.compiler.set_stance("force_eager"):  # inductor takes 20 seconds for `compiled`
-        message = message_of(lambda: ends.append(run(trick, max_steps=2)), Exception)
+        message = message_of(lambda: ends.append(run(trick, max_steps=2, **options)), Exception)
     if message is None:
         assert all(weight.isfinite().all() for weight in ends[0].weights.values())
         assert ends[0].trainer.global_step == 2

@@ -33,7 +33,6 @@ ROOT = Path(__file__).parents[2]
 each_trick = pytest.mark.parametrize("name", TRICKS)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers"),
-    pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit"),
     pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network"),  # runs here start from random weights
     pytest.mark.filterwarnings("ignore:TestTimeAugment has no effect"),  # the test_step here does nothing
 ]

@@ -92,6 +92,7 @@ REFUSED |= {
     "ZeroGamma": "^ZeroGamma found no residual branches",
     "DropPath": "^DropPath found no drop-path layers",
     "PreciseBN": "^PreciseBN .*forward",
+    "ScheduleFree": "^ScheduleFree .*forward",
     "ProgressiveResizing": "shapes cannot be multiplied",  # the discriminator's, which is for one size
     "TemperatureScaling": "^TemperatureScaling found no logits for the labels",
     "WhitenedStem": "^WhitenedStem runs `forward` of GAN .* and it failed",
@@ -100,9 +101,8 @@ REFUSED |= {
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics:UserWarning")
-@pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit:UserWarning")
 @pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network, and GAN looks as if:UserWarning")
-@pytest.mark.filterwarnings("ignore:PreciseBN runs `forward` of GAN on the inputs as they are in the batch:UserWarning")
+@pytest.mark.filterwarnings("ignore:(PreciseBN|ScheduleFree) runs `forward` of GAN on the inputs as they are in the ba")
 @pytest.mark.parametrize("name", TRICKS)
 def test_acts_or_says_why_not(name: str) -> None:
     trick = MAKE.get(name, TRICKS[name].make)()

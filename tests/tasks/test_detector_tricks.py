@@ -121,7 +121,6 @@ def test_trick_without_boxes_is_rejected_before_a_step(name: str, batch_size: in
 
 
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics")
-@pytest.mark.filterwarnings("ignore:The statistics of the BatchNorm layers in .* do not fit")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "Compile")) for name in ACT])
 def test_trick_on_weights_rates_and_layers_acts(name: str, plain: tuple[Tensor, list[float]]) -> None:
     make, logged, differs = ACT[name]

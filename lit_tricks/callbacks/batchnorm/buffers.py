@@ -38,6 +38,10 @@ class BufferOverride:
                     where.copy_(value)
                 self._memory[name] = written[id(buffer)]
 
+    def covered(self) -> dict[str, Tensor]:
+        """Return the previous values of the buffers that have others now."""
+        return {name: value for name, (_, value, _) in self._memory.items()}
+
     def restore(self) -> None:
         """Restore the previous values in the memory."""
         for where, value, _ in self._memory.values():

@@ -82,21 +82,22 @@ def check(trick: Trick, trainer: Trainer, pl_module: LightningModule, transform:
     Raises:
         RuntimeError: for a conflicting callback, a strategy that hides the weights, or data that cannot be read twice.
     """
+    who = type(trick).__name__
     others = [callback for callback in callbacks_of(trainer) if callback is not trick]
     if any(isinstance(other, type(trick)) for other in others):
-        raise RuntimeError("PreciseBN was passed twice. Keep only one.")
+        raise RuntimeError(f"{who} was passed twice. Keep only one.")
     averages = [f"callbacks.{name}" for name in ("WeightAveraging", "StochasticWeightAveraging")]
     for other in others:
         if any(isinstance(other, lightning_classes(average)) for average in averages):
             raise RuntimeError(
-                f"PreciseBN and {type(other).__name__} do not coordinate their swaps of the weights: average with "
-                "EMA or SWA of lit_tricks, or remove PreciseBN."
+                f"{who} and {type(other).__name__} do not coordinate their swaps of the weights: average with "
+                f"EMA or SWA of lit_tricks, or remove {who}."
             )
     strategy = type(trainer.strategy).__name__
     if is_flattened(trainer.strategy.model or pl_module):
-        raise RuntimeError(f"PreciseBN cannot run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
-    require_forward("PreciseBN", pl_module)
-    copied_train_loader(trainer, "PreciseBN", transform == "eval")
+        raise RuntimeError(f"{who} cannot run the layers under {strategy}: use FSDP2 (ModelParallelStrategy).")
+    require_forward(who, pl_module)
+    copied_train_loader(trainer, who, transform == "eval")
 
 
 def require_forward(trick: str, pl_module: LightningModule) -> None:
@@ -203,6 +204,7 @@ class StatisticsPass(TrainingDataPass):
     """A pass that estimates the statistics of BatchNorm layers, for the weights that the module has.
 
     Args:
+        trick: name of the trick, for messages.
         trainer: the Trainer, in a fit.
         pl_module: the Trainer's module.
         layers: the layers, by name.
@@ -211,9 +213,15 @@ class StatisticsPass(TrainingDataPass):
     """
 
     def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, layers: dict[str, Any], num_samples: int, transform: str
+        self,
+        trick: str,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        layers: dict[str, Any],
+        num_samples: int,
+        transform: str = "train",
     ) -> None:
-        super().__init__("PreciseBN", trainer, pl_module, num_samples, transform)
+        super().__init__(trick, trainer, pl_module, num_samples, transform)
         self.layers = layers
 
     def run(self) -> Found:
