@@ -45,6 +45,7 @@ from lit_tricks.callbacks.xavier_init import xavier_uniform
 from lit_tricks.models import resnet
 from lit_tricks.run.report.style import Theme, new_figure, tidy
 from lit_tricks.utils.image_size import resize
+from lit_tricks.utils.strength import strength_at
 
 Draw = Callable[[Theme], Figure]
 FIGURES: dict[str, tuple[Draw, str]] = {}
@@ -451,14 +452,22 @@ def draw_scaling(theme: Theme) -> Figure:
 
 @figure_of(
     "DropPath",
-    "Left: the rate of each of the 16 blocks of a ResNet-50. Right: a branch, dropped for two of eight images.",
+    "Left: the rate of each of the 16 blocks of a ResNet-50. Middle: the rate of the last block over the run, with start "
+    "0.2 and end 0.8. Right: a branch, dropped for two of eight images.",
 )
 def draw_drop_path(theme: Theme) -> Figure:
-    figure, (left, right) = row(2, 2.6)
+    figure, (left, middle, right) = row(3, 2.6)
     for number, mode in enumerate(("linear", "constant")):
         left.plot(range(1, 17), drop_path_rates(0.2, 16, mode), ".-", color=theme.cycle[number], label=f'mode="{mode}"')
     tidy(left, "", "block", "probability to skip")
     left.legend(frameon=False, labelcolor=theme.ink)
+    done = np.linspace(0, 0.999, 500)
+    for number, name in enumerate(("constant", "rise", "fall")):
+        rates = [0.2 * strength_at(progress, 0.2, 0.8, name) for progress in done]
+        middle.plot(done, rates, color=theme.cycle[number], label=name)
+    tidy(middle, "", "share of the run", "")
+    middle.set_ylim(-0.01, 0.34)  # room for the legend
+    middle.legend(frameon=False, labelcolor=theme.ink, loc="upper left")
     branch = torch.linspace(0.5, 1.5, 24).repeat(8, 1)
     kept = torch.tensor([True, True, False, True, True, True, False, True])
     right.imshow(drop_path(branch, kept, 0.25).numpy(), aspect="auto", cmap="viridis")
