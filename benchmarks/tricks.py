@@ -4,7 +4,9 @@
 
 Whole steps with and without a trick cannot be compared to 2 % on a machine that does other work: two runs without a
 trick differ by 7 %. So the work of a trick is timed where it is done: in its hooks; in its part of the loss, forward
-and backward, against the same loss of plain labels; and in the branches that DropPath drops, twice, for their backward.
+and backward, against the same loss of plain labels; in the branches that DropPath drops, twice, for their backward; and
+in the methods that Lookahead and Muon put around schedulers and optimizers. Lookahead acts in every fifth step, so its
+row is a mean, of a multiple of five steps. The update of Muon replaces a step of SGD, which is not subtracted.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import schedulefree
 import timm
 import torch
 import torch.nn.functional as F
@@ -46,25 +49,24 @@ MAKE: dict[str, Callable[[], Callback]] = {
     "WarmupStep": lambda: callbacks.WarmupStep(milestones=[2], warmup_epochs=1),
 }
 # They trade time, so their cost is not overhead: freezing.py measures what freezing saves.
-ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation", "Unfreeze", "WhitenedStem"}
+ASIDE = {"ChannelsLast", "Compile", "FixRes", "Freeze", "KnowledgeDistillation", "Muon", "Unfreeze", "WhitenedStem"}
+PERIODIC = {"Lookahead"}  # in some steps only
+WORK = {"_transferred", "_around_schedulers", "_after_step"}  # methods with the work of a trick that are no hooks
 PAPER = ("LinearScaling", "WarmupCosine", "ZeroGamma", "XavierInit", "NoBiasDecay", "LabelSmoothing", "MixUp")
 EXPECTED = {  # % of a step, from passes over weights (EMA, L1Penalty) and activations (DropPath), not from runs
     "EMA": 1, "DropPath": 2, "L1Penalty": 2, "KnowledgeDistillation": 33, "NoBiasDecay": 0.2,
     "CutMix": 0.2, "MixUp": 0.2, "LabelSmoothing": 0.1, "LogitAdjustment": 0.1, "ClassBalanced": 0.2,
     "BinaryCrossEntropy": 0.2, "FocalLoss": 0.2, "GeneralizedCrossEntropy": 0.2, "the paper's seven, and EMA": 1.6,
-    "all that go together": 6,
+    "Lookahead": 0.5, "Muon": 58, "all that go together": 6,  # Muon with 16 images of 224 pixels
 }  # fmt: skip
-UNMEASURED = {
-    "Compile",
-    "Lookahead",
-    "Muon",
-    "PreciseBN",
-    "ScheduleFree",
-    "TemperatureScaling",
-}  # before the fit; in the optimizer, see muon.py; between epochs, see precise_bn.py; in validation
+UNMEASURED = {  # they do nothing in a step
+    "Compile",  # before the fit
+    "PreciseBN",  # between epochs, see precise_bn.py
+    "TemperatureScaling",  # in validation, and after the fit
+}
 CONFLICTING = {  # with WarmupCosine, EMA, KnowledgeDistillation and LogitAdjustment
     "WarmupExponential", "WarmupLinear", "WarmupPoly", "WarmupStableDecay", "WarmupStep", "SWA", "Lookahead",
-    "BinaryCrossEntropy", "ClassBalanced",
+    "BinaryCrossEntropy", "ClassBalanced", "ScheduleFree",
 }  # fmt: skip
 
 
@@ -85,11 +87,17 @@ class Classifier(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = timm.create_model("resnet50", zero_init_last=False)
+        self.schedule_free = False  # whether the optimizer is
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # of ScheduleFree's estimate
+        return self.net(images)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.schedule_free:
+            return schedulefree.SGDScheduleFree(self.parameters(), lr=0.01)
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
@@ -103,7 +111,7 @@ class TrainingLength(Callback):
         for trick in tricks:
             for name in dir(type(trick)):
                 method = getattr(type(trick), name)
-                if (name.startswith("on_") or name == "_transferred") and method.__module__.startswith("lit_tricks"):
+                if (name.startswith("on_") or name in WORK) and method.__module__.startswith("lit_tricks"):
                     setattr(trick, name, self.timed(getattr(trick, name)))
 
     def timed(self, function: Callable[..., Any], times: int = 1) -> Callable[..., Any]:
@@ -138,6 +146,7 @@ class TrainingLength(Callback):
 def measure(names: list[str], image_size: int, batch_size: int, steps: int, module: Classifier) -> tuple[float, float]:
     """Return the median seconds of a step, and of the tricks in it."""
     tricks, size = list(map(make, names)), batch_size * (steps + 1)
+    module.schedule_free = "ScheduleFree" in names
     clock, drop = TrainingLength(tricks), drop_path.drop_path
     data = torch.utils.data.TensorDataset(torch.randn(size, 3, image_size, image_size), torch.arange(size) % 1000)
     trainer = Trainer(
@@ -149,7 +158,8 @@ def measure(names: list[str], image_size: int, batch_size: int, steps: int, modu
         trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=batch_size))
     finally:
         drop_path.drop_path = drop
-    return statistics.median(clock.steps), statistics.median(clock.shares)
+    center = statistics.fmean if PERIODIC & set(names) else statistics.median
+    return statistics.median(clock.steps), center(clock.shares)
 
 
 def report(image_size: int, batch_size: int, steps: int) -> str:

@@ -101,14 +101,14 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
         yield f"{entry['measured']}\n\n"
     else:
         yield f"**Not measured here.** {entry['not_measured']}\n\n"
-    if name in cost:
+    if "cost" in entry:
+        yield f"Cost: {entry['cost']}\n"
+    elif name in cost:
         yield f"Cost: {cost[name]} % of a ResNet-50 training step on a CPU (`benchmarks/tricks.py`).\n"
-    elif "cost" not in entry:
+    else:
         raise ExtensionError(
             f"{name} has no measurement: add it to benchmarks/tricks.py, or `cost` to docs/tricks.yaml"
         )
-    else:
-        yield f"Cost: {entry['cost']}\n"
 
 
 def behavior(name: str) -> Iterator[str]:
