@@ -23,7 +23,8 @@ class LogitScaling(nn.Module):
     module. Old checkpoints still load, since an uncalibrated module has no entry in the ``state_dict``. A checkpoint
     with the buffers ``factors`` (1,) or (K,) and ``offsets`` (K,) sets them, and one without them removes them.
 
-    Logits of 16 bits are scaled in float32, so that rounding makes no ties.
+    Logits of 16 bits are scaled in float32, so that rounding makes no ties. ``ModelParallelStrategy`` loads only the
+    entries that a module has: before a test with sharded weights, call ``load_state_dict`` (``Classifier`` needs none).
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), LogitScaling())
