@@ -452,6 +452,15 @@ def test_metrics_of_another_checkpoint_are_its_own(run: Path) -> None:
     assert "| test |" not in text
 
 
+def test_distillation_by_dist_cites_both_papers(run: Path) -> None:
+    tricks = {"KnowledgeDistillation": {"effect": "", "arguments": {"teacher": "resnet50", "loss": "dist"}}}
+    (run / "tricks.json").write_text(json.dumps(tricks))
+    done("card", str(run / "checkpoints" / "best.ckpt"), "--output", "dist.md")
+    assert {"hinton2015distilling", "huang2022knowledge"} <= set(
+        re.findall(r"@\w+\{(\w+)", Path("dist.md").read_text())
+    )
+
+
 def test_a_checkpoint_without_its_run(run: Path) -> None:
     shutil.copy(run / "checkpoints" / "best.ckpt", "alone.ckpt")
     done("card", "alone.ckpt")
