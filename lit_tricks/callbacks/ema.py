@@ -252,7 +252,7 @@ class EMA(Averaging):
     ) -> None:
         """Update the average, and log the decay of the last update."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._updates:
+        if self._updates and self.should_log(trainer):
             key = f"ema/{self.name}/decay" if self.name else "ema/decay"
             self.log_step(pl_module, {key: self._decay_at(self._updates - 1)})
         if self._updates % self._interval() == 0:

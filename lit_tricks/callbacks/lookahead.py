@@ -114,7 +114,8 @@ class Lookahead(Averaging):
         """Log the share."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._length.check(trainer)
-        self.log_step(pl_module, {"lookahead/alpha": self._alpha()})
+        if self.should_log(trainer):
+            self.log_step(pl_module, {"lookahead/alpha": self._alpha()})
 
     def _alpha(self) -> float:
         trainer = self._trainer

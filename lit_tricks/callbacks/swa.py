@@ -197,7 +197,7 @@ class SWA(Averaging):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Log the learning rates of the step, under the names that LearningRateMonitor gives them."""
-        if self._rates:
+        if self._rates and self.should_log(trainer):
             self.log_step(pl_module, self._rates.used())
 
     def on_train_batch_end(
@@ -206,7 +206,7 @@ class SWA(Averaging):
         """Update the average at the end of a cycle, and log how many weights are in it."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._length.check(trainer)
-        if self._updates:
+        if self._updates and self.should_log(trainer):
             key = f"swa/{self.name}/averaged" if self.name else "swa/averaged"
             self.log_step(pl_module, {key: float(self._updates)})
 

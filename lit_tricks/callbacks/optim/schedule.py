@@ -140,7 +140,8 @@ class Schedule(Trick):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-        self.log_step(pl_module, rates_of(trainer.optimizers))
+        if self.should_log(trainer):
+            self.log_step(pl_module, rates_of(trainer.optimizers))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -107,7 +107,7 @@ class LossTrick(Trick):
                     "batch, to F.cross_entropy, nn.CrossEntropyLoss or F.nll_loss, or as F.one_hot(target, "
                     "num_classes).float() to a binary or soft-target loss; several labels an item to a binary one."
                 )
-        if quantities := self.quantities(spec):
+        if self.should_log(trainer) and (quantities := self.quantities(spec)):
             self.log_step(pl_module, quantities)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
