@@ -283,6 +283,17 @@ def test_networks_that_timm_has_not(model_args: dict[str, Any], reason: str) -> 
         timm_arguments("resnet", model_args)
 
 
+def test_small_vgg_is_exported_and_has_no_timm_folder() -> None:
+    """Export compares the logits of the file with the logits of the checkpoint."""
+    model = Classifier("small_vgg", model_args={"width": 1 / 16}, num_classes=3, input_size=(1, 16, 16))
+    shaken(model.model)
+    checkpoint = saved(model)
+    path = export(checkpoint, format="torch-export", mean=[0.5], std=[0.5], output="folder")
+    assert Path(path).exists()
+    with pytest.raises(ValueError, match="timm has no small_vgg: choose --format onnx"):
+        export(checkpoint, format="timm", mean=[0.5], std=[0.5], output="other")
+
+
 @pytest.mark.parametrize("network", ["a torch.nn.Module", {"class_path": "torchvision.models.resnet18"}])
 def test_networks_of_others_are_no_timm_folder(network: Any) -> None:
     if isinstance(network, str):
