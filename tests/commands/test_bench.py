@@ -75,7 +75,7 @@ def trainer() -> Trainer:
     return Trainer(accelerator="cpu", devices=1, max_epochs=1, **off)
 
 
-@pytest.mark.parametrize(("loading", "training", "limit"), [(0.02, 0.005, "data"), (0.001, 0.04, "model")])
+@pytest.mark.parametrize(("loading", "training", "limit"), [(0.08, 0.005, "data"), (0.001, 0.08, "model")])
 def test_speeds_and_what_limits_them(loading: float, training: float, limit: str) -> None:
     data, model = Data(loading), Model(training)
     before = data.train_dataloader
