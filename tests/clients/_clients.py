@@ -181,7 +181,10 @@ NO_RESIDUAL_BRANCHES = {
     "DropPath": "^DropPath found no drop-path layers, nor branches that end with a norm, in ",
     "ZeroGamma": "^ZeroGamma found no residual branches that end with a norm layer in ",
 }
-NO_CONVOLUTIONS = {"ChannelsLast": "^ChannelsLast has no effect: there is no two-dimensional convolution in "}
+NO_CONVOLUTIONS = {
+    "ChannelsLast": "^ChannelsLast has no effect: there is no two-dimensional convolution in ",
+    "WhitenedStem": "^WhitenedStem found no two-dimensional convolution in ",
+}
 NOTHING_TO_FREEZE = {
     name: rf"^{name}\(.+\) (has no effect: |.+ no optimizer of )" for name in ("Freeze", "LayerDecay", "Unfreeze")
 }
