@@ -144,8 +144,10 @@ class DropPath(Trick):
         self.layers: list[str] | None = texts(
             self, "layers", layers, "Name modules by patterns, as ['*.bn3'].", or_none="a search"
         )
-        self.strength = RunStrength(self, start, end, schedule)
-        self.start, self.end, self.schedule = self.strength.start, self.strength.end, self.strength.schedule
+        self.strength: RunStrength = RunStrength(self, start, end, schedule)
+        self.start: float = self.strength.start
+        self.end: float = self.strength.end
+        self.schedule: Literal["constant", "rise", "fall"] = self.strength.schedule
         self._seeds, self._draws = Generator(), Generator()
         self._forget()
 

@@ -53,11 +53,11 @@ class Freeze(Freezing):
         unit: Literal["epochs", "run"] = "epochs",
     ) -> None:
         fix = "Name parts of the network, such as ['layer1'], or write ['backbone']."
-        self.modules = texts(self, "modules", modules, fix)
+        self.modules: list[str] = texts(self, "modules", modules, fix)
         fix = "2 freezes the first two epochs."
-        self.until = number(self, "until", until, "(0, 1e6]", fix, or_none="the whole run")
-        self.train_bn = flag(self, "train_bn", train_bn)
-        self.unit = choice(self, "unit", unit, ("epochs", "run"))
+        self.until: float | None = number(self, "until", until, "(0, 1e6]", fix, or_none="the whole run")
+        self.train_bn: bool = flag(self, "train_bn", train_bn)
+        self.unit: Literal["epochs", "run"] = choice(self, "unit", unit, ("epochs", "run"))
         if unit == "run" and self.until is not None and self.until > 1:
             raise invalid(self, "a share of the run is at most 1. Write unit='epochs' for epochs.", until=until)
 

@@ -94,8 +94,10 @@ class LabelSmoothing(LossTrick):
     ) -> None:
         self.smoothing: float = number(self, "smoothing", smoothing, "[0, 1)", "Give a probability, such as 0.1.")
         self.convention: Literal["torch", "paper"] = choice(self, "convention", convention, ("torch", "paper"))
-        self.strength = RunStrength(self, start, end, schedule)
-        self.start, self.end, self.schedule = self.strength.start, self.strength.end, self.strength.schedule
+        self.strength: RunStrength = RunStrength(self, start, end, schedule)
+        self.start: float = self.strength.start
+        self.end: float = self.strength.end
+        self.schedule: Literal["constant", "rise", "fall"] = self.strength.schedule
         self._now = 1.0  # share of the smoothing in the current batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

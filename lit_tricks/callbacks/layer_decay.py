@@ -89,7 +89,7 @@ class LayerDecay(GroupSplitting):
     _group_count: int
 
     def __init__(self, decay: float = 0.75) -> None:
-        self.decay = number(self, "decay", decay, "(0, 1]", "0.75 is usual, and 1 changes nothing.")
+        self.decay: float = number(self, "decay", decay, "(0, 1]", "0.75 is usual, and 1 changes nothing.")
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

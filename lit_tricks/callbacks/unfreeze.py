@@ -64,13 +64,15 @@ class Unfreeze(Freezing):
         train_bn: bool = False,
         unit: Literal["epochs", "run"] = "epochs",
     ) -> None:
-        self.unit = choice(self, "unit", unit, ("epochs", "run"))
+        self.unit: Literal["epochs", "run"] = choice(self, "unit", unit, ("epochs", "run"))
         interval = "(0, 1]" if unit == "run" else "(0, 1e6]"
         fix = "{'layer4': 1, 'backbone': 3} trains the rest of the backbone from epoch 3 on."
-        self.schedule = numbers_by_name(self, "schedule", schedule, interval, fix)
+        self.schedule: dict[str, float] = numbers_by_name(self, "schedule", schedule, interval, fix)
         fix = "{'backbone': 0.1} gives the backbone a tenth of the learning rate."
-        self.lr_factors = numbers_by_name(self, "lr_factors", lr_factors, "(0, 1e6]", fix, or_none="factors of 1")
-        self.train_bn = flag(self, "train_bn", train_bn)
+        self.lr_factors: dict[str, float] | None = numbers_by_name(
+            self, "lr_factors", lr_factors, "(0, 1e6]", fix, or_none="factors of 1"
+        )
+        self.train_bn: bool = flag(self, "train_bn", train_bn)
         if unknown := [name for name in self.lr_factors or {} if name not in self.schedule]:
             raise invalid(self, f"{unknown[0]!r} is not in the schedule. Add it there.", lr_factors=lr_factors)
         self._forget()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +92,8 @@ class WhitenedStem(Freezing):
     """
 
     fine_tunes = False  # the network starts from random weights
-    train_bn = False
-    unit = "epochs"
+    train_bn: bool = False
+    unit: Literal["epochs", "run"] = "epochs"
     _name = ""  # of the convolution
 
     def __init__(self, layer: str | None = None, images: int = 5000, eps: float = 5e-4) -> None:

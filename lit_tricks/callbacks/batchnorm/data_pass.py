@@ -53,7 +53,7 @@ class Watch:
     """Compares the arguments of ``forward`` with the inputs of a batch."""
 
     def __init__(self, pl_module: LightningModule, inputs: Sequence[Tensor]) -> None:
-        self.inputs = inputs
+        self.inputs: Sequence[Tensor] = inputs
         self.given: set[bool] = set()
         # a hook would be compiled too
         compiled = is_compiled_by_lightning(pl_module)
@@ -127,13 +127,15 @@ class TrainingDataPass:
     def __init__(
         self, trick: str, trainer: Trainer, pl_module: LightningModule, num_samples: int, transform: str = "train"
     ) -> None:
-        self.trick, self.trainer, self.pl_module = trick, trainer, pl_module
-        self.transform = transform
-        self.samples_per_process = math.ceil(num_samples / trainer.world_size)
-        self.samples = 0  # of this process
+        self.trick: str = trick
+        self.trainer: Trainer = trainer
+        self.pl_module: LightningModule = pl_module
+        self.transform: str = transform
+        self.samples_per_process: int = math.ceil(num_samples / trainer.world_size)
+        self.samples: int = 0  # of this process
         parameters = list(pl_module.parameters())
-        self.is_sharded = any(map(is_sharded, parameters))
-        self.is_channels_last = any(_is_channels_last(to_local(param.detach())) for param in parameters)
+        self.is_sharded: bool = any(map(is_sharded, parameters))
+        self.is_channels_last: bool = any(_is_channels_last(to_local(param.detach())) for param in parameters)
 
     @contextlib.contextmanager
     def batches(self, in_step: bool = False) -> Iterator[Iterator[list[Any]]]:

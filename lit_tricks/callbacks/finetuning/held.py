@@ -30,10 +30,10 @@ class HeldPart:
     """
 
     def __init__(self, module: nn.Module, part: Part) -> None:
-        self.module = module
-        self.found = part.found
-        self.is_frozen = False
-        self.parameters = [name for name in part.parameters if module.get_parameter(name).requires_grad]
+        self.module: nn.Module = module
+        self.found: list[str] = part.found
+        self.is_frozen: bool = False
+        self.parameters: list[str] = [name for name in part.parameters if module.get_parameter(name).requires_grad]
         self._found: list[nn.Parameter] = []
         self._modules = part.modules
         self._modes: dict[nn.Module, bool] = {}  # before

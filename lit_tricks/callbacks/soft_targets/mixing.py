@@ -58,8 +58,10 @@ class Mixing(LossTrick):
         self.prob: float = number(self, "prob", prob, "(0, 1]", "Give the share of the batches that are mixed.")
         fix = "Name the tensors of a batch, as ['image', 'depth'], or give their places, as [0, 1]."
         self.inputs: list[str] | None = names(self, "inputs", inputs, fix, or_none="all images")
-        self.strength = RunStrength(self, start, end, schedule)
-        self.start, self.end, self.schedule = self.strength.start, self.strength.end, self.strength.schedule
+        self.strength: RunStrength = RunStrength(self, start, end, schedule)
+        self.start: float = self.strength.start
+        self.end: float = self.strength.end
+        self.schedule: Literal["constant", "rise", "fall"] = self.strength.schedule
         self._seeds, self._draws = Generator(), Generator()
         self.turn = False  # whether this trick mixes the current batch, and not the other one
         self._lambda = self._now = 1.0
