@@ -460,13 +460,14 @@ def draw_drop_path(theme: Theme) -> Figure:
     for number, mode in enumerate(("linear", "constant")):
         left.plot(range(1, 17), drop_path_rates(0.2, 16, mode), ".-", color=theme.cycle[number], label=f'mode="{mode}"')
     tidy(left, "", "block", "probability to skip")
-    left.legend(frameon=False, labelcolor=theme.ink)
+    left.set_ylim(-0.01, 0.34)  # room for the legend, as in the middle
+    left.legend(frameon=False, labelcolor=theme.ink, loc="upper left")
     done = np.linspace(0, 0.999, 500)
     for number, name in enumerate(("constant", "rise", "fall")):
         rates = [0.2 * strength_at(progress, 0.2, 0.8, name) for progress in done]
         middle.plot(done, rates, color=theme.cycle[number], label=name)
     tidy(middle, "", "share of the run", "")
-    middle.set_ylim(-0.01, 0.34)  # room for the legend
+    middle.set_ylim(-0.01, 0.34)
     middle.legend(frameon=False, labelcolor=theme.ink, loc="upper left")
     branch = torch.linspace(0.5, 1.5, 24).repeat(8, 1)
     kept = torch.tensor([True, True, False, True, True, True, False, True])
@@ -593,6 +594,7 @@ def draw_whitened_stem(theme: Theme) -> Figure:
         axes.plot(range(1, 13), variances.numpy(), "o-", color=theme.cycle[number], label=name)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(range(2, 13, 2))
     tidy(axes, "", "direction", "variance")
     axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
