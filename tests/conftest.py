@@ -53,6 +53,18 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Undo what Lightning does when it starts a group of processes, which sets the number of threads for good."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    yield
+    if os.environ.get("OMP_NUM_THREADS") != before:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+        torch.set_num_threads(1)
+
+
 @pytest.fixture
 def restored_interrupts() -> Iterator[None]:
     """Lightning ignores Ctrl-C for good once it has seen one."""
