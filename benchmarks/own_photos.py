@@ -1,4 +1,4 @@
-"""Fine-tuning on 200 and on 2000 photos against a linear probe of the same network: the configuration `finetune`.
+"""Fine-tuning on 200 and on 1000 photos against a linear probe of the same network: the configuration `finetune`.
 
     python benchmarks/own_photos.py --cifar FOLDER/cifar10 --work FOLDER --out benchmarks/results/own_photos.md
 
@@ -39,11 +39,11 @@ from lit_tricks.data import ImageFolder
 
 OWN = ("bird", "cat", "horse", "ship")  # the photos of the user; the network has seen no such class
 PRETRAINING = 500  # photos of each of the other classes
-SEEDS = {50: tuple(range(8)), 500: tuple(range(4))}  # by the number of photos of each class
+SEEDS = {50: tuple(range(8)), 250: tuple(range(3))}  # by the number of photos of each class
 PROBE, FIXRES = "linear probe", "finetune, then FixRes"
 LARGER = 40  # pixels of the test images after FixRes
 TRIAL = 100  # the seed whose validation photos choose learning rates
-BATCH = {50: (), 500: ("--data.batch_size=64",)}
+BATCH = {50: (), 250: ("--data.batch_size=64",)}
 SGD = (
     "--model.optimizer=SGD --model.optimizer.momentum=0.9 --model.optimizer.nesterov=true "
     "--model.optimizer.weight_decay=1e-4"
@@ -217,7 +217,7 @@ def report(sections: list[str]) -> str:
         *sections,
         "Fine-tuning trains on four fifths of the photos and chooses the epoch on the others. The probe trains on all. "
         "The setting of an arm is the trial that is best on the validation photos of one further seed. "
-        f"`{FIXRES}` is `lit-tricks fixres --test-size {LARGER}` after `finetune`; its seconds are those of both. No "
+        f"`{FIXRES}` is `lit-tricks fixres --test-size {LARGER}` after `finetune`; its seconds include both. No "
         "public weights were at hand: the pretraining is small, and larger pretrained networks may give other "
         "differences.",
         "",
