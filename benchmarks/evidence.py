@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # otherwise the che
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import evidence_report
-from _processes import context
+from _processes import context, write_result
 from evidence_data import Arrays, load
 from evidence_runs import Settings, train
 
@@ -44,19 +43,7 @@ def cells(runs: list[str], seeds: list[int]) -> list[tuple[str, int]]:
 
 def work(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher: Path, out: Path) -> None:
     """Make one run in a separate process, with a file for the result and a file for the output."""
-    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        text = json.dumps(train(run, seed, data, device, s, teacher))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    part = out.with_suffix(".part")
-    part.write_text(text)
-    part.replace(out)
-    os._exit(0)  # do not wait for threads of CUDA and Lightning
+    write_result(out, lambda: train(run, seed, data, device, s, teacher))
 
 
 def grid(todo: list[tuple[str, int]], args: argparse.Namespace, s: Settings, end: float) -> None:

@@ -37,7 +37,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +46,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # otherwise the che
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import peers_report
-from _processes import context
+from _processes import context, write_result
 from evidence_data import load
 from evidence_report import machine
 from peers_report import COST, best_peer, best_trial, cost, tests_of
@@ -61,20 +60,8 @@ Cell = dict[str, Any]  # stage, row, and trial or seed
 
 def work(cell: Cell, run: Run, out: Path) -> None:
     """Make one run in a separate process, with a file for the result and a file for the output."""
-    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        row = cell["row"].removesuffix(COST)
-        text = json.dumps(train(row, run, "test" if cell["stage"] == "test" else "val"))
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    part = out.with_suffix(".part")
-    part.write_text(text)
-    part.replace(out)
-    os._exit(0)  # do not wait for threads of CUDA and Lightning
+    row = cell["row"].removesuffix(COST)
+    write_result(out, lambda: train(row, run, "test" if cell["stage"] == "test" else "val"))
 
 
 class Bench:

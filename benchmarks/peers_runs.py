@@ -194,7 +194,7 @@ def loop(
     loader, done, epoch = data.train_dataloader(), 0, 0
     net.train()
     while done < run.steps:
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader.sampler.set_epoch(epoch)
         for images, labels in loader:
             images = images.to(run.scale.device, memory_format=torch.channels_last)
             targets = labels.to(run.scale.device)
@@ -268,7 +268,7 @@ def torchvision_run(run: Run) -> dict[str, nn.Module]:
     if options["erase"]:
         steps.append(transforms.RandomErasing(p=options["erase"]))
     data = run.data(transforms.Compose(steps))
-    norms, others = torchvision.ops._utils.split_normalization_params(net)  # type: ignore[attr-defined]
+    norms, others = torchvision.ops._utils.split_normalization_params(net)
     groups = [{"params": norms, "weight_decay": 0.0}, {"params": others, "weight_decay": run.decay}]
     optimizer = torch.optim.SGD(groups, run.scaled(), MOMENTUM)
     warmup = max(1, round(WARMUP * run.steps))
@@ -336,7 +336,7 @@ class Tutorial(Plain):
 def fit(run: Run, module: LightningModule, data: Images, callbacks: list[Callback]) -> None:
     trainer = Trainer(
         max_steps=run.steps, max_epochs=-1, accelerator="gpu" if run.scale.device == "cuda" else "cpu", devices=1,
-        callbacks=callbacks, precision=run.scale.precision, logger=False, enable_checkpointing=False,  # type: ignore[arg-type]
+        callbacks=callbacks, precision=run.scale.precision, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
         log_every_n_steps=10**6,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import numpy as np
@@ -152,7 +152,7 @@ class Reader:
 
     url = base_folder = filename = "images"
     train_list = test_list = ()
-    meta = {"filename": "meta"}  # noqa: RUF012
+    meta: ClassVar = {"filename": "meta"}
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
@@ -345,7 +345,7 @@ def loop(
     datamodule = data_module(data, batch_size=128, split_seed=cell.seed, images_on="host", num_workers=0)
     datamodule.setup("fit")
     train, val = datamodule.train_dataloader(), datamodule.val_dataloader()
-    net = network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = network().to(device, memory_format=torch.channels_last)
     optimizer, after_step, average = make(net, len(train))
     steps = 0
     for epoch in range(scale.epochs):

@@ -35,7 +35,9 @@ class ChannelsLast(Trick):
 
     Cost: one copy of each batch. It can save up to a third of a ResNet's training step. Use it with
     ``precision="16-mixed"`` or ``"bf16-mixed"`` on a GPU, or on a CPU. Leave it out for networks without convolutions.
-    A network that calls ``view`` on feature maps raises an error: use ``reshape`` or ``flatten`` there.
+    A network that calls ``view`` on feature maps raises an error: use ``reshape`` or ``flatten`` there. On a CPU, torch
+    2.14 crashes in the backward pass of 1 x 1 convolutions of stride 2 with at most 8 input channels, on maps of 64
+    pixels or more: leave it out of such tiny networks.
 
     Args:
         weights: whether the filters also change their order. True saves a conversion in each step. Under FSDP2 the

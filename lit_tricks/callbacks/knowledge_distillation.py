@@ -120,8 +120,8 @@ class KnowledgeDistillation(LossTrick):
 
     With ``loss="dist"`` the term is the loss of DIST ([Huang et al., 2022](https://arxiv.org/abs/2205.10536)): student
     and teacher must agree in the relations of their predictions, not in the predictions. Relations are Pearson
-    correlations, between the classes of an image, and between the images of a class. The relations between images are
-    those of one batch on one device, as in the authors' code: neither DDP nor accumulation makes this batch larger. The
+    correlations, between the classes of an image, and between the images of a class. The images are compared within one
+    batch on one device, as in the authors' code: neither DDP nor accumulation makes this batch larger. The
     gradient is large while the student's predictions hardly differ, such as after the first step of a classifier whose
     weights start at 0. Clip gradients there, or start from other weights.
 

@@ -106,14 +106,6 @@ class LabelSmoothing(LossTrick):
         shared = "all classes" if self.convention == "torch" else "the wrong classes"
         self.announce(f"{self.smoothing:g} of the target's probability shared by {shared}{self.strength.shown()}")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the run in steps, if the smoothing varies.
-
-        Raises:
-            RuntimeError: if the length of the run is unknown, or no step would be smoothed.
-        """
-        self.strength.measure(trainer, pl_module)
-
     def act(self, inputs: dict[Path, Tensor], target: SoftTarget) -> tuple[dict[Path, Tensor], SoftTarget]:
         """Smooth the target's distribution."""
         if self.strength.varies:
@@ -122,17 +114,6 @@ class LabelSmoothing(LossTrick):
         if self.smoothing and self._now:
             target.spec.smoothing = self._for_torch
         return inputs, target
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log, and check in the first batch that a loss used the target, and the number of steps.
-
-        Raises:
-            RuntimeError: if no loss used the target, or a batch makes another number of steps than assumed.
-        """
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.strength.check(trainer)
 
     def quantities(self, spec: LossSpec) -> dict[str, Any]:
         """Return the probability that is shared."""

@@ -111,13 +111,8 @@ class PreciseBN(Estimating):
     ) -> None:
         """Warn if ``forward`` got other inputs than the batch, since the statistics would then differ from training."""
         watch, self._now.watch = self._now.watch, None
-        if watch and watch.remove():
-            rank_zero_only(warnings.warn)(
-                f"PreciseBN runs `forward` of {type(pl_module).__name__} on the inputs as they are in the batch, and "
-                "training_step gives it others. If these are more than mixed or augmented, let `forward` or "
-                "`on_after_batch_transfer` make them.",
-                stacklevel=2,
-            )
+        if watch:
+            watch.finish("PreciseBN", pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how far the statistics have moved."""

@@ -6,14 +6,12 @@ Checkpoints of an error, or from a signal handler, have the running statistics o
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lit_tricks._compat import callbacks_of, lightning_classes, saves_in_shards
@@ -189,13 +187,8 @@ class ScheduleFree(Trick):
     ) -> None:
         """Warn if ``forward`` got other inputs than the batch, since the statistics would then differ from training."""
         watch, self._watch = self._watch, None
-        if watch and watch.remove():
-            rank_zero_only(warnings.warn)(
-                f"ScheduleFree runs `forward` of {type(pl_module).__name__} on the inputs as they are in the batch, to "
-                "estimate the statistics of BatchNorm, and training_step gives it others. If these are more than mixed "
-                "or augmented, let `forward` or `on_after_batch_transfer` make them.",
-                stacklevel=2,
-            )
+        if watch:
+            watch.finish("ScheduleFree", pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the distance of the weights of training from the average, as a share of the norm of the average."""

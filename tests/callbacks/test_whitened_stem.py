@@ -32,7 +32,7 @@ def loader(images: Tensor | None = None) -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, torch.arange(len(images)) % 4), BATCH)
 
 
-class Net(lightning().LightningModule):  # type: ignore[misc]
+class Net(lightning().LightningModule):
     def __init__(self, stem: nn.Module | None = None, scale: float = 1.0) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_padding_stride_and_dilation_do_not_change_which_patches_count():
 def test_filters_are_fixed_and_trained_again_after_the_fit():
     seen: list[Tensor] = []
 
-    class Spy(lightning().Callback):  # type: ignore[misc]
+    class Spy(lightning().Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             assert not pl_module.stem.weight.requires_grad
             assert pl_module.stem.weight.grad is None

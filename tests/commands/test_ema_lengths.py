@@ -24,7 +24,7 @@ POWER = [0.05, 0.2]
 pl = lightning()
 
 
-class Scored(module_class("lightning")):  # type: ignore[misc]
+class Scored(module_class("lightning")):
     """Its metric is how near its first bias is to a target. Two of its parameters are one."""
 
     def __init__(self, target: float = 0.0) -> None:
@@ -43,7 +43,7 @@ class Scored(module_class("lightning")):  # type: ignore[misc]
         self.log("val/top1", -(self.net[1].bias[0] - self.target).abs())
 
 
-class Data(datamodule_class("lightning")):  # type: ignore[misc]
+class Data(datamodule_class("lightning")):
     """Its test split must not be loaded."""
 
     def test_dataloader(self) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lit_tricks._compat import (
@@ -65,11 +67,21 @@ class Watch:
         if tensors:
             self.given.add(all(map(_same, tensors, self.inputs)))
 
-    def remove(self) -> bool:
-        """Remove the hook. Return whether ``forward`` was called, and each time with other inputs."""
+    def remove(self) -> None:
+        """Remove the hook."""
         if self.handle:
             self.handle.remove()
-        return self.given == {False}
+
+    def finish(self, trick: str, pl_module: LightningModule) -> None:
+        """Remove the hook. Warn if ``forward`` was called, and each time with other inputs than those of the batch."""
+        self.remove()
+        if self.given == {False}:
+            rank_zero_only(warnings.warn)(
+                f"{trick} runs `forward` of {type(pl_module).__name__} on the inputs as they are in the batch, to "
+                "estimate the statistics of BatchNorm, and training_step gives it others. If these are more than mixed "
+                "or augmented, let `forward` or `on_after_batch_transfer` make them.",
+                stacklevel=3,
+            )
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -13,6 +13,7 @@ from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.soft_targets.spec import LossSpec
 from lit_tricks.callbacks.soft_targets.target import SoftTarget, carrying
 from lit_tricks.utils.batch import Path, find, replace, tensors_in
+from lit_tricks.utils.strength import RunStrength
 
 if TYPE_CHECKING:
     from lit_tricks._compat import LightningModule, Trainer
@@ -32,6 +33,7 @@ class LossTrick(Trick):
     _trainer: Trainer | None = None
     transient: ClassVar[tuple[str, ...]] = ("_trainer", "spec")
 
+    strength: RunStrength | None = None  # of a trick that can vary over the run
     spec: LossSpec | None = None  # of the current batch
     _seen = False  # whether a loss has used the target in this fit
 
@@ -87,14 +89,25 @@ class LossTrick(Trick):
                 batch = replace(batch, path, value)
         return replace(batch, where, target)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the run in steps, if the strength varies.
+
+        Raises:
+            RuntimeError: if the length of the run is unknown, or no step would have a strength.
+        """
+        if self.strength is not None:
+            self.strength.measure(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and check in the first batch that a loss used the target.
+        """Log, and check in the first batch that a loss used the target, and the number of steps.
 
         Raises:
-            RuntimeError: if no loss used the target.
+            RuntimeError: if no loss used the target, or a batch makes another number of steps than assumed.
         """
+        if self.strength is not None:
+            self.strength.check(trainer)
         spec, self.spec = self.spec, None
         if spec is None:
             return

@@ -90,14 +90,6 @@ class Mixing(LossTrick):
         course = self.strength.shown()
         self.announce(f"mixes {share} by Beta({self.alpha:g}, {self.alpha:g}){others}{course}")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the run in steps, if the strength varies.
-
-        Raises:
-            RuntimeError: if the length of the run is unknown, or no step would be mixed.
-        """
-        self.strength.measure(trainer, pl_module)
-
     def chosen(self, tensors: dict[Path, Tensor], inputs: dict[Path, Tensor]) -> dict[Path, Tensor]:
         """Return the inputs to mix, and log once if several are mixed by default, or tensors are left as they are.
 
@@ -150,17 +142,6 @@ class Mixing(LossTrick):
             permutation = torch.randperm(len(target), generator=self._draws).to(target.device, non_blocking=True)
             inputs, target, self._lambda = self.mix(inputs, target, permutation, self._draws)
         return inputs, target
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log, and check in the first batch that a loss used the target, and the number of steps.
-
-        Raises:
-            RuntimeError: if no loss used the target, or a batch makes another number of steps than assumed.
-        """
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.strength.check(trainer)
 
     def _draw_turns(self, strengths: dict[Mixing, float]) -> None:
         """Choose the trick that mixes a batch: several tricks in proportion to ``prob``, a single one with ``prob``.

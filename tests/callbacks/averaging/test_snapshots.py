@@ -33,10 +33,7 @@ def exact(history: list[Weights], length: float) -> Weights:
     power, end = power_ema_exponent(length) + 1, len(history)
     shares = [(step / end) ** power - ((step - 1) / end) ** power for step in range(1, end + 1)]
     names = [name for name, value in history[0].items() if value.is_floating_point()]
-    return {
-        name: sum(share * w[name].double() for share, w in zip(shares, history, strict=True))  # type: ignore[misc]
-        for name in names
-    }
+    return {name: sum(share * w[name].double() for share, w in zip(shares, history, strict=True)) for name in names}
 
 
 def fit(folder: Path, *callbacks: Any, power: list[float] | None = None, snapshots: int = 4, **how: Any) -> Result:
