@@ -75,14 +75,55 @@ def report(covered: int, branches: int) -> dict[str, Any]:
     return {"summary": {"covered_branches": covered, "num_branches": branches}}
 
 
-@pytest.mark.parametrize(("covered", "code"), [(46, 0), (45, 1)])
-def test_branch_coverage_below_the_least_fails(covered: int, code: int, tmp_path: Path, capsys: Any) -> None:
-    files = {"lit_tricks/data/a.py": report(covered, 50), "lit_tricks/run/b.py": report(46, 50)}
+@pytest.mark.parametrize(
+    ("covered", "code", "message", "color"),
+    [(920, 0, "92.0 %", "brightgreen"), (919, 1, "91.9 %", "red"), (965, 0, "94.2 %", "brightgreen")],
+)
+def test_branch_coverage_is_on_the_badge_and_fails_below_the_least(
+    covered: int, code: int, message: str, color: str, tmp_path: Path, capsys: Any
+) -> None:
+    files = {"lit_tricks/data/a.py": report(covered, 1000), "lit_tricks/run/b.py": report(920, 1000)}
     (tmp_path / "coverage.json").write_text(json.dumps({"files": files}))
-    assert script("branches").main(tmp_path / "coverage.json") == code
+    assert script("branches").main(tmp_path / "coverage.json", tmp_path / "badge.json") == code
+    badge = json.loads((tmp_path / "badge.json").read_text())
+    assert badge == {"schemaVersion": 1, "label": "coverage", "message": message, "color": color}
     printed = capsys.readouterr()
-    assert re.search(r"92\.00 % of +50 branches: run", printed.out)
+    assert re.search(r"92\.00 % of +1000 branches: run", printed.out)
     assert ("below 92 %" in printed.err) == bool(code)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
+def test_workflow_publishes_the_badge_that_the_readme_shows(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        return done.stdout.decode()
+
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    git("init", "--quiet", "main")
+    (tmp_path / "main" / "README.md").write_text("a file of the branch main")
+    git("-C", "main", "add", "README.md")
+    git(
+        "-C",
+        "main",
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@example.org",
+        "commit",
+        "--quiet",
+        "--message",
+        "Add README",
+    )
+    git("clone", "--quiet", "--bare", "main", "remote")
+    for number, content in enumerate(("{}", '{"message": "94 %"}')):  # in the second run the branch exists
+        git("clone", "--quiet", "remote", f"clone{number}")
+        (tmp_path / f"clone{number}" / "coverage.json").write_text(content)
+        publish = ["bash", "-e", "-c", jobs["badge"]["steps"][-1]["run"]]
+        subprocess.run(publish, cwd=tmp_path / f"clone{number}", check=True, capture_output=True, timeout=60)
+    assert git("-C", "remote", "ls-tree", "--name-only", "badges").split() == ["coverage.json"]
+    assert git("-C", "remote", "show", "badges:coverage.json") == content
+    address = "https://raw.githubusercontent.com/lit-tricks/lit-tricks/badges/coverage.json"
+    assert f"https://img.shields.io/endpoint?url={address}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
