@@ -32,7 +32,7 @@ ROWS: list[tuple[str, str, str, int | None]] = [
     ("+ FixRes", "mixup", "fixres", 6),
     ("SWA instead of EMA", "swa", "end", 4),
     ("SWA and PreciseBN", "swa", "precise_bn", 8),
-    ("all but distillation", "no_teacher", "fixres", 7),
+    ("all except distillation", "no_teacher", "fixres", 7),
     ("timm", "timm", "weights", 7),
     ("timm, its EMA", "timm", "end", 7),
     ("torchvision", "torchvision", "weights", 7),
@@ -123,15 +123,15 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
     small, large = s.train_size, s.test_size
     base, at_large = of(0, small), of(0, large)
     lines = [
-        "Fewer errors than the baseline:",
+        "Reduction of the number of errors, relative to the baseline:",
         "",
         f"- full stack (FixRes, tested at {large}), baseline tested at {small}: {fewer(of(FULL, large), base)}",
         f"- both tested at {large}: {fewer(of(FULL, large), at_large)}",
         f"- without FixRes, both tested at {small}: {fewer(of(FULL - 1, small), base)}",
         f"- without a teacher, only cosine and smoothing, both tested at {large}: {fewer(of(2, large), at_large)}",
         "",
-        f"Fewer errors than the peers, which have no teacher, all tested at {large}: the full stack; cosine and "
-        "smoothing alone; all but distillation:",
+        f"Reduction of the number of errors, relative to scripts without a teacher, all tested at {large}. In order: "
+        "the full stack; only cosine and smoothing; all except distillation:",
         "",
     ]
     for row in (row for row in range(PEERS, len(ROWS)) if ROWS[row] in _shown(runs)):

@@ -119,8 +119,8 @@ def test_serving_in_python_takes_three_lines(trained: Path, monkeypatch: pytest.
     exec(compile(SERVE_IN_PYTHON, "serve", "exec"), found)
     assert len(SERVE_IN_PYTHON.strip().splitlines()) <= 3
     assert len(found["names"]) == len(found["probabilities"]) == 5
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    assert SERVE_IN_PYTHON.strip() in readme
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "export.md").read_text("utf-8")
+    assert SERVE_IN_PYTHON.strip() in guide
 
 
 def test_serving_without_the_library_takes_one_command(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
