@@ -50,7 +50,7 @@ from _processes import context, write_result
 from evidence_data import load
 from evidence_report import machine
 from peers_report import COST, best_peer, best_trial, cost, tests_of
-from peers_runs import ROWS, TEACHER, Pixels, Run, Scale, choices, train
+from peers_runs import ROWS, TEACHER, Pixels, Run, Scale, choices, ours_run, train
 
 from lit_tricks.data.memory.stored import MemorySource
 
@@ -61,7 +61,8 @@ Cell = dict[str, Any]  # stage, row, and trial or seed
 def work(cell: Cell, run: Run, out: Path) -> None:
     """Make one run in a separate process, with a file for the result and a file for the output."""
     row = cell["row"].removesuffix(COST)
-    write_result(out, lambda: train(row, run, "test" if cell["stage"] == "test" else "val"))
+    make = ours_run if row == "teacher" else ROWS[row].train
+    write_result(out, lambda: train(run, "test" if cell["stage"] == "test" else "val", lambda: make(run)))
 
 
 class Bench:

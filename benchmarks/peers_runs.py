@@ -357,30 +357,46 @@ def tutorial_run(run: Run) -> dict[str, nn.Module]:
     return {"weights": net.to(run.scale.device)}
 
 
-def ours_run(run: Run) -> dict[str, nn.Module]:
-    """A plain module in a plain Trainer, with our callbacks and our data module.
+def our_callbacks(run: Run) -> dict[str, Callback]:
+    """Return the tricks of our rows by name.
 
     The learning rate is Muon's; the optimizer of the module has four times this rate, at a weight decay of 5e-4.
     """
     options = run.options
-    net = run.scale.network(teacher="teaches" in options).to(memory_format=torch.channels_last)
-    lr = run.scaled(0.5)
-    callbacks: list[Callback] = [
-        tricks.ZeroGamma(),
-        tricks.NoBiasDecay(),
-        tricks.ChannelsLast(),
-        tricks.WarmupCosine(warmup_epochs=WARMUP * run.steps / (run.scale.images // run.scale.batch_size)),
-        tricks.Muon(lr=lr, weight_decay=run.decay),
-    ]
+    warmup = WARMUP * run.steps / (run.scale.images // run.scale.batch_size)
+    found: dict[str, Callback] = {
+        "zero_gamma": tricks.ZeroGamma(),
+        "no_bias_decay": tricks.NoBiasDecay(),
+        "channels_last": tricks.ChannelsLast(),
+        "schedule": tricks.WarmupCosine(warmup_epochs=warmup),
+        "muon": tricks.Muon(lr=run.scaled(0.5), weight_decay=run.decay),
+    }
     if options["smoothing"]:
-        callbacks.append(tricks.LabelSmoothing(smoothing=options["smoothing"]))
+        found["smoothing"] = tricks.LabelSmoothing(smoothing=options["smoothing"])
     if "loss" in options:
         teacher = run.scale.network(teacher=True)
         teacher.load_state_dict(torch.load(run.teacher, weights_only=True))
         loss, temperature = options["loss"], options["temperature"]
-        callbacks.append(tricks.KnowledgeDistillation(teacher, loss=loss, temperature=temperature, channels_last=True))
+        found["teacher"] = tricks.KnowledgeDistillation(teacher, loss=loss, temperature=temperature, channels_last=True)
+    return found
+
+
+def ours_run(
+    run: Run, change: Callable[[dict[str, Callback]], None] = lambda _: None, **data: Any
+) -> dict[str, nn.Module]:
+    """A plain module in a plain Trainer, with our callbacks and our data module.
+
+    Args:
+        run: the run.
+        change: changes the tricks.
+        data: arguments of the data module.
+    """
+    options = run.options
+    net = run.scale.network(teacher="teaches" in options).to(memory_format=torch.channels_last)
+    callbacks = our_callbacks(run)
+    change(callbacks)
     crop = (options["scale"], 1.0) if options["scale"] else None
-    fit(run, Plain(net, 4 * lr), run.data(crop_scale=crop), callbacks)
+    fit(run, Plain(net, 4 * run.scaled(0.5)), run.data(**{"crop_scale": crop, **data}), list(callbacks.values()))
     if "teaches" in options:
         part = run.teacher.with_suffix(".part")
         torch.save({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, part)
@@ -483,8 +499,8 @@ def scores(net: nn.Module, loader: Any, device: str) -> dict[str, float | None]:
     return {"top1": top1, "nll": nll, "ece": 100 * ece}
 
 
-def train(row: str, run: Run, split: Split) -> dict[str, Any]:
-    """Make a run of a row, or of the teacher. Return its scores on a split by its networks, and its seconds."""
+def train(run: Run, split: Split, make: Callable[[], dict[str, nn.Module]]) -> dict[str, Any]:
+    """Make a run. Return the scores of its networks on a split, and its seconds."""
     warnings.simplefilter("ignore")  # advice about workers and schedulers
     torch.set_num_threads(1)
     seed_everything(run.seed, verbose=False)
@@ -492,7 +508,7 @@ def train(row: str, run: Run, split: Split) -> dict[str, Any]:
     data = run.data()
     data.source("train")  # read before the time counts
     start = clock.now()
-    networks = (ours_run if row == "teacher" else ROWS[row].train)(run)
+    networks = make()
     seconds = clock.now() - start
     loader = data.test_dataloader() if split == "test" else data.val_dataloader()
     found = {name: scores(net, loader, run.scale.device) for name, net in networks.items()}

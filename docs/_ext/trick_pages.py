@@ -74,9 +74,13 @@ def usage(name: str, example: dict[str, Any]) -> Iterator[str]:
 
 
 def costs() -> dict[str, str]:
-    """Return the share of a ResNet-50 step on a CPU by trick, in per cent."""
-    rows = re.findall(r"^\| (\w+) \| [\d.]+ \| ([\d.]+) \|", (RESULTS / "tricks.md").read_text(), re.MULTILINE)
-    return dict(rows)
+    """Return sentences with the share of a ResNet-50 step on a CPU by trick."""
+    text = (RESULTS / "tricks.md").read_text()
+    batch, side = re.search(r"batch of (\d+) at (\d+) x \d+", text).groups()  # type: ignore[union-attr]
+    step = f"a training step of ResNet-50 with {batch} images of {side} pixels on a CPU"
+    table = f"[table]({REPOSITORY}/blob/main/benchmarks/results/tricks.md)"
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    return {name: f"{time} ms, {share} % of {step} ({table}, `benchmarks/tricks.py`)." for name, time, share in rows}
 
 
 def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator[str]:
@@ -104,7 +108,7 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
     if "cost" in entry:
         yield f"Cost: {entry['cost']}\n"
     elif name in cost:
-        yield f"Cost: {cost[name]} % of a ResNet-50 training step on a CPU (`benchmarks/tricks.py`).\n"
+        yield f"Cost: {cost[name]}\n"
     else:
         raise ExtensionError(
             f"{name} has no measurement: add it to benchmarks/tricks.py, or `cost` to docs/tricks.yaml"
