@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/screening.py --data cifar10 --out RESULTS --epochs 10 --images 10000 \\
         --size 16 --batch-size 128 --jobs 2
 
-The stack is the first choice of the row "ours" in peers_runs.py. The images, the settings and the cost are those of
+The stack is the first choice of the row "ours" in peers_runs.py. Images, settings and cost are as in
 peers.py. No test image is used. A change is worth another look where both seeds gain.
 
 A variant at equal cost trains for more or fewer steps, by the share that its title states. Finished runs are lines of
