@@ -679,7 +679,9 @@ def draw_channels_last(theme: Theme) -> Figure:
     return figure
 
 
-@figure_of("Compile", "Graph breaks and kernels of a residual block, counted by the tracer of torch.compile.")
+@figure_of(
+    "Compile", "A residual block as torch.compile traces it: one graph without a break, which holds all operations."
+)
 def draw_compile(theme: Theme) -> Figure:
     graphs: list[int] = []
 

@@ -27,6 +27,18 @@ from lit_tricks.run.report.citations import citations, link_of
 from lit_tricks.run.report.style import DARK, LIGHT, Theme, draw
 
 REPOSITORY = "https://github.com/lit-tricks/lit-tricks"
+GOALS = ("accuracy", "speed", "calibration", "small data", "imbalance", "sparsity", "reproduction")
+BUDGETS = ("short", "medium", "long")
+# The cases of the contract by subject, with the names that a page shows.
+SUBJECTS = {
+    "batch": {"list": "list", "tuple": "tuple", "dict": "dict", "NamedTuple": "NamedTuple"},
+    "loss": {"functional loss": "`F.cross_entropy`", "criterion": "`nn.CrossEntropyLoss`"},
+    "optimization": {"accumulation": "gradient accumulation", "manual optimization": "manual optimization"},
+    "precision": {"bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"},
+    "compilation": {"torch.compile": "`torch.compile`"},
+    "several devices": {"DDP": "DDP", "FSDP2": "FSDP2"},
+    "checkpoints": {"resume": "bitwise equal resume"},
+}
 SECTION = re.compile(r"^(Args|Raises|Example|Returns|References):$", re.MULTILINE)
 
 
@@ -83,6 +95,21 @@ def costs() -> dict[str, str]:
     return {name: f"{time} ms, {share} % of {step} ({table}, `benchmarks/tricks.py`)." for name, time, share in rows}
 
 
+def cost_of(name: str, entry: dict[str, Any], cost: dict[str, str]) -> str:
+    """Return the cost of a trick as text.
+
+    Raises:
+        ExtensionError: without a measurement.
+    """
+    if "cost" in entry:
+        return str(entry["cost"])
+    if name not in cost:
+        raise ExtensionError(
+            f"{name} has no measurement: add it to benchmarks/tricks.py, or `cost` to docs/tricks.yaml"
+        )
+    return cost[name]
+
+
 def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator[str]:
     """Yield the measured effect on accuracy and cost.
 
@@ -105,23 +132,25 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
         yield f"{entry['measured']}\n\n"
     else:
         yield f"**Not measured here.** {entry['not_measured']}\n\n"
-    if "cost" in entry:
-        yield f"Cost: {entry['cost']}\n"
-    elif name in cost:
-        yield f"Cost: {cost[name]}\n"
-    else:
-        raise ExtensionError(
-            f"{name} has no measurement: add it to benchmarks/tricks.py, or `cost` to docs/tricks.yaml"
-        )
+    yield f"Cost: {cost_of(name, entry, cost)}\n"
 
 
 def behavior(name: str) -> Iterator[str]:
-    """Yield the contract row as a table."""
-    refused = TRICKS[name].refused
-    for cases in (CASES[:6], CASES[6:]):
-        yield "| " + " | ".join(cases) + " |\n|" + "---|" * len(cases) + "\n"
-        yield "| " + " | ".join("no" if case in refused else "yes" for case in cases) + " |\n\n"
-    yield 'Each cell is a test. "No" means an error that explains the conflict. A resumed run ends bitwise equal.\n'
+    """Yield the contract row as a table, a line per subject.
+
+    Raises:
+        ExtensionError: if a case of the contract has no subject.
+    """
+    if missing := set(CASES) - {case for cases in SUBJECTS.values() for case in cases}:
+        raise ExtensionError(f"SUBJECTS in docs/_ext/trick_pages.py lacks {', '.join(sorted(missing))}")
+    rejected = TRICKS[name].refused
+    yield "| | works with | raises an error with |\n|---|---|---|\n"
+    for subject, cases in SUBJECTS.items():
+        works, raises = (
+            ", ".join(text for case, text in cases.items() if (case in rejected) == wanted) for wanted in (False, True)
+        )
+        yield f"| {subject} | {works or '-'} | {raises or '-'} |\n"
+    yield "\nEach case is a test. An error explains the conflict and its fix.\n"
 
 
 def plain_figure(name: str, function: Draw, theme: Theme) -> Figure:
@@ -168,23 +197,67 @@ def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -
     return "".join(out)
 
 
-def overview(known: dict[str, Any]) -> str:
-    """Return the page with a card per trick, that buttons filter by goal and budget."""
-    out = [
-        "# Tricks\n\nChoose a goal or a budget to filter the cards. Short is below 60 epochs of ImageNet or its equal, "
-    ]
-    out.append(
-        'medium up to 240 epochs.\n\n```{raw} html\n<div class="trick-filter" aria-label="Filter"></div>\n```\n\n'
-    )
-    out.append("::::{grid} 1 2 3 3\n:gutter: 2\n\n")
+def tag(kind: str, name: str) -> str:
+    """Return the class of the cards with this goal or budget, which ``filter.js`` finds."""
+    return f"{kind}-{name.replace(' ', '-')}"
+
+
+def card_grid(known: dict[str, Any]) -> Iterator[str]:
+    """Yield the cards of all tricks, and the place of the buttons that filter them.
+
+    Raises:
+        ExtensionError: for a goal or budget that has no button.
+    """
+    yield "Choose a goal, a budget, or both. Short runs have fewer than 60 epochs of ImageNet or a similar number of steps, "
+    yield 'medium runs up to 240 epochs.\n\n```{raw} html\n<div class="trick-filter" '
+    yield f'data-goal="{" ".join(tag("goal", goal) for goal in GOALS)}" '
+    yield f'data-budget="{" ".join(tag("budget", budget) for budget in BUDGETS)}"></div>\n```\n\n'
+    yield "::::{grid} 1 2 3 3\n:gutter: 2\n\n"
     for name, entry in known.items():
-        tags = [f"tag-{tag.replace(' ', '-')}" for tag in (*entry["goals"], *entry["budgets"])]
+        for found, allowed in ((entry["goals"], GOALS), (entry["budgets"], BUDGETS)):
+            if unknown := set(found) - set(allowed):
+                raise ExtensionError(f"{name}: docs/tricks.yaml has {unknown.pop()!r}. Use one of {', '.join(allowed)}")
+        tags = [
+            *(tag("goal", goal) for goal in entry["goals"]),
+            *(tag("budget", budget) for budget in entry["budgets"]),
+        ]
         claim = re.sub(r" \(\[.*$", "", card_of(name)["claim"])
-        out.append(
-            f":::{{grid-item-card}} {name}\n:link: {slug(name)}\n:link-type: doc\n:class-card: trick-card {' '.join(tags)}\n\n"
-        )
-        out.append(f"{claim}.\n\n{' '.join(f'{{bdg-secondary}}`{goal}`' for goal in entry['goals'])}\n:::\n")
-    out.append("::::\n\n```{toctree}\n:hidden:\n\n" + "\n".join(map(slug, known)) + "\n```\n")
+        yield f":::{{grid-item-card}} {name}\n:link: {slug(name)}\n:link-type: doc\n"
+        yield f":class-card: trick-card {' '.join(tags)}\n\n{claim}.\n\n"
+        yield " ".join(f"{{bdg-secondary}}`{goal}`" for goal in entry["goals"])
+        yield " " + " ".join(f"{{bdg-secondary-line}}`{budget}`" for budget in entry["budgets"]) + "\n:::\n"
+    yield "::::\n\n"
+
+
+def evidence_tables(known: dict[str, Any], cost: dict[str, str]) -> Iterator[str]:
+    """Yield the measured effects of all tricks: of the common benchmark, of other benchmarks, and what is not measured."""
+    yield "## Measured effects\n\nResNet-18-D of width 0.25 on CIFAR-10 images, 30 epochs, tested at 32 pixels, paired by seed "
+    yield f"([table]({REPOSITORY}/blob/main/benchmarks/results/evidence.md), `benchmarks/evidence.py`). Top-1 is in per cent, and "
+    yield "higher is better. An interval that contains 0 shows no effect at this budget.\n\n"
+    yield "| trick | without | with | change, 95 % interval | cost |\n|---|---|---|---|---|\n"
+    for name in (name for name, entry in known.items() if "evidence" in entry):
+        found = effect(known[name])
+        yield f"| [{name}]({slug(name)}.md) | {found['before']:.2f} | {found['after']:.2f} "
+        share = re.sub(r".* ms, ([\d.]+ %) of .*", r"\1 of a ResNet-50 step on a CPU", cost_of(name, known[name], cost))
+        yield f"| {found['change']:+.2f} ± {found['reach']:.2f} | {share} |\n"
+    yield "\nOther benchmarks:\n\n| trick | result |\n|---|---|\n"
+    for name, entry in known.items():
+        if "measured" in entry:
+            yield f"| [{name}]({slug(name)}.md) | {entry['measured']} |\n"
+    names = ", ".join(f"[{name}]({slug(name)}.md)" for name, entry in known.items() if "not_measured" in entry)
+    yield f"\nNot measured here, for the reason on the trick's page: {names}.\n\n"
+
+
+def overview(known: dict[str, Any], cost: dict[str, str]) -> str:
+    """Return the page with a card per trick, the measured effects, and the recipes by budget."""
+    out = ["# Tricks\n\n", *card_grid(known), *evidence_tables(known, cost), "## Recipes by budget\n\n"]
+    out.append(
+        "```{include} ../recipes.md\n:start-after: <!-- budgets: start -->\n:end-before: <!-- budgets: end -->\n```\n\n"
+    )
+    out.append(
+        "[Recipes](../recipes.md) has the configurations, and explains the strength of a trick over the run.\n\n"
+    )
+    out.append("```{toctree}\n:hidden:\n\n" + "\n".join(map(slug, known)) + "\n```\n")
     return "".join(out)
 
 
@@ -201,21 +274,29 @@ def generate(app: Sphinx) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     cost = costs()
     pages = {slug(name): page(name, entry, cost, folder / "images") for name, entry in known.items()}
-    for file, text in (pages | {"index": overview(known)}).items():
+    for file, text in (pages | {"index": overview(known, cost)}).items():
         path = folder / f"{file}.md"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
 
 
-def link(_app: Sphinx, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Convert Markdown links of docstrings to reStructuredText. Pages introduce modules themselves."""
+def prepare(app: Sphinx, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Convert Markdown links of docstrings to reStructuredText.
+
+    Pages introduce modules themselves. The page of a trick has the prose of its class above, so only fields remain.
+    """
     if what == "module":
         lines.clear()
+    if what == "class" and app.env.docname.startswith("tricks/"):
+        first = next(
+            (i for i, line in enumerate(lines) if line.startswith((":param", ":raises", ".. rubric"))), len(lines)
+        )
+        del lines[:first]
     lines[:] = [re.sub(r"\[([^\]]+)\]\((\S+?)\)", r"`\1 <\2>`__", line) for line in lines]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Generate the pages before Sphinx reads its sources."""
     app.connect("config-inited", lambda app, _config: generate(app))
-    app.connect("autodoc-process-docstring", link)
+    app.connect("autodoc-process-docstring", prepare)
     return {"parallel_read_safe": True}

@@ -86,7 +86,7 @@ class Trick(_Callback):
     - ``change_training_batches`` passes each training batch through a function of yours.
     - ``should_log`` and ``log_step`` log quantities without work in batches that no logger uses.
 
-    ``CONTRIBUTING.md`` has the contract of a trick, and an example.
+    ``CONTRIBUTING.md`` has the contract of a trick. The guide "Write your own trick" has an example.
 
     Attributes:
         effect: the line that was announced. Empty before.

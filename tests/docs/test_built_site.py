@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -102,6 +103,34 @@ def test_pages_are_small_and_load_nothing_from_elsewhere(site: Path) -> None:
         assert size < LIMIT, f"{page.relative_to(site)} has {size} bytes"
 
 
+@pytest.mark.slow
+def test_links_inside_the_site_lead_to_pages_and_anchors(site: Path) -> None:
+    pages = {path.resolve(): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    anchors = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in pages.items()}
+    broken = set()
+    for page, text in pages.items():
+        for link in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', text):
+            if not re.match(r"\w+:", link):
+                target = page if link.startswith("#") else local(site, page, link)
+                anchor = unquote(link.partition("#")[2])
+                if not (target.is_file() and (not anchor or anchor in anchors.get(target.resolve(), set()))):
+                    broken.add((page.name, link))
+    assert sorted(broken) == []
+
+
+@pytest.mark.slow
+def test_each_public_name_is_in_the_reference(site: Path) -> None:
+    names = {
+        name
+        for page in site.rglob("*.html")
+        for name in re.findall(r'\bid="(lit_tricks\.[\w.]+)"', page.read_text("utf-8"))
+    }
+    public = {f"lit_tricks.{name}" for name in ("Trick", "Classifier", "Detector", "Segmenter", "predict")}
+    for module in ("callbacks", "commands", "commands.data", "data", "functional", "models", "utils.batch"):
+        public |= {f"lit_tricks.{module}.{name}" for name in import_module(f"lit_tricks.{module}").__all__}
+    assert sorted(public - names) == ["lit_tricks.commands.data"]  # a package
+
+
 class Server(SimpleHTTPRequestHandler):
     """Serves the site with the probe in each page, and receives what the browser found."""
 
@@ -172,6 +201,30 @@ def test_a_browser_shows_every_page(site: Path, browse: Any) -> None:
     assert found["problems"] == []
     assert found["pages"] == len(pages)
     assert found["grounds"]["light"] != found["grounds"]["dark"]
+
+
+@needs_browser
+def test_buttons_show_the_tricks_of_a_goal_and_a_budget(tmp_path: Path) -> None:
+    script = (ROOT / "docs" / "_static" / "filter.js").read_text(encoding="utf-8")
+    tags = {"A": "goal-speed budget-short", "B": "goal-speed budget-long", "C": "goal-small-data budget-long"}
+    cards = "".join(f"<div class='sd-col'><p class='trick-card {tag}'>{name}</p></div>" for name, tag in tags.items())
+    click = """addEventListener("load", () => {
+      const found = [];
+      for (const text of ["speed", "long", "small data", "any"]) {
+        [...document.querySelectorAll("button")].find((button) => button.textContent === text).click();
+        const cards = [...document.querySelectorAll(".trick-card")];
+        const shown = cards.filter((card) => card.parentNode.style.display !== "none");
+        found.push(`${text}: ${shown.map((card) => card.textContent).join("")}`);
+      }
+      document.title = `${found.join("; ")}; ${document.querySelector("output").textContent}`;
+    });"""
+    (tmp_path / "page.html").write_text(
+        "<!doctype html><body><div class='trick-filter' data-goal='goal-speed goal-small-data' "
+        f"data-budget='budget-short budget-long'></div>{cards}<script>{script}</script><script>{click}</script></body>"
+    )
+    command = [chromium(), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    shown = subprocess.run([*command, str(tmp_path / "page.html")], capture_output=True, text=True, timeout=120).stdout
+    assert "<title>speed: AB; long: B; small data: C; any: BC; 2 of 3 tricks</title>" in shown
 
 
 @needs_browser

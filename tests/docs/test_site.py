@@ -51,14 +51,34 @@ def test_page_without_a_part_fails_and_names_the_trick(
         trick_pages.page("Compile", known, {}, tmp_path)
 
 
+def test_overview_has_every_trick_with_its_goals_and_its_measured_effect() -> None:
+    text = trick_pages.overview(ENTRIES, trick_pages.costs())
+    cards, effects, recipes = re.split(r"^## .*$", text, flags=re.MULTILINE)
+    for name, entry in ENTRIES.items():
+        [tags] = re.findall(
+            rf"^:::{{grid-item-card}} {name}\n.*\n.*\n:class-card: trick-card (.*)$", cards, re.MULTILINE
+        )
+        wanted = [trick_pages.tag("goal", goal) for goal in entry["goals"]]
+        assert tags.split() == wanted + [f"budget-{budget}" for budget in entry["budgets"]]
+        assert effects.count(f"[{name}]({trick_pages.slug(name)}.md)") == 1
+    assert "recipes.md" in recipes
+
+
+def test_a_goal_without_a_button_fails_the_build() -> None:
+    wrong = {"EMA": ENTRIES["EMA"] | {"goals": ["fame"]}}
+    with pytest.raises(ExtensionError, match=r"EMA: .*'fame'.*small data"):
+        trick_pages.overview(wrong, trick_pages.costs())
+
+
+def test_cases_of_the_contract_are_all_on_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(trick_pages.behavior("Compile"))
+    assert "| compilation | - | `torch.compile` |" in text
+    assert "| several devices | DDP, FSDP2 | - |" in text
+    monkeypatch.setattr(trick_pages, "CASES", (*trick_pages.CASES, "TPU"))
+    with pytest.raises(ExtensionError, match="lacks TPU"):
+        list(trick_pages.behavior("Compile"))
+
+
 def test_conflicts_are_mutual() -> None:
     pairs = {(name, other) for name, entry in ENTRIES.items() for other in entry["conflicts"]}
     assert pairs == {(other, name) for name, other in pairs}
-
-
-def test_links_to_files_of_the_repository_exist() -> None:
-    sources = [ROOT / "README.md", ROOT / "docs" / "tricks.yaml", *(ROOT / "docs").rglob("*.md")]
-    pattern = re.compile(r"lit-tricks/lit-tricks/(?:(?:blob|tree)/)?main/([^)\s#\"]+)")
-    links = {link for source in sources for link in pattern.findall(source.read_text(encoding="utf-8"))}
-    assert len(links) > 10
-    assert [link for link in sorted(links) if not (ROOT / link).exists()] == []
