@@ -40,7 +40,7 @@ def class_balanced_weights(counts: Tensor, beta: float) -> Tensor:
 
 
 class ClassBalanced(CountedClasses):
-    """Weigh the loss of a class by its effective number of images ([Cui et al., 2019](https://arxiv.org/abs/1901.05555)).
+    """Weight the loss of each class by its inverse effective number of images ([Cui et al., 2019](https://arxiv.org/abs/1901.05555)).
 
     The loss of an image of a class with ``n`` training images gets the weight ``(1 - beta) / (1 - beta ** n)``. The
     weights are scaled so that they sum to the number of classes. The mean divides by the number of images, as in the
@@ -58,7 +58,7 @@ class ClassBalanced(CountedClasses):
     LogitAdjustment is the stronger correction for long tails. Leave it out if a sampler balances the classes.
 
     Args:
-        beta: in [0, 1). 0 weighs all classes alike. Near 1, weights are inverse to the counts. ``1 - 1 / n`` for about
+        beta: in [0, 1). 0 weights all classes alike. Near 1, weights are inverse to the counts. ``1 - 1 / n`` for about
             the mean number ``n`` of images per class is a good first value. The paper uses 0.9 to 0.9999.
         counts: number of training images of each class, at least 1, in the order of the labels. None counts them.
 

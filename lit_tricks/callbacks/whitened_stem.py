@@ -70,7 +70,7 @@ class WhitenedStem(Freezing):
     whole run, and saved with the model. A resumed run keeps them.
 
     Cost: the time to load the images, once. It saves the gradient of the first filters in each step. Use it in runs
-    from scratch of some ten epochs, for small filters on small images: 2 x 2 pixels and 24 filters on CIFAR-10. Leave
+    from scratch of about ten epochs, for small filters on small images: 2 x 2 pixels and 24 filters on CIFAR-10. Leave
     it out for long runs, and for networks with trained weights. With fewer filters than a patch has values, directions
     with little variance are lost.
 

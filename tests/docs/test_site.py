@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_page_of_a_trick_holds_every_part(name: str, tmp_path: Path) -> None:
     assert "@" in text.partition("```bibtex")[2]
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
     assert set(ENTRIES[name]["conflicts"]) <= set(callbacks.__all__)
+    suggested = {argument for arguments, *_ in ENTRIES[name]["values"] for argument in arguments.split(", ")}
+    assert suggested <= set(inspect.signature(getattr(callbacks, name)).parameters)
 
 
 @pytest.mark.parametrize(
