@@ -14,7 +14,7 @@ from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
 from helpers.modules import eval_loader, lightning, module_class, network, train_loader
 from torch import nn
 
-from lit_tricks.callbacks import EMA, SWA, Compile, FixRes, Freeze, L1Penalty, LinearScaling, NoBiasDecay, PreciseBN
+from lit_tricks.callbacks import EMA, SWA, Compile, FixRes, Freeze, L1Penalty, LinearScaling, Muon, NoBiasDecay, PreciseBN
 from lit_tricks.callbacks.finetuning.held import HeldPart
 from lit_tricks.utils.parts import find_part
 
@@ -380,6 +380,14 @@ def test_weight_decay_and_batch_size_tricks_see_all_groups() -> None:
         (2, 0.01),
         (4, 0),
     ]
+
+
+def test_frozen_classifier_is_still_the_classifier_of_other_tricks() -> None:
+    """Muon leaves the classifier out, and another last layer if the classifier seemed not to be trained."""
+    ends = [run(*[Freeze(["net.1"]), Muon(lr=0.1)][::order], max_epochs=1) for order in (1, -1)]
+    groups = [[len(group["params"]) for group in end.optimizers[0]["param_groups"]] for end in ends]
+    assert groups[0] == groups[1]
+    assert not differences(ends[0].weights, ends[1].weights)
 
 
 def test_gan_with_an_optimizer_that_has_only_frozen_parameters() -> None:

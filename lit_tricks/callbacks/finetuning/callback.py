@@ -86,8 +86,6 @@ class Freezing(Trick):
                 raise RuntimeError(f"{type(self).__name__} and {name} both freeze layers. Remove one of the two.")
         # No hook runs between configure_model and the strategy, which wraps the module.
         self.wrap(trainer.strategy, "setup", partial(self._freeze, trainer, pl_module))
-        # The optimizers are built with all parameters, also by modules that leave out what needs no gradient.
-        self.wrap(pl_module, "configure_optimizers", partial(self._configure, pl_module))
         if isinstance(trainer.strategy, lightning_classes("strategies.ModelParallelStrategy")):
             # torch restores the state only of parameters that need a gradient.
             self.wrap(trainer.strategy, "load_checkpoint", self._load)
@@ -229,6 +227,9 @@ class Freezing(Trick):
             held.freeze()
         if not any(parameter.requires_grad for parameter in pl_module.parameters()):
             raise RuntimeError(f"{self.shown()} leaves nothing to train. Name fewer parts.")
+        # The optimizers are built with all parameters, also by modules that leave out what needs no gradient. This
+        # wrapper is outside of the wrappers of all other tricks, which search for the classifier among what is trained.
+        self.wrap(pl_module, "configure_optimizers", partial(self._configure, pl_module))
         return setup(*args, **kwargs)
 
     def _configure(
