@@ -289,6 +289,9 @@ class EMA(Averaging):
                 second = read(Path(state["shards"]) / f"{self.state_key}-second", self._second.like_state)
             self._second.restore(second)
 
+    def _continues_other_averages(self) -> bool:
+        return not self.power  # an exponential average covers another part of the run
+
     def _averaged(self) -> None:
         if self.power and self._second:
             self._second.update(1 - power_ema_decay(self.power[1], self._updates))

@@ -127,8 +127,8 @@ class Lookahead(Averaging):
         assert self._weights is not None
         self._weights.copy_to_module()
 
-    def _of_lightning(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> dict[str, Any]:
-        return {}  # an average of the whole run is no slow weight to return to
+    def _continues_other_averages(self) -> bool:
+        return False  # an average of the whole run is no slow weight to return to
 
     def _around_schedulers(self, update_lr_schedulers: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._catch_up()

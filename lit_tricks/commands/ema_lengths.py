@@ -47,10 +47,10 @@ def lengths_of(text: str) -> list[float]:
     parts = str(text).split(":")
     try:
         ends = [float(part) for part in parts[:2]]
-        count = int(parts[2]) if len(parts) == 3 else 5
+        [count] = map(int, parts[2:] or ["5"])
     except ValueError:
         raise ValueError(f"{NAME} {text} is not a number or a range. {fix}") from None
-    if len(parts) > 3 or not all(0 < end < LONGEST for end in ends) or ends != sorted(set(ends)):
+    if not all(0 < end < LONGEST for end in ends) or ends != sorted(set(ends)):
         raise ValueError(f"{NAME} {text}: lengths are above 0 and below 0.2886, the smaller one first. {fix}")
     if not 2 <= count <= 100:
         raise ValueError(f"{NAME} {text}: the number of lengths must be from 2 to 100. {fix}")

@@ -14,7 +14,18 @@ from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
 from helpers.modules import eval_loader, lightning, module_class, network, train_loader
 from torch import nn
 
-from lit_tricks.callbacks import EMA, SWA, Compile, FixRes, Freeze, L1Penalty, LinearScaling, Muon, NoBiasDecay, PreciseBN
+from lit_tricks.callbacks import (
+    EMA,
+    SWA,
+    Compile,
+    FixRes,
+    Freeze,
+    L1Penalty,
+    LinearScaling,
+    Muon,
+    NoBiasDecay,
+    PreciseBN,
+)
 from lit_tricks.callbacks.finetuning.held import HeldPart
 from lit_tricks.utils.parts import find_part
 

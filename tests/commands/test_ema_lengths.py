@@ -184,6 +184,11 @@ def test_other_lengths_are_rejected(text):
         lengths_of(text)
 
 
+def test_a_range_has_three_parts_at_most():
+    with pytest.raises(ValueError, match=r"0\.1:0\.2:3:4 is not a number or a range"):
+        lengths_of("0.1:0.2:3:4")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -130,6 +130,8 @@ class KeptAverage(Trick):
     def _of_lightning(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> dict[str, Any]:
         """Return the state of an average that Lightning's ``WeightAveraging`` has saved, or nothing.
 
+        The ``state_dict`` of such a checkpoint is the average, so the trained weights are restored from it in any case.
+
         https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/callbacks/weight_averaging.py#L249
         """
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
@@ -138,12 +140,18 @@ class KeptAverage(Trick):
         known = {name for name, _ in (*pl_module.named_parameters(), *pl_module.named_buffers())}
         trained = {name: value for name, value in checkpoint["current_model_state"].items() if name in known}
         updates = int(checkpoint["averaging_state"]["n_averaged"])
+        weights = f"{len(trained)} tensors of the trained weights"
+        taken = f"the average of Lightning's WeightAveraging after {updates} updates, and {weights}"
+        if not self._continues_other_averages():
+            updates = 0
+            taken = f"{weights} of Lightning's WeightAveraging, and not its average, which is of another kind"
         show_lines()
-        rank_zero_only(log.info)(
-            f"{self.state_key}: took over the average of Lightning's WeightAveraging after {updates} updates, and "
-            f"{len(trained)} tensors of the trained weights. Arguments of this run decide the next updates."
-        )
+        rank_zero_only(log.info)(f"{self.state_key}: took over {taken}. Arguments of this run decide the next updates.")
         return {"steps": checkpoint["global_step"], "updates": updates, "raw": trained, "average": {}}
+
+    def _continues_other_averages(self) -> bool:
+        """Return whether the average can start from an average that Lightning has made."""
+        return True
 
     def _restore(self, state: dict[str, Any]) -> None:
         assert self._weights is not None

@@ -122,12 +122,24 @@ def test_both_namespaces(namespace, tmp_path):
         assert ema.state_dict()["updates"] == STEPS
 
 
-def test_lookahead_takes_nothing_over(tmp_path):
-    path, _ = saved(tmp_path, 3)
-    start = Start()
-    run(Lookahead(), start, ckpt_path=path)
-    averaged = loaded(path)["state_dict"]
-    assert not differences({n: v for n, v in start.weights.items() if n in averaged}, averaged)
+@pytest.mark.parametrize("trick", [Lookahead(k=2), EMA(power=[0.05, 0.2])], ids=["lookahead", "power"])
+def test_average_of_another_kind_leaves_the_trained_weights(trick, tmp_path, caplog):
+    path, trained = saved(tmp_path, 3)
+    start, history = Start(), History()
+    with caplog.at_level("INFO", logger="lit_tricks"):
+        run(trick, start, history, ckpt_path=path, default_root_dir=tmp_path)
+    assert not differences(start.weights, trained[2])  # not their average, which is the state_dict
+    assert "tensors of the trained weights of Lightning's WeightAveraging, and not its average" in caplog.text
+    state = trick.state_dict()
+    assert state["steps"] == STEPS
+    if isinstance(trick, EMA):
+        assert state["updates"] == STEPS - 3
+        return
+    plain = History()
+    run(plain, max_epochs=1)
+    fast, slow = floating(plain.weights[3]), floating(trained[2])
+    assert_close(floating(history.weights[0]), {name: (value + slow[name]) / 2 for name, value in fast.items()})
+    assert state["updates"] == 1 + (STEPS - 2) // 2
 
 
 def test_their_callback_resumes_our_run_from_the_average(tmp_path):
