@@ -134,7 +134,7 @@ def module_class(namespace: str) -> type[Any]:
             Args:
                 criterion: the loss is an ``nn.CrossEntropyLoss`` of the module, otherwise ``F.cross_entropy``.
                 manual: manual optimization, one optimizer for the body and one for the head.
-                quiet: log nothing, for torch.compile.
+                quiet: log nothing and keep no batch, for torch.compile, which would compile each of these anew.
                 optimizers: what configure_optimizers returns, from the module.
                 raises: an error for the third batch of ``training_step`` or the first of ``validation_step``.
             """
@@ -175,9 +175,10 @@ def module_class(namespace: str) -> type[Any]:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             if "validation_step" in self.raises:
                 raise self.raises["validation_step"]
-            self.seen.append(("sanity" if self.trainer.sanity_checking else "validate", batch))
+            loss = self.loss(batch)
             if not self.quiet:
-                self.log("val_loss", self.loss(batch), sync_dist=True)
+                self.seen.append(("sanity" if self.trainer.sanity_checking else "validate", batch))
+                self.log("val_loss", loss, sync_dist=True)
 
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.seen.append(("test", batch))
