@@ -1,8 +1,9 @@
-"""Savings in all tests: what Lightning would look up for each Trainer, and for how long torch waits for its workers."""
+"""Savings in all tests: what Lightning looks up for each Trainer, and waits for workers and for the disk."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import lightning.fabric.utilities.registry
 import lightning_fabric.utilities.registry
@@ -14,3 +15,6 @@ for _registry in (lightning.fabric.utilities.registry, lightning_fabric.utilitie
 
 # A loader that is given up waits this long, in seconds, for a worker that sleeps, before it ends the worker.
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5
+
+# The disk takes about 10 ms to store a file, a dozen files in a fit. No test turns the power off.
+os.fsync = lambda fd: None

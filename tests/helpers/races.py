@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def fake_fits(
 
 
 def run_race(out: Path, engine: Any = None, parallel: int = 1, **arguments: Any) -> Path:
-    """Run a race on fake fits and return its recipe. There is no report, and no power fails."""
+    """Run a race on fake fits and return its recipe. There is no report."""
 
     @contextlib.contextmanager
     def engine_of(*args: Any) -> Iterator[Any]:
@@ -80,7 +79,6 @@ def run_race(out: Path, engine: Any = None, parallel: int = 1, **arguments: Any)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(race_module, "engine_of", engine_of)
         patch.setattr(race_module, "report_race", lambda folder: None)
-        patch.setattr(os, "fsync", lambda file: None)
         given: dict[str, Any] = {"candidates": list(CANDIDATES), "budget": "90", "out": str(out)}
         given |= {"config": ["tiny.yaml"], "fit_args": ["--trainer.max_epochs=10"]}
         return race_module.race(**given | arguments)

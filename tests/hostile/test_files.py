@@ -385,6 +385,16 @@ def test_a_file_is_there_when_it_is_complete_and_not_before(tmp_path: Path) -> N
 
 
 @posix
+def test_content_is_on_the_disk_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, synced = tmp_path / "results.json", []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, target.exists())))
+    write_whole(target, "content")
+    assert synced == [(target.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+    write_whole(target, "other", durable=False)
+    assert len(synced) == 2
+
+
+@posix
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
