@@ -127,11 +127,6 @@ def test_batches_of_a_forkserver(name: str, split: str, written: dict[str, dict[
     assert not differences(found, expected)
 
 
-def test_batches_of_a_spawned_process(written: dict[str, dict[str, Any]]) -> None:
-    found, expected = (batches("ImageFolder", "train", written["ImageFolder"], how) for how in ("spawn", None))
-    assert not differences(found, expected)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tricks and modules
 
