@@ -268,7 +268,7 @@ def loader_speed(root: str, workers: int, batch_size: int, seconds: float, round
     text = []
     for title, name in (
         ("Only the loader", None),
-        ("Beside a training step on the CPU, of timm's test_resnet", "test_resnet"),
+        ("Next to a training step on the CPU, of timm's test_resnet", "test_resnet"),
     ):
         found: dict[str, list[list[float]]] = {}
         for _ in range(rounds):

@@ -90,7 +90,7 @@ SCRIPTS = {"ranks": "distributed", "weights_ranks": "weights_distributed", "bn_r
 def launched(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """What each of two processes ended with, by script, for the scripts that this session needs."""
+    """Return the results of each of two processes, by script, for the scripts that this session needs."""
     needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     scripts = [script for fixture, script in SCRIPTS.items() if fixture in needed]
     folder = made_once(tmp_path_factory, "distributed", lambda folder: two_processes(scripts, folder))

@@ -1,4 +1,4 @@
-"""What lit_tricks uses of other libraries' internals: a test fails where one of them renames or moves a name."""
+"""Internals of other libraries that lit_tricks uses: a test fails where one of them renames or moves a name."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_dummy_logger_is_of_the_package_of_the_trainer(namespace):
 
 
 def in_fit(look, namespace: str = "lightning", module: nn.Module | None = None, **options: object) -> list[object]:
-    """What ``look(trainer, module)`` returns in each training batch of a short fit."""
+    """Return the values of ``look(trainer, module)`` in each training batch of a short fit."""
     found: list[object] = []
 
     class Look(lightning(namespace).Callback):

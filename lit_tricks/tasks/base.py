@@ -346,7 +346,7 @@ def is_of_module(weights: str | None, argument: str) -> bool:
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the settings of each parameter group, without what the optimizer keeps there of its own state.
+    """Return the settings of each parameter group, without the state that the optimizer stores there.
 
     Schedule-free optimizers count steps there, by names that their constructor does not take.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Counts", "count_classes", "listed_counts", "listed_labels", "training_items"]
 
 CHECKED = 8  # items that are loaded to check a list of labels
-BATCH = 64  # items in a batch, where the loader has batches of its own
+BATCH = 64  # items in a batch, where the loader makes its own batches
 NAMES = ("targets", "labels", "samples", "imgs", "y", *TORCHVISION_LABELS)
 COLUMNS = ("label", "labels", "target", "targets", "class", "fine_label")
 

@@ -1,4 +1,4 @@
-"""What ChannelsLast lays out, when, and that it changes no numbers and leaves nothing behind."""
+"""ChannelsLast: which tensors change their order and when, equal numbers, and a restored module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_last(tensor: Tensor) -> bool:
 
 
 class Color(module_class("lightning")):
-    """Of images with three channels, whose order in memory can be seen."""
+    """Classifies images with three channels, so that their order in memory shows."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(quiet=True, **kwargs)

@@ -1,4 +1,4 @@
-"""What Compile compiles: how many graphs, run by whom, and that names, numbers and the module stay."""
+"""Compile: the number of graphs and who runs them; names, numbers and the module stay."""
 
 from __future__ import annotations
 

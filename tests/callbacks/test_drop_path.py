@@ -92,7 +92,7 @@ def test_second_derivatives_are_exact():
 
 
 class Block(nn.Module):
-    """Of a foreign ResNet."""
+    """A block of a foreign ResNet."""
 
     def __init__(self, channels: int = 4, gate: bool = False) -> None:
         super().__init__()

@@ -235,7 +235,7 @@ def test_datamodules_of_the_library_say_it():
 
 
 def test_the_loader_is_not_built_for_it():
-    """What the Trainer builds before it restores a checkpoint is not restored."""
+    """Objects that the Trainer builds before it restores a checkpoint are not restored."""
     seen = []
 
     def optimizers(module: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What NoBiasDecay takes weight decay from, that training is the one of groups made by hand, and what it refuses."""
+"""NoBiasDecay: the parameters without decay, training equal to groups made by hand, and rejected cases."""
 
 from __future__ import annotations
 

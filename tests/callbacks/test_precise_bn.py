@@ -187,7 +187,7 @@ def test_layers_of_all_kinds(kind):
 
 
 def test_synchronised_layers_count_the_batches_of_their_own_process(monkeypatch):
-    """What they track is of all processes, who each would count it as theirs."""
+    """Their running statistics cover all processes, so each process would count them as its own."""
     monkeypatch.setattr("lit_tricks.callbacks.batchnorm.statistics.world_size", lambda: 2)
 
     class Synchronized(nn.SyncBatchNorm):
@@ -340,7 +340,7 @@ class Noisy(Dataset):
 
 
 class Batches:
-    """What is no DataLoader, but starts anew whenever it is iterated over."""
+    """Not a DataLoader. Each iteration starts from the first batch."""
 
     def __init__(self) -> None:
         self.given = 0

@@ -194,7 +194,7 @@ def test_cosine_is_a_lambda_lr_bit_by_bit():
 
 
 def test_cosine_is_a_sequential_lr():
-    """Of linear and cosine, both recursive: up to rounding."""
+    """The reference joins a linear and a cosine schedule, both recursive: equal up to rounding."""
 
     def sequence(optimizer: Any) -> Any:
         up = LinearLR(optimizer, start_factor=1 / 4, total_iters=3)

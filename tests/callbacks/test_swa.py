@@ -122,7 +122,7 @@ def test_wrong_arguments_are_rejected_by_name(arguments, message):
 
 @pytest.mark.parametrize("shape", ["cos", "linear"])
 def test_glide_is_that_of_torch(shape):
-    """Of SWALR under a constant rate, whose glide begins with its first step."""
+    """The reference is SWALR under a constant learning rate, which anneals from its first step."""
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.5)
     theirs = SWALR(optimizer, swa_lr=0.05, anneal_epochs=10, anneal_strategy=shape)
     for step in range(20, 35):

@@ -79,7 +79,7 @@ def test_weights_are_uniform_by_kolmogorov_smirnov():
 
 
 def test_variance_of_activations_and_gradients_is_kept():
-    """What it is for, in a deep linear network (Glorot & Bengio, section 4.2)."""
+    """The purpose of the method, in a deep linear network (Glorot & Bengio, section 4.2)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 200, generator=generator, dtype=torch.float64, requires_grad=True)
     y = x

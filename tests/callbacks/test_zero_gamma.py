@@ -1,4 +1,4 @@
-"""Which layers ZeroGamma finds, that blocks start as their shortcuts, and when it leaves weights alone."""
+"""ZeroGamma: the layers that are found, blocks that start as their shortcuts, and runs that keep their weights."""
 
 from __future__ import annotations
 

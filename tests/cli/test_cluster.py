@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def words_of(script: Path, folder: Path) -> list[str]:
-    """What a script calls, on two machines."""
+    """Return the arguments that a script passes on two machines."""
     given = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "42", "MACHINES": "2", "FIRST": "10.0.0.1"}
     environment = os.environ | given | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["bash", str(script), *ADDED], env=environment, check=True, timeout=60)

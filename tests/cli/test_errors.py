@@ -301,7 +301,7 @@ def test_broken_images_are_named(split: str, workers: int, kind: str) -> None:
 
 
 class Evil:
-    """What a checkpoint may hold that runs code where it is unpickled without care."""
+    """An object in a checkpoint that runs code if it is unpickled without care."""
 
     def __reduce__(self) -> Any:
         return Path.touch, (Path("executed"),)

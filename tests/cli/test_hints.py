@@ -1,4 +1,4 @@
-"""What people type from the habits of other tools is answered with the right option, and resuming needs one flag."""
+"""Options of other tools raise an error that names the right option, and resuming needs one flag."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def printed(command: list[str]) -> dict[str, Any]:
 
 
 def trained(command: list[str], environment: dict[str, str], run: Path) -> Tracked:
-    """What W&B was told by a command of an agent, in its environment."""
+    """Return what an agent's command logs to W&B in its environment."""
     wandb.teardown()  # it reads the environment once
     with mock.patch.dict(os.environ, environment):
         outcome = cli(*command[2:])

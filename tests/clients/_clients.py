@@ -1,4 +1,4 @@
-"""What is asked of a trick in every client: its effect, and nothing but its effect.
+"""Requirements on a trick in every client: its effect, and no other effect.
 
 The test file of a client has a function that takes callbacks and fits with them on the CPU, in the client's own way:
 3 epochs of 4 batches. Where a trick can not work in a client, the file says which error refuses it, and why.
@@ -110,7 +110,7 @@ def spy_on(fit: Fit, *tricks: Any) -> Spy:
 
 
 def left_by(trainer: Any, loader: Any) -> dict[str, Any]:
-    """What a fit left on its objects and their classes, but for what clients count and measure."""
+    """Return what a fit left on its objects and their classes, except for what clients count and measure."""
     module, datamodule = trainer.lightning_module, trainer.datamodule
     found = traces(trainer, module, SimpleNamespace(**(vars(datamodule) if datamodule else {}), loader=loader))
     found = {path: what for path, what in found.items() if not what.isdigit() and not path.endswith(".metrics")}

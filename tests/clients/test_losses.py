@@ -141,7 +141,7 @@ class Recorder(Trick):
 
 
 def partner_of(mixed: Tensor, image: Tensor, share: float) -> list[int]:
-    """Which image each one was mixed with."""
+    """Return the image that each image was mixed with."""
     partners = []
     for i in range(len(mixed)):
         error = (mixed[i] - share * image[i] - (1 - share) * image).abs().amax((1, 2, 3))

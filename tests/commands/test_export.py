@@ -714,7 +714,7 @@ def test_a_network_that_was_given_as_an_object() -> None:
 
 
 class Branching(nn.Module):
-    """What no exporter can trace."""
+    """A network that no exporter can trace."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ def state(path: str) -> dict[str, Tensor]:
 
 
 def features_of(path: str, size: int) -> tuple[Tensor, Tensor, Any]:
-    """What the classifier of a checkpoint gets for the training images, their labels, and the classifier."""
+    """Return the classifier's inputs for the training images, their labels, and the classifier."""
     model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     found: list[Tensor] = []
     model.model.fc.register_forward_pre_hook(lambda _, args: found.append(args[0]))

@@ -405,7 +405,7 @@ def test_a_view_has_all_that_happens_in_80_columns(folder: Path) -> None:
     runs = Runs(folder, [], [], 10, {}, fake_fits(), Budget.parse("2h"))  # type: ignore[arg-type]
     runs.names = names
     kept, out, failed = (Comparison(name, "screening", [1.0]) for name in [*names][:3])
-    kept.reason = "goes on to the test"
+    kept.reason = "continues to the test"
     out.state, out.reason = "out", "in the worse half after 4 seeds, which is a long reason"
     failed.state, failed.reason, failed.differences = "failed", "1 of 1 runs failed or diverged", [-math.inf]
     test = Comparison([*names][3], "test", [0.5, 1.5, 1.0], reach=1.2)

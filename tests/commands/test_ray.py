@@ -54,7 +54,7 @@ def engine(environment: dict[str, str] | None = None, cpus: float = 1, gpus: flo
 
 @pytest.fixture(autouse=True)
 def no_accuracies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of sleepers there are none."""
+    """Replace the accuracy of sleepers, which have none."""
     if "real" not in request.node.name:
         monkeypatch.setattr("lit_tricks.commands.ablation.cells.read_run", lambda run: {"top1": 0.5})
 

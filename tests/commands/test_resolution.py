@@ -71,7 +71,7 @@ class Flat(LightningModule):
 
 
 class Foreign(LightningDataModule):
-    """Nothing of ours in it."""
+    """A data module without any class of this library."""
 
     def __init__(self, root: str) -> None:
         super().__init__()

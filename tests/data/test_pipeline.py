@@ -97,7 +97,7 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("subsampling", [0, 2])
 @pytest.mark.parametrize(("size", "resize_size"), [(224, 256), (160, 160), (64, 72)])
 def test_validation_is_that_of_torchvision(exact: bool, subsampling: int, size: int, resize_size: int) -> None:
-    """Of a tensor bit for bit, and of a PIL image but for the rounding."""
+    """Equal to the result for a tensor bit for bit, and for a PIL image except for rounding."""
     reference = v2.Compose([v2.Resize(resize_size, antialias=True), v2.CenterCrop(size)])
     for width, height in SIZES:
         data = jpeg(photo(width, height), subsampling=subsampling)

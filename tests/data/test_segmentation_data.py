@@ -73,7 +73,7 @@ def test_the_classes_of_voc_and_ade(tmp_path: Path) -> None:
 
 
 def test_labels_of_a_palette_are_its_indices_and_borders_are_ignored(tmp_path: Path) -> None:
-    """Of Pascal VOC: what PIL shows as colors is 0 to 20, and 255."""
+    """Pascal VOC: the colors that PIL shows are 0 to 20, and 255."""
     root = write_voc(tmp_path)
     data = VOCSegmentation(str(root), **SMALL)
     data.setup()

@@ -1,4 +1,4 @@
-"""What the tests of EMA and SWA share: the weights of a run, who sees which, and where it is interrupted."""
+"""Helpers of the tests of EMA and SWA: the weights of a run, who gets which, and where it is interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class History(pl.Callback):
 
 
 def all_weights(module: Any) -> Weights:
-    """Of a module, the non-persistent buffers too."""
+    """Return all parameters and buffers of a module, also the non-persistent ones."""
     return {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
 
 

@@ -54,7 +54,7 @@ COSINE = ("--trainer.callbacks+=WarmupCosine", "--trainer.callbacks.warmup_epoch
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command came to: its exit code, what it printed, and what Lightning and the library logged."""
+    """The outcome of a command: exit code, printed text, and log lines of Lightning and the library."""
 
     code: Any
     out: str
@@ -118,7 +118,7 @@ def cells_in_this_process(patch: pytest.MonkeyPatch) -> None:
 
 
 def built(monkeypatch: pytest.MonkeyPatch, *words: str) -> TricksCLI:
-    """What a command makes of these words: all of its objects, before anything is run."""
+    """Return a command with all of its objects, before it runs."""
     made: list[TricksCLI] = []
     with monkeypatch.context() as patch:
         patch.setattr(TricksCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
@@ -169,7 +169,7 @@ def results(run: str | Path) -> dict[str, Any]:
 
 
 def logits_of(path: str | Path, images: torch.Tensor) -> torch.Tensor:
-    """What the model of a checkpoint says, without a Trainer."""
+    """Return the logits of a checkpoint's model, without a Trainer."""
     model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     with torch.no_grad():
         logits: torch.Tensor = model(images)

@@ -30,7 +30,7 @@ class Few:
 
 
 def found_and_wanted() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of each image some boxes, and what is found of them, near the truth or far from it."""
+    """Return some boxes per image, and detections near them or far from them."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for count in (3, 1, 0, 2, 4, 1, 2):

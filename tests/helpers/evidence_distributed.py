@@ -1,4 +1,4 @@
-"""What two processes do to test a Classifier on the digits."""
+"""Test a Classifier on the digits in two processes."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def make_trainer(*callbacks: Any, namespace: str = "lightning", **kwargs: Any) -
 
 @dataclass
 class Result:
-    """What a run ends with."""
+    """The results of a run."""
 
     trainer: Any
     module: Any
@@ -122,7 +122,7 @@ def weights_of(module: Any) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def said() -> Iterator[list[logging.LogRecord]]:
-    """What the library logs meanwhile."""
+    """Collect the lines that the library logs meanwhile."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
@@ -160,7 +160,7 @@ class Saver(lightning().Callback):
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested collections hold, each with its path; and of the collections the type and length."""
+    """Yield the items of nested collections with their paths, and the type and length of each collection."""
     if isinstance(value, dict | list | tuple):
         yield path, f"{type(value).__name__} of {len(value)}"
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -178,7 +178,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def differences(left: Any, right: Any) -> list[str]:
-    """Where two nested values are not the same, bit by bit."""
+    """Return the paths where two nested values differ, bit by bit."""
     lefts, rights = dict(leaves(left)), dict(leaves(right))
     return [
         f"{path}: {lefts.get(path, 'nothing')} and {rights.get(path, 'nothing')}"

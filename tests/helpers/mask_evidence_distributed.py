@@ -1,4 +1,4 @@
-"""What two processes do to test a Segmenter on an odd number of images."""
+"""Test a Segmenter on an odd number of images in two processes."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Shuffle(Sampler[list[int]]):
 
 
 class StatefulLoader(DataLoader):  # type: ignore[type-arg]
-    """What makes a mid-epoch checkpoint resumable: Lightning saves and restores a loader that has these two methods."""
+    """Makes a mid-epoch checkpoint resumable: Lightning saves and restores a loader that has these two methods."""
 
     batch_sampler: Shuffle
 

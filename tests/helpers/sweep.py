@@ -1,4 +1,4 @@
-"""What an agent of W&B runs for a sweep: the agent's own code makes the commands, the server's part is a product."""
+"""Commands of a W&B agent for a sweep: the agent's own code makes the commands, the server's part is a product."""
 
 from __future__ import annotations
 

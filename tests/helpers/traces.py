@@ -1,4 +1,4 @@
-"""What a trick could leave behind on the objects that it had its hands on."""
+"""Find what a trick leaves behind on the objects that it changed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ancestors(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def describe(value: Any) -> str:
-    """Of flags and texts the value, of functions the name, of collections the size, of the rest the type."""
+    """Return the value of flags and texts, the name of functions, the size of collections, and the type of others."""
     if isinstance(value, bool | int | str | None):
         return repr(value)
     if callable(value) and hasattr(value, "__qualname__"):

@@ -34,7 +34,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """How the contract is tested for a trick.
+    """Setup of the contract's tests for a trick.
 
     Args:
         make: a new one, set up so that it acts within ten steps (three epochs of four batches).

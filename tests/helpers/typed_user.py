@@ -1,4 +1,4 @@
-"""What a user with strict type checkers writes. Nothing runs it; lines that end with `# error` must be found."""
+"""Code of a user with strict type checkers. Nothing runs it; lines that end with `# error` must be found."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def items(updates: Any) -> dict[str, Any]:
 
 
 class Tracked:
-    """What W&B was told of the run in a folder."""
+    """Return what W&B recorded of the run in a folder."""
 
     def __init__(self, run: Path) -> None:
         (self.folder,) = run.glob("wandb/*run-*-*")

@@ -533,7 +533,7 @@ def test_data_elsewhere_is_not_loaded_unasked(root: str, place: Path, monkeypatc
 
 
 class Net(nn.Module):
-    """Of a user."""
+    """A user's network."""
 
     def __init__(self, width: int = 4, num_classes: int = 4) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 
 class Probed:
-    """What ``macs`` asks of a subject."""
+    """The attributes that ``macs`` needs of a subject."""
 
     train_size = 32
     device = torch.device("cpu")

@@ -186,7 +186,7 @@ def test_pipe_in_run_folder_is_rejected(tmp_path: Path) -> None:
 
 
 def carried(state: Any, folder: Path) -> Any:
-    """What a resumed run restores into its ModelCheckpoint."""
+    """Return the state that a resumed run restores into its ModelCheckpoint."""
     saver = ModelCheckpoint(folder / "new", monitor="val/top1", mode="max")
     trainer: Any = SimpleNamespace(
         state=SimpleNamespace(fn="fit"), checkpoint_callbacks=[saver], callbacks=[saver], is_global_zero=True,

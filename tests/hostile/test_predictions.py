@@ -1,4 +1,4 @@
-"""What ``predict`` writes: never over images or files of the user, and nothing that a spreadsheet runs."""
+"""Files of ``predict``: never over images or files of the user, and without text that a spreadsheet runs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def size_of_pickle(it: Any) -> int:
 
 
 class Unpicklable(LightningModule):
-    """What no process can be sent."""
+    """A module that no process can receive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What happens to users without an attacker: editors, clusters, macOS, a killed process, a typing error."""
+"""Accidents without an attacker: editors, clusters, macOS, a killed process, a typing error."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def with_trick(name: str, **kwargs: Any) -> Result:
 
 
 def refused(name: str, *cases: str, **kwargs: Any) -> bool:
-    """Whether the trick's row refuses one of these cases. If so, a run has to raise the error that the row says."""
+    """Return whether the trick's row rejects one of these cases. A run then has to raise the error in the row."""
     assert set(cases) <= set(CASES)
     for case in cases:
         if case in TRICKS[name].refused:
@@ -106,7 +106,7 @@ def test_has_a_config(name):
 
 
 def is_literal(annotation: Any) -> bool:
-    """Whether values of the type can be written in YAML: a module as its class_path and init_args."""
+    """Return whether values of the type can be written in YAML: a module as its class_path and init_args."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType, list, tuple, dict, Sequence):
         return all(is_literal(arg) for arg in args if arg is not ...)

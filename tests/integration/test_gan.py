@@ -85,7 +85,7 @@ MAKE = {
     "Unfreeze": lambda: callbacks.Unfreeze({"generator.0": 1, "discriminator.0": 1}),
 }
 REFUSED = {
-    name: "no supported loss saw the target" for name in TRICKS if issubclass(getattr(callbacks, name), LossTrick)
+    name: "no supported loss used the target" for name in TRICKS if issubclass(getattr(callbacks, name), LossTrick)
 }
 REFUSED |= {
     "BinaryCrossEntropy": "^BinaryCrossEntropy.* has no trained bias of two or more classes",

@@ -1,4 +1,4 @@
-"""What a release is made from: one version everywhere, its section of the changelog, and the steps of CI."""
+"""The sources of a release: one version everywhere, its section of the changelog, and the steps of CI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a platform must be able to do: the commands, each on a small network, and files in a folder with a space."""
+"""Requirements on a platform: the commands, each on a small network, and files in a folder with a space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What type checkers see of the package, from outside."""
+"""Types of the package, as type checkers find them from outside."""
 
 import json
 import subprocess

@@ -44,7 +44,7 @@ def test_logits_have_the_size_of_any_image(name: str, size: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_that_is_padded_is_that_image(name: str) -> None:
-    """What is added at the right and below is 0, and the logits of it are cropped."""
+    """The padding at the right and below is 0, and its logits are cropped."""
     model = net(name).eval()
     multiple = model.decoder.multiple
     image = torch.randn(1, 3, 40, 100)

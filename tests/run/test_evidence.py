@@ -1,4 +1,4 @@
-"""What a fit keeps for its report: predictions, the split of its time, the tricks in force."""
+"""Records of a fit for its report: predictions, the split of its time, the tricks in force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit keeps of a segmentation for its report, and what the report makes of it."""
+"""Records of a segmentation for its report, and their figures in the report."""
 
 from __future__ import annotations
 

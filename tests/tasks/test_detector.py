@@ -179,7 +179,7 @@ def test_images_are_not_normalised_again(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_boxes_are_in_the_pixels_of_the_image(model: str) -> None:
-    """Those of an image of twice the size are twice as large, as it is looked at in one size."""
+    """Boxes of an image of twice the size are twice as large, as images are resized to one size."""
     module = detector(model, model_args={"box_score_thresh": 0.0} if model == "faster_rcnn" else {"score_thresh": 0.0})
     small = torch.nn.functional.interpolate(torch.randn(1, 1, 8, 8), (64, 64))[0]
     large = small.repeat_interleave(2, 1).repeat_interleave(2, 2)

@@ -146,7 +146,7 @@ def test_tricks_work_together(model: str) -> None:
 
 
 def test_precise_bn_has_the_statistics_of_the_images() -> None:
-    """Of the first layer they are the mean and variance of what its convolution gives for the training images."""
+    """The first layer has the mean and variance of its convolution's output for the training images."""
     torch.manual_seed(0)
     module = detector(optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     data = DigitDetection(batch_size=4, scale=(1.0, 1.0))

@@ -249,7 +249,7 @@ def test_validation_uses_the_average() -> None:
 
 
 def test_precise_bn_estimates_statistics_of_all_images() -> None:
-    """Of the first layer: mean and variance of its inputs, over all training images."""
+    """The first layer has the mean and variance of its inputs over all training images."""
     module = fit(callbacks.PreciseBN(num_samples=12), steps=3)
     net: Any = module.model.backbone.net
     images = torch.stack([image for image, _ in samples(12)])

@@ -237,7 +237,7 @@ def test_chosen_levels_equal_those_of_whole_network(levels: Any) -> None:
 
 @pytest.mark.parametrize(("depth", "output_stride"), [(18, 16), (50, 16), (50, 8)])
 def test_a_dilated_network_sees_what_the_plain_one_sees(depth: Any, output_stride: Any) -> None:
-    """Where strides are taken out, dilation keeps what an output sees: every so many are those of the plain network."""
+    """Dilation keeps the receptive field where strides are removed: every n-th output equals the plain network's."""
     torch.manual_seed(0)
     plain: Any = resnet(depth, "B", width=1 / 32, num_classes=10).eval()
     dilated: Any = resnet(depth, "B", width=1 / 32, num_classes=10, output_stride=output_stride).eval()

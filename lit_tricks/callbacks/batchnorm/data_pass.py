@@ -73,7 +73,7 @@ class Watch:
             self.handle.remove()
 
     def finish(self, trick: str, pl_module: LightningModule) -> None:
-        """Remove the hook. Warn if ``forward`` was called, and each time with other inputs than those of the batch."""
+        """Remove the hook. Warn if ``forward`` was called, and each time with other inputs than the batch has."""
         self.remove()
         if self.given == {False}:
             rank_zero_only(warnings.warn)(

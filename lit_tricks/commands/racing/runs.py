@@ -59,7 +59,7 @@ class Runs:
     parallel: int = 1
     took: dict[str, float] = field(init=False)  # seconds by the clock, of each run that has ended
     elapsed: float = field(init=False)  # seconds by the clock in which runs were made
-    outcomes: dict[Trial, Outcome] = field(default_factory=dict)  # of all runs that the race has asked for
+    outcomes: dict[Trial, Outcome] = field(default_factory=dict)  # of all runs that the race has requested
     now: list[Cell] = field(default_factory=list)  # the cells that are made at the moment
     since: float | None = None  # when they were started
     failed: set[str] = field(default_factory=set)  # keys of runs that this process has tried

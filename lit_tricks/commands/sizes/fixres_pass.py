@@ -209,9 +209,9 @@ def _classifier(module: LightningModule, name: str | None) -> tuple[str, nn.Line
     linear = [(key, layer) for key, layer in found.items() if isinstance(layer, nn.Linear)]
     if len(linear) != 1 or len(found) != 1:
         what = " and ".join(f"{key} ({type(layer).__name__})" for key, layer in found.items()) or "none"
-        asked = f" for {name!r}" if name else ""
+        wanted = f" for {name!r}" if name else ""
         raise ValueError(
-            f"the classifier of {type(module).__name__} must be one linear layer, got {what}{asked}: name it "
+            f"the classifier of {type(module).__name__} must be one linear layer, got {what}{wanted}: name it "
             "with --classifier, or fine-tune with the callback FixRes."
         )
     return linear[0]

@@ -212,7 +212,7 @@ def test_two_processes_train_as_without(case, weights_ranks):
 
 @each_case
 def test_two_processes_end_with_one_average(case, weights_ranks):
-    """Of the weights, and of the buffers of the first process: those that DDP spreads."""
+    """Compare the weights, and the buffers of the first process, which DDP broadcasts."""
     bf16 = "bf16" in case
     first = weights_ranks[0][case]["full"]
     for rank in weights_ranks:

@@ -35,7 +35,7 @@ def mixed(**kwargs: Any) -> SoftTarget:
 
 
 def distribution(smoothing: float = 0.0, mix: bool = True) -> Tensor:
-    """What the target means, written down on its own."""
+    """Return the distribution of the target, computed independently."""
     soft = torch.zeros(N, K, dtype=torch.float64)
     for i in range(N):
         soft[i, LABELS[i]] += SHARE[i] if mix else 1
