@@ -220,7 +220,7 @@ def draw_binary(theme: Theme) -> Figure:
     figure, panels = row(3, 2.4, sharey=True)
     shares = torch.tensor([0.0, 0.7, 0.0, 0.0, 0.3, 0.0])
     smoothed = multi_hot(shares, 0.2) * 0.9 + 0.1 / 6
-    titles = ("softmax", "target_threshold 0.2", "and LabelSmoothing(0.1)")
+    titles = ("softmax", "target_threshold 0.2", "with LabelSmoothing")
     for number, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         axes.bar(range(6), (shares, multi_hot(shares, 0.2), smoothed)[number].numpy(), color=theme.cycle[number])
         tidy(axes, title, "class", "target" if number == 0 else "")
@@ -520,13 +520,15 @@ def draw_fixres(theme: Theme) -> Figure:
 
 @figure_of("TestTimeAugment", "The views of one photo, and the mean of their probabilities for three classes.")
 def draw_tta(theme: Theme) -> Figure:
-    figure, panels = row(4)
+    figure, panels = row(4, gridspec_kw={"width_ratios": [1, 1, 1, 1.5]})
     chosen = [next(tta_views(photos()[:1], True, 1, [1.0])), *list(tta_views(photos()[:1], True, 5, [1.0]))[1:5:3]]
     for axes, view, title in zip(panels[:3], chosen, ("image", "crop, flipped", "another crop"), strict=True):
         show(axes, view[0], title)
     views = [torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0.5, 1.5, 0.0]])]
     axes = panels[3]
-    for number, (name, logits) in enumerate({"one": views[0], "other": views[1], "mean": mean_logits(views)}.items()):
+    for number, (name, logits) in enumerate(
+        {"one view": views[0], "other view": views[1], "mean": mean_logits(views)}.items()
+    ):
         axes.bar(
             np.arange(3) + (number - 1) * 0.27,
             logits.softmax(1)[0].numpy(),
@@ -535,8 +537,7 @@ def draw_tta(theme: Theme) -> Figure:
             label=name,
         )
     tidy(axes, "", "class", "probability")
-    axes.set_ylim(0, 1.1)
-    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, ncols=3, columnspacing=0.6, handlelength=1)
+    axes.legend(frameon=False, labelcolor=theme.ink, fontsize=8, handlelength=1)
     return figure
 
 

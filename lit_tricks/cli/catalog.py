@@ -33,7 +33,7 @@ TRAINER_COMMANDS = {
 }
 LIGHT_COMMANDS = {
     "completion": "Print a script that completes commands and options in the shell.",
-    "list": "List tricks, configurations, models, data and optimizers, one a line.",
+    "list": "List tricks, configurations, models, data and optimizers, one per line.",
     "show": "Show what a trick, a data module, a model or a configuration does, with its arguments.",
 }
 

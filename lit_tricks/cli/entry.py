@@ -106,11 +106,11 @@ def _help() -> str:
             *(_row(f"    {name:{left}}  ", text) for name, text in rows.items()),
             "",
             "options:",
-            "    -h, --help  Show this help, or behind a command the help of the command.",
+            "    -h, --help  Show this help, or after a command the help of the command.",
             "    --version   Show the version.",
-            "    --debug     Behind a command: show the traceback of an error.",
+            "    --debug     After a command: show the traceback of an error.",
             "    --import MODULE",
-            "                Behind a command: import a module that you trust, for",
+            "                After a command: import a module that you trust, for",
             "                checkpoints of classes in this module.",
         ]
     )

@@ -1,4 +1,4 @@
-"""A small VGG for images of about 32 pixels and runs of some ten epochs.
+"""A small VGG for images of about 32 pixels and runs of about ten epochs.
 
 Paper: https://arxiv.org/abs/2404.00498. One caveat: it has no residual connections, and is no network for long runs.
 """

@@ -28,7 +28,7 @@ def image_files(words: Iterable[str]) -> dict[str, str]:
 
     Args:
         words: paths of files and folders, and globs such as ``photos/**/*.jpg``. "-" reads names from standard input,
-            one a line.
+            one per line.
 
     Returns:
         The named folder, or the parent folder, for each file, in the order of the paths. Each file occurs once.

@@ -44,7 +44,7 @@ def predict(
 
     Args:
         images: image files, folders of images at any depth, and globs such as ``photos/**/*.jpg``, one or more. "-"
-            reads names from standard input, one a line.
+            reads names from standard input, one per line.
         ckpt: checkpoint, run folder (its best checkpoint), or exported ONNX file.
         output: table to write: .csv, .json, .jsonl (a JSON object in each line) or .parquet (pip install
             "lit-tricks[parquet]"); "-" is standard output, as CSV. Its folder is made. An existing table is replaced.
