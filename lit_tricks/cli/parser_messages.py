@@ -21,6 +21,8 @@ from lit_tricks.utils.config_files import among, nearest
 
 __all__ = ["RULES", "shorten"]
 
+CONTAINERS = {"list": "a list", "collections.abc.Sequence": "a list", "dict": "a dictionary"}
+
 
 @dataclass
 class Problem:
@@ -53,7 +55,8 @@ class Problem:
         pattern = r"Expected (?!a path but|a dot import|')(?:an? )?(.+?)(?:\. Got value: .*)?$"
         found = re.findall(pattern, self.detail.partition("Given value type")[0], re.MULTILINE)
         names = [re.sub(r"^<class '(.+)'>$|^typing\.(.+)$", r"\1\2", name) for name in found]
-        return [re.sub(r"^Literal\[(.+)\]$", r"one of \1", name.replace("NoneType", "null")) for name in names]
+        words = [re.sub(r"^Literal\[(.+)\]$", r"one of \1", name.replace("NoneType", "null")) for name in names]
+        return [CONTAINERS.get(word, word) for word in words]
 
     @property
     def class_path(self) -> str | None:
@@ -152,7 +155,10 @@ def _failed_import(problem: Problem, match: re.Match[str]) -> str:
 def _other_type(problem: Problem, match: re.Match[str]) -> str | None:
     if not problem.keys or not problem.types:
         return None
-    return f"{problem.argument}: {match[1]!r} is not {' or '.join(problem.types)}."
+    text = f"{problem.argument}: {match[1]!r} is not {' or '.join(problem.types)}."
+    if {*problem.types} <= {"a list", "null"} and re.fullmatch(r"[^\s\[\]{}]+", match[1]):
+        return f"{text} Write [{match[1]}]."
+    return f"{text} Write '{{name: value}}'." if "a dictionary" in problem.types else text
 
 
 class Rule(NamedTuple):

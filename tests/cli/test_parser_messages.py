@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ def message_of(*words: str) -> str:
     command.add_argument("--config", action="config")
     command.add_argument("--trainer.max_epochs", type=int | None)
     command.add_argument("--trainer.callbacks", type=list[Callback] | Callback | None)
+    command.add_argument("--layers", type=Sequence[str] | None)
+    command.add_argument("--schedule", type=dict[str, float])
     command.add_argument("--optimizer", type=Callable[[Iterable[Any]], Optimizer])
     command.add_subclass_arguments(LightningDataModule, "data", required=True)
     parser = ArgumentParser(exit_on_error=False)
@@ -71,6 +73,8 @@ CASES = {
     "_other_type": [
         ((*FIT, "--data.batch_size=3.5"), "--data.batch_size: '3.5' is not int."),
         ((*FIT, "--trainer.max_epochs=two"), "--trainer.max_epochs: 'two' is not int or null."),
+        ((*FIT, "--layers=layer4"), "--layers: 'layer4' is not a list or null. Write [layer4]."),
+        ((*FIT, "--schedule=layer4:1"), "--schedule: 'layer4:1' is not a dictionary. Write '{name: value}'."),
         ((*FIT, "--data.images_on=disk"), "--data.images_on: 'disk' is not one of 'auto', 'device'"),
     ],
 }
