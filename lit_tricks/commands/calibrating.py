@@ -20,6 +20,7 @@ from lit_tricks.callbacks.calibration.calibrate import Calibration, calibrate_ne
 from lit_tricks.callbacks.calibration.checkpoint import RESULT, calibrated
 from lit_tricks.callbacks.calibration.head import Scaling
 from lit_tricks.callbacks.calibration.recorder import Recorder, record
+from lit_tricks.commands.checkpoint_average import CHOSEN_BY
 from lit_tricks.commands.checkpoints import checkpoint_at, data_of, fill, module_of, read_checkpoint
 from lit_tricks.commands.progress import progress
 from lit_tricks.run.report.calibration import report_calibration
@@ -31,6 +32,11 @@ from lit_tricks.utils.log import log
 __all__ = ["calibrate"]
 
 WHO = "calibrate"
+LOADING = {
+    "augmentation", "balance", "batch_size", "cache", "decode", "images_on", "num_workers", "on_bad_image",
+    "predict_dir", "random_erasing", "repeats", "workers",
+}  # fmt: skip
+"""Arguments of data modules that do not decide which images validate."""
 
 
 def calibrate(
@@ -82,8 +88,7 @@ def calibrate(
     content = read_checkpoint(path)
     if RESULT in content:
         log.warning("%s is calibrated already: the temperature is fitted to its scaled logits", path)
-    own = content.get("datamodule_hyper_parameters", {})
-    is_own = data is None or dict(data.hparams) == {key: value for key, value in own.items() if key in data.hparams}
+    is_own = data is None or _has_same_images(data, content.get("datamodule_hyper_parameters", {}))
     data = data_of(path) if data is None else data
     if data is None:
         raise ValueError(
@@ -179,8 +184,16 @@ def _batches(data: LightningDataModule) -> int:
         return 1
 
 
+def _has_same_images(data: LightningDataModule, own: Mapping[str, Any]) -> bool:
+    """Return whether data validates on the images of the run, by the arguments in the run's checkpoint."""
+    chosen = {name: value for name, value in data.hparams.items() if name not in LOADING}
+    return bool(chosen) and all(name in own and own[name] == value for name, value in chosen.items())
+
+
 def _chosen_by(content: Mapping[str, Any], path: Path) -> str:
-    """Return the metric of the validation by which a run chose this checkpoint as its best one, or ""."""
+    """Return the metric of the validation by which this checkpoint or average was chosen as the best one, or ""."""
+    if CHOSEN_BY in content:
+        return str(content[CHOSEN_BY])
     for state in content.get("callbacks", {}).values():
         chosen = str(state.get("best_model_path", "")) if isinstance(state, Mapping) else ""
         if chosen and Path(chosen).name == path.name and state.get("monitor"):

@@ -42,7 +42,9 @@ from lit_tricks.utils.modules import batchnorms_of, is_statistic, some_of
 from lit_tricks.utils.rng import isolated_random_state
 from lit_tricks.utils.spectral_norm import iterate_in, spectral_norms
 
-__all__ = ["average", "mean_of"]
+__all__ = ["CHOSEN_BY", "average", "mean_of"]
+
+CHOSEN_BY = "chosen_by"  # in a checkpoint, the metric of the validation that has chosen its average
 
 
 State = dict[str, Tensor]
@@ -149,7 +151,8 @@ def average(
     if guessed := [name for name in _guessed(state, first["state_dict"]) if name not in known]:
         log.warning("averaged as parameters, and may be buffers: %s. Set --module to find out", some_of(guessed))
     kept = {key: value for key, value in first.items() if key not in RUN}
-    write_checkpoint(kept | {"state_dict": state, "averaged_from": [str(path) for path in chosen]}, output)
+    origin: dict[str, Any] = {"averaged_from": [str(path) for path in chosen]} | ({CHOSEN_BY: metric} if greedy else {})
+    write_checkpoint(kept | {"state_dict": state} | origin, output)
     log.info("%s: the average of %s", output, ", ".join(map(str, chosen)))
     return Path(output)
 
@@ -271,7 +274,8 @@ def _choose_length(
                 chosen, best = length, state
             advance(1)
     kept = {key: value for key, value in first.items() if key not in RUN}
-    origin = {"averaged_from": [str(file) for file in snapshots.files.values()], "ema_length": chosen}
+    origin: dict[str, Any] = {"averaged_from": [str(file) for file in snapshots.files.values()], "ema_length": chosen}
+    origin |= {CHOSEN_BY: metric} if len(lengths) > 1 else {}
     write_checkpoint(kept | {"state_dict": best} | origin, output)
     write_lengths(Path(output).with_suffix(".csv"), {n: error for n, (_, error) in mixtures.items()}, scores, metric)
     why = f", the best of {len(lengths)} on validation" if len(lengths) > 1 else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_tricks import Classifier
-from lit_tricks.commands import calibrate, export
+from lit_tricks.commands import average, calibrate, export
 from lit_tricks.commands.predicting.loading import load
 from lit_tricks.data import Digits
 from lit_tricks.functional import calibration_scores, fit_temperature, tta_views
@@ -106,6 +106,15 @@ def test_same_images_that_chose_the_checkpoint_are_a_warning(caplog: pytest.LogC
     assert "chose" not in caplog.text
     calibrate(ckpt="again.ckpt", output="twice.ckpt")
     assert "is calibrated already" in caplog.text
+    calibrate(ckpt=BEST, output="again.ckpt", data=Digits(batch_size=90, num_workers=0), overwrite=True)
+    assert "val/top1 of the same images chose" in caplog.text
+
+
+def test_validation_that_chose_an_average_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As ``lit-tricks average`` with --greedy, or with several lengths, writes it."""
+    average([BEST, "runs/tiny/v0/checkpoints/last.ckpt"], "soup.ckpt", greedy=True, data=Digits(num_workers=0))
+    calibrate(ckpt="soup.ckpt", output="of_soup.ckpt")
+    assert "val/top1 of the same images chose soup.ckpt" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_the_best_length_on_validation_is_written(trained, caplog):
     average([str(run)], "x.ckpt", ema_length="0.05:0.25", data=Data(), module=Scored(target))
     content, rows = checkpoint("x.ckpt"), table("x.csv")
     assert content["ema_length"] == 0.15
+    assert content["chosen_by"] == "val/top1"
     assert content["state_dict"]["net.1.bias"][0] == pytest.approx(target, abs=2e-3)
     assert [float(row["ema_length"]) for row in rows] == [0.05, 0.1, 0.15, 0.2, 0.25]
     for row in rows:

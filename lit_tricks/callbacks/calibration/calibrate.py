@@ -205,7 +205,7 @@ def calibrate_network(recorder: Recorder, trainer: Trainer, classifier: str | No
     else:
         temperature = fit_temperature(logits, labels)
         if temperature in BOUNDS:
-            note = f"temperature {temperature:g} is an end of its range: the samples do not determine it"
+            note = f"temperature {temperature:g} is an end of its range, and the best one lies beyond it"
         factor = _exact_factor(head, recorder, trainer, 1 / temperature, outputs, logits, labels)
         scaling = Scaling((factor,))
         if abs(factor * temperature - 1) > 0.01:
