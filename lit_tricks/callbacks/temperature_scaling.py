@@ -147,6 +147,13 @@ class TemperatureScaling(Trick):
             self._fit.forget()
             self._fit.recorder = record(trainer, pl_module, self.classifier, "TemperatureScaling")
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note what the losses of the first batch get."""
+        if self._fit and self._fit.recorder and _is_fit(trainer) and dataloader_idx == 0:
+            self._fit.recorder.begin()
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,

@@ -134,6 +134,12 @@ class _Record(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.recorder = record(trainer, pl_module, self.classifier, WHO)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *place: int
+    ) -> None:
+        if self.recorder and not any(place):
+            self.recorder.begin()
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *place: int
     ) -> None:
@@ -145,6 +151,10 @@ class _Record(Callback):
         if self.recorder and self.recorder.logits:
             self.found = calibrate_network(self.recorder, trainer, self.classifier, self.kind)
             self.logits, self.labels = scaled_logits(self.recorder, trainer, self.found.head)
+            self.recorder.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.recorder:
             self.recorder.close()
 
 

@@ -530,7 +530,11 @@ def test_network_without_such_a_layer_has_a_buffer(kind, tmp_path):
 
 
 def test_buffer_has_offsets_for_vector_scaling():
-    plain, scaled = (fitted(*tricks, module=classifier(Cosine())) for tricks in ([], [TemperatureScaling("vector")]))
+    made = []
+    for tricks in ([], [TemperatureScaling("vector")]):
+        torch.manual_seed(0)
+        made.append(fitted(*tricks, module=classifier(Cosine())))
+    plain, scaled = made
     logits, labels = outputs(plain)
     temperatures, offsets = fit_vector_scaling(logits, labels)
     torch.testing.assert_close(outputs(scaled)[0], (logits / temperatures + offsets).float(), rtol=1e-3, atol=1e-3)
@@ -590,7 +594,34 @@ def test_module_of_others_ends_with_logit_scaling(tmp_path):
     assert not torch.equal(outputs(twin)[0], before)  # trained
 
 
+def with_functional_head() -> Any:
+    """Return the small module, whose last layer is no module, so that a hidden layer seems to be the last one."""
+
+    class Module(module_class("lightning")):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
+            self.head = nn.Parameter(torch.ones(3, 16))
+
+        def loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(F.linear(self.net(batch[0]).relu(), self.head), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Module()
+
+
 REJECTED = {
+    "functional head": (with_functional_head, {}, "loss from other outputs than float32 .*16"),
+    "offsets before a factor": (
+        lambda: with_network(network(), lambda logits: 4 * logits),
+        {"kind": "vector"},
+        "not scaled by the weights of one layer.*Or fit one temperature",
+    ),
     "cosine": (lambda: with_network(Cosine()), {}, "not by net.fc.*Name the layer.*LogitScaling"),
     "shared weights": (lambda: with_network(Tied()), {}, "no linear layer or convolution has 3 outputs"),
     "another layer": (lambda: with_network(Homogeneous()), {"classifier": "net.unused"}, "classifier='net.unused'"),

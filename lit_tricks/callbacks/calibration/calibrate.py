@@ -139,18 +139,20 @@ def find_head(recorder: Recorder, trainer: Trainer, classifier: str | None, kind
         )
     classes = recorder.logits[0].size(1)
     factors = (0.5,) if kind == "temperature" else tuple(2.0 ** (i % 3 - 1) for i in range(classes))
-    probe = Scaling(factors)
+    offsets = tuple(float(i % 2) for i in range(classes))
     tried: list[str] = []
     for head in heads_of(module, classifier, classes):
         like = head.like
         logits = recorder.logs(recorder.rerun(like))
+        # what follows the layer, such as a factor on its output, would also change offsets
+        probe = Scaling(factors, offsets if kind == "vector" and head.has_bias else ())
         with head.scaled(probe):
             scaled = recorder.logs(recorder.rerun(like))
         expected = probe.applied(logits)
         if kind == "temperature":  # also of log-probabilities
             scaled, expected = scaled.double().log_softmax(1), expected.log_softmax(1)
         rounding = torch.finfo(like.dtype)
-        most = float(logits.abs().amax())
+        most = max(float(logits.abs().amax()), float(max(probe.offsets, default=0)))
         # powers of two are exact, so weights of 16 bits round as little as the outputs themselves
         precision = rounding.eps * (64 * max(1.0, most) if rounding.bits >= 32 else 4 * most)
         fits = bool(((scaled - expected).abs().amax() <= precision).item())
@@ -158,11 +160,12 @@ def find_head(recorder: Recorder, trainer: Trainer, classifier: str | None, kind
             return head
         tried.append(", ".join(head.names))
     what = f"not by {some_of(tried)}" if tried else f"as no linear layer or convolution has {classes} outputs"
+    other = " Or fit one temperature." if kind == "vector" else ""
     named = "" if classifier is None else f"classifier={classifier!r}: "
     raise RuntimeError(
         f"{recorder.who}: {named}the logits of {name} are not scaled by the weights of one layer, {what}. Name the "
         'layer that gives them, as classifier="model.fc"; or pass the logits through lit_tricks.models.LogitScaling() '
-        "in `forward`. It can then be calibrated, and old checkpoints still load."
+        f"in `forward`. It can then be calibrated, and old checkpoints still load.{other}"
     )
 
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from lit_tricks._compat import callbacks_of, compiled_call_of, leaves
+from lit_tricks._compat import callbacks_of, compiled_call_of, is_optimized_module, leaves
 from lit_tricks.callbacks.base import unwrapped
 from lit_tricks.utils.batch import describe, find
 from lit_tricks.utils.logit_scaling import LogitScaling
@@ -75,6 +77,9 @@ class Recorder:
         self._modules = [part for part in map(pl_module.get_submodule, paths) if compiled_call_of(part) is None]
         if pl_module not in self._modules:
             self._modules.insert(0, pl_module)
+        # a mode would compile modules again
+        is_compiled = any(compiled_call_of(part) or is_optimized_module(part) for part in pl_module.modules())
+        self._losses: _LossInputs | None = None if is_compiled else _LossInputs()
         self._own_statistics = _statistics_of_first(pl_module) if world_size() > 1 else []
         self._handles = [
             part.register_forward_hook(self._note_of(place), with_kwargs=True)
@@ -88,8 +93,15 @@ class Recorder:
 
         return note
 
+    def begin(self) -> None:
+        """Note what the losses of the first batch get, before its step."""
+        if self._losses is not None and not self._seen:
+            self._losses.start()
+
     def close(self) -> None:
         """Remove the hooks, and drop all but the inputs nearest to a tie."""
+        if self._losses is not None:
+            self._losses.stop()
         self.logits, self.labels, self.views = [], [], []
         if self.averaging is not None:
             self.averaging.recorded = None
@@ -108,6 +120,8 @@ class Recorder:
             RuntimeError: if the batch has no single label per image or pixel, or no output fits the labels.
         """
         calls, self._calls = self._calls, {}
+        if self._losses is not None:
+            self._losses.stop()
         views: list[Tensor] = []
         if self.averaging is not None:
             views, self.averaging.recorded = self.averaging.recorded[:1], []
@@ -117,12 +131,21 @@ class Recorder:
                 f"{self.who} fits a softmax to one label per image, and the batch has several labels per image, "
                 f"{describe(labels)}. Leave it out: sigmoids need a temperature of another kind."
             )
+        others: list[str] = []
         for place in sorted(calls):
             args, kwargs, output = calls[place]
             target = labels_for(labels, output)
-            if target is not None:
+            if target is not None and self._losses is not None and not self._losses.may_get(output):
+                others.append(describe(output))
+            elif target is not None:
                 self._add(self._modules[place], args, kwargs, output, target, views[0] if views else None)
                 return
+        if others:
+            raise RuntimeError(
+                f"{self.who}: validation_step of {type(self.pl_module).__name__} computes its loss from other outputs "
+                f"than {', '.join(others)}, with another number of classes. Let `forward` return the logits, and call "
+                'it in validation_step; or name the layer that gives them, as classifier="model.fc".'
+            )
         shapes = ", ".join(describe(output) for _, _, output in calls.values()) or "no output"
         one = any(output.size(-1) == 1 for _, _, output in calls.values())
         remedy = (
@@ -199,6 +222,36 @@ class Recorder:
         if self.averaging is None:
             return contextlib.nullcontext()
         return unwrapped(self.pl_module.get_submodule(self.averaging.layer or ""), "forward")
+
+
+class _LossInputs(TorchFunctionMode):
+    """Keeps the shapes of what cross entropies get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_on = False
+        self._shapes: list[torch.Size] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss):
+            self._shapes.append((args[0] if args else kwargs["input"]).shape)
+        return func(*args, **kwargs)
+
+    def start(self) -> None:
+        if not self._is_on:
+            self._is_on = True
+            self.__enter__()
+
+    def stop(self) -> None:
+        if self._is_on:
+            self._is_on = False
+            self.__exit__(None, None, None)
+
+    def may_get(self, output: Tensor) -> bool:
+        """Return whether a loss for as many images got as many classes, or no loss got as many images."""
+        classes = {shape[1] for shape in self._shapes if len(shape) > 1 and shape[0] == len(output)}
+        return not classes or output.size(1) in classes
 
 
 def record(trainer: Trainer, pl_module: LightningModule, classifier: str | None, who: str) -> Recorder:
