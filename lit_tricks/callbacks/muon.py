@@ -16,6 +16,7 @@ from torch.optim import LBFGS
 
 from lit_tricks._compat import callbacks_of, foreach_lerp_, keep_scheduler_mark, keep_unscaling, lightning_classes
 from lit_tricks.callbacks.optim.lr_factors import LRFactors
+from lit_tricks.callbacks.optim.lr_override import is_schedule_free
 from lit_tricks.callbacks.optim.param_groups import Group, GroupNames, GroupSplitting, groups_of, optimizers_in
 from lit_tricks.utils.arguments import number
 from lit_tricks.utils.dtensor import is_sharded, part_for, shard_like, to_local
@@ -96,8 +97,8 @@ class Muon(GroupSplitting):
     Raises:
         ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if no optimizer has such a weight, an optimizer was not built in
-            ``configure_optimizers``, something else sets the learning rates, the strategy flattens parameters, or a
-            resumed checkpoint was split in another way.
+            ``configure_optimizers`` or is schedule-free, something else sets the learning rates, the strategy flattens
+            parameters, or a resumed checkpoint was split in another way.
 
     Example:
         ``- {class_path: Muon, init_args: {lr: 0.05}}``
@@ -185,6 +186,11 @@ class Muon(GroupSplitting):
             ]
             if chosen and isinstance(optimizer, LBFGS):
                 raise RuntimeError(f"Muon: {type(optimizer).__name__} computes one step for all parameters. Use SGD.")
+            if chosen and is_schedule_free(optimizer):
+                raise RuntimeError(
+                    f"Muon: {type(optimizer).__name__} validates an average of its weights, and the weights that Muon "
+                    "trains would not be averaged. Use SGD or AdamW, or remove Muon."
+                )
             for group in chosen:
                 group |= {"muon": True, "weight_decay": self.weight_decay}
             if chosen:

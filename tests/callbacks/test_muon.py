@@ -256,11 +256,20 @@ def test_optimizer_is_as_before_after_the_fit() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+class Averaging(SGD):
+    """An optimizer with the two methods of schedule-free optimizers."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda parameters: torch.optim.LBFGS(parameters), "no single step|LBFGS"),
         (lambda parameters: SGD(parameters, lr=0.0), "learning rate of 0"),
+        (lambda parameters: Averaging(parameters, lr=0.1), "Averaging validates an average"),
     ],
 )
 def test_optimizers_that_do_not_fit_are_rejected(make: Any, message: str) -> None:
