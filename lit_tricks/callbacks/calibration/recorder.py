@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_tricks._compat import callbacks_of, compiled_call_of, is_optimized_module, leaves
+from lit_tricks._compat import (
+    callbacks_of,
+    compiled_call_of,
+    is_compiled_by_lightning,
+    is_optimized_module,
+    leaves,
+)
 from lit_tricks.callbacks.base import unwrapped
 from lit_tricks.utils.batch import describe, find
 from lit_tricks.utils.logit_scaling import LogitScaling
@@ -78,7 +84,9 @@ class Recorder:
         if pl_module not in self._modules:
             self._modules.insert(0, pl_module)
         # a mode would compile modules again
-        is_compiled = any(compiled_call_of(part) or is_optimized_module(part) for part in pl_module.modules())
+        whole: Any = pl_module
+        parts_compiled = [compiled_call_of(part) or is_optimized_module(part) for part in pl_module.modules()]
+        is_compiled = is_compiled_by_lightning(whole) or any(parts_compiled)
         self._losses: _LossInputs | None = None if is_compiled else _LossInputs()
         self._own_statistics = _statistics_of_first(pl_module) if world_size() > 1 else []
         self._handles = [
@@ -241,12 +249,12 @@ class _LossInputs(TorchFunctionMode):
     def start(self) -> None:
         if not self._is_on:
             self._is_on = True
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         if self._is_on:
             self._is_on = False
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def may_get(self, output: Tensor) -> bool:
         """Return whether a loss for as many images got as many classes, or no loss got as many images."""
