@@ -197,7 +197,9 @@ def _text(facts: Facts, use: list[str]) -> str:
     data = f" trained on {escape_markdown(facts.data)}" if facts.data else ""
     title, model = escape_markdown(facts.name), code_span(facts.model)
     lines = [f"# {title}", "", f"{model}{classes},{data} with lit_tricks {lit_tricks.__version__}.", ""]
-    if averaged := content.get("averaged_from"):
+    if length := content.get("ema_length"):
+        lines += [f"Its weights are a power-law average of the run, of length {length:g}.", ""]
+    elif averaged := content.get("averaged_from"):
         lines += [f"Its weights are the average of {len(averaged)} checkpoints.", ""]
     lines += ["## Results", ""]
     shown = Run(run.name, run.path, results={run.kind or "raw": facts.metrics})

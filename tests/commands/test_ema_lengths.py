@@ -19,6 +19,7 @@ from lit_tricks.callbacks import EMA
 from lit_tricks.callbacks.averaging.power_law import power_ema_exponent
 from lit_tricks.commands import average
 from lit_tricks.commands.ema_lengths import lengths_of
+from lit_tricks.commands.model_card import Facts, text_of
 
 POWER = [0.05, 0.2]
 pl = lightning()
@@ -107,6 +108,7 @@ def test_the_best_length_on_validation_is_written(trained, caplog):
     assert sum("val/top1" in line for line in lines) == 5
     assert lines[-1].endswith("the best of 5 on validation")
     assert not {"callbacks", "optimizer_states", "loops"} & content.keys()
+    assert "power-law average of the run, of length 0.15." in text_of(Facts.of(Path("x.ckpt")), "mit")
 
 
 def test_mode_min_takes_the_lowest(trained):
