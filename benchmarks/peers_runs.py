@@ -41,6 +41,7 @@ from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Source
 from lit_tricks.models import resnet
 
+SCHEDULES = {"cosine": tricks.WarmupCosine, "linear": tricks.WarmupLinear}
 MOMENTUM, BASE_BATCH, WARMUP = 0.9, 256, 1 / 15
 HELD_OUT = 5000  # training images, for the trials
 
@@ -368,7 +369,7 @@ def our_callbacks(run: Run) -> dict[str, Callback]:
         "zero_gamma": tricks.ZeroGamma(),
         "no_bias_decay": tricks.NoBiasDecay(),
         "channels_last": tricks.ChannelsLast(),
-        "schedule": tricks.WarmupCosine(warmup_epochs=warmup),
+        "schedule": SCHEDULES[options["schedule"]](warmup_epochs=warmup),
         "muon": tricks.Muon(lr=run.scaled(0.5), weight_decay=run.decay),
     }
     if options["smoothing"]:
@@ -455,20 +456,24 @@ ROWS = {
     ),
     "ours": Row(
         "ours, no teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
-        [{"scale": 0.0, "smoothing": 0.1}, {"scale": 0.0, "smoothing": 0.0}, {"scale": 0.35, "smoothing": 0.1}],
+        [
+            {"scale": 0.0, "smoothing": 0.1, "schedule": "cosine"},
+            {"scale": 0.0, "smoothing": 0.1, "schedule": "linear"},
+            {"scale": 0.35, "smoothing": 0.1, "schedule": "linear"},
+        ],
         peer=False,
     ),
     "ours_teacher": Row(
         "ours, teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
         [
-            {"scale": 0.0, "smoothing": 0.0, "loss": "kl", "temperature": 4.0},
-            {"scale": 0.0, "smoothing": 0.0, "loss": "dist", "temperature": 1.0},
-            {"scale": 0.35, "smoothing": 0.0, "loss": "kl", "temperature": 4.0},
+            {"scale": 0.0, "smoothing": 0.0, "schedule": "cosine", "loss": "kl", "temperature": 4.0},
+            {"scale": 0.0, "smoothing": 0.0, "schedule": "cosine", "loss": "dist", "temperature": 1.0},
+            {"scale": 0.35, "smoothing": 0.0, "schedule": "cosine", "loss": "kl", "temperature": 4.0},
         ],
         peer=False,
     ),
 }  # fmt: skip
-TEACHER = {"scale": 0.0, "smoothing": 0.0, "teaches": True}
+TEACHER = {"scale": 0.0, "smoothing": 0.0, "schedule": "cosine", "teaches": True}
 
 
 def choices(row: str, trial: int) -> dict[str, Any]:

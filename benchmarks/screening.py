@@ -79,9 +79,10 @@ def with_(name: str, make: Callable[[], Callback]) -> Callable[[Callbacks], None
     return lambda callbacks: callbacks.__setitem__(name, make())
 
 
-def linear(floor: float) -> Callable[[Callbacks], None]:
+def schedule(make: Callable[..., Callback], **arguments: Any) -> Callable[[Callbacks], None]:
     def change(callbacks: Callbacks) -> None:
-        callbacks["schedule"] = tricks.WarmupLinear(callbacks["schedule"].warmup_epochs, min_lr=floor)  # type: ignore[attr-defined]
+        warmup_epochs = callbacks["schedule"].warmup_epochs  # type: ignore[attr-defined]
+        callbacks["schedule"] = make(warmup_epochs=warmup_epochs, **arguments)
 
     return change
 
@@ -97,7 +98,10 @@ VARIANTS = {
     ),
     "no_zero_gamma": Variant("without ZeroGamma", without("zero_gamma")),
     "no_bias_decay": Variant("without NoBiasDecay", without("no_bias_decay")),
-    "linear": Variant("WarmupLinear to 0", linear(0.0)),
+    "linear": Variant("WarmupLinear", schedule(tricks.WarmupLinear)),
+    "poly": Variant("WarmupPoly", schedule(tricks.WarmupPoly)),
+    "stable_decay": Variant("WarmupStableDecay", schedule(tricks.WarmupStableDecay)),
+    "binary": Variant("BinaryCrossEntropy", with_("loss", tricks.BinaryCrossEntropy)),
     "ema": Variant("EMA, half-life of half an epoch", with_("ema", lambda: tricks.EMA(half_life=0.5))),
     "lookahead": Variant("Lookahead, cubic", with_("lookahead", lambda: tricks.Lookahead(schedule="cubic"))),
     "drop_path": Variant("DropPath 0.05", with_("drop_path", lambda: tricks.DropPath(rate=0.05))),
