@@ -349,6 +349,7 @@ def loop(
     optimizer, after_step, average = make(net, len(train))
     steps = 0
     for epoch in range(scale.epochs):
+        train.sampler.set_epoch(epoch)  # otherwise each epoch has the crops and the order of the first
         net.train()
         for index, (images, labels) in enumerate(train):
             images = images.to(device, memory_format=torch.channels_last)
