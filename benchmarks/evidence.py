@@ -2,7 +2,9 @@
 
     python benchmarks/evidence.py --data cifar10.tar.xz --out benchmarks/results --seconds 280
 
-CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. The runs share one GPU.
+CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. All runs have batches of the
+library's data module, also the loops of timm and torchvision. evidence.md counts the runs that were made before, with
+another data pipeline. The runs share one GPU.
 Finished runs are lines of OUT/evidence.jsonl. The command stops after --seconds, and continues when you repeat it. At
 the end, and with --report, it writes evidence.md and evidence.png from these lines. --cpu-smoke runs it at toy scale.
 """

@@ -1,109 +1,59 @@
-"""CIFAR-10 for evidence.py: real images, decoded once, on the device as uint8, and augmented there in batches."""
+"""CIFAR-10 from JPEG files: images that are decoded once, and the library's data module with these images."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+
+from lit_tricks.data import CIFAR10
+from lit_tricks.data.memory.stored import MemorySource
 
 Arrays = dict[str, np.ndarray]
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-class RandomCrop:
-    """Apply RandomResizedCrop and flip to a batch: (N, 3, H, W) of uint8 -> (N, 3, size, size), normalized.
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """A part of the arrays of ``load``: "train" or "val"."""
 
-    The area is uniform in ``scale`` of the image and the logarithm of the ratio in ±log(4/3), as in torchvision; a side
-    that is longer than the image is cut to it, where torchvision would draw again.
-    """
+    arrays: Arrays
+    part: str
 
-    def __init__(self, size: int, scale: tuple[float, float] = (0.25, 1.0)) -> None:
-        self.size, self.scale = size, scale
+    def load(self) -> tuple[Tensor, Tensor]:
+        images, labels = (torch.from_numpy(self.arrays[f"{self.part}_{kind}"]) for kind in "xy")
+        return images.contiguous(), labels.long()
 
-    def __call__(self, images: Tensor) -> Tensor:
-        n, device = len(images), images.device
-        area, ratio, x, y, flip = torch.rand(5, n, device=device)
-        side = (self.scale[0] + (self.scale[1] - self.scale[0]) * area).sqrt()
-        stretch = ((2 * ratio - 1) * math.log(4 / 3) / 2).exp()
-        width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
-        theta = torch.zeros(n, 2, 3, device=device)  # from the crop's coordinates to the image's, both in [-1, 1]
-        theta[:, 0, 0] = torch.where(flip < 0.5, width, -width)
-        theta[:, 1, 1] = height
-        theta[:, 0, 2], theta[:, 1, 2] = (2 * x - 1) * (1 - width), (2 * y - 1) * (1 - height)
-        grid = F.affine_grid(theta, [n, 3, self.size, self.size], align_corners=False)
-        crops = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return normalized(crops)
+    def to_image(self, pixels: Tensor) -> Image.Image:
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-class Whole:
-    """Resize whole images with antialiasing: (N, 3, H, W) of uint8 -> (N, 3, size, size), normalized."""
+class Images(CIFAR10):
+    """The library's data module with the arrays of ``load``. Their part "val" has the test images."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    arrays: Arrays
 
-    def __call__(self, images: Tensor) -> Tensor:
-        images = images.float()
-        if images.shape[-1] != self.size:
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        return normalized(images)
+    @classmethod
+    def of(cls, arrays: Arrays, **arguments: Any) -> Images:
+        """Return the data module. It validates on the test images, and keeps the side of the images by default."""
+        module = cls(download=False, **{"val_size": 0, "image_size": arrays["train_x"].shape[-1], **arguments})
+        module.arrays = arrays  # not an argument, because Lightning copies arguments
+        return module
 
+    def prepare_data(self) -> None:
+        """Do nothing: the images are in memory."""
 
-def normalized(images: Tensor) -> Tensor:
-    mean, std = moments(images.device)
-    return (images - mean) / std
-
-
-@lru_cache
-def moments(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) * 255 for x in (MEAN, STD))
-    return mean, std
-
-
-class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels on the device. A batch is gathered and transformed at once."""
-
-    def __init__(self, images: Tensor, labels: Tensor, transform: RandomCrop | Whole) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        where = torch.tensor(indices, device=self.labels.device)
-        return [self.transform(self.images[where]), self.labels[where]]
-
-
-def as_is(batch: list[Tensor]) -> list[Tensor]:
-    return batch
-
-
-def loaders(
-    data: Arrays, device: str, batch_size: int, train_size: int, test_size: int
-) -> tuple[DataLoader[tuple[Tensor, Tensor]], list[DataLoader[tuple[Tensor, Tensor]]]]:
-    """Return the training batches, and the validation images at both sizes."""
-    on_device = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
-    train = Images(on_device["train_x"], on_device["train_y"], RandomCrop(train_size))
-    val = [Images(on_device["val_x"], on_device["val_y"], Whole(size)) for size in (train_size, test_size)]
-    return (
-        DataLoader(train, batch_size, shuffle=True, drop_last=True, collate_fn=as_is),
-        [DataLoader(dataset, 1000, collate_fn=as_is) for dataset in val],
-    )
+    def _read(self, train: bool) -> MemorySource:
+        return MemorySource(Pixels(self.arrays, "train" if train else "val"))
 
 
 def load(source: Path, cache: Path) -> Arrays:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evidence_runs import HALF_LIFE, Settings
+from evidence_runs import HALF_LIFE, PIPELINE, Settings
 from matplotlib.figure import Figure
 
 from lit_tricks.run.report.ablation_table import paired_change
@@ -41,6 +41,7 @@ ROWS: list[tuple[str, str, str, int | None]] = [
     ("torchvision without CutMix, its EMA", "torchvision_mixup", "end", 7),
 ]
 FULL, PEERS = 7, 11
+EARLIER = "d786131"  # the last commit whose runs had a data pipeline of their own
 
 
 def machine(device: str) -> str:
@@ -154,6 +155,20 @@ def machines(runs: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def pipelines(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a paragraph about the runs of the earlier data pipeline, if there are any."""
+    earlier = sum("pipeline" not in run for run in runs)
+    if not earlier:
+        return []
+    return [
+        f"Data: {earlier} of these {len(runs)} runs were made with an earlier data pipeline, "
+        f"benchmarks/evidence_data.py of commit {EARLIER}, and are not repeated. Since then, the benchmark uses "
+        f"{PIPELINE}. Images, sizes, flips and the range of the crops are the same. The earlier crops were bilinear "
+        "without antialiasing, and a side that exceeded the image was cut to the image.",
+        "",
+    ]
+
+
 def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     """Write evidence.md and evidence.png."""
     seeds = sorted({run["seed"] for run in runs if run["run"] != "teacher"})
@@ -181,6 +196,7 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
         "",
         *machines(runs),
         "",
+        *pipelines(runs),
         f"`python benchmarks/evidence.py --data cifar10.tar.xz --epochs {s.epochs} --width {s.width:g} "
         f"--seeds {' '.join(map(str, seeds))}`, several runs at a time.",
         "",

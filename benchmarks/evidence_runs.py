@@ -23,7 +23,7 @@ import timm.scheduler
 import timm.utils
 import torch
 import torch.nn.functional as F
-from evidence_data import Arrays, Whole, loaders
+from evidence_data import Arrays, Images
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -32,6 +32,8 @@ from torchvision.transforms import v2
 from lit_tricks import callbacks as tricks
 from lit_tricks.models import resnet
 
+CROP_SCALE = (0.25, 1.0)  # of the area
+PIPELINE = f"lit_tricks.data.CIFAR10(crop_scale={CROP_SCALE})"
 HALF_LIFE = 1.0  # epochs, of all three moving averages
 LR, BASE_BATCH, MOMENTUM, DECAY, SMOOTHING = 0.1, 128, 0.9, 5e-4, 0.1
 
@@ -57,6 +59,22 @@ class Settings:
 
     def network(self, **kwargs: Any) -> nn.Module:
         return resnet(18, "D", num_classes=10, small_input=True, **{"width": self.width, **kwargs})
+
+
+class BothSizes(Images):
+    """Training images in random crops at one size, and whole validation images at this size and at the test size."""
+
+    def val_dataloader(self) -> Any:
+        """Return a loader per size."""
+        small, large = super().val_dataloader(), super().val_dataloader()
+        small.dataset.transform = self.eval_transform_at(self.input_size[-1])  # type: ignore[attr-defined]
+        return [small, large]
+
+
+def images_of(data: Arrays, s: Settings) -> Images:
+    return BothSizes.of(
+        data, batch_size=s.batch_size, image_size=s.train_size, crop_scale=CROP_SCALE, eval_size=s.test_size
+    )
 
 
 class Net(LightningModule):
@@ -111,13 +129,12 @@ def stack(run: str, s: Settings, teacher: nn.Module | None) -> list[Callback]:
     return chosen
 
 
-def trainer_of(
-    s: Settings, device: str, epochs: int, callbacks: list[Callback], precision: str | None = None
-) -> Trainer:
+def trainer_of(s: Settings, device: str, epochs: int, callbacks: list[Callback], **options: Any) -> Trainer:
     return Trainer(
         max_epochs=epochs, accelerator="gpu" if device == "cuda" else "cpu", devices=1, callbacks=callbacks,
-        precision=precision or s.precision, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        precision=s.precision, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=epochs, log_every_n_steps=10**6,
+        **options,
     )  # fmt: skip
 
 
@@ -129,18 +146,18 @@ def ours(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher_fi
         teacher.load_state_dict(torch.load(teacher_file, weights_only=True))
     seed_everything(seed, verbose=False)
     module = Net(s.network(width=s.teacher_width if run == "teacher" else s.width))
-    train, val = loaders(data, device, s.batch_size, s.train_size, s.test_size)
+    images = images_of(data, s)
     start = time.perf_counter()
     trainer = trainer_of(s, device, s.epochs, stack(run, s, teacher))
-    trainer.fit(module, train, val)
+    trainer.fit(module, datamodule=images)
     seconds = time.perf_counter() - start
     found = {k: float(v) for k, v in trainer.callback_metrics.items() if "val/" in k}
     result = {"end": _at(found, "val/")} | ({"weights": raw} if (raw := _at(found, "raw/val/")) else {})
     if run in ("mixup", "no_teacher", "swa"):
-        result["precise_bn"] = _at(validate(module, val, device, s), "val/")
+        result["precise_bn"] = _at(validate(module, images, device, s), "val/")
     if run in ("mixup", "no_teacher"):
-        fixres(module, train, device, s)
-        result["fixres"] = _at(validate(module, val, device, s), "val/")
+        fixres(module, images, device, s)
+        result["fixres"] = _at(validate(module, images, device, s), "val/")
     if run == "teacher":
         half = teacher_file.with_suffix(".part")
         torch.save({k: v.cpu().contiguous() for k, v in module.net.state_dict().items()}, half)
@@ -152,18 +169,18 @@ def _at(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
-def validate(module: LightningModule, val: Any, device: str, s: Settings) -> dict[str, float]:
-    metrics = trainer_of(s, device, 1, []).validate(module, val, verbose=False)
+def validate(module: LightningModule, images: Images, device: str, s: Settings) -> dict[str, float]:
+    metrics = trainer_of(s, device, 1, []).validate(module, datamodule=images, verbose=False)
     return {k: v for of_loader in metrics for k, v in of_loader.items()}
 
 
-def fixres(module: Net, train: Any, device: str, s: Settings) -> None:
+def fixres(module: Net, images: Images, device: str, s: Settings) -> None:
     """Fine-tune classifier and last BatchNorm at the test size, with the transform of the test."""
     callbacks = [
-        tricks.FixRes(test_size=s.test_size, lr=0.008 * s.batch_size / 512, transform=Whole(s.test_size)),
+        tricks.FixRes(test_size=s.test_size, lr=0.008 * s.batch_size / 512),
         tricks.WarmupCosine(warmup_epochs=0),
     ]
-    trainer_of(s, device, s.fixres_epochs, callbacks).fit(module, train)
+    trainer_of(s, device, s.fixres_epochs, callbacks, limit_val_batches=0).fit(module, datamodule=images)
 
 
 @torch.no_grad()
@@ -185,8 +202,18 @@ def autocast(device: str, s: Settings) -> torch.autocast:
     return torch.autocast(device, dtype, enabled=s.precision.endswith("-mixed"))
 
 
+def loaders(data: Arrays, device: str, s: Settings) -> tuple[Any, list[Any]]:
+    """Return the loaders for a plain loop. Batches are made on the device, as in a Trainer."""
+    images = images_of(data, s)
+    train, val = images.train_dataloader(), images.val_dataloader()
+    for loader in (train, *val):
+        loader.dataset.device = torch.empty(0, device=device).device  # with its index
+    return train, val
+
+
 def batches(train: Any, epochs: int) -> Iterator[tuple[int, int, list[Tensor]]]:
     for epoch in range(epochs):
+        train.sampler.set_epoch(epoch)
         for index, (images, labels) in enumerate(train):
             yield epoch, index, [images.contiguous(memory_format=torch.channels_last), labels]
 
@@ -197,7 +224,7 @@ def timm_run(seed: int, data: Arrays, device: str, s: Settings) -> dict[str, Any
     at a rate of 1e-5."""
     seed_everything(seed, verbose=False)
     net = s.network(zero_init_last=True).to(device, memory_format=torch.channels_last)
-    train, val = loaders(data, device, s.batch_size, s.train_size, s.test_size)
+    train, val = loaders(data, device, s)
     start, updates = time.perf_counter(), len(train)
     optimizer = timm.optim.create_optimizer_v2(net, opt="sgd", lr=s.lr, weight_decay=DECAY, momentum=MOMENTUM)
     scheduler = timm.scheduler.CosineLRScheduler(
@@ -244,7 +271,7 @@ def torchvision_run(cutmix: bool, seed: int, data: Arrays, device: str, s: Setti
     ImageNet, would look back over 21 of these 30 epochs; here it has the half-life of the others."""
     seed_everything(seed, verbose=False)
     net = s.network().to(device, memory_format=torch.channels_last)
-    train, val = loaders(data, device, s.batch_size, s.train_size, s.test_size)
+    train, val = loaders(data, device, s)
     start, every = time.perf_counter(), min(32, len(train))
     norms = {p for m in net.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)}
     groups = [
@@ -297,4 +324,4 @@ def train(run: str, seed: int, data: Arrays, device: str, s: Settings, teacher_f
     else:
         result = ours(run, seed, data, device, s, teacher_file)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return {"run": run, "seed": seed, **result, "peak_memory": peak}
+    return {"run": run, "seed": seed, **result, "peak_memory": peak, "pipeline": PIPELINE}

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from evidence_data import Images
 from evidence_report import machine
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from time_to_accuracy import data_module
 from torch import Tensor
 
 from lit_tricks import Classifier, callbacks
@@ -74,7 +74,7 @@ def images(batch_size: int, steps: int) -> Any:
     labels = np.arange(len(pixels)) % 10
     data = {"train_x": pixels, "train_y": labels, "val_x": pixels[:20], "val_y": labels[:20]}
     arguments = CONFIG["data"]["init_args"] | {"batch_size": batch_size}
-    return data_module(data, **{k: v for k, v in arguments.items() if k not in ("root", "val_size")})
+    return Images.of(data, **{k: v for k, v in arguments.items() if k not in ("root", "val_size")})
 
 
 def loop(steps: int) -> list[float]:

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/progressive_resizing.py --data FOLDER --out benchmarks/results
 
-FOLDER, or a tar file, has train/CLASS/*.jpg and val/CLASS/*.jpg. The images are in memory and are transformed in
-batches on the device, so that the network is what costs time. Seed by seed, the runs of all candidates take turns.
+FOLDER, or a tar file, has train/CLASS/*.jpg and val/CLASS/*.jpg. The library's data module keeps the images in memory,
+and makes batches on the device, so that the network is what costs time. Seed by seed, the runs of all candidates take
+turns.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from pathlib import Path
 
 import lightning
 import torch
-from evidence_data import Arrays, Images, RandomCrop, Whole, as_is, load
-from evidence_runs import BASE_BATCH, Net, Settings, trainer_of, validate
+from evidence_data import Arrays, Images, load
+from evidence_runs import BASE_BATCH, CROP_SCALE, Net, Settings, trainer_of, validate
 from lightning.pytorch import Callback, seed_everything
-from torch.utils.data import DataLoader
 
 from lit_tricks import callbacks as tricks
 
@@ -37,9 +37,7 @@ def run(resizing: tuple[float, float] | None, seed: int, data: Arrays, device: s
     """Return top-1 in % on the full validation images, and the seconds of the training without validation."""
     seed_everything(seed, verbose=False)
     module = Net(s.network())
-    arrays = {name: torch.from_numpy(array).to(device) for name, array in data.items()}
-    train = Images(arrays["train_x"], arrays["train_y"], RandomCrop(SIDE))
-    val = Images(arrays["val_x"], arrays["val_y"], Whole(SIDE))
+    images = Images.of(data, batch_size=s.batch_size, image_size=SIDE, crop_scale=CROP_SCALE)
     callbacks: list[Callback] = [
         tricks.LinearScaling(base_batch_size=BASE_BATCH),
         tricks.ChannelsLast(),
@@ -48,14 +46,13 @@ def run(resizing: tuple[float, float] | None, seed: int, data: Arrays, device: s
     if resizing:
         callbacks.append(tricks.ProgressiveResizing(start_scale=resizing[0], end=resizing[1], multiple_of=MULTIPLE_OF))
     clock = time.perf_counter if device == "cuda" else time.process_time  # excludes other work on the CPU
-    loader = DataLoader(train, s.batch_size, shuffle=True, drop_last=True, collate_fn=as_is)
-    trainer = trainer_of(s, device, s.epochs, callbacks)
+    trainer = trainer_of(s, device, s.epochs, callbacks, limit_val_batches=0)
     start = clock()
-    trainer.fit(module, loader)
+    trainer.fit(module, datamodule=images)
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = clock() - start
-    found = validate(module, [DataLoader(val, 1000, collate_fn=as_is)], device, s)
+    found = validate(module, images, device, s)
     return 100 * found[f"val/{SIDE}"], seconds
 
 

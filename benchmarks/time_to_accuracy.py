@@ -34,8 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning
 import numpy as np
@@ -48,14 +47,13 @@ import torch.nn.functional as F
 import torchvision
 import yaml
 from _processes import context
-from evidence_data import Arrays, load
+from evidence_data import Arrays, Images, load
 from evidence_runs import ExponentialMovingAverage
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from lit_tricks import Classifier, callbacks
-from lit_tricks.data import CIFAR10
 from lit_tricks.utils.config_files import CONFIGS
 
 ARMS = ("recipe", "tutorial", "tutorial_tricks", "timm", "torchvision")
@@ -147,33 +145,6 @@ def now() -> np.ndarray:
 # Data
 
 
-class Reader:
-    """Arrays in the form of torchvision's reader of CIFAR-10."""
-
-    url = base_folder = filename = "images"
-    train_list = test_list = ()
-    meta: ClassVar = {"filename": "meta"}
-
-    def __init__(self, arrays: Arrays) -> None:
-        self.arrays = arrays
-
-    def __call__(self, root: str, train: bool, download: bool = False) -> Any:
-        """Return one of the two sets."""
-        part = "train" if train else "val"
-        images, labels = self.arrays[f"{part}_x"], self.arrays[f"{part}_y"]
-        return SimpleNamespace(data=images.transpose(0, 2, 3, 1), targets=labels.tolist())
-
-
-def data_module(data: Arrays, **arguments: Any) -> CIFAR10:
-    """Return the data module of the library with these images."""
-
-    class Images(CIFAR10):
-        _reader = Reader(data)
-
-    size = data["train_x"].shape[-1]
-    return Images(download=False, val_size=0, image_size=size, eval_size=size, **arguments)
-
-
 class Photos(torch.utils.data.Dataset[Any]):
     """Images with a transform of torchvision, as the tutorial has them."""
 
@@ -242,7 +213,7 @@ def recipe(cell: Cell, data: Arrays, scale: Scale, device: str, every: int) -> l
     if scale.size < 32:
         arguments["translate"] = 1
     seed_everything(cell.seed, verbose=False)
-    datamodule = data_module(data, split_seed=cell.seed, **arguments)
+    datamodule = Images.of(data, split_seed=cell.seed, **arguments)
     module = Classifier(**model, num_classes=10, input_size=(3, scale.size, scale.size), optimizer=make)
     if device == "cuda":
         options["precision"] = "16-mixed"
@@ -342,7 +313,7 @@ def loop(
     seed_everything(cell.seed, verbose=False)
     clock = Clock("")
     clock.start()
-    datamodule = data_module(data, batch_size=128, split_seed=cell.seed, images_on="host", num_workers=0)
+    datamodule = Images.of(data, batch_size=128, split_seed=cell.seed, images_on="host", num_workers=0)
     datamodule.setup("fit")
     train, val = datamodule.train_dataloader(), datamodule.val_dataloader()
     net = network().to(device, memory_format=torch.channels_last)
