@@ -644,7 +644,8 @@ def draw_zero_gamma(theme: Theme) -> Figure:
 
 
 @figure_of(
-    "PreciseBN", "The running variance of a layer whose input changes, and the statistics of the weights as they are."
+    "PreciseBN",
+    "The variance of a layer's input, while the layers before it learn: running statistics, and the current weights.",
 )
 def draw_precise_bn(theme: Theme) -> Figure:
     figure = new_figure(WIDE, 2.6)
@@ -657,7 +658,7 @@ def draw_precise_bn(theme: Theme) -> Figure:
         layer(torch.randn(16, 1, generator=generator) * scale)
         true.append(scale**2)
         running.append(layer.running_var.item())  # type: ignore[union-attr,operator]
-    axes.plot(true, color=theme.cycle[1], label="the weights as they are (PreciseBN)")
+    axes.plot(true, color=theme.cycle[1], label="current weights (PreciseBN)")
     axes.plot(running, color=theme.cycle[0], label="running average of past steps")
     tidy(axes, "", "step", "variance")
     axes.legend(frameon=False, labelcolor=theme.ink)

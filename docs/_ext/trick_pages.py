@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ SUBJECTS = {
     "precision": {"bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"},
     "compilation": {"torch.compile": "`torch.compile`"},
     "several devices": {"DDP": "DDP", "FSDP2": "FSDP2"},
-    "checkpoints": {"resume": "bitwise equal resume"},
+    "checkpoints": {"resume": "resume, bitwise equal to an uninterrupted run"},
 }
 SECTION = re.compile(r"^(Args|Raises|Example|Returns|References):$", re.MULTILINE)
 
@@ -64,14 +65,17 @@ def slug(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-def usage(name: str, example: dict[str, Any]) -> Iterator[str]:
-    """Yield one line of use in Python, YAML and as a flag."""
+def usage(name: str, example: dict[str, Any], config: str) -> Iterator[str]:
+    """Yield one line of use in Python, YAML and as a flag. A trick can be added once, so ``config`` has it not yet."""
     arguments = example.get("init_args", {})
     call = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
     flags = " ".join(
         [
             f"--trainer.callbacks+={name}",
-            *(f"--trainer.callbacks.{key} {json.dumps(value)}" for key, value in arguments.items()),
+            *(
+                f"--trainer.callbacks.{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+                for key, value in arguments.items()
+            ),
         ]
     )
     entry = f"- class_path: {name}" + "".join(
@@ -82,7 +86,7 @@ def usage(name: str, example: dict[str, Any]) -> Iterator[str]:
     yield "::::{tab-set}\n:::{tab-item} Python\n```python\n"
     yield f"from lightning import Trainer\nfrom lit_tricks import {name}\n\ntrainer = Trainer(callbacks=[{call}])\n```\n:::\n"
     yield f":::{{tab-item}} YAML\n```yaml\ntrainer:\n  callbacks+:\n    {entry}\n```\n:::\n"
-    yield f":::{{tab-item}} Flag\n```text\nlit-tricks fit --config quickstart {flags}\n```\n:::\n::::\n"
+    yield f":::{{tab-item}} Flag\n```text\nlit-tricks fit --config {config} {flags}\n```\n:::\n::::\n"
 
 
 def costs() -> dict[str, str]:
@@ -121,12 +125,14 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
             f"{name} has no measured effect: add one of `evidence`, `measured` and `not_measured` to docs/tricks.yaml"
         )
     if "evidence" in entry:
-        found = effect(entry)
-        yield "| setting | top-1 without | top-1 with | change, 95 % interval | seeds |\n|---|---|---|---|---|\n"
-        yield f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs, tested at {found['size']} px "
+        found, other = effect(entry), entry["evidence"].get("instead_of")
+        without = f"with {other} instead" if other else "without"
+        yield f"| setting | top-1 {without} | top-1 with | change, 95 % interval | seeds |\n|---|---|---|---|---|\n"
+        yield f"| ResNet-18-D of width 0.25, CIFAR-10 images, 30 epochs at 24 px, tested at {found['size']} px "
         yield f"| {found['before']:.2f} | {found['after']:.2f} | {found['change']:+.2f} ± {found['reach']:.2f} "
         yield f"| {found['seeds']} |\n\n"
-        yield "Top-1 in per cent, paired by seed. An interval that contains 0 means: no effect was shown at this budget. "
+        yield "Top-1 in per cent (higher is better), paired by seed. All other tricks are the same in both columns: the "
+        yield "table lists them. An interval that contains 0 shows no effect at this budget. "
         yield f"([table]({REPOSITORY}/blob/main/benchmarks/results/evidence.md), `benchmarks/evidence.py`)\n\n"
     elif "measured" in entry:
         yield f"{entry['measured']}\n\n"
@@ -150,7 +156,7 @@ def behavior(name: str) -> Iterator[str]:
             ", ".join(text for case, text in cases.items() if (case in rejected) == wanted) for wanted in (False, True)
         )
         yield f"| {subject} | {works or '-'} | {raises or '-'} |\n"
-    yield "\nEach case is a test. An error explains the conflict and its fix.\n"
+    yield "\nA test checks each case. The error message explains the conflict and its fix.\n"
 
 
 def plain_figure(name: str, function: Draw, theme: Theme) -> Figure:
@@ -178,7 +184,11 @@ def page(name: str, entry: dict[str, Any], cost: dict[str, str], images: Path) -
     function, caption = FIGURES[name]
     for theme, kind in ((LIGHT, "light"), (DARK, "dark")):
         (images / f"{slug(name)}_{kind}.png").write_bytes(draw(partial(plain_figure, name, function), theme=theme))
-    out = [f"# {name}\n\n{card['claim']}\n\n", *usage(name, card["example"]), "\n"]
+    out = [
+        f"# {name}\n\n{card['claim']}\n\n",
+        *usage(name, card["example"], entry.get("config", "digits_backbone")),
+        "\n",
+    ]
     for kind in ("light", "dark"):
         out.append(f"```{{image}} images/{slug(name)}_{kind}.png\n:class: only-{kind}\n:alt: {caption}\n```\n\n")
     out.append(f"*{caption}*\n\n" + "\n\n".join(card["body"]) + "\n\n## Measured effect\n\n")

@@ -85,8 +85,8 @@ class CutMix(Mixing):
     The rectangle has the image's proportions, a random center and the area ``1 - lambda``, with lambda from
     Beta(alpha, alpha). The labels are mixed by the area that lies within the image. The partner is a random
     image of the same batch. Masks, targets of shape (N, H, W), are cut like the images. Training metrics get the label
-    with the larger share. If MixUp is in the same run, one of the two mixes each batch. The choice is random, in
-    proportion to their ``prob``.
+    with the larger share. With MixUp in the same run, every batch is mixed by one of the two. The choice is
+    random, with their ``prob`` as relative weights.
 
     Cost: one copy of the images, and the loss for a second label. Use it for long runs of large networks. Leave it
     out if a small part of the image decides the class. Training losses and accuracies are not comparable with plain

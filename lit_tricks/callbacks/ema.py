@@ -77,23 +77,24 @@ class EMA(Averaging):
 
     After each step ``average = decay * average + (1 - decay) * weights``, in fp32. The first update copies the
     weights. Training itself is not changed. Every checkpoint has the average as its ``state_dict``, so other code also
-    loads the average. Full checkpoints also keep the trained weights, from which a run resumes. After the fit the
-    model has the average.
+    loads the average. Checkpoints also keep the trained weights, from which a run resumes, unless they are written with
+    ``save_weights_only``. After the fit the model has the average.
 
     Cost: one read and one write of the weights per update, below 1 % of a training step, and an fp32 copy of the model
     in memory. Checkpoints are up to twice as large (three times for bf16 weights with an optimizer without state). Use
-    it for long runs. Leave it out of runs that are shorter than the time span of the average. Expect little gain if the
-    learning rate ends at 0, since the last weights then change little. It does not work with CUDA graphs
-    (``torch.compile(mode="reduce-overhead")``).
+    it for long runs. Leave it out of runs that are shorter than the average, which covers about ``1 / (1 - decay)``
+    updates. Expect little gain if the learning rate ends at 0, since the last weights then change little. EMA does not
+    work with CUDA graphs (``torch.compile(mode="reduce-overhead")``).
 
-    ``power=[0.05, 0.2]`` keeps two power-law averages instead ([Karras et al., 2024](https://arxiv.org/abs/2312.02696)).
-    Each covers a constant share of the run so far, in a run of any length. Snapshots of both are written during the
-    run. Afterwards ``lit-tricks average RUN --ema-length 0.05:0.25 -o best.ckpt`` mixes averages of other lengths, and
-    writes the best one on validation. A snapshot takes 4 bytes per weight. There are at most ``snapshots`` of them, and
-    one at the end: 1.7 GB for a ResNet-50 by default. The second average takes another fp32 copy of the model in
-    memory, in full checkpoints, and as much time as the first. A snapshot costs 1 % of a step of a ResNet-50 on the
-    CPU (``benchmarks/post_hoc_ema.py``). After an interrupted run, only the part up to its last snapshot can be
-    averaged.
+    ``power=[0.05, 0.2]`` lets you choose the length of the average after the run. It keeps two power-law averages
+    ([Karras et al., 2024](https://arxiv.org/abs/2312.02696)) instead of the exponential one. The length of a power-law
+    average is a constant share of the run so far. Snapshots of both averages are written during the run. Afterwards
+    ``lit-tricks average RUN --ema-length 0.05:0.25 -o best.ckpt`` computes averages of several lengths from the
+    snapshots, validates them, and writes the best one. A snapshot takes 4 bytes per weight. A run has at most
+    ``snapshots`` of them, and one at the end: 1.7 GB for a ResNet-50 by default. The second average takes another fp32
+    copy of the model in memory and in checkpoints, and as much time as the first. Writing one snapshot takes 1 % of the
+    time of one training step of a ResNet-50 on a CPU (``benchmarks/post_hoc_ema.py``). After an interrupted run, only
+    the part up to its last snapshot can be averaged.
 
     Args:
         decay: share of the old average that an update keeps, in [0, 1). At 0 the average equals the current weights.

@@ -41,14 +41,15 @@ class FixRes(Trick):
     Objects look larger in random training crops than in the center crop of a test image. A larger test size compensates
     for this, but changes the statistics of the features before the classifier. This trick trains only the classifier
     and the last BatchNorm, at the test size. All other layers are frozen in evaluation mode. Training, validation, test
-    and prediction images get the evaluation transform at ``test_size``: the data module's ``eval_transform_at``, or the
-    validation data set's ``transform`` with its resize and center crop scaled. Checkpoints of our data modules store
-    the size, and ``lit-tricks test`` uses it.
+    and prediction images get the evaluation transform at ``test_size``. The transform is the data module's
+    ``eval_transform_at(test_size)`` if there is one. Otherwise it is the validation data set's ``transform``, with its
+    resize and center crop scaled to the size. With the data modules of lit_tricks, checkpoints store the size, and
+    ``lit-tricks test`` uses it.
 
     Cost: per step, a forward pass at the new size and a backward pass through the trained layers. Use it on a trained
     network for a few epochs, at 1.15 to 1.3 times the training size. Leave it out if the training used no random crops,
-    if the test size is already larger than the training size, and for transformers with position embeddings for one
-    size. It needs the weights of the first training: ``--model.weights best.ckpt``.
+    if the test size is already larger than the training size, and for transformers whose position embeddings fit only
+    one size. FixRes starts from the weights of the first training: ``--model.weights best.ckpt``.
 
     Args:
         test_size: side of the images in pixels. None uses the images as they come, and switches no transform.

@@ -113,21 +113,22 @@ class KnowledgeDistillation(LossTrick):
     """Learn from a trained teacher in addition to the labels ([Hinton et al., 2015](https://arxiv.org/abs/1503.02531)).
 
     Each cross entropy in training gets the additional term ``T^2 L(softmax(r / T), softmax(z / T))``, with the
-    student's logits ``z`` and the teacher's ``r``, as in [Bag of Tricks](https://arxiv.org/abs/1812.01187). The
-    teacher gets the same images, mixed ones included, in evaluation mode and in the run's precision. It is no part of
-    the module's checkpoint, optimizer or summary. Class weights, smoothing and focal factors apply to the label loss
-    only. Pixels or images with ``ignore_index`` get no teacher loss either.
+    student's logits ``z``, the teacher's logits ``r`` and the temperature ``T``, as in
+    [Bag of Tricks](https://arxiv.org/abs/1812.01187). ``L`` is the argument ``loss``, by default the Kullback-Leibler
+    divergence. The teacher gets the same images, after any mixing, in evaluation mode and in the run's precision. The
+    teacher is not part of the module's checkpoint, optimizer or summary. Class weights, smoothing and focal factors
+    apply to the label loss only. Pixels or images with ``ignore_index`` have no teacher loss.
 
-    With ``loss="dist"`` the term is the loss of DIST ([Huang et al., 2022](https://arxiv.org/abs/2205.10536)): student
-    and teacher must agree in the relations of their predictions, not in the predictions. Relations are Pearson
-    correlations, between the classes of an image, and between the images of a class. The images are compared within one
-    batch on one device, as in the authors' code: neither DDP nor accumulation makes this batch larger. The
-    gradient is large while the student's predictions hardly differ, such as after the first step of a classifier whose
-    weights start at 0. Clip gradients there, or start from other weights.
+    With ``loss="dist"`` the term is the loss of DIST ([Huang et al., 2022](https://arxiv.org/abs/2205.10536)). It
+    compares the student's and the teacher's probabilities by Pearson's correlation, per image over the classes, and per
+    class over the images of a batch. So the probabilities may differ, if one is an increasing linear function of the
+    other. The batch is one batch on one device, as in the authors' code: neither DDP nor accumulation makes it larger.
+    The gradient is large while the student predicts nearly the same for all images, such as after the first step of a
+    classifier whose weights start at 0. Clip gradients there, or start from other weights.
 
-    Cost: a forward pass of the teacher per batch, and its weights on every device. Use it for a student of the
-    teacher's family that trains for long. Leave it out if the teacher has other classes or was trained with strong
-    label smoothing, and for pre-training of backbones for segmentation.
+    Cost: a forward pass of the teacher per batch, and its weights on every device. Use it for long runs with a teacher
+    of the student's family. Leave it out if the teacher has other classes or was trained with strong label smoothing,
+    and for pre-training of backbones for segmentation.
 
     Args:
         teacher: a module that returns logits. In YAML: ``class_path`` and ``init_args``, the path of a checkpoint of a

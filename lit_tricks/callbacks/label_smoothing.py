@@ -1,7 +1,8 @@
 """Label smoothing: targets of cross entropy that leave some probability to the wrong classes (Szegedy et al., 2016).
 
-One caveat: the paper shares the probability among the other classes. torch and most libraries share it among all
-classes. At 1000 classes the difference is negligible. At 10 classes the true class keeps 0.9 or 0.91.
+One caveat: there are two conventions. The paper, torch and most libraries share the probability among all classes.
+"Bag of Tricks" shares it among the other classes. At 1000 classes the difference is negligible. With a smoothing of 0.1
+and 10 classes, the true class keeps 0.91 or 0.9.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ def label_smoothing_for_torch(
     """Return the ``label_smoothing`` of torch's cross entropy that gives the targets of a convention.
 
     torch mixes the one-hot target with the uniform distribution: ``1 - s + s / K`` for the true class, ``s / K`` for
-    each other one. The paper's ``1 - smoothing`` and ``smoothing / (K - 1)`` have ``s = smoothing * K / (K - 1)``.
+    each other one. ``1 - smoothing`` and ``smoothing / (K - 1)``, as in "Bag of Tricks", need
+    ``s = smoothing * K / (K - 1)``.
 
     Args:
         num_classes: number of classes, ``K``.
         smoothing: probability taken from the true class, in [0, 1). 0 changes nothing.
-        convention: classes that share this probability: all ("torch"), or all except the true class ("paper").
+        convention: classes that share this probability: all ("torch"), or all except the true class ("paper", which is
+            "Bag of Tricks").
 
     Raises:
         RuntimeError: if the convention has no such target.
@@ -58,17 +61,20 @@ def label_smoothing_for_torch(
 class LabelSmoothing(LossTrick):
     """Smooth the targets of cross entropy ([Szegedy et al., 2016](https://arxiv.org/abs/1512.00567)).
 
-    The probability ``smoothing`` is taken from the true class and shared equally by all classes, or by all other
-    classes. This bounds the gap between logits. It applies to ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and
-    ``F.nll_loss`` in training, and to floats from ``F.one_hot(target, num_classes)`` or binary labels. Losses of
-    validation and test use plain labels.
+    The probability ``smoothing`` is taken from the true class. It is shared equally among all classes, or among all
+    other classes (``convention``). The loss then has its minimum at a finite gap between the logits, so logits do not
+    grow without bound. The trick acts in training on ``F.cross_entropy``, ``nn.CrossEntropyLoss``, ``F.nll_loss`` and
+    binary losses, and on targets that the module makes by ``F.one_hot(target, num_classes).float()``. Validation and
+    test use plain labels.
 
-    Cost: none measurable. Use it to train from scratch, for many classes and long runs. Leave it out for a model that
-    will be a teacher, since distillation needs the differences between its logits. Expect little at 10 classes.
+    Cost: a few operations on the logits. Use it to train from scratch, for many classes and long runs. Leave it out for
+    a model that will be a teacher, since distillation needs the differences between its logits. Expect little gain with
+    10 classes.
 
     Args:
         smoothing: probability that the true class loses, in [0, 1). 0 is plain cross entropy, near 1 is uniform.
-        convention: classes that share this probability: all K classes ("torch"), or the K - 1 others ("paper").
+        convention: classes that share this probability: all K classes ("torch", also in the paper), or the K - 1 others
+            ("paper", which is "Bag of Tricks").
         start: share of the run after which targets are smoothed, in [0, ``end``). 0 is the first step.
         end: share of the run after which targets are not smoothed, in (``start``, 1]. 1 is the end of the run.
         schedule: "constant" smooths from ``start`` to ``end``. "rise" smooths by a probability that rises linearly from

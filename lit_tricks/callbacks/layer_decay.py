@@ -61,13 +61,13 @@ class LayerDecay(GroupSplitting):
 
     The last layer keeps its learning rate. The layer before it gets ``decay`` times the learning rate, the next layer
     ``decay ** 2`` times, and so on. In timm networks, ``group_matcher()`` defines the layers, so the factors equal
-    timm's ``param_groups_layer_decay``. In other networks each residual block, or other block of a repeated class, is a
-    layer. Outside of blocks, each convolution or linear layer is a layer, with its norm layers. Their order is the
-    order in which the module registers them. Parameter groups are split when an optimizer is built, so schedulers get
-    the final groups.
+    timm's ``param_groups_layer_decay``. In other networks, a residual block, or any block whose class occurs several
+    times, counts as one layer. Outside of blocks, each convolution or linear layer counts as one, together with its
+    norm layers. Layers are in the order in which the module registers them. Parameter groups are split when an
+    optimizer is built, so schedulers get the final groups.
 
-    Cost: none measurable, except more kernels per optimizer step on a GPU, one set per layer. Use it to fine-tune
-    pretrained networks, transformers above all. Leave it out for training from random weights.
+    Cost: no operations in a forward or backward pass. The optimizer launches its kernels once per layer. Use it to
+    fine-tune pretrained networks, transformers above all. Leave it out for training from random weights.
 
     Args:
         decay: ratio of the learning rates of a layer and the next layer, in (0, 1]. 0.65 to 0.85 are usual. 1 changes

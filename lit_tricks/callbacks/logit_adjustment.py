@@ -39,21 +39,22 @@ def logit_adjustment(counts: Tensor, tau: float) -> Tensor:
 class LogitAdjustment(CountedClasses):
     """Shift logits by the log frequency of their class, in training ([Menon et al., 2021](https://arxiv.org/abs/2007.07314)).
 
-    The cross entropy of training gets the logits ``z + tau * log(prior)``, with the share of a class in the training
-    set as its prior. The network's own logits, which evaluation uses, then need no frequency to be right: with
-    ``tau=1`` they minimize the balanced error, the mean of the classes' errors. It applies to ``F.cross_entropy``,
-    ``nn.CrossEntropyLoss`` and ``F.nll_loss``. Mixing, smoothing, class weights, focal factors and ``ignore_index``
-    keep their meaning for the shifted logits. A teacher's logits are compared with the logits without the shift: train
-    the teacher with LogitAdjustment, too. Binary losses and BinaryCrossEntropy are rejected.
+    The cross entropy of training gets the logits ``z + tau * log(prior)``. The prior of a class is its share of the
+    training set. The shift accounts for the class frequencies, so the network's own logits ``z`` do not have to learn
+    them. Evaluation uses ``z``. With ``tau=1``, training then aims at the smallest balanced error, which is the mean of
+    the error rates of the classes. The trick acts on ``F.cross_entropy``, ``nn.CrossEntropyLoss`` and ``F.nll_loss``.
+    Mixing, smoothing, class weights, focal factors and ``ignore_index`` keep their meaning for the shifted logits. A
+    teacher's logits are compared with the logits without the shift: train the teacher with LogitAdjustment, too. Binary
+    losses and BinaryCrossEntropy are rejected.
 
-    The counts are of the whole training set: not of the share of a process, nor of ``limit_train_batches``. Data sets
-    that list their labels (``targets``, ``labels``, ``samples``) are not loaded. Others are loaded once, in the
-    first training step. Checkpoints have the counts. For segmentation, pixels are counted as the training transforms
-    give them.
+    The whole training set is counted, on several devices and with ``limit_train_batches``, too. If the data set lists
+    its labels (``targets``, ``labels``, ``samples``), no image is loaded for this. Otherwise all samples are loaded
+    once, in the first training step. Checkpoints store the counts. For segmentation, pixels are counted after the
+    training transforms.
 
     Cost: a few operations on the logits. Use it for classes of different frequency, if each class matters as much as
-    any other. Leave it out if test images have the frequencies of training and plain accuracy counts, or if a sampler
-    balances the classes.
+    any other. Leave it out if the test images have the class frequencies of training and you report plain accuracy, or
+    if a sampler balances the classes.
 
     Args:
         tau: factor, in [0, 100]. 0 is cross entropy. 1 is the optimum for the balanced error. Larger values favor rare

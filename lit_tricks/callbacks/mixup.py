@@ -45,12 +45,12 @@ class MixUp(Mixing):
     An image becomes ``lambda * image + (1 - lambda) * partner``. The partner is a random image of the same
     batch. The loss is ``lambda`` times the loss for the image's label, plus ``1 - lambda`` times the loss for the
     partner's label. Lambda is drawn from Beta(alpha, alpha). Training metrics get the label with the larger share.
-    If CutMix is in the same run, one of the two mixes each batch. The choice is random, in proportion to their
-    ``prob``.
+    With CutMix in the same run, every batch is mixed by one of the two. The choice is random, with their ``prob`` as
+    relative weights.
 
     Cost: one pass over the images, and the loss for a second label. Use it for long runs of large networks. Leave it
-    out of short runs and for networks that underfit. Training losses and accuracies are not comparable with plain
-    runs.
+    out of short runs and for networks that underfit. Training losses and accuracies are not comparable with runs
+    without mixing.
 
     Args:
         alpha: parameter of the Beta distribution, from 0.001 to 1000. Near 0 images stay as they are. 0.2 is usual for

@@ -75,16 +75,18 @@ def muon_lr_scale(rows: int, columns: int) -> float:
 class Muon(GroupSplitting):
     """Train weights of convolutions and linear layers by orthogonalized momentum ([Jordan et al., 2024](https://kellerjordan.github.io/posts/muon/)).
 
-    The momentum of each weight, as a matrix of shape (outputs, inputs x filter size), gets singular values close to 1,
-    and is subtracted with the learning rate ``lr``. Its size does not depend on the size of gradients. Each group of a
-    grouped convolution is a matrix. The classifier, biases, norm layers, embeddings, and filters of depthwise
-    convolutions are trained by the optimizer of the module, as before. Both are one optimizer with one state, so
-    schedules act on both learning rates. The update equals ``torch.optim.Muon``, which takes no filters.
+    The momentum of each weight is reshaped to a matrix (outputs, inputs x filter size). An iteration makes its singular
+    values close to 1, and the result times the learning rate ``lr`` is subtracted from the weight. So the size of an
+    update does not depend on the size of the gradients. Each group of a grouped convolution is its own matrix. The
+    classifier, biases, norm layers, embeddings, and filters of depthwise convolutions are trained by the optimizer of
+    the module, as before. The module still has one optimizer with one state, so schedules act on both learning rates.
+    The update of a matrix equals the update of ``torch.optim.Muon``, which rejects filters of convolutions.
 
-    Cost: 3.6 % of a training step of ResNet-50 with 256 images of 224 pixels. It is the same for every batch size, and
-    so a larger share of a step with fewer images. The state has one tensor per weight. Use it in short runs from
-    scratch, up to about 30 epochs. Leave it out for fine-tuning, where the optimizer of the pretraining is
-    safer. ``SWA(lr=...)`` is the learning rate of the group with the highest one, and groups keep their ratio.
+    Cost: 3.6 % of a training step of ResNet-50 with 256 images of 224 pixels. The time is the same for every batch
+    size, and so a larger share of a step with fewer images. The state has one tensor per weight. Use it in short runs
+    from scratch, up to about 30 epochs. Leave it out for fine-tuning, where the optimizer of the pretraining is safer.
+    With SWA, ``SWA(lr=...)`` sets the largest learning rate of all parameter groups, and the others keep their ratio to
+    it.
 
     Args:
         lr: learning rate of the matrices, above 0. It is about the relative change of a weight per step. 0.02 to 0.2

@@ -28,21 +28,22 @@ __all__ = ["PreciseBN"]
 class PreciseBN(Estimating):
     """Re-estimate the BatchNorm statistics of the weights that are validated and saved ([Wu & Johnson, 2021](https://arxiv.org/abs/2105.07576)).
 
-    Running statistics are averages over the weights of past steps. This trick passes training data through the network
-    again, with fixed weights: ``mu = E[mu_B]``, ``sigma^2 = E[mu_B^2 + sigma_B^2] - E[mu_B]^2`` over the batches of
-    all processes. A fresh loader gives the data, so training is not affected. With EMA or SWA the statistics are
-    estimated for the averaged weights. The model has the new statistics after the fit, and so do checkpoints that are
-    written after a validation and before the next step. Full checkpoints also keep the running statistics, from which a
-    run resumes.
+    The running statistics of BatchNorm come from past steps, in which the network had other weights. This trick passes
+    training data through the network again, with fixed weights. From the mean ``mu_B`` and variance ``sigma_B^2`` of
+    each batch of all processes it computes ``mu = E[mu_B]`` and ``sigma^2 = E[mu_B^2 + sigma_B^2] - mu^2``. A new
+    loader gives the data, so training is not affected. With EMA or SWA the statistics are estimated for the averaged
+    weights. The model has the new statistics after the fit, and so do checkpoints that are written after a validation
+    and before the next step. Such checkpoints also keep the running statistics, from which a run resumes, unless they
+    are written with ``save_weights_only``.
 
     The batches pass the same hooks as training batches, but are not mixed. The module's ``forward`` gets their inputs,
-    and stops after the last BatchNorm. Layers that are in evaluation mode during training, because they are frozen,
-    keep their statistics.
+    and stops after the last BatchNorm. Frozen layers, which are in evaluation mode during training, keep their
+    statistics.
 
-    Cost: a forward pass per sample. All of it takes 1.03 times as long as the bare passes on a CPU
+    Cost: a forward pass per sample. The estimation takes 1.03 times as long as these passes on a CPU
     (``benchmarks/precise_bn.py``), and 1.5 times on a GPU (``benchmarks/gpu.py``). Use it with averaged weights, large
     learning rates, or batches of a few samples. Leave it out if the learning rate ends near 0 and batches are large:
-    the paper then gains about 0.2 points of top-1.
+    the gain in the paper is then about 0.2 points of top-1.
 
     Args:
         num_samples: number of training samples over all processes, 1 or more; 1,000 to 10,000 are enough. If the data

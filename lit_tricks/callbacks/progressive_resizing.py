@@ -48,14 +48,15 @@ def progressive_side(progress: float, side: int, start_scale: float, start: floa
 class ProgressiveResizing(Trick):
     """Train on small images first, and on larger ones later ([Howard, 2018](https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html)).
 
-    Batches are resized on the device (bilinear, antialiased). Their side rises linearly from ``start_scale`` to full
-    size between two points of the run. Dense targets (N, H, W) are also resized (nearest). The size is a closed form of
-    the optimizer step. Mixing tricks get the resized images. PreciseBN and all evaluation get full images.
+    Batches are resized on the device (bilinear, antialiased). The side of the images is ``start_scale`` times the full
+    side until ``start``, and rises linearly to the full side at ``end``. Masks (N, H, W) are also resized (nearest).
+    The size depends on the optimizer step only, so a resumed run continues with the same sizes. Mixing tricks get the
+    resized images. PreciseBN, validation, test and prediction get images of full size.
 
-    Cost: none. It saves time: a step at half the side has a quarter of the operations. Use it for long runs of
-    convolutional networks at 160 pixels or more. Leave it out if details decide the class, if loading limits the run,
-    and for networks with a fixed size. BatchNorm statistics of small images differ, so the run needs a last part at
-    full size, or PreciseBN or FixRes afterwards.
+    Cost: less than a run at full size, as a step at half the side has a quarter of the operations. Use it for long runs
+    of convolutional networks at 160 pixels or more. Leave it out if details decide the class, if data loading limits
+    the speed, and for networks that take only one size. BatchNorm has other statistics on small images, so the run
+    needs a last part at full size, or PreciseBN or FixRes afterwards.
 
     Args:
         start_scale: side at the start as a share of the full side, in (0, 1). Near 0 images show nothing. 0.5 is usual.

@@ -33,24 +33,28 @@ __all__ = ["ScheduleFree"]
 
 
 class ScheduleFree(Trick):
-    """Validate and save the averaged weights of optimizers with ``train()`` and ``eval()`` ([Defazio et al., 2024](https://arxiv.org/abs/2405.15682)).
+    """Validate and save the averaged weights of schedule-free optimizers ([Defazio et al., 2024](https://arxiv.org/abs/2405.15682)).
 
-    Schedule-free optimizers, such as in the package ``schedulefree``, train at one point and average another.
-    Their ``eval()`` writes the average into the module, and ``train()`` the point of training. This trick calls
-    ``eval()`` before the first hook of a validation, around every checkpoint and before ``on_train_end``, and
-    ``train()`` afterwards and after an error. The weights of training are restored bit by bit, so validations and
-    checkpoints do not change training. Tests and predictions after the fit, or from any checkpoint, use the average.
+    A schedule-free optimizer has two sets of weights: the training weights, at which gradients are computed, and an
+    average, which is meant for evaluation. Its ``eval()`` writes the average into the module, and its ``train()`` the
+    training weights. Lightning calls neither. This trick calls ``eval()`` before validations, checkpoints and
+    ``on_train_end``, and ``train()`` afterwards and after an error. The training weights are restored bit by bit, so
+    validations and checkpoints do not change training. Tests and predictions after the fit, or from any checkpoint, use
+    the average. The trick does not choose the optimizer: return one from ``configure_optimizers``, such as
+    ``schedulefree.AdamWScheduleFree``.
 
-    A checkpoint has the average as ``state_dict``, and optimizers in evaluation mode, as their authors recommend. Full
-    checkpoints also have the weights of training in the state of the callback, from which a run resumes. Schedules of
-    this package reject such optimizers, because the average assumes a constant learning rate.
+    A checkpoint has the average as ``state_dict``, and optimizers in evaluation mode, as their authors recommend.
+    Checkpoints also have the training weights in the state of the callback, from which a run resumes, unless they are
+    written with ``save_weights_only``. The schedules of lit_tricks reject such optimizers, because the average assumes
+    a constant learning rate.
 
-    The running statistics of BatchNorm are of the weights of training. So new ones are estimated for the average, as by
-    PreciseBN, from a second pass over training data. Validations, checkpoints and the end of the fit have these, and
-    training continues with its own. PreciseBN in the list replaces this estimate, with its arguments.
+    The running statistics of BatchNorm belong to the training weights. So the trick estimates new statistics for the
+    average from a pass over training data, as PreciseBN does. Validations, checkpoints and the model after the fit have
+    the new statistics. Training continues with its own. If PreciseBN is in the same run, it makes this estimate, with
+    its arguments.
 
-    Cost: a copy of the weights during validation and saving, and after the fit. Full checkpoints have one more copy of
-    the weights. With BatchNorm, a forward pass of ``num_samples`` samples before a validation, and before a checkpoint
+    Cost: a copy of the weights during validation and saving, and after the fit. Checkpoints have one more copy of the
+    weights. With BatchNorm, a forward pass of ``num_samples`` samples before a validation, and before a checkpoint
     some steps after it. Use it with every schedule-free optimizer. Other averages of weights are rejected.
 
     Args:

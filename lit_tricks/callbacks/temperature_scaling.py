@@ -41,28 +41,28 @@ __all__ = ["TemperatureScaling"]
 class TemperatureScaling(Trick):
     """Calibrate the probabilities at the end of the fit, by a temperature ([Guo et al., 2017](https://arxiv.org/abs/1706.04599)).
 
-    The logits are divided by a temperature ``T``, with which the labels of the validation images are most likely. The
-    temperature is part of the weights: at the end of the fit, weight and bias of the last linear layer are divided by
-    it. So every export and plain torch code has calibrated probabilities. The most probable class stays the same. In a
-    network without such a layer, a buffer scales the logits. ``Classifier`` has this buffer for any network. End the
-    ``forward`` of another module with ``lit_tricks.models.LogitScaling()``.
+    The logits are divided by the temperature ``T`` that maximizes the likelihood of the labels of the validation
+    images. At the end of the fit, weight and bias of the last linear layer are divided by ``T``. So exports and plain
+    torch code also give calibrated probabilities. The most probable class stays the same. If the network has no such
+    layer, a buffer scales the logits. The module ``Classifier`` of lit_tricks has this buffer for any network. In your
+    own module, end ``forward`` with ``lit_tricks.models.LogitScaling()``.
 
     Each validation records its logits, and fits a temperature to the weights that are validated and saved, such as the
-    average of EMA. If the last weights were not validated, the fit ends with one more validation. The module then has
-    calibrated weights. The best checkpoint is calibrated in a new file next to it, ``best-calibrated.ckpt``, without
-    the state of the run. ``lit-tricks fit`` tests and reports this file. All other checkpoints have the weights of
-    training, from which a run resumes. The temperature is logged as ``temperature_scaling/temperature``, and the
-    calibration error with it as ``temperature_scaling/ece``. Only the first validation loader is used. For dense
-    targets, 256 pixels of each image are recorded.
+    average of EMA. If the last weights were not validated, the fit ends with one more validation. After the fit the
+    module has scaled weights. The best checkpoint stays as it is, and a calibrated copy without the state of the run is
+    written next to it, as ``best-calibrated.ckpt``. ``lit-tricks fit`` tests and reports this copy. Checkpoints that
+    are written during the fit keep unscaled weights, so a run can resume from them. The temperature is logged as
+    ``temperature_scaling/temperature``, and the calibration error with it as ``temperature_scaling/ece``. Only the
+    first validation loader is used. For segmentation, 256 pixels of each image are recorded.
 
-    With TestTimeAugment in the list, the prediction is a mean over views, and the temperature is the best one for the
-    mean: it maximizes ``mean(softmax(logits / T))`` of the labels. So tests with the same views are calibrated, and a
-    single view is not. The most probable class of a view stays the same. The mean may have another one.
+    With TestTimeAugment in the same run, the prediction is a mean over views. The temperature then maximizes the
+    probability of the labels in ``mean(softmax(logits / T))``. So a test with the same views is calibrated, and a test
+    with a single view is not. The most probable class of each view stays the same, but the mean's may change.
 
     Cost: memory for the logits of a validation on the CPU, and a fit that takes about a second for 50,000 images of
     1000 classes. Use it where probabilities matter: thresholds, expected costs, ensembles. Leave it out if only the
-    most probable class matters. Give ``lit-tricks calibrate`` other images if the validation images choose between
-    many runs.
+    most probable class matters. If you choose between many runs by the validation images, calibrate the chosen model on
+    other images, with ``lit-tricks calibrate``.
 
     Args:
         kind: "temperature": one temperature. "vector": a temperature and an offset per class (vector scaling of the

@@ -64,15 +64,17 @@ def whitening_filters(covariance: Tensor, number: int, eps: float = 5e-4) -> Ten
 class WhitenedStem(Freezing):
     """Whiten the patches of images by a fixed first convolution ([Jordan, 2024](https://arxiv.org/abs/2404.00498)).
 
-    Before the first step, training images are passed to the first convolution. Its filters become the eigenvectors of
-    the covariance of the patches, scaled such that their outputs are uncorrelated and have variance 1. They come in
-    pairs, a filter and its negative. A bias becomes minus the mean, and is trained. The filters are frozen for the
-    whole run, and saved with the model. A resumed run keeps them.
+    Before the first step, the covariance of the image patches that the first convolution gets is computed from training
+    images. The filters become the eigenvectors of the covariance, from the largest eigenvalue to the smallest. They are
+    scaled such that their outputs are uncorrelated and have variance 1, or less where ``eps`` limits the gain. If there
+    are more filters than values in a patch (12 for 2 x 2 pixels of 3 channels), the negatives of the filters follow. If
+    the convolution has a bias, it starts such that the mean of each output is 0, and is trained. The filters are frozen
+    for the whole run, and saved with the model. A resumed run keeps them.
 
-    Cost: the time to load the images, once. It saves the gradient of the first filters in each step. Use it in runs
+    Cost: the time to load the images, once. Steps get faster, as the first filters need no gradient. Use it in runs
     from scratch of about ten epochs, for small filters on small images: 2 x 2 pixels and 24 filters on CIFAR-10. Leave
-    it out for long runs, and for networks with trained weights. With fewer filters than a patch has values, directions
-    with little variance are lost.
+    it out for long runs, and for networks with trained weights. If there are fewer filters than values in a patch,
+    directions with little variance are lost.
 
     Args:
         layer: name of the convolution. None takes the first two-dimensional convolution of the module.

@@ -38,7 +38,7 @@ def test_targets_are_those_of_the_conventions(smoothing, classes):
         expected[1] = 1 - others * (classes - 1)
         torch.testing.assert_close(soft, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(soft.sum().item(), 1.0)
-    assert expected[1] == pytest.approx(1 - smoothing)  # of the paper
+    assert expected[1] == pytest.approx(1 - smoothing)  # equation 4 of "Bag of Tricks"
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
@@ -53,7 +53,7 @@ def test_loss_of_the_paper(smoothing):
 
 @pytest.mark.parametrize(("classes", "smoothing"), [(10, 0.1), (1000, 0.1), (10, 0.5)])
 def test_gap_between_logits_that_the_targets_ask_for(classes, smoothing):
-    """Figure 4 of "Bag of Tricks": log((K - 1) (1 - smoothing) / smoothing), for the paper's convention."""
+    """Figure 4 of "Bag of Tricks": log((K - 1) (1 - smoothing) / smoothing), for the convention "paper"."""
     logits = torch.zeros(classes, dtype=torch.float64)
     best = torch.tensor((classes - 1) * (1 - smoothing) / smoothing, dtype=torch.float64).log()
     logits[3] = best
