@@ -1,4 +1,4 @@
-"""Measure the CPU time of each trick in a training step of a ResNet-50, as a share of the step.
+"""Measure what each trick costs in a training step of a ResNet-50: CPU time, as a share of the step, and memory.
 
     OMP_NUM_THREADS=1 python benchmarks/tricks.py --out benchmarks/results/tricks.md
 
@@ -7,6 +7,9 @@ trick differ by 7 %. So the work of a trick is timed where it is done: in its ho
 and backward, against the same loss of plain labels; in the branches that DropPath drops, twice, for their backward; and
 in the methods that Lookahead and Muon put around schedulers and optimizers. Lookahead acts in every fifth step, so its
 row is a mean, of a multiple of five steps. The update of Muon replaces a step of SGD, which is not subtracted.
+
+Memory is that of all tensors which are alive after a step, compared with a run without the trick. The images are small,
+so that it does not depend on them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
 import os
 import platform
 import statistics
@@ -143,6 +147,29 @@ class TrainingLength(Callback):
         self.inside, self.start = 0.0, time.process_time()
 
 
+class Memory(Callback):
+    """Adds up the bytes of all tensors that are alive after a step."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        self.bytes = sum(storages.values())
+
+
+def kept(names: list[str]) -> float:
+    """Return the MB of the tensors that are alive after a step with these tricks."""
+    module, memory = Classifier(), Memory()
+    module.schedule_free = "ScheduleFree" in names
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3, 64, 64), torch.arange(8))
+    trainer = Trainer(
+        max_epochs=3, max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*map(make, names), memory],
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=2))
+    return memory.bytes / 1e6
+
+
 def measure(names: list[str], image_size: int, batch_size: int, steps: int, module: Classifier) -> tuple[float, float]:
     """Return the median seconds of a step, and of the tricks in it."""
     tricks, size = list(map(make, names)), batch_size * (steps + 1)
@@ -168,13 +195,16 @@ def report(image_size: int, batch_size: int, steps: int) -> str:
     start = copy.deepcopy(module.state_dict())
     missing = [work for work in WORK if not any(hasattr(getattr(callbacks, name), work) for name in callbacks.__all__)]
     assert not missing, f"no trick has the method {missing[0]}: its work would not be timed"
-    lines, plain = ["| | ms (lower is better) | % of a step | expected % |", "|---|---|---|---|"], []
+    lines, plain = ["| | ms (lower is better) | % of a step | expected % | memory in MB |", "|---|---|---|---|---|"], []
+    weights = sum(weight.nbytes for weight in start.values()) / 1e6
     for name, names in candidates().items():
         module.load_state_dict(start)
         step, inside = measure(names, image_size, batch_size, steps, module)
         step -= inside
         plain.append(step)
-        lines.append(f"| {name} | {1000 * inside:.1f} | {100 * inside / step:.2f} | {EXPECTED.get(name, 0)} |")
+        extra = kept(names) - kept([])
+        cells = [f"{1000 * inside:.1f}", f"{100 * inside / step:.2f}", str(EXPECTED.get(name, 0)), f"{extra:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     model = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
     )
@@ -183,6 +213,8 @@ def report(image_size: int, batch_size: int, steps: int) -> str:
             "# Cost of the tricks in a training step of a ResNet-50 on the CPU",
             "",
             *lines,
+            "",
+            f"Memory: tensors that the trick keeps between steps, next to the weights, which take {weights:.0f} MB.",
             "",
             f"A step without tricks (batch of {batch_size} at {image_size} x {image_size}, SGD): "
             f"{statistics.median(plain):.2f} s of CPU time. Medians of {steps} steps, "

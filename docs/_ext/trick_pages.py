@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,18 @@ def costs() -> dict[str, str]:
     return {name: f"{time} ms, {share} % of {step} ({table}, `benchmarks/tricks.py`)." for name, time, share in rows}
 
 
+@lru_cache(1)
+def memory() -> dict[str, str]:
+    """Return sentences with the tensors that a trick keeps between steps, by trick."""
+    text = (RESULTS / "tricks.md").read_text()
+    [weights] = re.search(r"weights, which take (\d+) MB", text).groups()  # type: ignore[union-attr]
+    found = {}
+    for name, number in re.findall(r"^\| (\w+) \|.*\| (-?\d+) \|$", text, re.MULTILINE):
+        kept = f"{abs(int(number))} MB {'less' if int(number) < 0 else 'more'}" if int(number) else "no more"
+        found[name] = f"a ResNet-50, whose weights take {weights} MB, keeps {kept} between steps."
+    return found
+
+
 def cost_of(name: str, entry: dict[str, Any], cost: dict[str, str]) -> str:
     """Return the cost of a trick as text.
 
@@ -139,6 +151,8 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
     else:
         yield f"**Not measured here.** {entry['not_measured']}\n\n"
     yield f"Cost: {cost_of(name, entry, cost)}\n"
+    if name in memory():
+        yield f"\nMemory: {memory()[name]}\n"
 
 
 def behavior(name: str) -> Iterator[str]:

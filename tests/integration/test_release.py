@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_workflows_name_steps_that_exist() -> None:
     [steps] = re.findall(r"^STEPS=\((.+)\)$", text, re.MULTILINE)
     assert set(steps.split()) <= functions
     [pairs] = re.findall(r"^  printf '%s\\n' (.+) \| xargs", text, re.MULTILINE)
-    used = set(pairs.split())
+    used = set(" ".join(shlex.split(pairs)).split())
     assert used <= functions
     for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
         for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
