@@ -56,10 +56,15 @@ TRIALS: dict[str, dict[str, tuple[str, ...]]] = {  # each arm is the trial that 
     },
 }
 WITHOUT = {name: f"--trainer.callbacks-={name}" for name in ("Unfreeze", "LayerDecay", "EMA")}
-FROZEN = ("--trainer.callbacks+=Freeze", "--trainer.callbacks.Freeze.modules=[backbone]")
-LEFT_OUT: dict[str, tuple[str, ...]] = {
-    **{f"without {name}": (word,) for name, word in WITHOUT.items()},
-    "only the classifier, by Freeze": (WITHOUT["Unfreeze"], WITHOUT["LayerDecay"], *FROZEN),
+LEFT_OUT = {f"without {name}": (word,) for name, word in WITHOUT.items()}
+FROZEN = (
+    WITHOUT["Unfreeze"], WITHOUT["LayerDecay"], "--trainer.callbacks+=Freeze",
+    "--trainer.callbacks.Freeze.modules=[backbone]",
+)  # fmt: skip
+ONLY_CLASSIFIER = {
+    "only the classifier, by Freeze": {
+        f"AdamW, {lr:g}": (*FROZEN, f"--model.optimizer.lr={lr:g}") for lr in (0.001, 0.01, 0.03, 0.1)
+    }
 }
 LEFT_OUT_AT = 50  # photos of each class
 NETWORK = '{"depth": 18, "variant": "D", "width": 0.25, "small_input": true}'
@@ -73,6 +78,11 @@ def lit(folder: Path, *words: str) -> float:
     subprocess.run([sys.executable, "-m", "lit_tricks", *words], cwd=folder, check=True)
     end = os.times()
     return end.children_user + end.children_system - start.children_user - start.children_system
+
+
+def trials_of(count: int) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return the settings of each trial by arm and name."""
+    return TRIALS | (ONLY_CLASSIFIER if count == LEFT_OUT_AT else {})
 
 
 def link(files: list[Path], folder: Path) -> None:
@@ -148,10 +158,10 @@ def choose(work: Path, cifar: Path, checkpoint: Path, count: int) -> dict[str, d
     folder, found = work / f"{count}-trials", {}
     if not folder.is_dir():
         photos(folder, cifar, count, TRIAL)
-    for arm, trials in TRIALS.items():
+    for arm, trials in trials_of(count).items():
         found[arm] = {}
         for name, words in trials.items():
-            run = name.replace(", ", "-")
+            run = name.replace(", ", "-") if arm in TRIALS else f"frozen-{name.replace(', ', '-')}"
             fit(folder, checkpoint, count, TRIAL, run, words)
             content = json.loads((folder / "runs" / run / "v0" / "results.json").read_text())
             found[arm][name] = 100 * (content.get("averaged") or content["raw"])["val"]["top1"]
@@ -179,7 +189,9 @@ def one(
         photos(folder, cifar, count, seed)
     if PROBE not in found:
         found[PROBE] = probe(folder, checkpoint)
-    arms = {arm: TRIALS[arm][trial] for arm, trial in chosen.items()} | (LEFT_OUT if count == LEFT_OUT_AT else {})
+    arms = {arm: trials_of(count)[arm][trial] for arm, trial in chosen.items()} | (
+        LEFT_OUT if count == LEFT_OUT_AT else {}
+    )
     for arm, words in arms.items():
         if arm not in found:
             name = arm.replace(" ", "-").replace(",", "")

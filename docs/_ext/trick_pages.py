@@ -107,7 +107,8 @@ def memory() -> dict[str, str]:
     found = {}
     for name, number in re.findall(r"^\| (\w+) \|.*\| (-?\d+) \|$", text, re.MULTILINE):
         kept = f"{abs(int(number))} MB {'less' if int(number) < 0 else 'more'}" if int(number) else "no more"
-        found[name] = f"a ResNet-50, whose weights take {weights} MB, keeps {kept} between steps."
+        table = f"[table]({REPOSITORY}/blob/main/benchmarks/results/tricks.md)"
+        found[name] = f"a ResNet-50, whose weights take {weights} MB, keeps {kept} between steps ({table})."
     return found
 
 
@@ -152,7 +153,7 @@ def measured(name: str, entry: dict[str, Any], cost: dict[str, str]) -> Iterator
         yield f"**Not measured here.** {entry['not_measured']}\n\n"
     yield f"Cost: {cost_of(name, entry, cost)}\n"
     if name in memory():
-        yield f"\nMemory: {memory()[name]}\n"
+        yield f"\nMemory{entry.get('memory', '')}: {memory()[name]}\n"
 
 
 def behavior(name: str) -> Iterator[str]:

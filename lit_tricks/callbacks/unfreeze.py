@@ -32,9 +32,9 @@ class Unfreeze(Freezing):
     on. All other parts are trained from the start. Unfreezing does not restart learning rate schedules. A resumed run
     has the same frozen parts as an uninterrupted run.
 
-    Cost: negative, as the first epochs run backward only through the last layers. Use it to fine-tune on little data,
-    where the large gradients of a new head would damage good features. Leave it out for runs of one or two epochs.
-    Under DDP each unfreezing builds the DDP wrapper again, which takes about a second.
+    Cost: none. The first epochs are faster, as they run backward only through the last layers. Use it to fine-tune on
+    little data, where the large gradients of a new head would damage good features. Leave it out for runs of one or two
+    epochs. Under DDP each unfreezing builds the DDP wrapper again, which takes about a second.
 
     Args:
         schedule: time of unfreezing by part, above 0, in ``unit``: ``{layer4: 1, layer3: 2, backbone: 4}``. Parts are
