@@ -224,7 +224,9 @@ def table(count: int, trials: dict[str, dict[str, float]], rows: list[dict[str, 
             )
         top1, seconds = (statistics.mean(row[arm][i] for row in rows) for i in (0, 1))
         lines.append(f"| {arm} | {setting} | {100 * top1:.2f} | {' | '.join(cells)} | {seconds:.1f} |")
-    validated = ", ".join(f"{name} {value:.2f}" for each in trials.values() for name, value in each.items())
+    validated = "; ".join(
+        f"{arm}: " + ", ".join(f"{value:.2f} ({name})" for name, value in each.items()) for arm, each in trials.items()
+    )
     return [*lines, "", f"Validation top-1 of the trials: {validated}.", ""]
 
 
