@@ -167,9 +167,9 @@ def report(out: Path, lines: Sequence[dict[str, Any]], scale: Scale) -> None:
         "",
         *table(head, [row for _, row in rows]),
         "",
-        f"Means over {len(stack)} seeds, on {HELD_OUT} held-out images. Few seeds show large effects only: the "
-        f"stack has {', '.join(base)} by seed. All rates are the first choice of the row in peers_runs.py. Cost is CPU "
-        "seconds without the making of batches.",
+        f"Means over the seeds that are listed, paired, on {HELD_OUT} held-out images. Few seeds show large effects "
+        f"only: the stack has {', '.join(base)} by seed. All rates are the first choice of the row in "
+        "peers_runs.py. Cost is CPU seconds without the making of batches.",
         "",
         f"ResNet-18-D of width {scale.width:g}, {scale.epochs} epochs of {scale.images} images in batches of "
         f"{scale.batch_size}, {scale.size} pixels, {scale.precision}.",
