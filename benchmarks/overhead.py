@@ -48,7 +48,6 @@ class Steps(Callback):
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note it."""
         self.ends.append(time.process_time())
 
 

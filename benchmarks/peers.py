@@ -207,12 +207,10 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if Path("/dev/nvidiactl").exists() else "cpu"
     )
-    sizes = {name: value for name, value in asdict(Scale()).items() if name != "device"}
-    for name, value in sizes.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    Scale.add_flags(parser)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the runs too
-    scale = Scale(**{name: getattr(args, name) for name in sizes}, device=args.device)
+    scale = Scale.of(args)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.stage != "report":
         if args.data is None or not (args.data.exists() or args.cache.exists()):

@@ -219,9 +219,7 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
         "",
         *(f"- {name}" for name in machines),
         "",
-        "`python benchmarks/peers.py --data cifar10 --out RESULTS "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(scale).items())
-        + "`",
+        f"`python benchmarks/peers.py --data cifar10 --out RESULTS {scale.flags}`",
         "",
     ]
     (out / "peers.md").write_text("\n".join(text))

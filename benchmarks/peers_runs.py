@@ -9,10 +9,11 @@ with each step, not with each epoch.
 
 from __future__ import annotations
 
+import argparse
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ from lit_tricks.data.memory.stored import MemorySource
 from lit_tricks.data.samples import Source
 from lit_tricks.models import resnet
 
-SCHEDULES = {"cosine": tricks.WarmupCosine, "linear": tricks.WarmupLinear}
+SCHEDULES: dict[str, Callable[..., Callback]] = {
+    "cosine": tricks.WarmupCosine,
+    "linear": tricks.WarmupLinear,
+    "poly": tricks.WarmupPoly,
+    "stable_decay": tricks.WarmupStableDecay,
+}
 MOMENTUM, BASE_BATCH, WARMUP = 0.9, 256, 1 / 15
 HELD_OUT = 5000  # training images, for the trials
 
@@ -60,6 +66,23 @@ class Scale:
     @property
     def steps(self) -> int:
         return self.epochs * (self.images // self.batch_size)
+
+    @property
+    def flags(self) -> str:
+        """Return the flags of these settings."""
+        return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(self).items())
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """Add a flag for each setting but the device."""
+        for name, value in asdict(cls()).items():
+            if name != "device":
+                parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Scale:
+        """Return the settings of the flags."""
+        return cls(**{name: getattr(args, name) for name in asdict(cls())})
 
     def network(self, teacher: bool = False, zero_init_last: bool = False) -> nn.Module:
         width = self.teacher_width if teacher else self.width
@@ -383,21 +406,21 @@ def our_callbacks(run: Run) -> dict[str, Callback]:
 
 
 def ours_run(
-    run: Run, change: Callable[[dict[str, Callback]], None] = lambda _: None, **data: Any
+    run: Run, changes: Mapping[str, Callable[[], Callback] | None] | None = None, **data: Any
 ) -> dict[str, nn.Module]:
     """A plain module in a plain Trainer, with our callbacks and our data module.
 
     Args:
         run: the run.
-        change: changes the tricks.
+        changes: tricks that are added or replaced by name; None leaves one out.
         data: arguments of the data module.
     """
     options = run.options
     net = run.scale.network(teacher="teaches" in options).to(memory_format=torch.channels_last)
-    callbacks = our_callbacks(run)
-    change(callbacks)
+    callbacks: dict[str, Callback | None] = {**our_callbacks(run)}
+    callbacks |= {name: make() if make else None for name, make in (changes or {}).items()}
     crop = (options["scale"], 1.0) if options["scale"] else None
-    fit(run, Plain(net, 4 * run.scaled(0.5)), run.data(**{"crop_scale": crop, **data}), list(callbacks.values()))
+    fit(run, Plain(net, 4 * run.scaled(0.5)), run.data(crop_scale=crop, **data), [c for c in callbacks.values() if c])
     if "teaches" in options:
         part = run.teacher.with_suffix(".part")
         torch.save({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, part)

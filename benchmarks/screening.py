@@ -35,8 +35,6 @@ from peers_runs import HELD_OUT, Run, Scale, choices, ours_run, train
 
 from lit_tricks import callbacks as tricks
 
-Callbacks = dict[str, Callback]
-
 
 class Milder(Callback):
     """Weaker crops in the last fifth of the run."""
@@ -58,70 +56,56 @@ class Variant:
 
     Attributes:
         title: shown name.
-        change: changes the tricks, which have names.
+        changes: tricks that are added or replaced by name; None leaves one out.
+        options: of the row, which are replaced.
         data: arguments of the data module.
         length: steps relative to the stack.
         batch: size of a batch relative to the stack.
     """
 
     title: str
-    change: Callable[[Callbacks], None] = lambda _: None
+    changes: dict[str, Callable[[], Callback] | None] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     length: float = 1.0
     batch: float = 1.0
 
 
-def without(name: str) -> Callable[[Callbacks], None]:
-    return lambda callbacks: callbacks.__delitem__(name)
-
-
-def with_(name: str, make: Callable[[], Callback]) -> Callable[[Callbacks], None]:
-    return lambda callbacks: callbacks.__setitem__(name, make())
-
-
-def schedule(make: Callable[..., Callback], **arguments: Any) -> Callable[[Callbacks], None]:
-    def change(callbacks: Callbacks) -> None:
-        warmup_epochs = callbacks["schedule"].warmup_epochs  # type: ignore[attr-defined]
-        callbacks["schedule"] = make(warmup_epochs=warmup_epochs, **arguments)
-
-    return change
-
-
 VARIANTS = {
     "stack": Variant("the stack"),
-    "no_muon": Variant("without Muon: SGD, four times its learning rate", without("muon")),
-    "no_smoothing": Variant("without LabelSmoothing", without("smoothing")),
-    "smoothing_0.2": Variant("LabelSmoothing 0.2", with_("smoothing", lambda: tricks.LabelSmoothing(smoothing=0.2))),
+    "no_muon": Variant("without Muon: SGD, four times its learning rate", {"muon": None}),
+    "no_smoothing": Variant("without LabelSmoothing", options={"smoothing": 0.0}),
+    "smoothing_0.2": Variant("LabelSmoothing 0.2", options={"smoothing": 0.2}),
     "smoothing_falls": Variant(
         "LabelSmoothing 0.2, falling to 0",
-        with_("smoothing", lambda: tricks.LabelSmoothing(smoothing=0.2, schedule="fall")),
+        {"smoothing": lambda: tricks.LabelSmoothing(smoothing=0.2, schedule="fall")},
     ),
-    "no_zero_gamma": Variant("without ZeroGamma", without("zero_gamma")),
-    "no_bias_decay": Variant("without NoBiasDecay", without("no_bias_decay")),
-    "linear": Variant("WarmupLinear", schedule(tricks.WarmupLinear)),
-    "poly": Variant("WarmupPoly", schedule(tricks.WarmupPoly)),
-    "stable_decay": Variant("WarmupStableDecay", schedule(tricks.WarmupStableDecay)),
-    "binary": Variant("BinaryCrossEntropy", with_("loss", tricks.BinaryCrossEntropy)),
-    "ema": Variant("EMA, half-life of half an epoch", with_("ema", lambda: tricks.EMA(half_life=0.5))),
-    "lookahead": Variant("Lookahead, cubic", with_("lookahead", lambda: tricks.Lookahead(schedule="cubic"))),
-    "drop_path": Variant("DropPath 0.05", with_("drop_path", lambda: tricks.DropPath(rate=0.05))),
-    "mixup": Variant("MixUp 0.2", with_("mix", lambda: tricks.MixUp(alpha=0.2))),
-    "mixup_half": Variant("MixUp 0.2 in the first half", with_("mix", lambda: tricks.MixUp(alpha=0.2, end=0.5))),
-    "cutmix_half": Variant("CutMix 1.0 in the first half", with_("mix", lambda: tricks.CutMix(end=0.5))),
+    "no_zero_gamma": Variant("without ZeroGamma", {"zero_gamma": None}),
+    "no_bias_decay": Variant("without NoBiasDecay", {"no_bias_decay": None}),
+    "linear": Variant("WarmupLinear", options={"schedule": "linear"}),
+    "poly": Variant("WarmupPoly", options={"schedule": "poly"}),
+    "stable_decay": Variant("WarmupStableDecay", options={"schedule": "stable_decay"}),
+    "binary": Variant("BinaryCrossEntropy", {"loss": tricks.BinaryCrossEntropy}),
+    "ema": Variant("EMA, half-life of half an epoch", {"ema": lambda: tricks.EMA(half_life=0.5)}),
+    "lookahead": Variant("Lookahead, cubic", {"lookahead": lambda: tricks.Lookahead(schedule="cubic")}),
+    "drop_path": Variant("DropPath 0.05", {"drop_path": lambda: tricks.DropPath(rate=0.05)}),
+    "mixup": Variant("MixUp 0.2", {"mix": lambda: tricks.MixUp(alpha=0.2)}),
+    "mixup_half": Variant("MixUp 0.2 in the first half", {"mix": lambda: tricks.MixUp(alpha=0.2, end=0.5)}),
+    "cutmix_half": Variant("CutMix 1.0 in the first half", {"mix": lambda: tricks.CutMix(end=0.5)}),
     "alternating": Variant("alternating flip", data={"flip": "alternating"}),
     "reflect": Variant("mirrored border", data={"padding": "reflect"}),
     "cutout": Variant("cutout of a quarter of the side", data={"cutout": 4}),
     "shift_1": Variant("shift of a sixteenth of the side", data={"translate": 1}),
-    "mild_shift": Variant("no shift in the last fifth", with_("mild", lambda: Milder(translate=0))),
-    "crop": Variant("crops of 35 to 100 % of the area", data={"crop_scale": (0.35, 1.0)}),
+    "mild_shift": Variant("no shift in the last fifth", {"mild": lambda: Milder(translate=0)}),
+    "crop": Variant("crops of 35 to 100 % of the area", options={"scale": 0.35}),
     "crop_mild": Variant(
         "crops of 35 to 100 % of the area, of 80 to 100 % in the last fifth",
-        with_("mild", lambda: Milder(crop_scale=(0.8, 1.0))),
-        {"crop_scale": (0.35, 1.0)},
+        {"mild": lambda: Milder(crop_scale=(0.8, 1.0))},
+        {"scale": 0.35},
     ),
     "progressive": Variant(
         "ProgressiveResizing from 0.75, 1.25 times the steps",
-        with_("sizes", lambda: tricks.ProgressiveResizing(start_scale=0.75, start=0.4, end=0.8, multiple_of=4)),
+        {"sizes": lambda: tricks.ProgressiveResizing(start_scale=0.75, start=0.4, end=0.8, multiple_of=4)},
         length=1.25,
     ),
     "batch_half": Variant("batches of half the size, as many images", length=2.0, batch=0.5),
@@ -134,8 +118,9 @@ def make(work: tuple[str, int, Scale, Path]) -> dict[str, Any]:
     variant, chosen = VARIANTS[name], choices("ours", 0)
     steps = round(variant.length * scale.steps)
     scaled = dataclasses.replace(scale, batch_size=round(variant.batch * scale.batch_size))
-    run = Run(scaled, cache, Path(), seed, steps, chosen["lr"], chosen["decay"], chosen["options"])
-    found = train(run, "val", lambda: ours_run(run, variant.change, **variant.data))
+    options = {**chosen["options"], **variant.options}
+    run = Run(scaled, cache, Path(), seed, steps, chosen["lr"], chosen["decay"], options)
+    found = train(run, "val", lambda: ours_run(run, variant.changes, **variant.data))
     return {"variant": name, "seed": seed, **found, "settings": asdict(scale), "machine": machine(scale.device)}
 
 
@@ -169,16 +154,15 @@ def report(out: Path, lines: Sequence[dict[str, Any]], scale: Scale) -> None:
         "",
         f"Means over the seeds that are listed, paired, on {HELD_OUT} held-out images. Few seeds show large effects "
         f"only: the stack has {', '.join(base)} by seed. All rates are the first choice of the row in "
-        "peers_runs.py. Cost is CPU seconds without the making of batches.",
+        "peers_runs.py: the SGD without Muon was not tuned. Cost is CPU seconds without the making of batches, "
+        "which vary by about a tenth with other work on the machine.",
         "",
         f"ResNet-18-D of width {scale.width:g}, {scale.epochs} epochs of {scale.images} images in batches of "
         f"{scale.batch_size}, {scale.size} pixels, {scale.precision}.",
         "",
         *(f"- {name}" for name in sorted({line["machine"] for line in lines})),
         "",
-        "`python benchmarks/screening.py --data cifar10 --out RESULTS "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(scale).items())
-        + "`",
+        f"`python benchmarks/screening.py --data cifar10 --out RESULTS {scale.flags}`",
         "",
     ]
     (out / "screening.md").write_text("\n".join(text))
@@ -194,11 +178,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    sizes = {name: value for name, value in asdict(Scale()).items() if name != "device"}
-    for name, value in sizes.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    Scale.add_flags(parser)
     args = parser.parse_args()
-    scale = Scale(**{name: getattr(args, name) for name in sizes}, device=args.device)
+    scale = Scale.of(args)
     args.out.mkdir(parents=True, exist_ok=True)
     load(args.data, args.cache)
     file = args.out / "screening.jsonl"

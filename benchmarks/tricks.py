@@ -196,13 +196,14 @@ def report(image_size: int, batch_size: int, steps: int) -> str:
     missing = [work for work in WORK if not any(hasattr(getattr(callbacks, name), work) for name in callbacks.__all__)]
     assert not missing, f"no trick has the method {missing[0]}: its work would not be timed"
     lines, plain = ["| | ms (lower is better) | % of a step | expected % | memory in MB |", "|---|---|---|---|---|"], []
+    without = kept([])
     weights = sum(weight.nbytes for weight in start.values()) / 1e6
     for name, names in candidates().items():
         module.load_state_dict(start)
         step, inside = measure(names, image_size, batch_size, steps, module)
         step -= inside
         plain.append(step)
-        extra = kept(names) - kept([])
+        extra = kept(names) - without
         cells = [f"{1000 * inside:.1f}", f"{100 * inside / step:.2f}", str(EXPECTED.get(name, 0)), str(round(extra))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     model = next(

@@ -92,7 +92,7 @@ def usage(name: str, example: dict[str, Any], config: str) -> Iterator[str]:
 def costs() -> dict[str, str]:
     """Return sentences with the share of a ResNet-50 step on a CPU by trick."""
     text = (RESULTS / "tricks.md").read_text()
-    batch, side = re.search(r"batch of (\d+) at (\d+) x \d+", text).groups()  # type: ignore[union-attr]
+    [(batch, side)] = re.findall(r"\(batch of (\d+) at (\d+) x \d+", text)
     step = f"a training step of ResNet-50 with {batch} images of {side} pixels on a CPU"
     table = f"[table]({REPOSITORY}/blob/main/benchmarks/results/tricks.md)"
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
@@ -103,7 +103,7 @@ def costs() -> dict[str, str]:
 def memory() -> dict[str, str]:
     """Return sentences with the tensors that a trick keeps between steps, by trick."""
     text = (RESULTS / "tricks.md").read_text()
-    [weights] = re.search(r"weights, which take (\d+) MB", text).groups()  # type: ignore[union-attr]
+    [weights] = re.findall(r"weights, which take (\d+) MB", text)
     found = {}
     for name, number in re.findall(r"^\| (\w+) \|.*\| (-?\d+) \|$", text, re.MULTILINE):
         kept = f"{abs(int(number))} MB {'less' if int(number) < 0 else 'more'}" if int(number) else "no more"

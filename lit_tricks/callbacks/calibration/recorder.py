@@ -237,7 +237,7 @@ class _LossInputs(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_on = False
+        self._entered = contextlib.ExitStack()
         self._shapes: list[torch.Size] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -247,14 +247,11 @@ class _LossInputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def start(self) -> None:
-        if not self._is_on:
-            self._is_on = True
-            self.__enter__()  # type: ignore[no-untyped-call]
+        self.stop()
+        self._entered.enter_context(self)
 
     def stop(self) -> None:
-        if self._is_on:
-            self._is_on = False
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._entered.close()
 
     def may_get(self, output: Tensor) -> bool:
         """Return whether a loss for as many images got as many classes, or no loss got as many images."""
