@@ -298,6 +298,14 @@ def test_what_was_found_is_logged(namespace: str) -> None:
     assert [record.getMessage() for record in records] == ["Freeze: net.0 (48 parameters, 48%) frozen to the end"]
 
 
+def test_a_part_is_never_logged_as_100_percent(caplog: pytest.LogCaptureFixture) -> None:
+    module = module_class("lightning")()
+    module.net[0].extend([nn.Linear(16, 400), nn.Linear(400, 16)])  # 99.6 % of all parameters
+    with caplog.at_level("INFO", logger="lit_tricks"):
+        make_trainer(Freeze(["net.0"]), max_steps=1).fit(module, train_loader(), eval_loader())
+    assert "parameters, 99%) frozen" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("modules", "message"),
     [

@@ -312,7 +312,7 @@ class Freezing(Trick):
             size = sum(pl_module.get_parameter(name).numel() for name in held.parameters)
             until = "to the end" if step is None else f"until step {step}"
             factor = f", learning rate x {stage.lr_factor:g}" if stage.lr_factor != 1 else ""
-            texts.append(f"{some_of(held.found)} ({size:,} parameters, {size / total:.0%}) frozen {until}{factor}")
+            texts.append(f"{some_of(held.found)} ({size:,} parameters, {100 * size // total}%) frozen {until}{factor}")
         return "; ".join(texts)
 
     @staticmethod
