@@ -6,6 +6,7 @@ even with a warm-up.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 
 from lit_tricks._compat import callbacks_of, leaves, lightning_classes, saved_hparams, training_source
 from lit_tricks.callbacks.base import Trick
+from lit_tricks.callbacks.optim.lr_factors import is_one_cycle, scale_one_cycle
 from lit_tricks.callbacks.optim.param_groups import Group, on_each_group, optimizers_in
 from lit_tricks.utils.arguments import choice, integer
 from lit_tricks.utils.batch import describe, images_in_list
@@ -54,8 +56,8 @@ class LinearScaling(Trick):
 
     Every learning rate becomes ``lr * batch / base_batch_size``. Here ``batch`` is the effective batch size: batch
     size, times processes that get different data, times accumulated batches. The scaling happens when the optimizers
-    are built, so schedulers start from the scaled learning rate. Schedulers that set their own learning rate, such as
-    ``OneCycleLR(max_lr=...)``, are rejected.
+    are built, so schedulers start from the scaled learning rate. The ``max_lr`` of a ``OneCycleLR`` is scaled too.
+    Other schedulers that set their own learning rate, such as ``CyclicLR``, are rejected.
 
     Cost: none. Use it to transfer hyperparameters to another batch size, with a warm-up if the batch size grows. Leave
     it out if the learning rate was found at the batch size of the run, for example by a learning rate finder.
@@ -76,7 +78,7 @@ class LinearScaling(Trick):
         ``- {class_path: LinearScaling, init_args: {base_batch_size: 256}}``
     """
 
-    _base: list[float]  # rates of the parameter groups before scaling
+    _base: list[float | None]  # learning rates of the groups before scaling, None with a OneCycleLR
     _restored: float | None  # factor of the resumed run
     _is_seen: bool  # whether a batch had the expected size
 
@@ -112,7 +114,9 @@ class LinearScaling(Trick):
         """
         schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         found = [rate for optimizer in trainer.optimizers for rate in _rates(optimizer)]
-        scaled = [lr * self._factor for lr in self._base]
+        known = itertools.zip_longest(self._base, found, fillvalue=0.0)
+        base = [rate / self._factor if lr is None else lr for lr, rate in known][: len(self._base)]
+        scaled = [lr * self._factor for lr in base]
         same = len(found) == len(scaled) and all(map(partial(math.isclose, rel_tol=1e-6), found, scaled))
         if not same and self._restored is None:  # a resumed finetuning callback has restored other learning rates
             cause = f"the {schedulers[0]}" if schedulers else "something else"
@@ -124,7 +128,7 @@ class LinearScaling(Trick):
         ratio = f"{self._batch.total}/{self.base_batch_size}"
         times = ratio if self.rule == "linear" else f"sqrt({ratio})"
         product = f" ({self._batch.total} = {self._batch})" if self._batch.total > self._batch.size else ""
-        self.announce(f"{_text(self._base)} x {times} = {_text(scaled)}{product}")
+        self.announce(f"{_text(base)} x {times} = {_text(scaled)}{product}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check the size of the first batch, and log the factor.
@@ -178,13 +182,17 @@ class LinearScaling(Trick):
         with on_each_group(self._scale_group):
             configured = configure_optimizers(*args, **kwargs)
         for optimizer in optimizers_in(configured):
-            base = [group.pop(_MARK, None) for group in optimizer.param_groups]
+            base: list[float | None] = [group.pop(_MARK, None) for group in optimizer.param_groups]
             if None in base:
                 raise RuntimeError(
                     f"LinearScaling found a {type(optimizer).__name__} without a learning rate that it could scale: "
                     f"build it in configure_optimizers of {type(pl_module).__name__}, with an lr, or remove "
                     "LinearScaling."
                 )
+            for index, group in enumerate(optimizer.param_groups):
+                if is_one_cycle(group):
+                    base[index] = None
+                    scale_one_cycle(group, self._factor)
             self._base += base
         if not self._base:
             raise RuntimeError(f"LinearScaling found no optimizer to scale: {type(pl_module).__name__} has none.")
@@ -210,8 +218,11 @@ class LinearScaling(Trick):
 
 
 def _rates(optimizer: Optimizer) -> list[float]:
-    """Return the rates that a schedule starts from."""
-    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    """Return the rates that a schedule starts from, or the peak of a OneCycleLR."""
+    return [
+        float(group["max_lr"] if is_one_cycle(group) else group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+    ]
 
 
 def _text(rates: list[float]) -> str:

@@ -85,6 +85,7 @@ class Muon(GroupSplitting):
     Cost: 3.6 % of a training step of ResNet-50 with 256 images of 224 pixels. The time is the same for every batch
     size, and so a larger share of a step with fewer images. The state has one tensor per weight. Use it in short runs
     from scratch, up to about 30 epochs. Leave it out for fine-tuning, where the optimizer of the pretraining is safer.
+    ``lr`` is the peak of a ``OneCycleLR`` that the module brings, whose ``max_lr`` is the peak of all other parameters.
     With SWA, ``SWA(lr=...)`` sets the largest learning rate of all parameter groups, and the others keep their ratio to
     it.
 
@@ -175,9 +176,9 @@ class Muon(GroupSplitting):
                 return "rest", 1.0
             if not lr:
                 raise RuntimeError(f"Muon found a learning rate of 0 in {name}. Set the rate of the other parameters.")
-            return "muon", self.lr / lr
+            return "muon", 1.0
 
-        factors = LRFactors("Muon", part_of)
+        factors = LRFactors("Muon", part_of, {"muon": self.lr})
         with factors.applied():
             configured = configure_optimizers(*args, **kwargs)
         factors.finish(configured, name)

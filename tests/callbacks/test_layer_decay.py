@@ -211,7 +211,7 @@ def test_networks_without_layers_are_rejected() -> None:
     built = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(RuntimeError, match="not built in configure_optimizers"):
         run(LayerDecay(), optimizers=lambda m: built)
-    cycle = lambda m: ([o := one(m)], [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=12)])  # noqa: E731
+    cycle = lambda m: ([o := one(m)], [torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2, cycle_momentum=False)])  # noqa: E731
     with pytest.raises(RuntimeError, match="scheduler in configure_optimizers"):
         run(LayerDecay(), optimizers=cycle)
     with pytest.raises(RuntimeError, match="LearningRateFinder"):
@@ -219,6 +219,18 @@ def test_networks_without_layers_are_rejected() -> None:
     model = Classifier("resnet", 3, {"depth": 18, "width": 1 / 32}, input_size=(1, 8, 8), layer_decay=0.5)
     with pytest.raises(RuntimeError, match=r"layer_decay=0\.5 of Classifier"):
         make_trainer(LayerDecay()).fit(model, train_loader(), eval_loader())
+
+
+def test_one_cycle_has_a_peak_for_each_layer() -> None:
+    def one_cycle(module: Any, max_lr: Any = 0.1, split: bool = False) -> Any:
+        groups = [module.net[0].parameters(), module.net[1].parameters()] if split else [module.parameters()]
+        optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.3, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=13)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    tricked = run(LayerDecay(0.5), optimizers=one_cycle)
+    by_hand = run(optimizers=lambda module: one_cycle(module, [0.05, 0.1], split=True))
+    assert not differences(tricked.weights, by_hand.weights)
 
 
 def test_group_that_is_added_later_is_an_error() -> None:

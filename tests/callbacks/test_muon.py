@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -277,11 +278,37 @@ def test_optimizers_that_do_not_fit_are_rejected(make: Any, message: str) -> Non
         fitted(Trained(make), Muon())
 
 
-def test_schedulers_that_set_one_rate_are_rejected() -> None:
-    def make(parameters: Any) -> Any:
-        optimizer = SGD(parameters, lr=0.1, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)]
+def one_cycle(parameters: Any, scheduler: Any = torch.optim.lr_scheduler.OneCycleLR, **kwargs: Any) -> Any:
+    optimizer = SGD(parameters, lr=0.05, momentum=0.9)
+    return [optimizer], [{"scheduler": scheduler(optimizer, **kwargs), "interval": "step"}]
 
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_cycle_has_the_learning_rate_of_each_part_as_its_peak(order: int) -> None:
+    """OneCycleLR ignores the optimizer's learning rate, so Muon's is the peak. Other factors multiply both peaks."""
+    rates: dict[str, list[float]] = {"rest": [], "muon": []}
+
+    class Spy(Muon):
+        def _after_step(self, optimizer: Any, *rest: Any) -> None:
+            for group in optimizer.param_groups:
+                rates[group["name"].split("_")[-1]].append(group["lr"])
+            super()._after_step(optimizer, *rest)
+
+    tricks = [Spy(0.04), LinearScaling(8, batch_size=4)]
+    module = Trained(partial(one_cycle, max_lr=0.2, total_steps=7))
+    fitted(module, *tricks[::order], max_steps=6)
+    for name, peak in (("rest", 0.2 / 2), ("muon", 0.04 / 2)):
+        [_], [reference] = one_cycle([nn.Parameter(torch.zeros(1))], max_lr=peak, total_steps=7)
+        expected = []
+        for _ in range(6):
+            expected.append(reference["scheduler"].get_last_lr()[0])
+            reference["scheduler"].optimizer.step()
+            reference["scheduler"].step()
+        assert rates[name] == pytest.approx(expected, rel=1e-12), name
+
+
+def test_schedulers_that_set_one_rate_are_rejected() -> None:
+    make = partial(one_cycle, scheduler=torch.optim.lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1)
     with pytest.raises(RuntimeError, match="a scheduler in configure_optimizers of Trained set others"):
         fitted(Trained(make), Muon(LR))
 

@@ -99,13 +99,13 @@ def test_checkpoint_with_other_factors_is_an_error(tmp_path: Path) -> None:
 
 
 def test_scheduler_with_learning_rates_of_its_own_is_an_error() -> None:
-    def one_cycle(module: Any) -> Any:
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=12)]
+    def cyclic(module: Any) -> Any:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.2)]
 
     with pytest.raises(RuntimeError, match=r"Unfreeze.*scheduler"):
-        run(Unfreeze({"net.0.0": 1}, {"net.0.0": 0.5}), optimizers=one_cycle)
-    run(Unfreeze({"net.0.0": 1}), optimizers=one_cycle)
+        run(Unfreeze({"net.0.0": 1}, {"net.0.0": 0.5}), optimizers=cyclic)
+    run(Unfreeze({"net.0.0": 1}), optimizers=cyclic)
 
 
 def test_schedule_is_logged_and_a_late_moment_is_a_warning() -> None:
