@@ -169,7 +169,12 @@ def stages(
         if "ours_teacher" in args.rows and not file.exists():
             print(f"there is no {file}: ours_teacher is left out. To train the teacher again, remove its line.")
         rows = [row for row in args.rows if file.exists() or row != "ours_teacher"]
-        return [{"stage": "tune", "row": row, "trial": trial} for trial in range(args.trials) for row in rows]
+        return [
+            {"stage": "tune", "row": row, "trial": trial}
+            for trial in range(-max(len(row.more) for row in ROWS.values()), args.trials)
+            for row in rows
+            if trial >= -len(ROWS[row].more)
+        ]
 
     def test() -> list[Cell]:
         found = [(line["row"], line["trial"]) for line in done() if line["stage"] == "tune"]
@@ -177,7 +182,7 @@ def stages(
         for row in args.rows:
             if row not in tuned:
                 print(f"{row}: trials are missing, so it is not tested", flush=True)
-        ours = [row for row in tuned if not ROWS[row].peer]
+        ours = [row for row in tuned if not ROWS[row].peer and not ROWS[row].base]
         headline = list(ours)
         if len(ours) < len(tuned):
             headline += [best_peer(done()), *(row + COST for row in ours)]
@@ -198,7 +203,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "evidence-cifar10.npz")
     parser.add_argument("--stage", choices=("teacher", "tune", "all", "report"), default="all", help="the last one")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--trials", type=int, default=6, help="of each row")
+    parser.add_argument("--trials", type=int, default=5, help="of each row")
     parser.add_argument("--headline-seeds", type=int, default=8, help="of ours, at both axes, and of the best peer")
     parser.add_argument("--seeds", type=int, default=5, help="of the other peers")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no run after them")

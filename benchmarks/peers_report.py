@@ -18,6 +18,7 @@ from lit_tricks.run.report.ablation_table import paired_change
 
 Line = dict[str, Any]
 Values = dict[int, float]  # by seed
+METRICS = {"top1": 2, "flip": 2, "nll": 3, "ece": 2}  # with their digits
 COST = "_at_cost"  # suffix of a row of ours with as many steps as the cost of the best peer allows
 
 
@@ -52,8 +53,11 @@ def best_peer(done: Sequence[Line]) -> str:
 
 
 def cost(done: Sequence[Line], row: str) -> float:
-    """Return the mean seconds of a step in the trials of a row, without the making of batches."""
-    return statistics.fmean((line["seconds"] - line["data_seconds"]) / line["steps"] for line in trials_of(done, row))
+    """Return the seconds of a step of a row without the making of batches: the median of its trials.
+
+    Other work on the machine makes single runs slower.
+    """
+    return statistics.median((line["seconds"] - line["data_seconds"]) / line["steps"] for line in trials_of(done, row))
 
 
 def tests_of(done: Sequence[Line], row: str) -> list[Line]:
@@ -96,19 +100,27 @@ def results(done: Sequence[Line], scale: Scale) -> list[str]:
     for row in shown(done):
         runs = tests_of(done, row)
         seconds = [statistics.fmean(run["seconds"] - part * run["data_seconds"] for run in runs) for part in (1, 0)]
-        metrics = [spread(values(done, row, name), digits) for name, digits in (("top1", 2), ("nll", 3), ("ece", 2))]
+        metrics = [spread(values(done, row, name), digits) for name, digits in METRICS.items()]
         epochs = statistics.fmean(run["steps"] for run in runs) * scale.epochs / scale.steps
         lines.append([title(row), *metrics, f"{epochs:.1f}", *(f"{s:.0f}" for s in seconds), str(len(runs))])
-    head = ["", "top-1 in %", "NLL", "ECE in %", "epochs", f"cost, {unit}", f"with data, {unit}", "seeds"]
+    names = ["top-1 in %", "with flips in %", "NLL", "ECE in %", "epochs"]
+    head = ["", *names, f"cost, {unit}", f"with data, {unit}", "seeds"]
     return table(head, lines)
 
 
 def pairs(done: Sequence[Line]) -> list[tuple[str, str]]:
-    """Return the rows of ours with the peers that they are compared with, the best one first."""
+    """Return the rows of ours with the rows that they are compared with, the best peer first."""
     rows = shown(done)
     peers = sorted((r for r in rows if not r.endswith(COST) and ROWS[r].peer), key=lambda r: -held_out(done, r))
-    ours = [row for row in rows if row.endswith(COST) or not ROWS[row].peer]
-    return [(row, peer) for row in ours for peer in (peers[:1] if row.endswith(COST) else peers)]
+    found = []
+    for row in rows:
+        if row.endswith(COST):
+            found += [(row, peer) for peer in peers[:1]]
+        elif ROWS[row].base:
+            found += [(row, ROWS[row].base)] * (ROWS[row].base in rows)
+        elif not ROWS[row].peer:
+            found += [(row, peer) for peer in peers]
+    return found
 
 
 def shared(done: Sequence[Line], row: str, peer: str) -> tuple[list[float], list[float]]:
@@ -141,14 +153,15 @@ def sentences(done: Sequence[Line]) -> list[str]:
     lines = []
     for row, peer in pairs(done):
         mine, others = shared(done, row, peer)
-        if len(mine) < 2 or peer != pairs(done)[0][1]:
+        best = row.endswith(COST) or not ROWS[row].base
+        if len(mine) < 2 or (best and peer != best_peer(done)):
             continue
         middle, low, high = reduction(mine, others)
         word = "fewer" if middle >= 0 else "more"
         verdict = "" if low > 0 or high < 0 else " The interval contains 0: this may be chance."
         lines.append(
-            f"- {title(row)}: {abs(middle):.1f} % {word} errors than the best peer, {title(peer)} (95 % interval of "
-            f"the reduction {low:.1f} to {high:.1f} %).{verdict}"
+            f"- {title(row)}: {abs(middle):.1f} % {word} errors than {'the best peer, ' * best}{title(peer)} (95 % "
+            f"interval of the reduction {low:.1f} to {high:.1f} %).{verdict}"
         )
     return lines
 
@@ -209,10 +222,11 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
         "",
         *tuning(done),
         "",
-        "Top-1 in %, higher is better, of one seed. The first choice is the script's default, or the recipe's. The "
-        "other trials are the same points of a Halton sequence in the space of each row: learning rate (for a batch of "
-        "256) and weight decay, both logarithmic, and the strengths of regularization in peers_runs.py. All trials are "
-        "lines of peers.jsonl.",
+        "Top-1 in %, higher is better, of one seed. The first choice is the script's default, or for ours the best of "
+        "screening.md. The other trials are the same points of a Halton sequence in the space of each row: learning "
+        "rate (for a batch of 256) and weight decay, both logarithmic, and the strengths of regularization in "
+        "peers_runs.py. The best peer has further trials around its best one, because screening.md has more runs of "
+        "ours. All trials are lines of peers.jsonl.",
         "",
         f"All rows: ResNet-18-D of width {scale.width:g}, {steps}, {scale.size} pixels, {scale.precision}, whole test "
         f"images. What the scripts scale by epochs is scaled to this run (peers_runs.py).{taught}",

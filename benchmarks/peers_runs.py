@@ -13,7 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -372,12 +372,31 @@ def tutorial_run(run: Run) -> dict[str, nn.Module]:
 
     Its learning rate is the peak of the cycle, for a batch of 256. Images are resized first if they are smaller here.
     """
+    return tutorial_fit(run, [tricks.ChannelsLast()])
+
+
+def tutorial_tricks_run(run: Run) -> dict[str, nn.Module]:
+    """Lightning's tutorial, with its module, its images and its cycle of the learning rate, and our callbacks.
+
+    The rate and the weight decay of the trial are Muon's. What Muon leaves to the optimizer of the module has the
+    rate and the weight decay of the tutorial.
+    """
+    options = run.options
+    callbacks: list[Callback] = [
+        tricks.ZeroGamma(), tricks.NoBiasDecay(), tricks.ChannelsLast(), tricks.LabelSmoothing(options["strength"]),
+        tricks.Muon(lr=run.scaled(0.5), weight_decay=run.decay),
+    ]  # fmt: skip
+    return tutorial_fit(replace(run, lr=0.1, decay=5e-4), callbacks)
+
+
+def tutorial_fit(run: Run, callbacks: list[Callback]) -> dict[str, nn.Module]:
+    """Train the module of the tutorial on its images with these callbacks."""
     size = run.scale.size
     net = run.scale.network().to(memory_format=torch.channels_last)
     steps = [transforms.Resize(size)] if size != 32 else []
     steps += [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     data = run.data(transforms.Compose([*steps, normalize(run.data())]))
-    fit(run, Tutorial(net, run), data, [tricks.ChannelsLast()])
+    fit(run, Tutorial(net, run), data, callbacks)
     return {"weights": net.to(run.scale.device)}
 
 
@@ -439,6 +458,8 @@ class Row:
         decay: the same for the weight decay.
         options: strengths of regularization. The first is the first choice.
         peer: whether it is a peer's row.
+        base: the row that it is compared with, if it is not compared with all peers.
+        more: learning rates and weight decays of further trials with the last options.
     """
 
     title: str
@@ -447,6 +468,8 @@ class Row:
     decay: tuple[float, float, float]
     options: list[dict[str, Any]]
     peer: bool = True
+    base: str = ""
+    more: tuple[tuple[float, float], ...] = ()
 
 
 def timm_options(opt: str, mixup: float = 0.0) -> list[dict[str, Any]]:
@@ -466,7 +489,10 @@ ROWS = {
     "timm": Row("timm, defaults", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd")),
     "timm_mixup": Row("timm, mixup 0.2", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd", 0.2)),
     "timm_muon": Row("timm, muon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("muon")),
-    "timm_nadamuon": Row("timm, nadamuon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("nadamuon")),
+    "timm_nadamuon": Row(
+        "timm, nadamuon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("nadamuon"),
+        more=((0.0276, 0.276), (0.0069, 0.276), (0.0276, 0.1), (0.0138, 0.1), (0.05, 0.1)),
+    ),
     "torchvision": Row(
         "torchvision, new recipe", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(True)
     ),
@@ -479,32 +505,36 @@ ROWS = {
     ),
     "ours": Row(
         "ours, no teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
-        [
-            {"scale": 0.0, "smoothing": 0.1, "schedule": "cosine"},
-            {"scale": 0.0, "smoothing": 0.1, "schedule": "linear"},
-            {"scale": 0.35, "smoothing": 0.1, "schedule": "linear"},
-        ],
+        [{"scale": scale, "smoothing": 0.1, "schedule": "linear"} for scale in (0.7, 0.35, 0.0)],
         peer=False,
     ),
     "ours_teacher": Row(
         "ours, teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
         [
-            {"scale": 0.0, "smoothing": 0.0, "schedule": "cosine", "loss": "kl", "temperature": 4.0},
-            {"scale": 0.0, "smoothing": 0.0, "schedule": "cosine", "loss": "dist", "temperature": 1.0},
-            {"scale": 0.35, "smoothing": 0.0, "schedule": "cosine", "loss": "kl", "temperature": 4.0},
+            {"scale": scale, "smoothing": 0.0, "schedule": "linear", "loss": loss, "temperature": temperature}
+            for scale, loss, temperature in ((0.7, "kl", 4.0), (0.35, "kl", 4.0), (0.7, "dist", 1.0))
         ],
         peer=False,
     ),
+    "tutorial_tricks": Row(
+        "Lightning's tutorial, our callbacks", tutorial_tricks_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
+        [{"smoothing": 0.0, "strength": strength} for strength in (0.1, 0.05, 0.2)],
+        peer=False, base="tutorial",
+    ),
 }  # fmt: skip
-TEACHER = {"scale": 0.0, "smoothing": 0.0, "schedule": "cosine", "teaches": True}
+TEACHER = {"scale": 0.7, "smoothing": 0.0, "schedule": "linear", "teaches": True}
 
 
 def choices(row: str, trial: int) -> dict[str, Any]:
     """Return learning rate, weight decay and options of a trial.
 
-    Trial 0 is the first choice. The others are points of a Halton sequence, the same in the space of each row.
+    Trial 0 is the first choice. The others are points of a Halton sequence, the same in the space of each row. Further
+    trials have the numbers -1, -2, ...
     """
     space = ROWS[row]
+    if trial < 0:
+        lr, decay = space.more[-1 - trial]
+        return {"lr": lr, "decay": decay, "options": space.options[-1]}
     if trial == 0:
         return {"lr": space.lr[0], "decay": space.decay[0], "options": space.options[0]}
     point = qmc.Halton(3, seed=0).random(trial)[-1]
@@ -515,16 +545,22 @@ def choices(row: str, trial: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def scores(net: nn.Module, loader: Any, device: str) -> dict[str, float | None]:
-    """Return top-1 and expected calibration error (15 bins) in per cent, and the negative log-likelihood, in fp32."""
+    """Return top-1 and expected calibration error (15 bins) in per cent, and the negative log-likelihood, in fp32.
+
+    "flip" is the top-1 of the mean logits of an image and its mirror image.
+    """
     net.eval()
-    found = [(net(images.to(device)).float().cpu(), labels) for images, labels in loader]
-    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    top1 = 100 * float((logits.argmax(1) == labels).double().mean())
+    found = []
+    for batch, labels in loader:
+        images = batch.to(device)
+        found.append((net(images).float().cpu(), net(images.flip(3)).float().cpu(), labels))
+    logits, mirrored, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    top1, flip = (100 * float((x.argmax(1) == labels).double().mean()) for x in (logits, logits + mirrored))
     nll = float(F.cross_entropy(logits.double(), labels))
     if not np.isfinite(nll):  # the run diverged
-        return {"top1": top1, "nll": None, "ece": None}
+        return {"top1": top1, "flip": flip, "nll": None, "ece": None}
     ece = float(multiclass_calibration_error(logits.softmax(1), labels, num_classes=10, n_bins=15))
-    return {"top1": top1, "nll": nll, "ece": 100 * ece}
+    return {"top1": top1, "flip": flip, "nll": nll, "ece": 100 * ece}
 
 
 def train(run: Run, split: Split, make: Callable[[], dict[str, nn.Module]]) -> dict[str, Any]:
