@@ -225,8 +225,8 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
         "Top-1 in %, higher is better, of one seed. The first choice is the script's default, or for ours the best of "
         "screening.md. The other trials are the same points of a Halton sequence in the space of each row: learning "
         "rate (for a batch of 256) and weight decay, both logarithmic, and the strengths of regularization in "
-        "peers_runs.py. The best peer has further trials around its best one, because screening.md has more runs of "
-        "ours. All trials are lines of peers.jsonl.",
+        "peers_runs.py. Our rows and the best peer have five further trials around their best ones. All trials are "
+        "lines of peers.jsonl.",
         "",
         f"All rows: ResNet-18-D of width {scale.width:g}, {steps}, {scale.size} pixels, {scale.precision}, whole test "
         f"images. What the scripts scale by epochs is scaled to this run (peers_runs.py).{taught}",

@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/screening.py --data cifar10 --out RESULTS --epochs 10 --images 10000 \\
         --size 16 --batch-size 128 --jobs 2
 
-The stack is the first choice of the row "ours" in peers_runs.py. Images, settings and cost are as in
-peers.py. No test image is used. A change is worth another look where both seeds gain.
+The stack is the row "ours" of peers_runs.py, with WarmupCosine and shifted images. Images, settings and cost are as in
+peers.py. No test image is used. A change is worth another look where both seeds gain. The first choice of the row has
+the changes that gained.
 
 A variant at equal cost trains for more or fewer steps, by the share that its title states. Finished runs are lines of
 OUT/screening.jsonl. A repeated command continues. The table is OUT/screening.md.
@@ -71,6 +72,7 @@ class Variant:
     batch: float = 1.0
 
 
+STACK = {"scale": 0.0, "smoothing": 0.1, "schedule": "cosine"}  # options of the row
 VARIANTS = {
     "stack": Variant("the stack"),
     "no_muon": Variant("without Muon: SGD, four times its learning rate", {"muon": None}),
@@ -98,6 +100,10 @@ VARIANTS = {
     "shift_1": Variant("shift of a sixteenth of the side", data={"translate": 1}),
     "mild_shift": Variant("no shift in the last fifth", {"mild": lambda: Milder(translate=0)}),
     "crop": Variant("crops of 35 to 100 % of the area", options={"scale": 0.35}),
+    "crop_70": Variant("crops of 70 to 100 % of the area", options={"scale": 0.7}),
+    "crop_70_linear": Variant(
+        "crops of 70 to 100 % of the area, WarmupLinear", options={"scale": 0.7, "schedule": "linear"}
+    ),
     "crop_mild": Variant(
         "crops of 35 to 100 % of the area, of 80 to 100 % in the last fifth",
         {"mild": lambda: Milder(crop_scale=(0.8, 1.0))},
@@ -118,7 +124,7 @@ def make(work: tuple[str, int, Scale, Path]) -> dict[str, Any]:
     variant, chosen = VARIANTS[name], choices("ours", 0)
     steps = round(variant.length * scale.steps)
     scaled = dataclasses.replace(scale, batch_size=round(variant.batch * scale.batch_size))
-    options = {**chosen["options"], **variant.options}
+    options = {**STACK, **variant.options}
     run = Run(scaled, cache, Path(), seed, steps, chosen["lr"], chosen["decay"], options)
     found = train(run, "val", lambda: ours_run(run, variant.changes, **variant.data))
     return {"variant": name, "seed": seed, **found, "settings": asdict(scale), "machine": machine(scale.device)}
