@@ -110,6 +110,7 @@ class Muon(GroupSplitting):
     _chosen: dict[int, int]  # groups of the layer, by the identity of its weight
     _handles: list[Any]
     _held: dict[int, Tensor]  # gradients of the step in progress, by the identity of the matrix
+    _loaded: dict[Tensor, Any]  # states of the matrices while an optimizer loads a checkpoint
     _lr: float | Tensor
 
     def __init__(self, lr: float = 0.05, momentum: float = 0.95, weight_decay: float = 0.05) -> None:
@@ -202,7 +203,11 @@ class Muon(GroupSplitting):
                 self.wrap(optimizer, "step", partial(self._step, optimizer))
                 keep_scheduler_mark(step, optimizer.step)
                 # It is the first hook, so that what sets learning rates for a step, as SWA, does so for both parts.
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+                self._handles += [
+                    optimizer.register_step_post_hook(self._after_step),
+                    optimizer.register_load_state_dict_pre_hook(self._hold_momenta),
+                    optimizer.register_load_state_dict_post_hook(self._load_momenta),
+                ]
         if not any(map(_is_matrices, groups_of(optimizers))):
             raise RuntimeError(
                 f"Muon has no effect: the optimizers of {name} have no weight of a convolution or linear layer before "
@@ -242,6 +247,24 @@ class Muon(GroupSplitting):
                     local = to_local(weight)
                     local.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
 
+    def _hold_momenta(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Remove the momentum of the matrices: Adam and others fail on a state without entries of their own."""
+        matrices = {
+            key: parameter
+            for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
+            if _is_matrices(group)
+            for key, parameter in zip(saved["params"], group["params"], strict=False)
+        }
+        state = state_dict["state"]
+        self._loaded = {parameter: state[key] for key, parameter in matrices.items() if _BUFFER in state.get(key, {})}
+        return {**state_dict, "state": {key: value for key, value in state.items() if key not in matrices}}
+
+    def _load_momenta(self, optimizer: Optimizer) -> None:
+        for parameter, state in self._loaded.items():
+            momentum = state[_BUFFER].to(device=parameter.device, dtype=parameter.dtype)
+            optimizer.state[parameter] = {**state, _BUFFER: momentum}
+        self._loaded = {}
+
     def _momenta(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> list[Tensor]:
         """Update the momentum of weights, and return Nesterov's mixture with the gradients: parts of this process."""
         for weight in weights:
@@ -256,7 +279,7 @@ class Muon(GroupSplitting):
 
     def _forget(self) -> None:
         self._names = GroupNames(f"Muon(lr={self.lr:g})", "network")
-        self._chosen, self._handles, self._held = {}, [], {}
+        self._chosen, self._handles, self._held, self._loaded = {}, [], {}, {}
         self._lr = self.lr
 
 

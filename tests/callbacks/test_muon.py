@@ -226,6 +226,22 @@ def test_a_resumed_run_is_bitwise_the_whole_one(tmp_path: Any, where: int) -> No
     assert whole.trainer.global_step == resumed.trainer.global_step
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RMSprop", "ASGD", "Adagrad", "OneCycleLR"])
+def test_a_run_resumes_with_any_optimizer(tmp_path: Any, kind: str) -> None:
+    """Adam and others expect entries of their own in every state that they load."""
+
+    def make(module: Any) -> Any:
+        if kind == "OneCycleLR":
+            return one_cycle(module.parameters(), max_lr=0.2, total_steps=13)
+        return getattr(torch.optim, kind)(module.parameters(), lr=1e-3)
+
+    saver = Saver(tmp_path, steps=(3,))
+    whole = run(Muon(LR), saver, optimizers=make)
+    resumed = run(Muon(LR), ckpt_path=saver.paths[0], optimizers=make)
+    assert whole.trainer.global_step == resumed.trainer.global_step
+    assert not differences((whole.weights, whole.optimizers), (resumed.weights, resumed.optimizers))
+
+
 def test_parameters_without_a_gradient_do_not_move() -> None:
     module = Trained()
     module.net.wide.requires_grad_(False)
