@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.optim.lr_scheduler import CyclicLR
 
+from lit_tricks._compat import leaves
 from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.finetuning.eval_transform import EvalTransforms
 from lit_tricks.callbacks.finetuning.freezing import Frozen, reject_conflicts
 from lit_tricks.callbacks.optim.initializer import sign_of_training
-from lit_tricks.callbacks.optim.lr_factors import set_base_lr
-from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group
+from lit_tricks.callbacks.optim.lr_factors import is_one_cycle, set_base_lr
+from lit_tricks.callbacks.optim.param_groups import Group, groups_of, on_each_group, optimizers_in
 from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid, number, text
 from lit_tricks.utils.batch import reject_boxes
 from lit_tricks.utils.image_size import require_fit, require_size
@@ -65,8 +67,8 @@ class FixRes(Trick):
 
     Raises:
         ValueError: for an argument out of its range.
-        RuntimeError: when the fit starts, if these layers or the transform are missing, or the network cannot take the
-            size; in the first batch, if its images have another size, or the layers do not take part in the loss.
+        RuntimeError: when the fit starts, if these layers or the transform are missing, the network cannot take the
+            size, or a OneCycleLR or CyclicLR of the module ignores ``lr``; in the first batch, if its images have another size, or the layers do not take part in the loss.
 
     Example:
         ``- {class_path: FixRes, init_args: {test_size: 288}}``
@@ -278,7 +280,15 @@ class FixRes(Trick):
             add_param_group(group)
 
         with on_each_group(set_rate):
-            return configure_optimizers(*args, **kwargs)
+            configured = configure_optimizers(*args, **kwargs)
+        parts = leaves(configured)
+        cyclic = any(isinstance(part, CyclicLR) for part in parts)
+        if self.lr is not None and (cyclic or any(map(is_one_cycle, groups_of(optimizers_in(configured))))):
+            raise RuntimeError(
+                f"FixRes(lr={self.lr:g}): a scheduler in configure_optimizers sets learning rates of its own. Return "
+                "the optimizer alone, or give FixRes(lr=None) and set the rates of the scheduler."
+            )
+        return configured
 
     def _with_size(self, trainer: Trainer, on_save_checkpoint: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
         """Save the state also in weights-only checkpoints, which skip the hooks of callbacks."""

@@ -252,6 +252,25 @@ def test_the_rate_is_set_before_others_scale_or_schedule_it(name):
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=9),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.1, max_lr=0.5),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_a_scheduler_that_ignores_the_rate_is_rejected(scheduler):
+    class Scheduled(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [scheduler(optimizer)]
+
+    with pytest.raises(RuntimeError, match=r"FixRes\(lr=0.008\): a scheduler"):
+        make_trainer(FixRes(24), max_epochs=1).fit(Scheduled(), *loaders())
+    make_trainer(FixRes(24, lr=None), max_epochs=1).fit(Scheduled(), *loaders())
+
+
 def test_tricks_for_a_run_from_scratch_leave_trained_weights_alone():
     module = Net()
     before = {name: value.clone() for name, value in module.state_dict().items()}
