@@ -6,7 +6,6 @@ even with a warm-up.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -114,10 +113,9 @@ class LinearScaling(Trick):
         """
         schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         found = [rate for optimizer in trainer.optimizers for rate in _rates(optimizer)]
-        known = itertools.zip_longest(self._base, found, fillvalue=0.0)
-        base = [rate / self._factor if lr is None else lr for lr, rate in known][: len(self._base)]
+        base = [rate / self._factor if lr is None else lr for lr, rate in zip(self._base, found, strict=False)]
         scaled = [lr * self._factor for lr in base]
-        same = len(found) == len(scaled) and all(map(partial(math.isclose, rel_tol=1e-6), found, scaled))
+        same = len(found) == len(self._base) and all(map(partial(math.isclose, rel_tol=1e-6), found, scaled))
         if not same and self._restored is None:  # a resumed finetuning callback has restored other learning rates
             cause = f"the {schedulers[0]}" if schedulers else "something else"
             raise RuntimeError(

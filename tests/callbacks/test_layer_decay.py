@@ -211,9 +211,13 @@ def test_networks_without_layers_are_rejected() -> None:
     built = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     with pytest.raises(RuntimeError, match="not built in configure_optimizers"):
         run(LayerDecay(), optimizers=lambda m: built)
-    cycle = lambda m: ([o := one(m)], [torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2, cycle_momentum=False)])  # noqa: E731
+
+    def cyclic(module: Any) -> Any:
+        optimizer = one(module)
+        return [optimizer], [torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.2, cycle_momentum=False)]
+
     with pytest.raises(RuntimeError, match="scheduler in configure_optimizers"):
-        run(LayerDecay(), optimizers=cycle)
+        run(LayerDecay(), optimizers=cyclic)
     with pytest.raises(RuntimeError, match="LearningRateFinder"):
         run(LayerDecay(), lightning().callbacks.LearningRateFinder())
     model = Classifier("resnet", 3, {"depth": 18, "width": 1 / 32}, input_size=(1, 8, 8), layer_decay=0.5)
