@@ -10,7 +10,7 @@ which only the last runs see.
 Stages:
 
 1. the teacher.
-2. the trials. All rows have the same number, with one seed.
+2. the trials, with one seed. All rows have the same number, and the rows of peers_runs.py with ``further`` more.
 3. the test, with several seeds of the best trial of each row. Rows of ours run again with as many steps as cost
    what the best peer costs. The best peer is the best on the held-out images.
 
@@ -22,8 +22,8 @@ peers.md and peers.png from all lines of these settings. A failed run is reporte
 next command. A run takes one core of a CPU. --jobs makes several at a time. CPU seconds stay about the same, but the
 seconds of a GPU that runs share do not.
 
-The settings of the command above are for CPUs. A run takes about 115 CPU seconds (60 to 110 without data), the teacher
-takes 330, and all 125 runs take 4 hours of a core. A GPU takes the defaults, 30 epochs of 45,000 images at 32 pixels,
+The settings of the command above are for CPUs. A run takes about 95 CPU seconds (55 to 115 without data), the teacher
+takes 275, and all 141 runs take 4 hours of a core. A GPU takes the defaults, 30 epochs of 45,000 images at 32 pixels,
 with --workers.
 """
 
@@ -171,9 +171,9 @@ def stages(
         rows = [row for row in args.rows if file.exists() or row != "ours_teacher"]
         return [
             {"stage": "tune", "row": row, "trial": trial}
-            for trial in range(-max(len(row.more) for row in ROWS.values()), args.trials)
+            for trial in range(-max(len(row.further) for row in ROWS.values()), args.trials)
             for row in rows
-            if trial >= -len(ROWS[row].more)
+            if trial >= -len(ROWS[row].further)
         ]
 
     def test() -> list[Cell]:

@@ -18,7 +18,7 @@ from lit_tricks.run.report.ablation_table import paired_change
 
 Line = dict[str, Any]
 Values = dict[int, float]  # by seed
-METRICS = {"top1": 2, "flip": 2, "nll": 3, "ece": 2}  # with their digits
+METRICS = {"top1": ("top-1 in %", 2), "flip": ("with flips in %", 2), "nll": ("NLL", 3), "ece": ("ECE in %", 2)}
 COST = "_at_cost"  # suffix of a row of ours with as many steps as the cost of the best peer allows
 
 
@@ -100,11 +100,11 @@ def results(done: Sequence[Line], scale: Scale) -> list[str]:
     for row in shown(done):
         runs = tests_of(done, row)
         seconds = [statistics.fmean(run["seconds"] - part * run["data_seconds"] for run in runs) for part in (1, 0)]
-        metrics = [spread(values(done, row, name), digits) for name, digits in METRICS.items()]
+        metrics = [spread(values(done, row, name), digits) for name, (_, digits) in METRICS.items()]
         epochs = statistics.fmean(run["steps"] for run in runs) * scale.epochs / scale.steps
         lines.append([title(row), *metrics, f"{epochs:.1f}", *(f"{s:.0f}" for s in seconds), str(len(runs))])
-    names = ["top-1 in %", "with flips in %", "NLL", "ECE in %", "epochs"]
-    head = ["", *names, f"cost, {unit}", f"with data, {unit}", "seeds"]
+    names = [name for name, _ in METRICS.values()]
+    head = ["", *names, "epochs", f"cost, {unit}", f"with data, {unit}", "seeds"]
     return table(head, lines)
 
 
@@ -153,15 +153,15 @@ def sentences(done: Sequence[Line]) -> list[str]:
     lines = []
     for row, peer in pairs(done):
         mine, others = shared(done, row, peer)
-        best = row.endswith(COST) or not ROWS[row].base
-        if len(mine) < 2 or (best and peer != best_peer(done)):
+        against_peers = row.endswith(COST) or not ROWS[row].base
+        if len(mine) < 2 or (against_peers and peer != best_peer(done)):
             continue
         middle, low, high = reduction(mine, others)
         word = "fewer" if middle >= 0 else "more"
         verdict = "" if low > 0 or high < 0 else " The interval contains 0: this may be chance."
         lines.append(
-            f"- {title(row)}: {abs(middle):.1f} % {word} errors than {'the best peer, ' * best}{title(peer)} (95 % "
-            f"interval of the reduction {low:.1f} to {high:.1f} %).{verdict}"
+            f"- {title(row)}: {abs(middle):.1f} % {word} errors than {'the best peer, ' * against_peers}{title(peer)} "
+            f"(95 % interval of the reduction {low:.1f} to {high:.1f} %).{verdict}"
         )
     return lines
 
@@ -198,15 +198,17 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
             f" The teacher has width {scale.teacher_width:g}, took {seconds:.0f} s, which are in no cost, and reaches "
             f"{top1:.2f} % on the held-out images."
         )
+    further = ", ".join(f"{len(row.further)} of {row.title}" for row in ROWS.values() if row.further)
     steps = f"{scale.epochs} epochs of {scale.images} images in batches of {scale.batch_size}"
     text = ["# Ours against the scripts of timm, torchvision and Lightning", ""]
     if shown(done):
         text += [*sentences(done), "", *results(done, scale), ""]
         text += [
             "Means ± standard deviations over the seeds, on the test images, which no choice has used. Higher is "
-            "better for top-1, lower for all else. NLL is the negative log-likelihood, ECE the expected calibration "
-            "error in 15 bins. Cost is in seconds of a run without the making of its batches. At equal cost, ours has "
-            "as many steps as cost what the best peer costs. The best peer is the best on the held-out images.",
+            "better for top-1, lower for all else. With flips: top-1 of the mean of an image and its mirror image. NLL "
+            "is the negative log-likelihood, ECE the expected calibration error in 15 bins. Cost is in seconds of a "
+            "run without the making of its batches. At equal cost, ours has as many steps as cost what the best peer "
+            "costs. The best peer is the best on the held-out images.",
             "",
         ]
         if pairs(done):
@@ -222,11 +224,10 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
         "",
         *tuning(done),
         "",
-        "Top-1 in %, higher is better, of one seed. The first choice is the script's default, or for ours the best of "
-        "screening.md. The other trials are the same points of a Halton sequence in the space of each row: learning "
-        "rate (for a batch of 256) and weight decay, both logarithmic, and the strengths of regularization in "
-        "peers_runs.py. Our rows and the best peer have five further trials around their best ones. All trials are "
-        "lines of peers.jsonl.",
+        "Top-1 in %, higher is better, of one seed. The first choice is the script's default, or in the rows of our "
+        "stack the best of screening.md. The other trials are the same points of a Halton sequence in the space of "
+        "each row: learning rate (for a batch of 256) and weight decay, both logarithmic, and the strengths in "
+        f"peers_runs.py. Further trials around the best one: {further}. All trials are lines of peers.jsonl.",
         "",
         f"All rows: ResNet-18-D of width {scale.width:g}, {steps}, {scale.size} pixels, {scale.precision}, whole test "
         f"images. What the scripts scale by epochs is scaled to this run (peers_runs.py).{taught}",

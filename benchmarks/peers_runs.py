@@ -459,8 +459,8 @@ class Row:
         options: strengths of regularization. The first is the first choice.
         peer: whether it is a peer's row.
         base: the row that it is compared with, if it is not compared with all peers.
-        more: learning rates and weight decays of further trials around the best one.
-        best: index of the options of these trials.
+        further: learning rates and weight decays of further trials around the best one.
+        further_options: index of the options of these trials.
     """
 
     title: str
@@ -470,8 +470,8 @@ class Row:
     options: list[dict[str, Any]]
     peer: bool = True
     base: str = ""
-    more: tuple[tuple[float, float], ...] = ()
-    best: int = 0
+    further: tuple[tuple[float, float], ...] = ()
+    further_options: int = 0
 
 
 def timm_options(opt: str, mixup: float = 0.0) -> list[dict[str, Any]]:
@@ -487,14 +487,14 @@ def torchvision_options(mix: bool) -> list[dict[str, Any]]:
 SGD_LR, SGD_DECAY = (0.03, 0.8), (2e-5, 2e-3)
 MUON_LR, MUON_DECAY = (0.002, 0.05), (0.01, 1.0)
 OURS_LR, OURS_DECAY = (0.02, 0.4), (0.005, 0.2)
-OURS_MORE = ((0.1, 0.1), (0.07, 0.1), (0.07, 0.05), (0.15, 0.05), (0.1, 0.025))
+OURS_FURTHER = ((0.1, 0.1), (0.07, 0.1), (0.07, 0.05), (0.15, 0.05), (0.1, 0.025))
 ROWS = {
     "timm": Row("timm, defaults", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd")),
     "timm_mixup": Row("timm, mixup 0.2", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd", 0.2)),
     "timm_muon": Row("timm, muon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("muon")),
     "timm_nadamuon": Row(
         "timm, nadamuon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("nadamuon"),
-        more=((0.0276, 0.276), (0.0069, 0.276), (0.0276, 0.1), (0.0138, 0.1), (0.05, 0.1)), best=-1,
+        further=((0.0276, 0.276), (0.0069, 0.276), (0.0276, 0.1), (0.0138, 0.1), (0.05, 0.1)), further_options=-1,
     ),
     "torchvision": Row(
         "torchvision, new recipe", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(True)
@@ -509,7 +509,7 @@ ROWS = {
     "ours": Row(
         "ours, no teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
         [{"scale": scale, "smoothing": 0.1, "schedule": "linear"} for scale in (0.7, 0.35, 0.0)],
-        peer=False, more=OURS_MORE,
+        peer=False, further=OURS_FURTHER,
     ),
     "ours_teacher": Row(
         "ours, teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
@@ -517,7 +517,7 @@ ROWS = {
             {"scale": scale, "smoothing": 0.0, "schedule": "linear", "loss": loss, "temperature": temperature}
             for scale, loss, temperature in ((0.7, "kl", 4.0), (0.35, "kl", 4.0), (0.7, "dist", 1.0))
         ],
-        peer=False, more=OURS_MORE,
+        peer=False, further=OURS_FURTHER,
     ),
     "tutorial_tricks": Row(
         "Lightning's tutorial, our callbacks", tutorial_tricks_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
@@ -536,8 +536,8 @@ def choices(row: str, trial: int) -> dict[str, Any]:
     """
     space = ROWS[row]
     if trial < 0:
-        lr, decay = space.more[-1 - trial]
-        return {"lr": lr, "decay": decay, "options": space.options[space.best]}
+        lr, decay = space.further[-1 - trial]
+        return {"lr": lr, "decay": decay, "options": space.options[space.further_options]}
     if trial == 0:
         return {"lr": space.lr[0], "decay": space.decay[0], "options": space.options[0]}
     point = qmc.Halton(3, seed=0).random(trial)[-1]

@@ -68,7 +68,8 @@ class FixRes(Trick):
     Raises:
         ValueError: for an argument out of its range.
         RuntimeError: when the fit starts, if these layers or the transform are missing, the network cannot take the
-            size, or a OneCycleLR or CyclicLR of the module ignores ``lr``; in the first batch, if its images have another size, or the layers do not take part in the loss.
+            size, or a OneCycleLR or CyclicLR of the module ignores ``lr``; in the first batch, if its images have
+            another size, or the layers do not take part in the loss.
 
     Example:
         ``- {class_path: FixRes, init_args: {test_size: 288}}``
