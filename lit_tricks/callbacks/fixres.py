@@ -286,8 +286,8 @@ class FixRes(Trick):
         cyclic = any(isinstance(part, CyclicLR) for part in parts)
         if self.lr is not None and (cyclic or any(map(is_one_cycle, groups_of(optimizers_in(configured))))):
             raise RuntimeError(
-                f"FixRes(lr={self.lr:g}): a scheduler in configure_optimizers sets learning rates of its own. Return "
-                "the optimizer alone, or give FixRes(lr=None) and set the rates of the scheduler."
+                f"FixRes(lr={self.lr:g}): a scheduler in configure_optimizers ignores the optimizer's learning rate. "
+                "Return only the optimizer, or give FixRes(lr=None) and set the rates of the scheduler."
             )
         return configured
 
