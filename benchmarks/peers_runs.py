@@ -487,14 +487,22 @@ def torchvision_options(mix: bool) -> list[dict[str, Any]]:
 SGD_LR, SGD_DECAY = (0.03, 0.8), (2e-5, 2e-3)
 MUON_LR, MUON_DECAY = (0.002, 0.05), (0.01, 1.0)
 OURS_LR, OURS_DECAY = (0.02, 0.4), (0.005, 0.2)
+SGD_FURTHER = ((0.1, 2e-5), (0.2, 1e-4), (0.2, 5e-4), (0.4, 1e-4), (0.4, 5e-4))
+MUON_FURTHER = ((0.0276, 0.276), (0.0069, 0.276), (0.0276, 0.1), (0.0138, 0.1), (0.05, 0.1))
 OURS_FURTHER = ((0.1, 0.1), (0.07, 0.1), (0.07, 0.05), (0.15, 0.05), (0.1, 0.025))
 ROWS = {
-    "timm": Row("timm, defaults", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd")),
+    "timm": Row(
+        "timm, defaults", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd"),
+        further=SGD_FURTHER, further_options=-1,
+    ),
     "timm_mixup": Row("timm, mixup 0.2", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd", 0.2)),
-    "timm_muon": Row("timm, muon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("muon")),
+    "timm_muon": Row(
+        "timm, muon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("muon"),
+        further=MUON_FURTHER, further_options=-1,
+    ),
     "timm_nadamuon": Row(
         "timm, nadamuon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("nadamuon"),
-        further=((0.0276, 0.276), (0.0069, 0.276), (0.0276, 0.1), (0.0138, 0.1), (0.05, 0.1)), further_options=-1,
+        further=MUON_FURTHER, further_options=-1,
     ),
     "torchvision": Row(
         "torchvision, new recipe", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(True)
