@@ -1,10 +1,10 @@
-"""The stack of "Bag of Tricks" (Table 6) on real images, row by row, and timm and torchvision at the same budget.
+"""The stack of "Bag of Tricks" (Table 6) on real images, trick by trick.
 
     python benchmarks/evidence.py --data cifar10.tar.xz --out benchmarks/results --seconds 280
 
 CIFAR-10 as JPEG files, train/CLASS/*.jpg and val/CLASS/*.jpg in a folder or tar file. All runs have batches of the
-library's data module, also the loops of timm and torchvision. evidence.md counts the runs that were made before, with
-another data pipeline. The runs share one GPU.
+library's data module. evidence.md counts the runs that were made before, with another data pipeline. The runs share one
+GPU. peers.py compares with the scripts of others.
 Finished runs are lines of OUT/evidence.jsonl. The command stops after --seconds, and continues when you repeat it. At
 the end, and with --report, it writes evidence.md and evidence.png from these lines. --cpu-smoke runs it at toy scale.
 """
@@ -32,8 +32,8 @@ from evidence_data import Arrays, load
 from evidence_runs import Settings, train
 
 TAUGHT = ("distillation", "mixup", "swa")
-RUNS = ("baseline", "cosine", "smoothing", *TAUGHT, "timm", "torchvision")
-LAST = ("no_teacher", "torchvision_mixup")  # after all others
+RUNS = ("baseline", "cosine", "smoothing", *TAUGHT)
+LAST = ("no_teacher",)  # after all others
 
 
 def cells(runs: list[str], seeds: list[int]) -> list[tuple[str, int]]:

@@ -33,14 +33,8 @@ ROWS: list[tuple[str, str, str, int | None]] = [
     ("SWA instead of EMA", "swa", "end", 4),
     ("SWA and PreciseBN", "swa", "precise_bn", 8),
     ("all except distillation", "no_teacher", "fixres", 7),
-    ("timm", "timm", "weights", 7),
-    ("timm, its EMA", "timm", "end", 7),
-    ("torchvision", "torchvision", "weights", 7),
-    ("torchvision, its EMA", "torchvision", "end", 7),
-    ("torchvision without CutMix", "torchvision_mixup", "weights", 7),
-    ("torchvision without CutMix, its EMA", "torchvision_mixup", "end", 7),
 ]
-FULL, PEERS = 7, 11
+FULL = 7
 EARLIER = "d786131"  # the last commit whose runs had a data pipeline of their own
 
 
@@ -123,22 +117,14 @@ def summary(runs: Sequence[dict[str, Any]], s: Settings) -> list[str]:
 
     small, large = s.train_size, s.test_size
     base, at_large = of(0, small), of(0, large)
-    lines = [
+    return [
         "Reduction of the number of errors, relative to the baseline:",
         "",
         f"- full stack (FixRes, tested at {large}), baseline tested at {small}: {fewer(of(FULL, large), base)}",
         f"- both tested at {large}: {fewer(of(FULL, large), at_large)}",
         f"- without FixRes, both tested at {small}: {fewer(of(FULL - 1, small), base)}",
         f"- without a teacher, only cosine and smoothing, both tested at {large}: {fewer(of(2, large), at_large)}",
-        "",
-        f"Reduction of the number of errors, relative to scripts without a teacher, all tested at {large}. In order: "
-        "the full stack; only cosine and smoothing; all except distillation:",
-        "",
     ]
-    for row in (row for row in range(PEERS, len(ROWS)) if ROWS[row] in _shown(runs)):
-        ours = ", ".join(fewer(of(row_, large), of(row, large)) for row_ in (FULL, 2, FULL + 3))
-        lines.append(f"- {ROWS[row][0]}: {ours}")
-    return lines
 
 
 def machines(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -175,13 +161,13 @@ def write(out: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
     teachers = [spread(accuracies(runs, "teacher", "end", size)) for size in (s.train_size, s.test_size)]
     precisions = " or ".join(sorted({run["settings"]["precision"] for run in runs})) or s.precision
     text = [
-        "# The stack on CIFAR-10, with timm and torchvision at the same budget",
+        "# The stack on CIFAR-10, trick by trick",
         "",
         *table(runs, s),
         "",
         "Top-1 in per cent on the 5,000 images of val (higher is better): mean ± standard deviation over seeds "
         f"{', '.join(map(str, seeds))}. Change: points relative to the row above, or to the row without the trick. The "
-        "last rows are relative to the full stack (+ FixRes). Changes are paired by seed, ± half the width of the 95 % "
+        "last row is relative to the full stack (+ FixRes). Changes are paired by seed, ± half the width of the 95 % "
         "interval by Student's t. No choice was made on val.",
         "",
         *summary(runs, s),
@@ -217,8 +203,7 @@ def draw(path: Path, runs: Sequence[dict[str, Any]], s: Settings) -> None:
             if values:
                 axes.plot(values, [y + shift] * len(values), ".", color=color, alpha=0.5, markersize=7)
                 axes.plot([statistics.fmean(values)], [y + shift], "|", color=color, markersize=11, markeredgewidth=2)
-    for first in (FULL + 1, PEERS):
-        axes.axhline(sum(row in rows for row in ROWS[:first]) - 0.5, color="0.8", linewidth=0.8)
+    axes.axhline(sum(row in rows for row in ROWS[: FULL + 1]) - 0.5, color="0.8", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("top-1 accuracy in %: seeds, and their mean")

@@ -48,8 +48,8 @@ import torchvision
 import yaml
 from _processes import context
 from evidence_data import Arrays, Images, load
-from evidence_runs import ExponentialMovingAverage
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from peers_runs import ExponentialMovingAverage
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
