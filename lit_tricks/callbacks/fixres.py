@@ -27,7 +27,7 @@ from lit_tricks.utils.arguments import MAX_SIDE, choice, flag, integer, invalid,
 from lit_tricks.utils.batch import reject_boxes
 from lit_tricks.utils.image_size import require_fit, require_size
 from lit_tricks.utils.modes import changed_in_evaluation
-from lit_tricks.utils.modules import find_classifier, find_norms, is_norm, require_initialized
+from lit_tricks.utils.modules import find_heads, find_norms, is_norm, require_initialized
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -262,7 +262,7 @@ class FixRes(Trick):
                 f"FixRes holds the trunk in evaluation mode, in which {type(pl_module).__name__} changes {name!r}, as "
                 "adapters do: merge them for good, and load the result."
             )
-        heads = find_classifier(pl_module, self.classifier)
+        heads = find_heads(pl_module, self.classifier)
         norms = find_norms(pl_module, self.train_bn, self.batch_norm)
         run.trained = {_HEAD: list(heads), _NORM: list(norms)}
         affine = {param for norm in norms.values() for param in norm.parameters()}

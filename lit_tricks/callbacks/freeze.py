@@ -29,7 +29,8 @@ class Freeze(Freezing):
 
     Args:
         modules: what to freeze: names of modules or parameters, such as "model.layer1" or only "layer1"; patterns, such
-            as "layer[123]"; or "backbone", which is the part of this name, or else everything except the classifier.
+            as "layer[123]"; or "backbone", which is the part of this name, or else everything except the classifier,
+            or all heads.
         until: end of the freezing, above 0, counted in ``unit``. None freezes to the end of the run. At a small value
             only the first steps are frozen.
         train_bn: whether BatchNorm layers of frozen parts are trained and update their statistics, as the others. True

@@ -5,6 +5,7 @@ One caveat: its gain is largest in short runs. In long runs SGD catches up.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from lit_tricks.callbacks.optim.lr_override import is_schedule_free
 from lit_tricks.callbacks.optim.param_groups import Group, GroupNames, GroupSplitting, groups_of, optimizers_in
 from lit_tricks.utils.arguments import number
 from lit_tricks.utils.dtensor import is_sharded, part_for, shard_like, to_local
-from lit_tricks.utils.modules import check_shapes, find_classifier, has_matrix, own_parameter
+from lit_tricks.utils.modules import check_shapes, find_heads, has_matrix, own_parameter
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -78,9 +79,10 @@ class Muon(GroupSplitting):
     The momentum of each weight is reshaped to a matrix (outputs, inputs x filter size). An iteration makes its singular
     values close to 1, and the result times the learning rate ``lr`` is subtracted from the weight. So the size of an
     update does not depend on the size of the gradients. Each group of a grouped convolution is its own matrix. The
-    classifier, biases, norm layers, embeddings, and filters of depthwise convolutions are trained by the optimizer of
-    the module, as before. The module still has one optimizer with one state, so schedules act on both learning rates.
-    The update of a matrix equals the update of ``torch.optim.Muon``, which rejects filters of convolutions.
+    classifier (all heads, if there are several), biases, norm layers, embeddings, and filters of depthwise convolutions
+    are trained by the optimizer of the module, as before. The module still has one optimizer with one state, so
+    schedules act on both learning rates. The update of a matrix equals the update of ``torch.optim.Muon``, which
+    rejects filters of convolutions.
 
     Cost: 3.6 % of a training step of ResNet-50 with 256 images of 224 pixels. The time is the same for every batch
     size, and so a larger share of a step with fewer images. The state has one tensor per weight. Use it in short runs
@@ -295,7 +297,9 @@ def matrices_in(module: nn.Module) -> dict[int, int]:
     layers = [part for part in module.modules() if has_matrix(part)]
     if not layers:
         return {}
-    heads = {id(p) for head in find_classifier(module).values() for p in head.parameters()}
+    heads: set[int] = set()
+    with contextlib.suppress(RuntimeError):  # nothing is trained
+        heads = {id(p) for head in find_heads(module).values() for p in head.parameters()}
     found = {}
     for layer in layers:
         weight, groups = own_parameter(layer, "weight"), getattr(layer, "groups", 1)

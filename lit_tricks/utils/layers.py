@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from typing import Any
 
 from torch import nn
 
 from lit_tricks._compat import is_optimized_module
-from lit_tricks.utils.modules import has_matrix, is_norm
+from lit_tricks.utils.modules import find_heads, has_matrix, is_norm
 
 __all__ = ["layer_distances", "own_classifier"]
 
@@ -21,7 +22,7 @@ def layer_distances(module: nn.Module) -> dict[nn.Parameter, int]:
     Networks of timm give their layers by ``group_matcher()``. In such a network without a classifier the last layer has
     1, and parameters outside of it have 0. In other modules a layer is a block of a repeated class, such as a residual
     block, or outside of blocks a convolution or linear layer with the norm layers that follow it. The order is the one
-    in which the module registers them.
+    in which the module registers them. Several heads have the same distance.
 
     Args:
         module: a network, or a module that contains networks.
@@ -59,9 +60,16 @@ def _by_order(module: nn.Module) -> dict[nn.Parameter, int]:
     counts = Counter(type(part) for part in module.modules())
     layers: dict[nn.Parameter, int] = {}
     last = 0
+    heads: list[nn.Module] = []
+    with contextlib.suppress(RuntimeError):  # nothing is trained
+        heads = list(find_heads(module).values())
+    if len(heads) == 1:  # in its place, which may be before layers of another loss
+        heads = []
 
     def add(part: nn.Module) -> None:
         nonlocal last
+        if part in heads:
+            return
         is_block = isinstance(part, nn.MultiheadAttention | nn.RNNBase) or (
             part is not module
             and not isinstance(part, _CONTAINERS)
@@ -78,6 +86,7 @@ def _by_order(module: nn.Module) -> dict[nn.Parameter, int]:
             add(child)
 
     add(module)
+    layers |= {parameter: last + 1 for head in heads for parameter in head.parameters()}
     end = max(layers.values(), default=0)
     return {parameter: end - layer for parameter, layer in layers.items()}
 

@@ -17,6 +17,7 @@ __all__ = [
     "batchnorms_of",
     "check_shapes",
     "find_classifier",
+    "find_heads",
     "find_norms",
     "has_matrix",
     "is_flattened",
@@ -181,7 +182,7 @@ def find_classifier(module: nn.Module, name: str | None = None) -> dict[str, nn.
             heads = [head for head in (given if isinstance(given, tuple) else [given]) if isinstance(head, nn.Module)]
             if heads and all(head in names and _is_trained(head) for head in heads):
                 return {names[head]: head for head in heads}
-    layers = {name: part for part, name in names.items() if has_matrix(part) and _is_trained(part)}
+    layers = {names[part]: part for part in _matrices(module)}
     linear = {name: part for name, part in layers.items() if isinstance(part, nn.Linear)}
     if not layers:
         raise RuntimeError(
@@ -189,6 +190,50 @@ def find_classifier(module: nn.Module, name: str | None = None) -> dict[str, nn.
             'FixRes(classifier="model.fc").'
         )
     return dict([list((linear or layers).items())[-1]])
+
+
+def find_heads(module: nn.Module, name: str | None = None) -> dict[str, nn.Module]:
+    """Return the layers of ``find_classifier``, and the last layers of other heads next to it, by name.
+
+    A head is a child of one to three linear layers, next to the child with the classifier. It has the same input size,
+    and its output size is the input size of no linear layer. The steps of a chain fail one of these conditions.
+
+    Args:
+        module: with layers in the order in which they run, as networks define them.
+        name: of the only one to take, if it is known.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    found = find_classifier(module, name)
+    path, last = next(iter(found.items()))
+    if name is not None or len(found) > 1 or not isinstance(last, nn.Linear):
+        return found
+    names = {part: part_name for part_name, part in module.named_modules()}
+    while path:
+        path = path.rpartition(".")[0]
+        owner = module.get_submodule(path)
+        if isinstance(owner, nn.Sequential):
+            continue
+        chains = [_matrices(child) for child in owner.children()]
+        heads = [layers for layers in chains if 1 <= len(layers) <= 3 and all(isinstance(e, nn.Linear) for e in layers)]
+        own = next((layers for layers in heads if last in layers), None)
+        if own is None:  # the child is more than a head
+            break
+        inputs = {layer.in_features for layer in _matrices(module) if isinstance(layer, nn.Linear)}
+        lasts = [
+            layers[-1]
+            for layers in heads
+            if layers[0].in_features == own[0].in_features and layers[-1].out_features not in inputs
+        ]
+        if last in lasts and len(lasts) > 1:
+            return {names[layer]: layer for layer in lasts}
+    return found
+
+
+def _matrices(module: nn.Module) -> list[Any]:
+    """Return the convolutions and linear layers that are trained."""
+    return [part for part in module.modules() if has_matrix(part) and _is_trained(part)]
 
 
 def find_norms(module: nn.Module, which: str, name: str | None = None) -> dict[str, Any]:

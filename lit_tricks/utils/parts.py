@@ -48,7 +48,7 @@ def find_part(module: nn.Module, pattern: str, classifier: Callable[[], Collecti
         pattern: full name of a module or parameter, as "model.layer1", or a pattern of such names, as
             "model.layer[12]". If nothing has this name, it means the outermost modules whose names end with it, so that
             "layer1" is "model.layer1". If nothing ends with "backbone", it means everything that is not part of the
-            classifier.
+            classifier, or of one of several heads.
         classifier: returns the modules that compute the logits. It is called only for "backbone".
 
     Raises:

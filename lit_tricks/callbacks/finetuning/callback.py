@@ -16,7 +16,7 @@ from lit_tricks.callbacks.base import Trick
 from lit_tricks.callbacks.finetuning.held import HeldPart, thawed
 from lit_tricks.utils.checkpoint_files import checkpoint_without_weights
 from lit_tricks.utils.modes import changed_in_evaluation
-from lit_tricks.utils.modules import find_classifier, is_flattened, require_initialized, some_of
+from lit_tricks.utils.modules import find_heads, is_flattened, require_initialized, some_of
 from lit_tricks.utils.parts import Part, find_part, parts_of
 from lit_tricks.utils.training_length import TrainingLength, steps_done
 
@@ -333,7 +333,7 @@ class Freezing(Trick):
 def _classifier(pl_module: LightningModule) -> Collection[nn.Module]:
     """Return the modules that compute the logits."""
     try:
-        return find_classifier(pl_module).values()
+        return find_heads(pl_module).values()
     except RuntimeError:
         return []
 

@@ -23,7 +23,7 @@ from lit_tricks.commands.sizes.size_range import macs
 from lit_tricks.commands.sizes.subject import Subject, subject_of
 from lit_tricks.utils.checkpoint_files import write_checkpoint
 from lit_tricks.utils.log import log
-from lit_tricks.utils.modules import find_classifier, find_norms
+from lit_tricks.utils.modules import find_heads, find_norms
 from lit_tricks.utils.rng import isolated_random_state
 
 __all__ = ["fixres"]
@@ -203,7 +203,7 @@ def _settled(subject: Subject, crop_ratio: float | None) -> float | None:
 
 def _classifier(module: LightningModule, name: str | None) -> tuple[str, nn.Linear]:
     try:
-        found = find_classifier(module, name)
+        found = find_heads(module, name)
     except RuntimeError:
         found = {}
     linear = [(key, layer) for key, layer in found.items() if isinstance(layer, nn.Linear)]
