@@ -164,7 +164,7 @@ def behavior(name: str) -> Iterator[str]:
     """
     if missing := set(CASES) - {case for cases in SUBJECTS.values() for case in cases}:
         raise ExtensionError(f"SUBJECTS in docs/_ext/trick_pages.py lacks {', '.join(sorted(missing))}")
-    rejected = TRICKS[name].refused
+    rejected = TRICKS[name].rejected
     yield "| | works with | raises an error with |\n|---|---|---|\n"
     for subject, cases in SUBJECTS.items():
         works, raises = (

@@ -48,11 +48,11 @@ def find_command(commands: ModuleType, words: list[str], name: str = "") -> tupl
         name = f"{name} {words[0]}".lstrip()
         return find_command(found, words[1:], name) if inspect.ismodule(found) else (found, name)
     if name:
-        _refuse(commands, words, name)
+        _reject(commands, words, name)
     return None, ""
 
 
-def _refuse(group: ModuleType, words: list[str], name: str) -> None:
+def _reject(group: ModuleType, words: list[str], name: str) -> None:
     known = [*group.__all__]
     if not words:
         text = f"choose a command: {', '.join(f'{name} {each}' for each in known)}."

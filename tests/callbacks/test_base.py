@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from helpers.modules import NAMESPACES, eval_loader, lightning, module_class, train_loader
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import nn
@@ -204,7 +204,7 @@ def test_a_fit_that_ends_in_any_way_takes_everything_off(namespace, error, resto
 
 
 def test_says_its_name_on_the_first_rank_alone(monkeypatch):
-    with said() as records:
+    with log_lines() as records:
         Tag("a").announce("does this")
         monkeypatch.setattr(rank_zero_only, "rank", 1)
         Tag("a").announce("does this")

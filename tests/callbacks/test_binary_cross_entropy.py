@@ -370,7 +370,7 @@ def test_order_beside_tricks_that_set_or_copy_weights(order):
         ({"layers": []}, r"layers=\[\]"),
     ],
 )
-def test_refuses_arguments(arguments, message):
+def test_rejects_arguments(arguments, message):
     with pytest.raises(ValueError, match=rf"BinaryCrossEntropy\({message}"):
         BinaryCrossEntropy(**arguments)
 
@@ -386,7 +386,7 @@ def test_refuses_arguments(arguments, message):
     ],
     ids=["NLL", "BCE of logits", "BCE", "by hand", "gather"],
 )
-def test_refuses_losses(loss, message):
+def test_rejects_losses(loss, message):
     with pytest.raises(RuntimeError, match=rf"^BinaryCrossEntropy.*{message}"):
         fit_with(loss, BinaryCrossEntropy())
 
@@ -398,12 +398,12 @@ def test_refuses_losses(loss, message):
         (GeneralizedCrossEntropy, "Keep one of them"),
     ],
 )
-def test_refuses_tricks_that_need_a_softmax(other, message):
+def test_rejects_tricks_that_need_a_softmax(other, message):
     with pytest.raises(RuntimeError, match=f"BinaryCrossEntropy and .*{message}"):
         fit_with(CE, BinaryCrossEntropy(), other())
 
 
-def test_refuses_several_labels():
+def test_rejects_several_labels():
     several = loader_of([torch.randn(4, 1, 8, 8), torch.randint(2, (4, 3))])
     with pytest.raises(RuntimeError, match=r"^BinaryCrossEntropy: the module's loss is binary already"):
         fit_with(lambda x, y: F.binary_cross_entropy_with_logits(x, y.float()), BinaryCrossEntropy(), loader=several)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fits import differences, make_trainer, run, said, weights_of
+from helpers.fits import differences, log_lines, make_trainer, run, weights_of
 from helpers.losses import loader_of
 from helpers.modules import eval_loader, module_class
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def test_after_mixing_in_any_order(order):
 
 def test_weights_false_converts_images_only():
     module = Color()
-    with said() as records:
+    with log_lines() as records:
         fit(module, ChannelsLast(weights=False), max_epochs=1, limit_val_batches=0)
     assert module.images == [True] * 4
     assert set(module.filters) == {False}
@@ -178,7 +178,7 @@ def test_a_parametrized_convolution_keeps_its_weight():
             self.net[0].append(nn.Unflatten(1, (4, 2, 2)))
             self.net[0].extend([nn.Conv2d(4, 4, 1), nn.Flatten()])
 
-    with said() as records:
+    with log_lines() as records:
         make_trainer(ChannelsLast(), max_epochs=1).fit(Normed(), eval_loader(), eval_loader())
     assert records[0].getMessage().endswith("and 1 of 1 filters")
 

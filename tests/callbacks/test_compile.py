@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fits import differences, make_trainer, run, said, weights_of
+from helpers.fits import differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import eval_loader, module_class, network, train_loader
 from torch import Tensor, nn
 
@@ -111,7 +111,7 @@ class Parts(module_class("lightning")):
     ("layers", "names"), [(None, "net.0, net.1"), (["net.1"], "net.1"), (["net.0.?"], "net.0.0, net.0.1, net.0.2")]
 )
 def test_layers_by_pattern_are_compiled(layers, names):
-    with said() as records:
+    with log_lines() as records:
         module = Parts()
         trainer = make_trainer(compile_(layers=layers), max_epochs=1)
         trainer.fit(module, train_loader(), eval_loader())
@@ -145,7 +145,7 @@ def test_wrong_arguments_are_rejected_by_name(arguments, message):
         Compile(**arguments)
 
 
-def test_refuses_what_is_compiled_already():
+def test_rejects_what_is_compiled_already():
     for how in ("in place", "wrapped"):
         module = module_class("lightning")()
         if how == "in place":
@@ -157,7 +157,7 @@ def test_refuses_what_is_compiled_already():
         assert module.net._compiled_call_impl is None
 
 
-def test_refuses_layers_that_are_not_there_or_not_called():
+def test_rejects_layers_that_are_not_there_or_not_called():
     with pytest.raises(RuntimeError, match=r"Compile .*\['model'\]"):
         run(compile_(layers=["model"]))
 

@@ -111,7 +111,7 @@ def test_masks_are_cut_like_the_images():
         assert len(target.parts) == 1
 
 
-def test_refuses_what_has_no_area_or_several():
+def test_rejects_what_has_no_area_or_several():
     message = r"CutMix cuts images \(N, ..., H, W\) of one size, also the masks, and found "
     with pytest.raises(RuntimeError, match=message + r"float32 \(5, 7\), int64 \(5,\)"):
         mixed(LABELS, x=torch.zeros(N, 7))

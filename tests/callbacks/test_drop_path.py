@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers.fits import differences, make_trainer, run, said, weights_of
+from helpers.fits import differences, log_lines, make_trainer, run, weights_of
 from helpers.losses import loader_of
 from helpers.modules import eval_loader, module_class, train_loader
 from torch import Tensor, nn
@@ -262,7 +262,7 @@ def test_ranks_and_batches_draw_for_themselves():
 
 
 def test_says_and_logs_what_it_does():
-    with said() as records:
+    with log_lines() as records:
         found = run(DropPath(0.5, layers=["net.0.1", "net.0.3"]), max_epochs=1)
     assert [record.getMessage() for record in records] == [
         "DropPath: 2 residual branches, skipped at rates of 0.25 to 0.5"
@@ -296,12 +296,12 @@ def test_wrong_arguments_are_rejected_by_name(arguments, message):
         (DropPath(layers=["*.bn9"]), r"DropPath found no layers like \['\*.bn9'\], in Classifier"),
     ],
 )
-def test_refuses_networks_without_branches(trick, message):
+def test_rejects_networks_without_branches(trick, message):
     with pytest.raises(RuntimeError, match=message):
         run(trick)
 
 
-def test_refuses_layers_that_do_not_run_or_give_no_tensor():
+def test_rejects_layers_that_do_not_run_or_give_no_tensor():
     module = Module()
     module.unused = Block()
     with pytest.raises(RuntimeError, match=r"DropPath has no effect: .*Module"):

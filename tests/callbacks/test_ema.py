@@ -24,7 +24,7 @@ from helpers.averages import (
     spy,
     whole_average,
 )
-from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import (
     BATCHES,
     eval_loader,
@@ -361,7 +361,7 @@ def test_half_life_counts_accumulated_steps():
     )
 
 
-def test_half_life_refuses_epochs_of_unknown_length():
+def test_half_life_rejects_epochs_of_unknown_length():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[Any]:
             yield from iter([]) or ()
@@ -546,7 +546,7 @@ def test_resume_without_the_callback_warns(tmp_path):
         run(ckpt_path=saver.paths[-1])
 
 
-def test_refuses_the_average_of_another_module(tmp_path):
+def test_rejects_the_average_of_another_module(tmp_path):
     saver = Saver(tmp_path, steps=(4,))
     run(EMA(0.8), saver)
     checkpoint = loaded(saver.paths[-1])
@@ -892,13 +892,13 @@ def test_average_only_kept_can_be_used_for_validation(tmp_path):
     assert not differences(run(EMA(0.8), ckpt_path=saver.paths[-1]).weights, run(EMA(0.8)).weights)
 
 
-def test_two_validated_averages_are_refused():
+def test_two_validated_averages_are_rejected():
     with pytest.raises(RuntimeError, match=r"EMA\(a\) and EMA\(b\).*validate=False"):
         run(EMA(0.8, name="a"), EMA(0.9, name="b"))
 
 
 @pytest.mark.parametrize("strategy", ["FSDP1", "DeepSpeed"])
-def test_strategies_that_hide_the_weights_are_refused(strategy):
+def test_strategies_that_hide_the_weights_are_rejected(strategy):
     module = module_class("lightning")()
     if strategy == "FSDP1":
         module.other = wrapped_by_fsdp1(nn.Linear(1, 1))
@@ -909,7 +909,7 @@ def test_strategies_that_hide_the_weights_are_refused(strategy):
 
 
 @pytest.mark.parametrize("trick", [lambda: EMA(0.8), lambda: SWA(0.1, validate=False)])
-def test_optimizers_that_hide_their_steps_are_refused(trick):
+def test_optimizers_that_hide_their_steps_are_rejected(trick):
     optim = pytest.importorskip("timm.optim")
 
     class Lookahead(optim.Lookahead):  # type: ignore[misc]
@@ -922,7 +922,7 @@ def test_optimizers_that_hide_their_steps_are_refused(trick):
         run(trick(), optimizers=lookahead)
 
 
-def test_checkpoint_in_shards_without_the_weights_is_refused(tmp_path):
+def test_checkpoint_in_shards_without_the_weights_is_rejected(tmp_path):
     ema = EMA(0.8)
     run(ema)
     with pytest.raises(RuntimeError, match="saved after the fit"):
@@ -946,7 +946,7 @@ def test_a_copy_of_the_module_made_in_the_fit_works_alone():
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_other_averages_are_refused(name):
+def test_other_averages_are_rejected(name):
     other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
     for callbacks in ([EMA(0.8), other], [other, EMA(0.8)]):
         with pytest.raises(RuntimeError, match=rf"EMA and {name}.*remove {name}"):
@@ -1048,7 +1048,7 @@ def test_finder_in_the_middle_of_a_fit_does_not_disturb_it(tmp_path):
 
 
 def test_says_what_it_does():
-    with said() as records:
+    with log_lines() as records:
         run(EMA(half_life=0.5, every_n_steps=2, start_step=1, name="slow"), max_epochs=1)
     [record] = records
     assert record.getMessage() == (

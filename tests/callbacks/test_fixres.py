@@ -400,7 +400,7 @@ def fit_error(*callbacks: Any, module: Any = None, data: Any = None, **kwargs: A
     return str(error.value)
 
 
-def test_refuses_what_it_can_not_find():
+def test_rejects_what_it_can_not_find():
     assert fit_error(FixRes(24, classifier="fc")).startswith("FixRes(classifier='fc'): Net has no such module. Its par")
     assert "no BatchNorm with running statistics that is called 'bn'" in fit_error(FixRes(24, batch_norm="bn"))
 
@@ -413,7 +413,7 @@ def test_refuses_what_it_can_not_find():
     assert "found no classifier in Empty" in fit_error(FixRes(24), module=Empty())
 
 
-def test_refuses_data_without_a_transform_to_switch():
+def test_rejects_data_without_a_transform_to_switch():
     plain = DataLoader(TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)), batch_size=4)
     assert "and TensorDataset has no such attribute" in fit_error(FixRes(24), data=(plain, plain))
     assert "and a run without validation has no such" in fit_error(FixRes(24), limit_val_batches=0)
@@ -423,7 +423,7 @@ def test_refuses_data_without_a_transform_to_switch():
     )
 
 
-def test_refuses_layers_that_take_no_part():
+def test_rejects_layers_that_take_no_part():
     class Spare(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -436,20 +436,20 @@ def test_refuses_layers_that_take_no_part():
     assert error.startswith("FixRes took spare for the classifier of Spare")
 
 
-def test_refuses_other_callbacks_that_freeze_drop_or_resize():
+def test_rejects_other_callbacks_that_freeze_drop_or_resize():
     finetuning = lightning().callbacks.BackboneFinetuning()
     for rival in (DropPath(0.1, layers=["body.4"]), ProgressiveResizing(), finetuning):
         assert fit_error(FixRes(24), rival).startswith(f"FixRes: {type(rival).__name__} ")
 
 
-def test_refuses_to_go_on_with_the_run_that_trained_the_weights(tmp_path):
+def test_rejects_to_go_on_with_the_run_that_trained_the_weights(tmp_path):
     saver = Saver(tmp_path, steps=[2])
     make_trainer(saver, max_epochs=1).fit(Net(), *loaders())
     with pytest.raises(RuntimeError, match="Load only the weights"):
         make_trainer(FixRes(24)).fit(Net(), *loaders(), ckpt_path=saver.paths[0], weights_only=True)
 
 
-def test_refuses_sizes_that_the_network_can_not_take():
+def test_rejects_sizes_that_the_network_can_not_take():
     class Timm(Net):
         def __init__(self, name: str, **kwargs: Any) -> None:
             super().__init__()

@@ -10,7 +10,7 @@ import pytest
 import timm
 import timm.optim
 import torch
-from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import eval_loader, lightning, module_class, network, train_loader
 from torch import nn
 
@@ -293,7 +293,7 @@ def test_tied_weights_of_the_classifier_are_trained() -> None:
 
 @pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
 def test_what_was_found_is_logged(namespace: str) -> None:
-    with said() as records:
+    with log_lines() as records:
         run(Freeze(), namespace=namespace, max_steps=1)
     assert [record.getMessage() for record in records] == ["Freeze: net.0 (48 parameters, 48%) frozen to the end"]
 
@@ -371,7 +371,7 @@ def test_lightnings_own_callback_is_an_error() -> None:
         run(Freeze(["net.0"]), Finetuning())
 
 
-def test_fixres_and_another_freeze_are_refused_by_name() -> None:
+def test_fixres_and_another_freeze_are_rejected_by_name() -> None:
     with pytest.raises(RuntimeError, match="FixRes: Freeze"):
         run(FixRes(test_size=None), Freeze(["net.0"]))
     with pytest.raises(RuntimeError, match=r"Freeze.*Freeze.*net\.0\.0"):

@@ -213,7 +213,7 @@ def test_order_has_no_meaning():
 
 
 @pytest.mark.parametrize("q", [0, -0.1, 1.1, float("nan"), True, "0.7", None])
-def test_refuses_arguments(q):
+def test_rejects_arguments(q):
     with pytest.raises(ValueError, match=r"GeneralizedCrossEntropy\(q="):
         GeneralizedCrossEntropy(q)
 
@@ -230,12 +230,12 @@ def test_refuses_arguments(q):
     ids=["BCE of logits", "BCE", "KL", "by hand", "gather"],
 )
 @pytest.mark.filterwarnings("ignore:reduction")
-def test_refuses_losses(loss, message):
+def test_rejects_losses(loss, message):
     with pytest.raises(RuntimeError, match=rf"^GeneralizedCrossEntropy.*{message}"):
         fit_with(loss, GeneralizedCrossEntropy())
 
 
-def test_refuses_several_labels():
+def test_rejects_several_labels():
     several, trick = loader_of([torch.randn(4, 1, 8, 8), torch.randint(2, (4, 3))]), GeneralizedCrossEntropy()
     with pytest.raises(RuntimeError, match=r"GeneralizedCrossEntropy.*loss is binary"):
         fit_with(lambda x, y: F.binary_cross_entropy_with_logits(x, y.float()), trick, loader=several)

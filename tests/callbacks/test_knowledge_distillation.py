@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers.cli import FIT, built, done, metrics, workplace
-from helpers.fits import differences, make_trainer, result, run, said
+from helpers.fits import differences, log_lines, make_trainer, result, run
 from helpers.losses import fit_with, loader_of
 from helpers.modules import eval_loader, module_class, network, train_loader
 from helpers.tricks import teacher as small_teacher
@@ -491,7 +491,7 @@ def test_channels_last_and_compiled(monkeypatch):
 
 
 def test_says_and_logs_what_it_does():
-    with said() as records:
+    with log_lines() as records:
         found = fit_with(CE, KnowledgeDistillation(small_teacher(), temperature=4.0, alpha=0.25))
     assert records[0].getMessage() == (
         "KnowledgeDistillation: 0.75 x loss + 4 x KL from Sequential, 99 parameters, at temperature 4"
@@ -591,7 +591,7 @@ def fit(*tricks: Any, module: Any = None) -> None:
     ],
     ids=["classes", "channels", "dense", "dict", "vector"],
 )
-def test_refuses_teachers_that_do_not_fit(teacher, message):
+def test_rejects_teachers_that_do_not_fit(teacher, message):
     with pytest.raises(RuntimeError, match=rf"^KnowledgeDistillation: the teacher.* {message}"):
         fit(KnowledgeDistillation(teacher()))
 
@@ -610,14 +610,14 @@ def test_takes_the_logits_of_an_output_that_has_some():
     assert not differences(fit_with(CE, KnowledgeDistillation(Output())).weights, expected.weights)
 
 
-def test_refuses_a_teacher_that_is_trained():
+def test_rejects_a_teacher_that_is_trained():
     module = module_class("lightning")()
     for teacher in (module, module.net, module.net[0], nn.Sequential(module.net, nn.Linear(3, 3))):
         with pytest.raises(RuntimeError, match=r"teacher .*'net.0.0.weight'.*deepcopy"):
             fit(KnowledgeDistillation(teacher), module=module)
 
 
-def test_refuses_files_and_names_that_are_none(tmp_path, monkeypatch):
+def test_rejects_files_and_names_that_are_none(tmp_path, monkeypatch):
     torch.save({"state_dict": network().state_dict()}, tmp_path / "weights.pth")
     for teacher, error, message in (
         ("nowhere.ckpt", FileNotFoundError, "teacher='nowhere.ckpt'.*no such file"),
@@ -653,7 +653,7 @@ def test_losses_that_do_not_fit_are_rejected(loss, message):
         fit_with(loss, KnowledgeDistillation(small_teacher()))
 
 
-def test_refuses_batches_of_several_images():
+def test_rejects_batches_of_several_images():
     image, label = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
     loader = loader_of({"image": image, "label": label, "depth": image})
     with pytest.raises(RuntimeError, match=r"image and depth.*collate_fn"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fits import differences, make_trainer, run, said, weights_of
+from helpers.fits import differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import eval_loader, lightning, module_class, train_loader
 from torch import Tensor, nn
 
@@ -147,7 +147,7 @@ def test_weights_become_small():
 
 
 def test_says_what_it_does():
-    with said() as records:
+    with log_lines() as records:
         run(L1Penalty(STRENGTH), max_epochs=1)
     assert records[0].getMessage() == "L1Penalty: 0.01 x |w| on 2 tensors (84 weights)"
 
@@ -187,7 +187,7 @@ def test_missing_effect_is_an_error():
         fit(Raw(manual=True), L1Penalty())
 
 
-def test_refuses_sparse_gradients():
+def test_rejects_sparse_gradients():
     class Sparse(module_class("lightning")):
         def __init__(self) -> None:
             super().__init__()

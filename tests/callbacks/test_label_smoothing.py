@@ -140,12 +140,12 @@ def test_validation_loss_is_plain():
     assert losses[0]["train_loss"] != losses[1]["train_loss"]
 
 
-def test_refuses_to_smooth_twice():
+def test_rejects_to_smooth_twice():
     with pytest.raises(RuntimeError, match=r"label_smoothing=0.3.*Set it to 0"):
         fit_with(smoothed, LabelSmoothing(0.1))
 
 
-def test_refuses_a_second_one():
+def test_rejects_a_second_one():
     with pytest.raises(RuntimeError, match="LabelSmoothing was passed twice"):
         fit_with(CE, LabelSmoothing(0.1), LabelSmoothing(0.2))
 
@@ -190,7 +190,7 @@ def test_a_first_batch_that_the_module_skips_is_no_error():
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-def test_refuses_a_batch_without_target_and_a_step_that_takes_an_iterator():
+def test_rejects_a_batch_without_target_and_a_step_that_takes_an_iterator():
     module, images = module_class("lightning")(), torch.zeros(4, 1, 8, 8)
     with pytest.raises(RuntimeError, match=r"LabelSmoothing found no target.*list"):
         make_trainer(LabelSmoothing(0.1)).fit(module, loader_of([images, images]), eval_loader())

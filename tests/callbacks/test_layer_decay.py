@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers.fits import Saver, differences, make_trainer, run, said
+from helpers.fits import Saver, differences, log_lines, make_trainer, run
 from helpers.modules import eval_loader, lightning, module_class, network, train_loader
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -184,7 +184,7 @@ def test_a_tensor_stays_a_tensor() -> None:
 
 
 def test_what_it_found_is_logged() -> None:
-    with said() as records:
+    with log_lines() as records:
         run(LayerDecay(0.5), max_steps=1)
     assert [record.getMessage() for record in records] == [
         "LayerDecay: 2 layers, learning rate x 0.5 in net.0.0 to x 1 in net.1"

@@ -1,4 +1,4 @@
-"""The numbers of LinearScaling, where it finds the batch size, and what it refuses."""
+"""The numbers of LinearScaling, where it finds the batch size, and what it rejects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
-from helpers.fits import Saver, differences, make_trainer, run, said
+from helpers.fits import Saver, differences, log_lines, make_trainer, run
 from helpers.modules import BATCH_SIZE, datamodule_class, eval_loader, images, lightning, module_class
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import (
@@ -168,7 +168,7 @@ def test_one_cycle_has_a_scaled_peak():
     assert not differences(tricked.weights, by_hand.weights)
 
 
-def test_scheduler_with_rates_of_its_own_is_refused():
+def test_scheduler_with_rates_of_its_own_is_rejected():
     def optimizers(module: Any) -> Any:
         optimizer = SGD(module.parameters(), lr=0.1, momentum=0.9)
         return [optimizer], [CyclicLR(optimizer, base_lr=0.1, max_lr=0.2)]
@@ -177,7 +177,7 @@ def test_scheduler_with_rates_of_its_own_is_refused():
         scaled(LinearScaling(16), optimizers=optimizers)
 
 
-def test_rate_that_is_set_later_is_refused():
+def test_rate_that_is_set_later_is_rejected():
     def optimizers(module: Any) -> Any:
         optimizer = SGD(module.parameters(), lr=0.1)
         optimizer.param_groups[0]["lr"] = 0.5
@@ -265,7 +265,7 @@ def test_loaders_side_by_side_have_no_one_batch_size():
 
 def test_accumulation_and_processes_multiply(monkeypatch):
     monkeypatch.setattr(lightning().Trainer, "distributed_sampler_kwargs", {"num_replicas": 8, "rank": 0})
-    with said() as records:
+    with log_lines() as records:
         end = scaled(LinearScaling(256), accumulate_grad_batches=2, max_epochs=1)
     assert lrs(end.trainer) == [0.1 * 64 / 256]
     assert records[0].getMessage() == (
@@ -273,7 +273,7 @@ def test_accumulation_and_processes_multiply(monkeypatch):
     )
 
 
-def test_accumulation_that_changes_is_refused():
+def test_accumulation_that_changes_is_rejected():
     scheduler = lightning().callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
     with pytest.raises(RuntimeError, match="GradientAccumulationScheduler changes it"):
         scaled(LinearScaling(), scheduler)
@@ -317,7 +317,7 @@ def test_any_batch_is_measured(layout):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it says and refuses
+# What it says and rejects
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_any_batch_is_measured(layout):
     ],
 )
 def test_says_what_it_does(trick, base, line):
-    with said() as records:
+    with log_lines() as records:
         end = scaled(trick, optimizers=lambda m: groups(m, SGD, base))
     assert [record.getMessage() for record in records] == [f"LinearScaling: {line}"]
     assert {metrics["linear_scaling/factor"] for metrics in end.logged.values() if "train_loss" in metrics} == {
@@ -339,7 +339,7 @@ def test_says_what_it_does(trick, base, line):
 
 
 def test_many_rates_are_said_as_a_range():
-    with said() as records:
+    with log_lines() as records:
         scaled(
             LinearScaling(2),
             optimizers=lambda m: SGD([{"params": [p], "lr": 0.1 * 0.5**i} for i, p in enumerate(m.parameters())]),
@@ -360,7 +360,7 @@ def test_arguments_out_of_range(arguments, message):
         LinearScaling(**arguments)
 
 
-def test_optimizer_that_was_built_before_is_refused():
+def test_optimizer_that_was_built_before_is_rejected():
     def optimizers(module: Any) -> Any:
         return made
 
@@ -371,7 +371,7 @@ def test_optimizer_that_was_built_before_is_refused():
     assert made.param_groups[0]["lr"] == 0.1
 
 
-def test_optimizer_without_a_rate_is_refused():
+def test_optimizer_without_a_rate_is_rejected():
     def optimizers(module: Any) -> Any:
         return HandsOn(module.parameters(), False, lr=None)
 
@@ -380,12 +380,12 @@ def test_optimizer_without_a_rate_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:.configure_optimizers. returned .None.")
-def test_no_optimizer_is_refused():
+def test_no_optimizer_is_rejected():
     with pytest.raises(RuntimeError, match="no optimizer to scale: Classifier"):
         scaled(LinearScaling(16), optimizers=lambda module: None)
 
 
-def test_twice_in_the_list_is_refused():
+def test_twice_in_the_list_is_rejected():
     with pytest.raises(RuntimeError, match="LinearScaling"):
         scaled(LinearScaling(16), LinearScaling(16))
 
@@ -398,7 +398,7 @@ class TunedModule(module_class("lightning")):  # type: ignore[misc]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_learning_rate_finder_is_refused(tmp_path):
+def test_learning_rate_finder_is_rejected(tmp_path):
     finder = lightning().callbacks.LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
     trainer = make_trainer(LinearScaling(16), finder, default_root_dir=tmp_path)
     with pytest.raises(RuntimeError, match=r"learning rates 0.025, and something else"):
@@ -443,20 +443,20 @@ def stopped(tmp_path: Any, *tricks: Any) -> Any:
 
 def test_resumed_rate_is_not_scaled_again(tmp_path):
     path = stopped(tmp_path, LinearScaling(16, batch_size=4))
-    with said() as records:
+    with log_lines() as records:
         end = run(LinearScaling(16, batch_size=4), ckpt_path=path)
     assert lrs(end.trainer) == [0.025]
     assert records[0].getMessage() == "LinearScaling: 0.1 x 4/16 = 0.025"
 
 
-def test_resume_with_another_batch_is_refused(tmp_path):
+def test_resume_with_another_batch_is_rejected(tmp_path):
     path = stopped(tmp_path, LinearScaling(16, batch_size=4))
     message = r"multiplies the learning rates by 0.5, and the checkpoint brings rates multiplied by 0.25. Resume with "
     with pytest.raises(RuntimeError, match=message):
         run(LinearScaling(16, batch_size=4), ckpt_path=path, accumulate_grad_batches=2)
 
 
-def test_resume_of_a_run_without_it_is_refused(tmp_path):
+def test_resume_of_a_run_without_it_is_rejected(tmp_path):
     path = stopped(tmp_path)
     with pytest.raises(RuntimeError, match=r"rates by 0.25, .*multiplied by 1\."):
         run(LinearScaling(16, batch_size=4), ckpt_path=path)

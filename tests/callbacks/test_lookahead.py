@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.averages import History, Interrupt, Weights, all_weights, assert_close, loaded, whole_average
-from helpers.fits import Saver, differences, run, said, sgd
+from helpers.fits import Saver, differences, log_lines, run, sgd
 from helpers.modules import BATCHES, lightning, module_class, train_loader
 
 from lit_tricks.callbacks import EMA, SWA, Lookahead, PreciseBN
@@ -45,7 +45,7 @@ def floating(weights: Weights) -> Weights:
 
 
 @pytest.mark.parametrize("arguments", [{"k": 0}, {"alpha": 0.0}, {"alpha": 1.5}, {"schedule": "linear"}])
-def test_refuses_arguments(arguments):
+def test_rejects_arguments(arguments):
     [(name, value)] = arguments.items()
     with pytest.raises(ValueError, match=rf"Lookahead\({name}={value!r}\)"):
         Lookahead(**arguments)
@@ -206,7 +206,7 @@ def test_cubic_needs_the_length_of_the_run():
 
 @pytest.mark.parametrize("other", [EMA(0.5), SWA(0.1)], ids=["EMA", "SWA"])
 @pytest.mark.parametrize("first", [True, False])
-def test_refuses_another_average_that_is_validated(other, first):
+def test_rejects_another_average_that_is_validated(other, first):
     tricks = [Lookahead(), other] if first else [other, Lookahead()]
     with pytest.raises(RuntimeError, match=r"both decide which weights are validated.*validate=False"):
         run(*tricks)
@@ -234,7 +234,7 @@ def test_statistics_are_estimated_for_the_slow_weights():
 
 
 def test_says_what_it_does():
-    with said() as records:
+    with log_lines() as records:
         run(Lookahead(k=3, alpha=0.3, schedule="cubic"))
     [line] = [r.getMessage() for r in records if r.getMessage().startswith("Lookahead")]
     assert "1 to 0.3 (cubic)" in line

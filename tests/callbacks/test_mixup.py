@@ -275,7 +275,7 @@ def test_a_dict_of_inputs_and_odd_batches():
     assert not differences(batch, before)
 
 
-def test_refuses_a_batch_without_inputs():
+def test_rejects_a_batch_without_inputs():
     batch = {"tokens": torch.ones(4, 7, dtype=torch.int64), "label": torch.arange(4) % 3}
     with pytest.raises(RuntimeError, match=r"MixUp found the target .*no input"):
         make_trainer(MixUp(), limit_val_batches=0).fit(module_class("lightning")(), loader_of(batch), eval_loader())

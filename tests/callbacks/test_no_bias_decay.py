@@ -11,7 +11,7 @@ import pytest
 import timm
 import timm.optim
 import torch
-from helpers.fits import Saver, differences, make_trainer, run, said
+from helpers.fits import Saver, differences, log_lines, make_trainer, run
 from helpers.modules import eval_loader, lightning, module_class, train_loader
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
@@ -299,7 +299,7 @@ def test_groups_of_the_module_survive():
             group["name"] = f"head{i}"
         return SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.1)
 
-    monitor = lightning().callbacks.LearningRateMonitor()  # it refuses names that come twice
+    monitor = lightning().callbacks.LearningRateMonitor()  # it rejects names that come twice
     end = run(NoBiasDecay(), monitor, optimizers=optimizers, max_epochs=1)
     keys = ("name", "lr", "weight_decay", "momentum")
     assert [tuple(group[key] for key in keys) for group in end.trainer.optimizers[0].param_groups] == [
@@ -382,11 +382,11 @@ def test_with_scaling_and_a_schedule_in_any_order(order):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it says and refuses
+# What it says and rejects
 
 
 def test_says_what_decays():
-    with said() as records:
+    with log_lines() as records:
         end = run(NoBiasDecay(), max_epochs=1)
     assert [record.getMessage() for record in records] == [
         "NoBiasDecay: weight decay on 2 tensors (84 parameters), none on 4 tensors (15 parameters)"
@@ -417,7 +417,7 @@ def test_missing_effect_is_an_error(optimizers):
         run(NoBiasDecay(), optimizers=optimizers)
 
 
-def test_optimizer_that_was_built_before_is_refused():
+def test_optimizer_that_was_built_before_is_rejected():
     def optimizers(module: Any) -> Any:
         return made
 
@@ -446,7 +446,7 @@ def test_group_that_is_added_later():
 
 
 @pytest.mark.parametrize("how", ["weights as vectors", "one flat parameter"])
-def test_flattened_parameters_are_refused(how):
+def test_flattened_parameters_are_rejected(how):
     class Flattened(module_class("lightning")):  # type: ignore[misc]
         def configure_model(self) -> None:
             if how == "one flat parameter":
@@ -510,13 +510,13 @@ def test_resume_with_the_same_rule(checkpoint):
 @pytest.mark.parametrize(
     ("skip", "differs"), [(["bias"], "net.0.1.weight"), (["norm"], "net.0.0.bias")], ids=["bias", "norm"]
 )
-def test_resume_with_another_rule_is_refused(checkpoint, skip, differs):
+def test_resume_with_another_rule_is_rejected(checkpoint, skip, differs):
     message = rf"the checkpoint was made with another skip or network: '{differs}' differs. Resume with the same"
     with pytest.raises(RuntimeError, match=message):
         run(NoBiasDecay(skip), ckpt_path=checkpoint)
 
 
-def test_resume_with_parameters_in_another_order_is_refused(checkpoint):
+def test_resume_with_parameters_in_another_order_is_rejected(checkpoint):
     with pytest.raises(RuntimeError, match="'their order' differs"):
         run(
             NoBiasDecay(),
@@ -525,7 +525,7 @@ def test_resume_with_parameters_in_another_order_is_refused(checkpoint):
         )
 
 
-def test_resume_of_a_run_without_it_is_refused(stopped):
+def test_resume_of_a_run_without_it_is_rejected(stopped):
     with pytest.raises(RuntimeError, match=r"checkpoint .*without it"):
         run(NoBiasDecay(), ckpt_path=stopped())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from helpers.modules import LAYOUTS, NAMESPACES, eval_loader, module_class, train_loader
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_own_trick_trains_with_any_batch(own, namespace, layout):
     trick = own.RandomErasing(probability=1.0, max_area=0.5)
     trainer = make_trainer(trick, namespace=namespace, max_epochs=1)
     module = module_class(namespace)()
-    with said() as records:
+    with log_lines() as records:
         trainer.fit(module, train_loader(layout=layout), eval_loader(layout=layout))
     lines = [record.getMessage() for record in records]
     assert lines == ["RandomErasing: covers up to 50% of the area of 100% of the images"]

@@ -1,4 +1,4 @@
-"""PreciseBN: its numbers, that training notices nothing, what is validated and saved, and what it refuses."""
+"""PreciseBN: its numbers, that training notices nothing, what is validated and saved, and what it rejects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from helpers.averages import Interrupt
-from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import (
     BATCHES,
     eval_loader,
@@ -492,7 +492,7 @@ def test_number_of_samples_and_one_pass_if_there_are_fewer():
 
     for samples, counted in ((1, 4), (4, 4), (5, 8), (16, 16), (17, 16)):
         module = Counting()
-        with said() as records:
+        with log_lines() as records:
             make_trainer(PreciseBN(samples), max_epochs=2, limit_val_batches=1, num_sanity_val_steps=0).fit(
                 module, train_loader(), eval_loader()
             )
@@ -907,7 +907,7 @@ def test_checkpoint_on_exception_is_right_and_resumes_bitwise(place, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused, with a remedy
+# What is rejected, with a remedy
 
 
 class Opened:
@@ -915,7 +915,7 @@ class Opened:
         raise TypeError("cannot pickle 'socket' object")
 
 
-def refusal(loader: Any = None, module: Any = None, trick: Any = None, *others: Any, **kwargs: Any) -> str:
+def rejection(loader: Any = None, module: Any = None, trick: Any = None, *others: Any, **kwargs: Any) -> str:
     trainer = make_trainer(trick or PreciseBN(), *others, max_epochs=1, num_sanity_val_steps=0, **kwargs)
     with pytest.raises(RuntimeError) as caught:
         trainer.fit(module or module_class("lightning")(), train_loader() if loader is None else loader, eval_loader())
@@ -923,27 +923,27 @@ def refusal(loader: Any = None, module: Any = None, trick: Any = None, *others: 
     return str(caught.value)
 
 
-def test_refuses_what_it_can_not_rebuild():
+def test_rejects_what_it_can_not_rebuild():
     loader = DataLoader(Stream(), batch_size=4)
     loader.dataset.connection = Opened()
-    assert "a copy of the DataLoader, and that cannot be copied (TypeError: cannot pickle" in refusal(loader)
-    assert "can be read once only: give the Trainer a DataLoader" in refusal(iter(train_loader()))
+    assert "a copy of the DataLoader, and that cannot be copied (TypeError: cannot pickle" in rejection(loader)
+    assert "can be read once only: give the Trainer a DataLoader" in rejection(iter(train_loader()))
     shared = DataLoader(images(16), 4)
     shared.dataset.connection = Opened()  # it is not copied
     make_trainer(PreciseBN(), max_epochs=1).fit(module_class("lightning")(), shared, eval_loader())
     del shared.dataset.connection
 
 
-def test_refuses_a_transform_that_it_can_not_find():
+def test_rejects_a_transform_that_it_can_not_find():
     trick = PreciseBN(transform="eval")
-    assert "the validation data set has no such attribute" in refusal(trick=trick)
-    assert "a run without validation has no such attribute" in refusal(trick=trick, limit_val_batches=0)
+    assert "the validation data set has no such attribute" in rejection(trick=trick)
+    assert "a run without validation has no such attribute" in rejection(trick=trick, limit_val_batches=0)
     trainer = make_trainer(trick, num_sanity_val_steps=0)
     with pytest.raises(RuntimeError, match="TensorDataset has no"):
         trainer.fit(module_class("lightning")(), train_loader(), DataLoader(Transformed(plus(0.0)), 4))
 
 
-def test_refuses_modules_that_it_can_not_run():
+def test_rejects_modules_that_it_can_not_run():
     class NoForward(module_class("lightning")):
         forward = pl.LightningModule.forward
         loss = lambda self, batch: self.net(batch[0]).square().mean()  # noqa: E731
@@ -958,8 +958,8 @@ def test_refuses_modules_that_it_can_not_run():
                 raise TypeError("forward() missing 1 required positional argument: 'mask'")
             return super().forward(image)
 
-    assert "PreciseBN runs `forward` of NoForward, which has none" in refusal(module=NoForward())
-    assert "here float32 (4, 1, 8, 8), and it failed (TypeError: forward() missing 1" in refusal(module=Other())
+    assert "PreciseBN runs `forward` of NoForward, which has none" in rejection(module=NoForward())
+    assert "here float32 (4, 1, 8, 8), and it failed (TypeError: forward() missing 1" in rejection(module=Other())
 
 
 @pytest.mark.parametrize("how", ["as they are", "others", "memory format", "not forward"])
@@ -1009,22 +1009,22 @@ def test_our_own_data_with_both_transforms():
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_refuses_lightnings_averages(name):
+def test_rejects_lightnings_averages(name):
     other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
-    assert "average with EMA or SWA" in refusal(None, None, None, other)
+    assert "average with EMA or SWA" in rejection(None, None, None, other)
 
 
 @pytest.mark.parametrize("strategy", ["FSDP1", "DeepSpeed"])
-def test_strategies_that_hide_the_layers_are_refused(strategy):
+def test_strategies_that_hide_the_layers_are_rejected(strategy):
     module = module_class("lightning")()
     if strategy == "FSDP1":
         module.other = wrapped_by_fsdp1(nn.Linear(1, 1))
     else:
         module.net[1].weight.ds_id = 0
-    assert "PreciseBN cannot run the layers under SingleDeviceStrategy: use FSDP2" in refusal(module=module)
+    assert "PreciseBN cannot run the layers under SingleDeviceStrategy: use FSDP2" in rejection(module=module)
 
 
-def test_batches_without_inputs_are_refused():
+def test_batches_without_inputs_are_rejected():
     from lit_tricks.utils.batch import inputs_of
 
     images_, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)

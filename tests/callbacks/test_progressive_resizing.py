@@ -214,7 +214,7 @@ def test_wrong_arguments_are_rejected_by_name(kwargs, message):
         ProgressiveResizing(**kwargs)
 
 
-def test_refuses_batches_that_it_can_not_make_smaller():
+def test_rejects_batches_that_it_can_not_make_smaller():
     with pytest.raises(RuntimeError, match=r"has no effect: of 16 x 16.*\(multiple_of=2\)"):
         fit(ProgressiveResizing())
     vectors = DataLoader([(torch.zeros(3), 0)] * 4, batch_size=2)
@@ -222,7 +222,7 @@ def test_refuses_batches_that_it_can_not_make_smaller():
         make_trainer(ProgressiveResizing()).fit(Net(), vectors, samples())
 
 
-def test_refuses_sizes_that_the_network_can_not_take():
+def test_rejects_sizes_that_the_network_can_not_take():
     class Other(Net):
         def __init__(self, net: nn.Module) -> None:
             super().__init__()

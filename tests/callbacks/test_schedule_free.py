@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.averages import History, Interrupt, Weights, all_weights, assert_close, loaded
-from helpers.fits import Saver, differences, make_trainer, run, said
+from helpers.fits import Saver, differences, log_lines, make_trainer, run
 from helpers.modules import BATCHES, eval_loader, lightning, module_class, train_loader
 from helpers.schedule_free import ReplacedScheduleFree, Replacing, ScheduleFreeSGD
 
@@ -263,7 +263,7 @@ def test_needs_such_an_optimizer():
 @pytest.mark.parametrize(
     "make", [lambda: EMA(0.5), lambda: EMA(0.5, validate=False), lambda: SWA(0.1), lambda: Lookahead()]
 )
-def test_refuses_other_averages(make):
+def test_rejects_other_averages(make):
     for tricks in ([ScheduleFree(), make()], [make(), ScheduleFree()]):
         with pytest.raises(RuntimeError, match=r"both average weights|assumes a constant"):
             run(*tricks, optimizers=small)
@@ -271,7 +271,7 @@ def test_refuses_other_averages(make):
 
 @pytest.mark.parametrize("make", [WarmupCosine, lambda: WarmupStep([1], warmup_epochs=0), lambda: SWA(0.1)])
 @pytest.mark.parametrize("with_trick", [True, False])
-def test_schedules_refuse_such_optimizers(make, with_trick):
+def test_schedules_reject_such_optimizers(make, with_trick):
     with pytest.raises(RuntimeError, match=r"assumes a constant learning rate|both average weights"):
         run(make(), *([ScheduleFree()] if with_trick else []), optimizers=small)
 
@@ -310,7 +310,7 @@ def test_only_one_of_two_optimizers_is_schedule_free():
         body, head = module.net
         return [ScheduleFreeSGD(body.parameters(), lr=0.1), torch.optim.SGD(head.parameters(), lr=0.1)]
 
-    with said() as records:
+    with log_lines() as records:
         result = run(ScheduleFree(), manual=True, optimizers=both)
     assert all(value.isfinite().all() for value in result.weights.values())
     assert [r for r in records if "average of ScheduleFreeSGD" in r.getMessage()]

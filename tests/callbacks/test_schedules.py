@@ -252,7 +252,7 @@ def test_stable_decay_begins_after_the_warm_up():
 
 
 @pytest.mark.parametrize("trick", [WarmupCosine, WarmupLinear, WarmupPoly, WarmupStableDecay])
-def test_end_above_the_configured_rate_is_refused(trick):
+def test_end_above_the_configured_rate_is_rejected(trick):
     with pytest.raises(ValueError, match=rf"{trick.__name__}\(min_lr=0.5\).*0.25"):
         run(trick(min_lr=0.5, warmup_epochs=0), optimizers=sgds(0.25))
 
@@ -400,11 +400,11 @@ def test_end_must_be_known():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it refuses
+# What it rejects
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_refuses_a_scheduler_of_the_module(manual):
+def test_rejects_a_scheduler_of_the_module(manual):
     def optimizers(module: Any) -> Any:
         found = sgds(0.5, 0.125)(module) if manual else sgds(0.5)(module)
         return found, [StepLR(optimizer, 1) for optimizer in found]
@@ -413,12 +413,12 @@ def test_refuses_a_scheduler_of_the_module(manual):
         run(WarmupCosine(), optimizers=optimizers, manual=manual)
 
 
-def test_refuses_a_second_schedule():
+def test_rejects_a_second_schedule():
     with pytest.raises(RuntimeError, match="WarmupStep and WarmupCosine"):
         run(WarmupStep(), WarmupCosine())
 
 
-def test_refuses_a_module_without_optimizer():
+def test_rejects_a_module_without_optimizer():
     with (
         pytest.warns(UserWarning, match="with no optimizer"),
         pytest.raises(RuntimeError, match="WarmupCosine found no learning rate"),
@@ -446,7 +446,7 @@ class OneOfTwo(module_class("lightning")):  # type: ignore[misc]
             optimizer.step()
 
 
-def test_max_steps_by_hand_with_other_steps_is_refused_in_the_first_batch():
+def test_max_steps_by_hand_with_other_steps_is_rejected_in_the_first_batch():
     OneOfTwo.batches = 0
     trainer = make_trainer(WarmupCosine(warmup_epochs=1), max_steps=20, max_epochs=-1)
     with pytest.raises(RuntimeError, match=r"for each of 2 .*total_steps="):

@@ -23,7 +23,7 @@ from helpers.averages import (
     spy,
     whole_average,
 )
-from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import BATCHES, eval_loader, image_and_label, lightning, module_class, train_loader
 from sklearn.datasets import load_digits
 from torch import nn
@@ -540,7 +540,7 @@ def test_fast_dev_run_is_quiet(fast_dev_run):  # warnings are errors here
     run(SWA(0.1, anneal_epochs=10), fast_dev_run=fast_dev_run)
 
 
-def test_module_without_an_optimizer_is_refused():
+def test_module_without_an_optimizer_is_rejected():
     with (
         pytest.warns(UserWarning, match="with no optimizer"),
         pytest.raises(RuntimeError, match="SWA found no learning rate"),
@@ -548,7 +548,7 @@ def test_module_without_an_optimizer_is_refused():
         run(SWA(0.1), optimizers=lambda module: None)
 
 
-def test_two_optimizers_that_do_not_step_in_every_batch_are_refused_under_max_steps():
+def test_two_optimizers_that_do_not_step_in_every_batch_are_rejected_under_max_steps():
     class OneOfTwo(module_class("lightning")):
         def training_step(self, batch: Any, batch_idx: int) -> None:
             optimizer = self.optimizers()[0]
@@ -742,14 +742,14 @@ def test_precise_bn_re_estimates_the_statistics_of_the_average(place):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_two_validated_averages_are_refused(place):
+def test_two_validated_averages_are_rejected(place):
     tricks = [SWA(0.2), EMA(0.9)][:: 1 - 2 * place]
     with pytest.raises(RuntimeError, match=r"both decide .*validate=False"):
         run(*tricks)
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_other_averages_are_refused(name):
+def test_other_averages_are_rejected(name):
     other = getattr(pl.callbacks, name)(**({"swa_lrs": 0.1} if name.startswith("Sto") else {}))
     for callbacks in ([SWA(0.2), other], [other, SWA(0.2)]):
         with pytest.raises(RuntimeError, match=rf"SWA and {name}.*remove {name}"):
@@ -861,7 +861,7 @@ def test_learning_rate_finder_does_not_disturb_it(place, tmp_path):
 
 
 def test_says_what_it_does():
-    with said() as records:
+    with log_lines() as records:
         run(SWA(0.2, start=0.5, anneal_epochs=1, every_n_steps=3, name="late"), max_epochs=2)
     [record] = records
     assert record.getMessage() == (

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from helpers.modules import lightning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -126,7 +126,7 @@ def test_evaluation_is_by_the_mean_and_training_as_ever(layer):
     for stage in ("train", "sanity"):
         assert all(map(torch.equal, module.seen[stage], plain.seen[stage])), stage
     trainer.validate(module, loader(), verbose=False)
-    with said() as records:
+    with log_lines() as records:
         trainer.test(module, loader(), verbose=False)
     assert [record.getMessage() for record in records] == ["TestTimeAugment: 20 views per image, in the test"]
     predicted = trainer.predict(module, loader())
@@ -179,7 +179,7 @@ def test_wrong_arguments_are_rejected_by_name(kwargs, message):
         TestTimeAugment(**kwargs)
 
 
-def test_refuses_what_it_can_not_average() -> None:
+def test_rejects_what_it_can_not_average() -> None:
     def error(trick: TestTimeAugment, module: Any = None, data: Any = None) -> str:
         with pytest.raises(RuntimeError) as caught:
             make_trainer(trick).test(module or Net(), data or loader(), verbose=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fits import Saver, differences, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, run, weights_of
 from helpers.modules import lightning, module_class
 
 from lit_tricks.callbacks import Freeze, LayerDecay, LinearScaling, NoBiasDecay, Unfreeze, WarmupCosine
@@ -109,7 +109,7 @@ def test_scheduler_with_learning_rates_of_its_own_is_an_error() -> None:
 
 
 def test_schedule_is_logged_and_a_late_moment_is_a_warning() -> None:
-    with said() as records, pytest.warns(UserWarning, match=r"ends after 12 steps.*step 20"):
+    with log_lines() as records, pytest.warns(UserWarning, match=r"ends after 12 steps.*step 20"):
         run(Unfreeze({"net.0.1": 1, "net.0.0": 5}, {"net.0.0": 0.5}))
     [record] = records
     assert "net.0.1 (8 parameters, 8%) frozen until step 4" in record.getMessage()

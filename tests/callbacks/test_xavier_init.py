@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import CLASSES, eval_loader, image_and_label, lightning, module_class, train_loader
 from torch import Tensor, nn
 
@@ -161,7 +161,7 @@ def test_other_precisions_hold_the_same_numbers(precision):
 
 def test_ranks_take_the_seed_of_the_first(monkeypatch):
     monkeypatch.setattr(lightning().strategies.SingleDeviceStrategy, "broadcast", lambda self, seed, src=0: 7)
-    with said() as records:
+    with log_lines() as records:
         there = weights_of(start(tiny(), XavierInit(), seed=1, max_steps=1))
     assert "with seed 7" in records[0].getMessage()
     monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_shared_weights_are_drawn_once():
     net = tiny()
     twice = nn.Sequential(net[0], nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), *net[5:])
     twice[2].weight = twice[1].weight
-    with said() as records:
+    with log_lines() as records:
         start(twice, XavierInit(), max_steps=1)
     assert records[0].getMessage() == "XavierInit: 3 weights drawn with seed 0, 4 biases at 0"
 
@@ -219,7 +219,7 @@ def test_growth_is_logged():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is left alone, and refused
+# What is left alone, and rejected
 
 
 def test_frozen_weights_stay_unchanged():
@@ -244,7 +244,7 @@ def test_frozen_weights_stay_unchanged():
     assert changed == {f"net.{i}.{name}" for i in (0, 7) for name in ("weight", "bias")}
 
 
-def test_loaded_weights_are_refused():
+def test_loaded_weights_are_rejected():
     module = start(tiny(), max_steps=1)
     before = weights_of(module)
     message = r"XavierInit is for a run from scratch, and Module was trained before: net.1.\w+ differs from channel to"
@@ -253,7 +253,7 @@ def test_loaded_weights_are_refused():
     assert not differences(weights_of(module), before)
 
 
-def test_weights_of_a_classifier_of_the_library_are_refused(tmp_path):
+def test_weights_of_a_classifier_of_the_library_are_rejected(tmp_path):
     from lit_tricks import Classifier
 
     trained = start(resnet(18, "B", CLASSES, in_chans=1, width=0.125), max_steps=1)
@@ -270,14 +270,14 @@ def test_nothing_to_draw_is_an_error():
 
 
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
-def test_parametrized_weights_are_refused(kind):
+def test_parametrized_weights_are_rejected(kind):
     net = tiny()
     getattr(nn.utils.parametrizations, kind)(net[0])
     with pytest.raises(RuntimeError, match=r"XavierInit .*net.0.*parametrized"):
         start(net, XavierInit())
 
 
-def test_flattened_parameters_are_refused():
+def test_flattened_parameters_are_rejected():
     net = tiny()
     net[7].weight = nn.Parameter(net[7].weight.detach().flatten())
     with pytest.raises(RuntimeError, match=r"XavierInit .*shapes"):
@@ -292,7 +292,7 @@ def test_arguments_out_of_range():
 def test_resumed_runs_are_left_alone(tmp_path):
     saver = Saver(tmp_path, steps=[3])
     full = run(XavierInit(), saver, max_epochs=1)
-    with said() as records:
+    with log_lines() as records:
         resumed = run(XavierInit(seed=9), max_epochs=1, ckpt_path=saver.paths[0])
     assert not differences(resumed.weights, full.weights)
     assert [record.getMessage() for record in records] == [
@@ -338,7 +338,7 @@ def test_the_tuner_of_lightning_finds_a_rate_first(tmp_path):
     tuner = lightning().tuner.Tuner(trainer)
     torch.manual_seed(0)
     tuner.lr_find(module, train_loader(batches=30), eval_loader(), num_training=10, early_stop_threshold=None)
-    with said() as records:
+    with log_lines() as records:
         trainer.fit(module, train_loader(), eval_loader())
     assert [record.getMessage() for record in records] == [
         "XavierInit: 2 weights drawn with seed 0, 2 biases at 0",

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers.fits import Saver, differences, make_trainer, run, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, run, weights_of
 from helpers.modules import CLASSES, image_and_label, lightning, train_loader
 from torch import Tensor, nn
 
@@ -355,7 +355,7 @@ def test_compiled_networks_are_initialized():
 
 
 def test_says_what_it_found():
-    with said() as records:
+    with log_lines() as records:
         fit(Module(Classifier()), ZeroGamma())
         fit(Module(NETS["ours 18 D"]()), ZeroGamma())
     first, second = (record.getMessage().split(": ") for record in records)
@@ -382,7 +382,7 @@ def test_twice_in_the_list_is_an_error():
 def test_networks_that_start_so_are_warned_of():
     trick = ZeroGamma()
     with (
-        said() as records,
+        log_lines() as records,
         pytest.warns(UserWarning, match=r"ZeroGamma .*nothing: .*Module"),
     ):
         fit(Module(timm.create_model("resnet18", in_chans=1, num_classes=3)), trick)
@@ -401,7 +401,7 @@ def test_a_fit_before_the_first_step_may_be_repeated():
 # Trained weights
 
 
-def test_weights_that_were_trained_are_refused():
+def test_weights_that_were_trained_are_rejected():
     module = Module(Classifier())
     fit(module, ZeroGamma())
     message = r"ZeroGamma is for a run from scratch, and Module was trained before: net.1.m.weight differs from channel"
@@ -441,7 +441,7 @@ def test_resumed_runs_are_left_alone(tmp_path):
     full = Module(Classifier())
     fit(full, ZeroGamma(), saver, max_steps=4)
     resumed = Module(Classifier())
-    with said() as records:
+    with log_lines() as records:
         trainer = make_trainer(ZeroGamma(), max_steps=4, limit_val_batches=0)
         trainer.fit(resumed, train_loader(), ckpt_path=saver.paths[0], weights_only=True)
     assert not differences(weights_of(resumed), weights_of(full))

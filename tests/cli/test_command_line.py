@@ -389,14 +389,14 @@ def test_the_data_change_on_resume_and_the_seed_does_not(whole: Path) -> None:
     assert "the data continues with the seed of the resumed run, 0" in outcome.log
 
 
-def test_another_optimizer_on_resume_is_refused(whole: Path) -> None:
+def test_another_optimizer_on_resume_is_rejected(whole: Path) -> None:
     outcome = cli(*FIT, f"--ckpt_path={whole}/checkpoints/epoch=0.ckpt", "--model.optimizer=Adam")
     assert outcome.code == 1
     assert re.fullmatch(r"lit-tricks: error: .*SGD.*Adam.*--model\.weights.*\n", outcome.err)
 
 
 @pytest.mark.parametrize("change", ["width=0.0625", "variant=A", "depth=34"])
-def test_another_architecture_on_resume_is_refused(best: str, change: str) -> None:
+def test_another_architecture_on_resume_is_rejected(best: str, change: str) -> None:
     for words in ((*FIT, "--trainer.max_epochs=9"), ("test", *QUIET)):
         outcome = cli(*words, f"--ckpt_path={best}", f"--model.model_args.{change}")
         assert outcome.code == 1
@@ -541,4 +541,4 @@ def test_the_data_decide_classes_and_input_size(monkeypatch: pytest.MonkeyPatch)
     model = built(monkeypatch, *FIT).model
     assert (model.num_classes, model.class_names) == (10, [str(i) for i in range(10)])
     assert model.example_input_array.shape == (2, 1, 8, 8)
-    built(monkeypatch, *FIT, "--model.num_classes=10")  # the truth may be said
+    built(monkeypatch, *FIT, "--model.num_classes=10")  # the right number is accepted

@@ -31,7 +31,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "runs/tiny/v0/checkpoints/last.ckpt")
 
 
-def refused(message: str, *words: str) -> None:
+def rejected(message: str, *words: str) -> None:
     """Run a command that must fail: with one line, which matches the whole message, and no run folder."""
     outcome = cli(*words)
     assert re.fullmatch(rf"lit-tricks: error: {message}\n", outcome.err), outcome
@@ -188,7 +188,7 @@ FLAGS = {
 @pytest.mark.parametrize("case", FLAGS)
 def test_wrong_flag_explains_itself(case: str) -> None:
     words, message = FLAGS[case]
-    refused(message.replace("?", r"\?"), *words)
+    rejected(message.replace("?", r"\?"), *words)
 
 
 YAML = {
@@ -263,7 +263,7 @@ YAML = {
 def test_wrong_configuration_explains_itself(case: str) -> None:
     text, message = YAML[case]
     Path("bad.yaml").write_text(text, errors="surrogateescape")
-    refused(message, *FIT, "--config=bad.yaml")
+    rejected(message, *FIT, "--config=bad.yaml")
 
 
 # Images
@@ -272,16 +272,16 @@ IMAGES = ("--data=ImageFolder", "--data.root=images", "--data.image_size=16", "-
 
 
 def test_wrong_image_folder_explains_itself() -> None:
-    refused(r"root='images' is not a folder; expected are ROOT/train/CLASS/\*\.jpg .*", *FIT, *IMAGES)
+    rejected(r"root='images' is not a folder; expected are ROOT/train/CLASS/\*\.jpg .*", *FIT, *IMAGES)
     Path("images").mkdir()
-    refused(r"no folder 'train' in root='images'; expected are .*", *FIT, *IMAGES)
+    rejected(r"no folder 'train' in root='images'; expected are .*", *FIT, *IMAGES)
     write_image_folder(Path("images"))
     Path("images/val/ant").rename("images/val/Ant")
-    refused(r"the class folders of train and val in root='images' differ: .*only in val: Ant", *FIT, *IMAGES)
+    rejected(r"the class folders of train and val in root='images' differ: .*only in val: Ant", *FIT, *IMAGES)
     Path("images/val/Ant").rename("images/val/ant")
     Path("images/train/dog").mkdir()
     Path("images/val/dog").mkdir()
-    refused(r"no image in 1 of the 4 class folders of 'images/train': dog; .*", *FIT, *IMAGES)
+    rejected(r"no image in 1 of the 4 class folders of 'images/train': dog; .*", *FIT, *IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_broken_images_are_named(split: str, workers: int, kind: str) -> None:
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if kind == "truncated" else b"not an image")
     message = rf"cannot read the image 'images/{split}/\w+/\d\.jpg' \(.+\): replace the file or remove it"
-    refused(message, *FIT, *IMAGES, f"--data.num_workers={workers}", "--trainer.num_sanity_val_steps=1")
+    rejected(message, *FIT, *IMAGES, f"--data.num_workers={workers}", "--trainer.num_sanity_val_steps=1")
 
 
 # Checkpoints
@@ -328,7 +328,7 @@ def test_files_that_are_no_checkpoint(good: str) -> None:
     for number, path in enumerate(paths):
         message = rf"--ckpt_path {path} is not a checkpoint of Lightning.*"
         for words in commands if path.name == "evil.ckpt" else commands[number % 3 :][:1]:
-            refused(message, *words, f"--ckpt_path={path}", *QUIET)
+            rejected(message, *words, f"--ckpt_path={path}", *QUIET)
     assert not Path("executed").exists()
     assert not Path("predictions.csv").exists()
     pickle.loads(Path("pickle.ckpt").read_bytes())
@@ -351,16 +351,16 @@ def test_a_file_is_in_the_way_of_the_runs() -> None:
     Path("taken").write_text("mine")
     for place in ("taken", "taken/deeper"):
         message = rf"the run folder {place}/tiny/v0 cannot be made \(.+\): .*--trainer\.default_root_dir\."
-        refused(message, *FIT, f"--trainer.default_root_dir={place}")
+        rejected(message, *FIT, f"--trainer.default_root_dir={place}")
     assert Path("taken").read_text() == "mine"
 
 
 def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+    def reject(self: Path, *args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)  # a read-only folder is no obstacle where the tests run as root
-    refused(r"the run folder runs/tiny/v0 cannot be made \(Permission denied\): choose another .*", *FIT)
+    monkeypatch.setattr(Path, "mkdir", reject)  # a read-only folder is no obstacle where the tests run as root
+    rejected(r"the run folder runs/tiny/v0 cannot be made \(Permission denied\): choose another .*", *FIT)
 
 
 def test_a_failed_run_leaves_the_others_alone(good: str) -> None:
@@ -384,4 +384,4 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_errors_that_do_not_explain_themselves_name_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Digits, "_load", lambda self, split: {}["lost"])
-    refused(r"KeyError: 'lost' \(--debug shows where\)", *FIT)
+    rejected(r"KeyError: 'lost' \(--debug shows where\)", *FIT)

@@ -1,7 +1,7 @@
 """Requirements on a trick in every client: its effect, and no other effect.
 
 The test file of a client has a function that takes callbacks and fits with them on the CPU, in the client's own way:
-3 epochs of 4 batches. Where a trick can not work in a client, the file says which error refuses it, and why.
+3 epochs of 4 batches. Where a trick can not work in a client, the file says which error rejects it, and why.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def check(
     name: str,
     fit: Fit,
     layout: str = "",
-    refused: dict[str, str] | None = None,
+    rejected: dict[str, str] | None = None,
     idle: dict[str, str] | None = None,
     teacher: Callable[[], nn.Module] | None = None,
 ) -> None:
@@ -138,8 +138,8 @@ def check(
     Args:
         name: the trick.
         fit: fits with the callbacks that it is given.
-        layout: that of the client's batches, which the trick's row may refuse.
-        refused: tricks that can not work in this client, each with a regex of the RuntimeError's message.
+        layout: that of the client's batches, which the trick's row may reject.
+        rejected: tricks that can not work in this client, each with a regex of the RuntimeError's message.
         idle: tricks that have nothing to do in it, each with a regex of the warning that says so.
         teacher: makes one for the client, if its images are not those of the contract.
     """
@@ -147,7 +147,7 @@ def check(
     if teacher and isinstance(trick, callbacks.KnowledgeDistillation):
         trick.teacher = teacher()
     assert len(plain.losses) == 12 * plain.fits
-    message = (NO_SCHEDULE_FREE_OPTIMIZER | (refused or {})).get(name) or TRICKS[name].refused.get(layout)
+    message = (NO_SCHEDULE_FREE_OPTIMIZER | (rejected or {})).get(name) or TRICKS[name].rejected.get(layout)
     if TRICKS[name].validates and not plain.trainer.enable_validation:
         message = message or f"^{name} needs logits of images that are not trained on"
     if message:

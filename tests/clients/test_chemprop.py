@@ -54,7 +54,7 @@ def test_mpnn_takes_or_rejects_trick(name):
         name,
         fit,
         layout="NamedTuple",
-        refused=own_schedule("LambdaLR", "MPNN")
+        rejected=own_schedule("LambdaLR", "MPNN")
         | no_labels("2 tensors that could be the target")
         | NO_RESIDUAL_BRANCHES
         | NO_CONVOLUTIONS

@@ -53,7 +53,7 @@ def test_nbeats_takes_or_rejects_trick(name):
     check(
         name,
         fit,
-        refused=no_labels("no target in the training batch: TorchTrainingBatch(")
+        rejected=no_labels("no target in the training batch: TorchTrainingBatch(")
         | NO_RESIDUAL_BRANCHES
         | NO_CONVOLUTIONS
         | NO_BATCHNORM_TO_TRAIN
@@ -63,8 +63,8 @@ def test_nbeats_takes_or_rejects_trick(name):
 
 
 @each_schedule
-def test_argument_lr_scheduler_cls_is_refused(name):
-    check(name, fit_with_scheduler, refused=own_schedule("ExponentialLR", "_NBEATSModule"))
+def test_argument_lr_scheduler_cls_is_rejected(name):
+    check(name, fit_with_scheduler, rejected=own_schedule("ExponentialLR", "_NBEATSModule"))
 
 
 def test_batches_are_dataclasses_with_slots():

@@ -55,7 +55,7 @@ def test_linear_classifier_takes_or_rejects_trick(name):
     only_the_head_is_trained |= {"Muon": "^Muon has no effect: "}
     own = own_schedule("CosineWarmupScheduler", "LinearClassifier")
     frozen = {"PreciseBN": "^UserWarning: PreciseBN has no effect: all BatchNorm layers of .+ are frozen"}
-    check(name, fit, layout="list", refused=own | only_the_head_is_trained, idle=frozen, teacher=partial(network, 3))
+    check(name, fit, layout="list", rejected=own | only_the_head_is_trained, idle=frozen, teacher=partial(network, 3))
 
 
 @each_schedule

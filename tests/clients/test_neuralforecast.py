@@ -62,10 +62,10 @@ def fit_without_scheduler(*callbacks: Any) -> None:
 @each_trick
 def test_mlp_takes_or_rejects_trick(name):
     no_class_labels = no_labels("no target in the training batch: dict(")
-    refused = own_schedule("StepLR", "MLP") | no_class_labels | NO_RESIDUAL_BRANCHES | NO_CONVOLUTIONS
-    refused |= NO_BATCHNORM_TO_TRAIN | NO_IMAGES
-    refused |= {"TemperatureScaling": "^TemperatureScaling found no target in the training batch: "}
-    check(name, fit, refused=refused, idle=NO_BATCHNORM | NO_FORWARD)
+    rejected = own_schedule("StepLR", "MLP") | no_class_labels | NO_RESIDUAL_BRANCHES | NO_CONVOLUTIONS
+    rejected |= NO_BATCHNORM_TO_TRAIN | NO_IMAGES
+    rejected |= {"TemperatureScaling": "^TemperatureScaling found no target in the training batch: "}
+    check(name, fit, rejected=rejected, idle=NO_BATCHNORM | NO_FORWARD)
 
 
 @each_schedule

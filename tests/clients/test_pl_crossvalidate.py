@@ -29,14 +29,14 @@ def fit(*callbacks: Any) -> None:
     trainer.cross_validate(module_class("lightning")(), DataLoader(images(32), batch_size=4), eval_loader())
 
 
-REFUSED = NO_RESIDUAL_BRANCHES | {
+REJECTED = NO_RESIDUAL_BRANCHES | {
     "LinearScaling": r"^LinearScaling found no batch size.+LinearScaling\(batch_size=...\)"
 }
 
 
 @each_trick
 def test_every_fold_starts_anew(name):
-    check(name, fit, layout="list", refused=REFUSED, idle=NO_FORWARD)  # its test_step does nothing
+    check(name, fit, layout="list", rejected=REJECTED, idle=NO_FORWARD)  # its test_step does nothing
 
 
 def test_there_are_two_folds():

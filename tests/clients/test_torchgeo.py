@@ -65,7 +65,7 @@ def test_classification_takes_or_rejects_trick(name):
         fit,
         layout="dict",
         teacher=partial(network, 3),
-        refused=own_schedule("ReduceLROnPlateau", Classification.__name__),
+        rejected=own_schedule("ReduceLROnPlateau", Classification.__name__),
     )
 
 
@@ -88,7 +88,7 @@ def test_segmentation_takes_or_rejects_trick(name):
         fit_masks,
         layout="dict",
         teacher=unet,
-        refused=own_schedule("ReduceLROnPlateau", Segmentation.__name__),
+        rejected=own_schedule("ReduceLROnPlateau", Segmentation.__name__),
     )
 
 

@@ -37,8 +37,8 @@ def test_deterministic_classification_takes_trick(name):
 
 
 @each_schedule
-def test_argument_lr_scheduler_is_refused(name):
-    check(name, fit_with_scheduler, refused=own_schedule("StepLR", "DeterministicClassification"))
+def test_argument_lr_scheduler_is_rejected(name):
+    check(name, fit_with_scheduler, rejected=own_schedule("StepLR", "DeterministicClassification"))
 
 
 def test_batches_are_dicts():

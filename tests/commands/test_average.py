@@ -1,4 +1,4 @@
-"""``lit-tricks average``: its numbers, its file, what it refuses, and that it leaves nothing half."""
+"""``lit-tricks average``: its numbers, its file, what it rejects, and that it leaves nothing half."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import rich.console
 import rich.progress
 import torch
 from helpers.cli import FIT, QUIET, checkpoint, cli, done, logits_of, workplace
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from helpers.modules import datamodule_class, eval_loader, module_class, train_loader
 
 from lit_tricks.commands import average
@@ -161,7 +161,7 @@ def data() -> Any:
 )
 def test_greedy_takes_what_does_not_make_it_worse(values, taken):
     paths = scored(*values)
-    with said() as records:
+    with log_lines() as records:
         average(paths, "x.ckpt", greedy=True, data=data(), module=Scored())
     assert checkpoint("x.ckpt")["averaged_from"] == taken
     expected = sum(float(path.removesuffix(".ckpt")) for path in taken) / len(taken)
@@ -196,10 +196,10 @@ def test_greedy_names_the_metrics_that_there_are(trained):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it refuses
+# What it rejects
 
 
-def refused(message: str, *words: str) -> None:
+def rejected(message: str, *words: str) -> None:
     before = sorted(Path().iterdir())
     outcome = cli("average", *words)
     assert re.fullmatch(rf"lit-tricks: error: {message}\n", outcome.err), outcome
@@ -218,7 +218,7 @@ def changed(path: str, **tensors: torch.Tensor | None) -> str:
     return "changed.ckpt"
 
 
-def test_refuses_other_models(trained):
+def test_rejects_other_models(trained):
     good, weight = trained[0], "model.fc.weight"
     for name, tensors, message in (
         (
@@ -234,11 +234,11 @@ def test_refuses_other_models(trained):
         ("shapes", {weight: torch.zeros(3, 2)}, rf"changed.ckpt .*: '{weight}' is torch.float32 of shape \(3, 2\) .*"),
         ("types", {weight: torch.zeros(10, 16, dtype=torch.long)}, f"changed.ckpt .*: '{weight}' is torch.int64 .*"),
     ):
-        refused(message, good, changed(good, **tensors), "-o", "x.ckpt"), name
+        rejected(message, good, changed(good, **tensors), "-o", "x.ckpt"), name
     content = checkpoint(good)
     content["hyper_parameters"]["model_args"]["variant"] = "A"  # the same keys and shapes as those of B
     torch.save(content, "changed.ckpt")
-    refused("changed.ckpt is of another model than .*: model_args is .*", good, "changed.ckpt", "-o", "x.ckpt")
+    rejected("changed.ckpt is of another model than .*: model_args is .*", good, "changed.ckpt", "-o", "x.ckpt")
 
 
 def test_average_wrong_files_explain_themselves(trained):
@@ -246,33 +246,35 @@ def test_average_wrong_files_explain_themselves(trained):
     Path("text.ckpt").write_text("no checkpoint")
     torch.save({"weight": torch.zeros(1)}, "weights.ckpt")
     Path("cut.ckpt").write_bytes(Path(good).read_bytes()[:5000])
-    refused(r"nowhere.ckpt: there is no such file\. .*", good, "nowhere.ckpt", "-o", "x.ckpt")
+    rejected(r"nowhere.ckpt: there is no such file\. .*", good, "nowhere.ckpt", "-o", "x.ckpt")
     Path("empty").mkdir()
-    refused("empty: this folder has no checkpoint.*", good, "empty", "-o", "x.ckpt")
+    rejected("empty: this folder has no checkpoint.*", good, "empty", "-o", "x.ckpt")
     del (content := checkpoint(good))["hyper_parameters"]
     torch.save(content, "a.ckpt")
     torch.save(content, "b.ckpt")
-    refused("a.ckpt does not name the module of its weights: set --module.", "a.ckpt", "b.ckpt", "-o", "x.ckpt", *DATA)
+    rejected("a.ckpt does not name the module of its weights: set --module.", "a.ckpt", "b.ckpt", "-o", "x.ckpt", *DATA)
     for bad in ("text.ckpt", "weights.ckpt", "cut.ckpt"):
-        refused(rf"{bad} is not a checkpoint of Lightning, or damaged.*", good, bad, "-o", "x.ckpt")
-    refused("average needs two checkpoints or more, got one.", good, "-o", "x.ckpt")
-    refused("a checkpoint is given twice: .*", good, good, "-o", "x.ckpt")
-    refused("--output no/x.ckpt lies in a folder that does not exist: make it first.", *trained, "-o", "no/x.ckpt")
+        rejected(rf"{bad} is not a checkpoint of Lightning, or damaged.*", good, bad, "-o", "x.ckpt")
+    rejected("average needs two checkpoints or more, got one.", good, "-o", "x.ckpt")
+    rejected("a checkpoint is given twice: .*", good, good, "-o", "x.ckpt")
+    rejected("--output no/x.ckpt lies in a folder that does not exist: make it first.", *trained, "-o", "no/x.ckpt")
 
 
 def test_wrong_arguments_are_rejected_by_name(trained):
-    refused(".*needs CHECKPOINTS and --output.*")
-    refused(".*needs --output.*", *trained)
-    refused("there is no argument 'gredy'; did you mean 'greedy'.", *trained, "-o", "x.ckpt", "--gredy")
-    refused("--greedy compares metrics of validation data: give --data, .*", *trained, "-o", "x.ckpt", "--greedy")
-    refused("--data: 'Digts' is unknown; did you mean 'Digits'.", *trained, "-o", "x.ckpt", "--data=Digts")
-    refused("--num_samples=0 is below 1; .*", *trained, "-o", "x.ckpt", "--num_samples=0")
-    refused("--config nowhere: there is no such file.*", *trained, "-o", "x.ckpt", "--config=nowhere")
+    rejected(".*needs CHECKPOINTS and --output.*")
+    rejected(".*needs --output.*", *trained)
+    rejected("there is no argument 'gredy'; did you mean 'greedy'.", *trained, "-o", "x.ckpt", "--gredy")
+    rejected("--greedy compares metrics of validation data: give --data, .*", *trained, "-o", "x.ckpt", "--greedy")
+    rejected("--data: 'Digts' is unknown; did you mean 'Digits'.", *trained, "-o", "x.ckpt", "--data=Digts")
+    rejected("--num_samples=0 is below 1; .*", *trained, "-o", "x.ckpt", "--num_samples=0")
+    rejected("--config nowhere: there is no such file.*", *trained, "-o", "x.ckpt", "--config=nowhere")
 
 
 def test_existing_file_is_not_overwritten(trained):
     Path("x.ckpt").write_text("precious")
-    refused("--output x.ckpt exists: choose another name, or give --overwrite to replace it.", *trained, "-o", "x.ckpt")
+    rejected(
+        "--output x.ckpt exists: choose another name, or give --overwrite to replace it.", *trained, "-o", "x.ckpt"
+    )
     assert Path("x.ckpt").read_text() == "precious"
     done("average", *trained, "-o", "x.ckpt", "--overwrite")
     assert state("x.ckpt")

@@ -1,4 +1,4 @@
-"""lit-tricks export: what others make of the files, without lit_tricks; what is refused, and in which words."""
+"""lit-tricks export: what others make of the files, without lit_tricks; what is rejected, and in which words."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def made(kind: str, *words: str, checkpoint: str = BEST) -> str:
     return found[1]
 
 
-def refused(message: str, *words: str) -> None:
+def rejected(message: str, *words: str) -> None:
     before = sorted(Path().rglob("*"))
     outcome = cli("export", *words)
     assert re.fullmatch(rf"lit-tricks: error: {message}\n", outcome.err), outcome.err
@@ -319,7 +319,7 @@ def test_arguments_that_timm_names_otherwise() -> None:
 def test_groups_that_timm_makes_otherwise() -> None:
     model = Classifier(model_args={"depth": 18, "width": 0.125, "norm": "group"}, num_classes=3, input_size=(1, 8, 8))
     message = r"timm cannot build this network \(num_channels.* must be divisible by num_groups.*\): choose --format .*"
-    refused(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
+    rejected(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
 
 
 def test_network_that_timm_builds_differently_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_network_that_timm_builds_differently_is_rejected(monkeypatch: pytest.Mo
         ({"no": 1}, r"cannot build .*'no'"),
     ):
         monkeypatch.setattr("lit_tricks.commands.exporting.timm_folder.timm_arguments", lying(given))
-        refused(rf".*{reason}.*: choose --format onnx, torch-export or safetensors, .*", BEST, "--format=timm")
+        rejected(rf".*{reason}.*: choose --format onnx, torch-export or safetensors, .*", BEST, "--format=timm")
 
 
 def test_models_of_timm_by_name() -> None:
@@ -413,7 +413,7 @@ def test_onnx_needs_its_packages(missing: tuple[str, ...], monkeypatch: pytest.M
         lambda name: None if name in missing else find_spec(name),
     )
     message = rf'--format onnx needs {", ".join(missing)}, .* not installed: pip install "lit-tricks\[export\]"'
-    refused(message, BEST, "--format=onnx")
+    rejected(message, BEST, "--format=onnx")
 
 
 # torch.export and safetensors
@@ -447,7 +447,7 @@ def test_safetensors_load_anywhere() -> None:
 def test_small_inputs_go_into_all_but_timm() -> None:
     done(*FIT)  # its model_args have small_input
     path = "runs/tiny/v0/checkpoints/best.ckpt"
-    refused(r"timm's ResNet has no small_input: true .*: choose --format onnx, .*", path, "--format=timm")
+    rejected(r"timm's ResNet has no small_input: true .*: choose --format onnx, .*", path, "--format=timm")
     assert (elsewhere(ONNX, made("onnx", checkpoint=path), NOISE) - logits_of(path, NOISE)).abs().max() < 1e-4
 
 
@@ -508,7 +508,7 @@ def test_a_checkpoint_that_knows_no_data() -> None:
     settings = {"model_args": {"depth": 18, "width": 0.125}, "num_classes": 4, "input_size": (3, 32, 32)}
     path = saved("resnet", **settings)
     message = r"made\.ckpt has no normalization: set --mean and --std, on .* that is not 32\."
-    refused(message, path, "--format=timm")
+    rejected(message, path, "--format=timm")
     known = ("--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.2", "0.2")
     config = json.loads(Path(made("timm", *known, checkpoint=path), "config.json").read_text())
     found = config["pretrained_cfg"]
@@ -540,23 +540,23 @@ class Doubled(Classifier):
 
 def test_modules_that_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(Other())
-    refused(
+    rejected(
         r"made\.ckpt is not of a Classifier: it has the setting 'encoder'\. Give --module, .*", path, "--format=onnx"
     )
     content = torch.load(path, weights_only=True)
     content["hyper_parameters"]["_class_path"] = f"{__name__}.Other"
     torch.save(content, path)
-    refused(
+    rejected(
         rf"made\.ckpt is of {__name__}\.Other: export takes a Classifier, Segmenter or Detector\.",
         path,
         "--format=onnx",
     )
     content["hyper_parameters"]["_class_path"] = "nowhere.Net"
     torch.save(content, path)
-    refused(r"made\.ckpt names 'nowhere\.Net', .*--import nowhere.*", path, "--format=onnx")
+    rejected(r"made\.ckpt names 'nowhere\.Net', .*--import nowhere.*", path, "--format=onnx")
     del content["hyper_parameters"]
     torch.save(content, path)
-    refused(r"made\.ckpt is not of a Classifier: it does not name its module.*", path, "--format=onnx")
+    rejected(r"made\.ckpt is not of a Classifier: it does not name its module.*", path, "--format=onnx")
     module = Doubled(model_args={"depth": 18, "width": 0.125}, num_classes=10, input_size=(1, 8, 8))
     with pytest.raises(ValueError, match="Doubled is no Classifier"):
         export(BEST, format="onnx", module=module)
@@ -596,7 +596,7 @@ def test_exported_segmenter_equals_model(kind: str, decoder: Any) -> None:
 
 def test_timm_has_no_form_for_a_segmenter() -> None:
     model = Segmenter("resnet", 11, {"depth": 18, "width": 1 / 16}, input_size=(1, 64, 64))
-    refused(r".* is of a Segmenter, and timm has classifiers: choose .*", saved(model), "--format=timm")
+    rejected(r".* is of a Segmenter, and timm has classifiers: choose .*", saved(model), "--format=timm")
 
 
 @pytest.mark.parametrize(
@@ -677,7 +677,7 @@ def test_a_network_by_import_path(folder: Path) -> None:
     images = torch.rand(2, 1, 8, 8)
     for kind in ("onnx", "torch-export", "safetensors"):
         assert Path(made(kind, checkpoint="runs/net/v0")).exists()
-    refused(
+    rejected(
         r".*timm builds models by name, and the network of this checkpoint is .*Net: .*", "runs/net/v0", "--format=timm"
     )
     session = pytest.importorskip("onnxruntime").InferenceSession("runs/net/v0/checkpoints/best.onnx")
@@ -701,7 +701,7 @@ def test_a_network_that_was_given_as_an_object() -> None:
     network = shaken(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
     module = Classifier(network, num_classes=3, input_size=(3, 2, 2))
     path = saved(module)
-    refused(r"made\.ckpt does not name the network .*: set --module to a Classifier with it\.", path, "--format=onnx")
+    rejected(r"made\.ckpt does not name the network .*: set --module to a Classifier with it\.", path, "--format=onnx")
     fresh = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), num_classes=3, input_size=(3, 2, 2))
     statistics = {"mean": [0.5] * 3, "std": [0.5] * 3}
     images = torch.randn(4, 3, 2, 2)
@@ -728,10 +728,10 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])
 def test_a_network_that_can_not_be_traced(kind: Any) -> None:
     module = Classifier(Branching(), num_classes=3, input_size=(3, 2, 2))
-    refusal = (
+    rejection = (
         r"Branching cannot be written by .*: choose another --format\.$|onnxruntime gives other logits"  # torch 2.7
     )
-    with pytest.raises(ValueError, match=refusal) as error:
+    with pytest.raises(ValueError, match=rejection) as error:
         export(saved(module), format=kind, module=module, mean=[0.5] * 3, std=[0.5] * 3)
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in Path().glob("*made*")) == ["made.ckpt"]
@@ -763,19 +763,19 @@ BAD = {
 def test_bad_input_is_named_in_one_line(case: str) -> None:
     words, message = BAD[case]
     Path("run/no").mkdir(exist_ok=True)
-    refused(message, *words, *(() if any("--format" in word for word in words) else ("--format=onnx",)))
+    rejected(message, *words, *(() if any("--format" in word for word in words) else ("--format=onnx",)))
 
 
 def test_a_damaged_checkpoint() -> None:
     whole = Path(BEST).read_bytes()
     Path("half.ckpt").write_bytes(whole[: len(whole) // 2])
-    refused(r"half\.ckpt is not a checkpoint of Lightning, or damaged\.", "half.ckpt", "--format=safetensors")
+    rejected(r"half\.ckpt is not a checkpoint of Lightning, or damaged\.", "half.ckpt", "--format=safetensors")
 
 
 def test_a_size_that_the_network_does_not_take() -> None:
     path = saved("test_vit", num_classes=4, model_args={"img_size": 32}, input_size=(3, 32, 32))
     words = ("--mean", "0.5", "0.5", "0.5", "--std", "0.5", "0.5", "0.5", "--input-size=40")
-    refused(
+    rejected(
         r"the network takes no images of 3 x 40 x 40 \(.*\): give its --input_size\.", path, "--format=timm", *words
     )
 
@@ -788,7 +788,7 @@ def test_existing_file_is_replaced_only_on_request(kind: str) -> None:
     file = path / "model.safetensors" if kind == "timm" else path
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"mine")
-    refused(rf"{file} exists: choose another --output, or give --overwrite to replace it\.", BEST, f"--format={kind}")
+    rejected(rf"{file} exists: choose another --output, or give --overwrite to replace it\.", BEST, f"--format={kind}")
     assert file.read_bytes() == b"mine"
     file.with_name(".gitattributes").write_text("kept")
     assert made(kind, "--overwrite") == str(path)
@@ -797,12 +797,12 @@ def test_existing_file_is_replaced_only_on_request(kind: str) -> None:
 
 
 def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**kwargs: Any) -> None:
+    def reject(**kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     # a read-only folder is no obstacle where the tests run as root
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    refused(
+    monkeypatch.setattr("tempfile.TemporaryFile", reject)
+    rejected(
         r"\S+best\.pt2 .*Permission denied.*--output.*",
         BEST,
         "--format=torch-export",
@@ -819,7 +819,7 @@ def test_a_failed_check_leaves_nothing(kind: str, monkeypatch: pytest.MonkeyPatc
         return module
 
     monkeypatch.setattr(Classifier, "load_from_checkpoint", nan)
-    refused(r".*", BEST, f"--format={kind}")
+    rejected(r".*", BEST, f"--format={kind}")
 
 
 # A checkpoint alone is enough to predict, too

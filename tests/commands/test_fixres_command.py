@@ -1,4 +1,4 @@
-"""``lit-tricks fixres``: the convex problem, the pass that goes on, the checkpoint, and what it refuses."""
+"""``lit-tricks fixres``: the convex problem, the pass that goes on, the checkpoint, and what it rejects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.cli import FIT, QUIET, checkpoint, cli, done, workplace, write_image_folder
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from lightning import LightningModule
 from scipy.optimize import minimize
 from torch import Tensor, nn
@@ -292,10 +292,10 @@ def test_files_are_known_by_size_and_time(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it refuses
+# What it rejects
 
 
-def refused(message: str, *words: str) -> None:
+def rejected(message: str, *words: str) -> None:
     before = sorted(Path().iterdir())
     outcome = cli("fixres", *words)
     assert re.fullmatch(rf"(?s)lit-tricks: error: {message}\n", outcome.err), outcome
@@ -305,21 +305,21 @@ def refused(message: str, *words: str) -> None:
 
 def test_fixres_wrong_arguments_explain_themselves(trained):
     good = (f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
-    refused("give --ckpt, .*", "--test-size=10", "-o", "x.ckpt")
-    refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt", "--test-size=10", "-o", "x.ckpt")
-    refused("--test_size=0 is below 1: .*", f"--ckpt={trained}", "--test-size=0", "-o", "x.ckpt")
-    refused("nothing of an image is left at 3 pixels .*", f"--ckpt={trained}", "--test-size=3", "-o", "x.ckpt")
-    refused("--crop_ratio 0.9: Digits does not support it. Leave it out.", *good, "--crop-ratio=0.9")
-    refused("--crop_ratio 9 is not above 0 .*", *good, "--crop-ratio=9")
-    refused("--num_samples=0 is below 1; .*", *good, "--num_samples=0")
-    refused("--weight_decay=0.0 must be above 0: .*", *good, "--weight_decay=0")
-    refused(".*has no BatchNorm 'bn9' with running statistics: give --train_bn none, .*", *good, "--batch_norm=bn9")
-    refused(
+    rejected("give --ckpt, .*", "--test-size=10", "-o", "x.ckpt")
+    rejected("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt", "--test-size=10", "-o", "x.ckpt")
+    rejected("--test_size=0 is below 1: .*", f"--ckpt={trained}", "--test-size=0", "-o", "x.ckpt")
+    rejected("nothing of an image is left at 3 pixels .*", f"--ckpt={trained}", "--test-size=3", "-o", "x.ckpt")
+    rejected("--crop_ratio 0.9: Digits does not support it. Leave it out.", *good, "--crop-ratio=0.9")
+    rejected("--crop_ratio 9 is not above 0 .*", *good, "--crop-ratio=9")
+    rejected("--num_samples=0 is below 1; .*", *good, "--num_samples=0")
+    rejected("--weight_decay=0.0 must be above 0: .*", *good, "--weight_decay=0")
+    rejected(".*has no BatchNorm 'bn9' with running statistics: give --train_bn none, .*", *good, "--batch_norm=bn9")
+    rejected(
         "the classifier .* got model.layer4 .*for 'model.layer4': .*--classifier.*", *good, "--classifier=model.layer4"
     )
-    refused("--output no/x.ckpt lies in a folder that does not exist: make it first.", *good[:2], "-o", "no/x.ckpt")
+    rejected("--output no/x.ckpt lies in a folder that does not exist: make it first.", *good[:2], "-o", "no/x.ckpt")
     Path("x.ckpt").write_text("precious")
-    refused("--output x.ckpt exists: .* --overwrite .*", *good)
+    rejected("--output x.ckpt exists: .* --overwrite .*", *good)
     done("fixres", *good, "--overwrite")
     assert state("x.ckpt")
 
@@ -332,7 +332,7 @@ def test_a_network_without_batchnorm(tmp_path):
     data = ImageFolder(str(root), 8, batch_size=6, num_workers=0)
     with pytest.raises(ValueError, match=r"Vision .*--train_bn none"):
         fixres(module=module, test_size=12, output="x.ckpt", data=data)
-    with said() as records:
+    with log_lines() as records:
         fixres(module=module, test_size=12, output="x.ckpt", data=data, train_bn="none")
     assert any("classifier network.4, 4 features of 12 images" in record.getMessage() for record in records)
 

@@ -97,8 +97,8 @@ def test_a_row_has_the_most_probable_classes(folder: Path) -> None:
         probabilities = logits[0].softmax(0).tolist()
         ranking = sorted(range(10), key=lambda label: -probabilities[label])[:5]
         assert [row[f"label{i}"] for i in range(1, 6)] == [str(label) for label in ranking]
-        said = [float(row[f"probability{i}"]) for i in range(1, 6)]
-        assert said == pytest.approx([probabilities[i] for i in ranking], abs=2e-6)
+        written = [float(row[f"probability{i}"]) for i in range(1, 6)]
+        assert written == pytest.approx([probabilities[i] for i in ranking], abs=2e-6)
         assert row["error"] == ""
 
 
@@ -109,8 +109,8 @@ def test_predict_needs_no_training_data(folder: Path) -> None:
     for row in table("out.csv"):
         pixels = data.input_transform()(row["file"])
         found = logits_of("runs/animals/v0/checkpoints/best.ckpt", pixels[None])[0].softmax(0).tolist()
-        said = {row[f"label{i}"]: float(row[f"probability{i}"]) for i in (1, 2, 3)}
-        assert said == pytest.approx(dict(zip(names, found, strict=True)), abs=2e-6)
+        written = {row[f"label{i}"]: float(row[f"probability{i}"]) for i in (1, 2, 3)}
+        assert written == pytest.approx(dict(zip(names, found, strict=True)), abs=2e-6)
 
 
 def test_the_flags_of_old(folder: Path) -> None:
@@ -345,13 +345,13 @@ def test_predictions_in_python(folder: Path) -> None:
     pixels = np.asarray(image)
     tensor = torch.from_numpy(pixels.copy()).movedim(-1, 0)
     for run, classes in (("tiny", 10), ("animals", 3)):
-        predicted("-o=said.json", images="images/b.png", run=run)
-        [row] = json.loads(Path("said.json").read_text())
+        predicted("-o=written.json", images="images/b.png", run=run)
+        [row] = json.loads(Path("written.json").read_text())
         kinds: list[Any] = ["images/b.png", Path("images/b.png"), image, pixels, tensor]
         for found in lit_tricks.predict(f"runs/{run}/v0", kinds, batch_size=2):
             assert found.names == [row[f"label{i}"] for i in range(1, min(classes, 5) + 1)]
-            said = [row[f"probability{i}"] for i in range(1, min(classes, 5) + 1)]
-            assert found.probabilities == pytest.approx(said, abs=2e-3)
+            written = [row[f"probability{i}"] for i in range(1, min(classes, 5) + 1)]
+            assert found.probabilities == pytest.approx(written, abs=2e-3)
         for each in kinds:
             [(names, probabilities)] = lit_tricks.predict(f"runs/{run}/v0", each, top_k=1)
             assert (names, len(probabilities)) == ([row["label1"]], 1)

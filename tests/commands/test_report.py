@@ -76,7 +76,7 @@ def run(trained: Path, folder: Path) -> Path:
     return Path("runs/tiny/v0")
 
 
-def said(classes: int = 7, count: int = 500, seed: int = 0) -> Predictions:
+def predictions(classes: int = 7, count: int = 500, seed: int = 0) -> Predictions:
     """Predictions that are right about every second time."""
     rng = np.random.default_rng(seed)
     scores = torch.from_numpy(rng.normal(size=(count, classes)))
@@ -103,7 +103,7 @@ def said(classes: int = 7, count: int = 500, seed: int = 0) -> Predictions:
 
 
 def test_confusion_is_that_of_scikit_learn() -> None:
-    found = said()
+    found = predictions()
     expected = confusion_matrix(found.label, found.predicted)
     np.testing.assert_array_equal(found.confusion().dense(7), expected)
     off = expected * (1 - np.eye(7, dtype=int))
@@ -113,7 +113,7 @@ def test_confusion_is_that_of_scikit_learn() -> None:
 
 
 def test_recall_and_precision_are_those_of_scikit_learn() -> None:
-    found = said()
+    found = predictions()
     recalls, counts = found.recalls()
     np.testing.assert_allclose(recalls, recall_score(found.label, found.predicted, average=None))
     np.testing.assert_allclose(found.precisions(), precision_score(found.label, found.predicted, average=None))
@@ -122,7 +122,7 @@ def test_recall_and_precision_are_those_of_scikit_learn() -> None:
 
 @pytest.mark.parametrize("missing", [False, True])
 def test_balanced_accuracy_and_macro_f1_match_scikit_learn(missing: bool) -> None:
-    found = said()
+    found = predictions()
     if missing:  # class 3 has no image, and class 5 is never predicted
         kept = found.label != 3
         found.label, found.top = found.label[kept], found.top[kept]
@@ -135,7 +135,7 @@ def test_balanced_accuracy_and_macro_f1_match_scikit_learn(missing: bool) -> Non
 
 
 def test_accuracy_by_class_frequency() -> None:
-    found = said()
+    found = predictions()
     assert not found.is_imbalanced
     assert found.by_frequency() == {}
     found.train_counts = np.array([50, 900, 10, 400, 0, 400, 80])  # class 4 is not trained
@@ -185,7 +185,7 @@ def test_an_imbalanced_run_reports_accuracy_by_class_frequency(folder: Path) -> 
 def test_calibration_error_is_that_of_torchmetrics() -> None:
     rng = np.random.default_rng(1)
     scores = torch.from_numpy(rng.dirichlet([0.3] * 7, 500))
-    found = said()
+    found = predictions()
     found.confidence, found.top = scores.max(1).values.numpy(), scores.argmax(1)[:, None].numpy()
     expected = multiclass_calibration_error(scores, torch.from_numpy(found.label), 7, n_bins=15)
     assert found.calibration().error == pytest.approx(float(expected), abs=1e-7)  # theirs is in single precision
@@ -351,8 +351,8 @@ def test_report_wrong_folders_explain_themselves(run: Path, words: tuple[str, ..
 @pytest.mark.parametrize("classes", [2, 12, 30, 200])
 def test_any_number_of_classes(classes: int) -> None:
     for function, *args in (
-        (draw_confusion, said(classes), ""),
-        (draw_recalls, {"a": said(classes), "b": said(classes, seed=1)}, ["a", "gone", "b"]),
+        (draw_confusion, predictions(classes), ""),
+        (draw_recalls, {"a": predictions(classes), "b": predictions(classes, seed=1)}, ["a", "gone", "b"]),
     ):
         with Image.open(io.BytesIO(draw(function, *args, theme=DARK))) as image:
             assert image.width > 300
@@ -361,7 +361,7 @@ def test_any_number_of_classes(classes: int) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_mistake(run: Path) -> None:
     [found] = read_runs([run])
-    found.predictions = perfect = said(200)
+    found.predictions = perfect = predictions(200)
     perfect.top = perfect.label[:, None]
     perfect.wrong_index, perfect.wrong_image = perfect.wrong_index[:0], perfect.wrong_image[:0]  # type: ignore[index]
     text = to_html("x", report_sections([found]))

@@ -1,4 +1,4 @@
-"""``lit-tricks resolution``: its accuracies and costs, what it leaves, and what it refuses."""
+"""``lit-tricks resolution``: its accuracies and costs, what it leaves, and what it rejects."""
 
 from __future__ import annotations
 
@@ -267,10 +267,10 @@ def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it refuses
+# What it rejects
 
 
-def refused(message: str, *words: str) -> None:
+def rejected(message: str, *words: str) -> None:
     outcome = cli("resolution", *words)
     assert re.fullmatch(rf"(?s)lit-tricks: error: {message}\n", outcome.err), outcome
     assert outcome.code in (1, 2)
@@ -279,30 +279,30 @@ def refused(message: str, *words: str) -> None:
 
 def test_resolution_wrong_arguments_explain_themselves(trained):
     ckpt = f"--ckpt={trained}"
-    refused("give --ckpt, a checkpoint, or the name of one of timm's models.")
-    refused("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt")
-    refused(".*resnet1 is neither a file nor a model of timm's.*", "--ckpt=resnet1", "--data=Digits")
-    refused("resnet18 does not name its training data: set --data, .*", "--ckpt=resnet18")
-    refused("--sizes '8:a' is no size: .*", ckpt, "--sizes", "8:a")
-    refused("--crop_ratio 2 is not above 0 and at most 1: .*", ckpt, "--crop-ratio", "2")
-    refused(
+    rejected("give --ckpt, a checkpoint, or the name of one of timm's models.")
+    rejected("--ckpt no.ckpt: there is no such file. .*", "--ckpt=no.ckpt")
+    rejected(".*resnet1 is neither a file nor a model of timm's.*", "--ckpt=resnet1", "--data=Digits")
+    rejected("resnet18 does not name its training data: set --data, .*", "--ckpt=resnet18")
+    rejected("--sizes '8:a' is no size: .*", ckpt, "--sizes", "8:a")
+    rejected("--crop_ratio 2 is not above 0 and at most 1: .*", ckpt, "--crop-ratio", "2")
+    rejected(
         r"nothing of an image is left at 2 pixels \(model.layer\d.0.*, which has stride 2, gets a map of 1 pixel\): "
         "use 5 or more.",
         ckpt, "--sizes", "2", "8",
     )  # fmt: skip
     content = torch.load(trained, weights_only=True)
     torch.save({key: value for key, value in content.items() if key != "datamodule_hyper_parameters"}, "bare.ckpt")
-    refused("bare.ckpt does not name its training data: set --data, .*--config.*", "--ckpt=bare.ckpt")
+    rejected("bare.ckpt does not name its training data: set --data, .*--config.*", "--ckpt=bare.ckpt")
     done("resolution", "--ckpt=bare.ckpt", "--sizes", "8", "--config=data/digits")
     Path("text.ckpt").write_text("text")
 
 
-def test_refuses_data_of_other_classes(trained, tmp_path):
+def test_rejects_data_of_other_classes(trained, tmp_path):
     root = write_image_folder(tmp_path / "images")
     words = ("--data=ImageFolder", f"--data.root={root}", "--data.batch_size=2")
-    refused(".*only in the checkpoint: 0, 1, .*; only in the data: ant, bee, cow.*", f"--ckpt={trained}", *words)
+    rejected(".*only in the checkpoint: 0, 1, .*; only in the data: ant, bee, cow.*", f"--ckpt={trained}", *words)
     weights = write_state("test_resnet", 5)
-    refused(
+    rejected(
         "weights.pth is for other classes than the 3 of the data.*same classes.",
         "--ckpt=test_resnet", f"--weights={weights}", *words,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def test_a_transformer_of_one_size(tmp_path):
     write_state("vit_tiny_patch16_224", 3, depth=1)
     words = ("--ckpt=vit_tiny_patch16_224", "--weights=weights.pth", "--data=ImageFolder", f"--data.root={root}")
     words += ("--data.batch_size=2", "--data.num_workers=0", "--sizes", "256")
-    refused(
+    rejected(
         r"VisionTransformer supports only images of 224 pixels .*--model_args '\{dynamic_img_size: true\}' .*",
         *words, "--model_args", "{depth: 1}",
     )  # fmt: skip

@@ -363,10 +363,10 @@ def test_from_the_command_line(root: Path, tmp_path: Path) -> None:
     words = ("--config=tiny.yaml", "--data=ImageFolder", f"--data.root={root}", "--data.image_size=32")
     words += ("--data.batch_size=8", "--data.num_workers=0")
     with workplace(tmp_path):
-        refused = cli("fit", *words)
-        assert refused.code == 1
-        assert refused.err.startswith("lit-tricks: error: cannot read the image '")
-        assert "/a/" in refused.err
+        rejected = cli("fit", *words)
+        assert rejected.code == 1
+        assert rejected.err.startswith("lit-tricks: error: cannot read the image '")
+        assert "/a/" in rejected.err
         outcome = done("fit", *words, "--data.on_bad_image=skip")
         assert "image files could not be read and were skipped: see runs/tiny/v" in outcome.log
         [path] = tmp_path.glob("runs/tiny/v*/bad_images.csv")

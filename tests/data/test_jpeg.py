@@ -238,7 +238,7 @@ def test_file_with_libjpeg_warning_is_decoded(decoder: str) -> None:
             assert np.array_equal(pixels_of(decode_image(odd, "a.jpg"), box), by_pil(data)[: box and box[2]])
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(RuntimeError, match=r"cannot read .*'a\.jpg' .*bomb"):
         decode_image(jpeg(photo(64, 64)), "a.jpg")

@@ -272,8 +272,10 @@ def test_an_epoch_does_not_go_on_with_other_batches(
     root = str(shards if kind is Streaming else images)
     steps = len(fit(kind(root, 16, 4, 0), Saver(tmp_path), max_epochs=2).seen) // 2
     monkeypatch.setattr(kind, "_replicas", lambda self: (processes, 0))
-    said = f"started in 1 processes with batches of 4 cannot resume in {processes} with batches of {batch_size}: resume"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        f"started in 1 processes with batches of 4 cannot resume in {processes} with batches of {batch_size}: resume"
+    )
+    with pytest.raises(ValueError, match=message):
         fit(kind(root, 16, batch_size, 0), ckpt_path=tmp_path / f"{steps + 2}-batch.ckpt")
     data = kind(root, 16, batch_size, 0)
     next_epoch = fit(data, ckpt_path=tmp_path / f"{2 * steps}-epoch.ckpt").seen
@@ -347,15 +349,15 @@ def test_buckets_that_do_not_answer(
         Streaming(root)
 
 
-def test_a_bucket_that_refuses(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refuse(BaseHTTPRequestHandler):
+def test_a_bucket_that_rejects(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reject(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_error(403)
 
         do_HEAD = do_GET  # noqa: N815
         log_message = print_nothing
 
-    server = HTTPServer(("127.0.0.1", 0), Refuse)
+    server = HTTPServer(("127.0.0.1", 0), Reject)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

@@ -147,7 +147,7 @@ def test_every_kind_of_image_becomes_rgb() -> None:
     assert np.array_equal(np.array(to_rgb(palette)), np.array(rgb.convert("P").convert("RGB")))
 
 
-def test_deep_grey_keeps_its_upper_bits_or_is_refused() -> None:
+def test_deep_grey_keeps_its_upper_bits_or_is_rejected() -> None:
     deep = Image.fromarray(np.array([[0, 255, 256, 65535]], dtype=np.uint16))
     assert to_pixels(to_rgb(deep))[:, 0].tolist() == [[0, 0, 1, 255]] * 3
     for mode in ("I", "F"):

@@ -97,14 +97,14 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "explanation"),
     [
         ("DataLoader worker (pid 12) is killed by signal: Killed. ", r".*\(pid 12\) was killed \(Killed\); .*memory"),
         ("DataLoader worker (pid(s) 1, 2) exited unexpectedly", r".*\(pid 1, 2\) was killed; .*memory"),
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible", ".*/dev/shm, is full"),
     ],
 )
-def test_death_of_a_worker_is_explained(said: str, told: str) -> None:
-    text = explain_death(RuntimeError(said))
-    assert re.match(told, text or "")
+def test_death_of_a_worker_is_explained(message: str, explanation: str) -> None:
+    text = explain_death(RuntimeError(message))
+    assert re.match(explanation, text or "")
     assert explain_death(RuntimeError("another")) is None

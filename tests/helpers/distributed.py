@@ -1,7 +1,7 @@
 """One of two processes that run every trick under DDP and under FSDP2.
 
 Run by ``_two.py``. It leaves ``FOLDER/<rank>.pt``: per strategy and trick what the run ended with,
-and what it ended with when it was resumed, or the message with which the trick refused it.
+and what it ended with when it was resumed, or the message with which the trick rejected it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from helpers.fits import Saver, make_trainer, said, weights_of
+from helpers.fits import Saver, log_lines, make_trainer, weights_of
 from helpers.modules import eval_loader, lightning, module_class, sharded_class, train_loader
 from helpers.tricks import TRICKS
 from lit_tricks.callbacks import Unfreeze
@@ -38,12 +38,12 @@ def fit(strategy: str, *callbacks: Any, ckpt_path: Path | None = None) -> dict[s
 def fit_and_resume(strategy: str, make: Callable[[], Any], folder: Path, chosen: slice = slice(None)) -> dict[str, Any]:
     saver = Saver(folder, steps=(3, 8))  # within the first epoch, and at the end of the second
     try:
-        with said() as records:
+        with log_lines() as records:
             full = fit(strategy, make(), saver)
     except RuntimeError as error:
-        return {"refused": str(error)}
+        return {"rejected": str(error)}
     resumed = {path.name: fit(strategy, make(), ckpt_path=path)["weights"] for path in saver.paths[chosen]}
-    return full | {"resumed": resumed, "said": [record.getMessage() for record in records]}
+    return full | {"resumed": resumed, "lines": [record.getMessage() for record in records]}
 
 
 def late_unfreeze() -> Unfreeze:

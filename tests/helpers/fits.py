@@ -121,7 +121,7 @@ def weights_of(module: Any) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def said() -> Iterator[list[logging.LogRecord]]:
+def log_lines() -> Iterator[list[logging.LogRecord]]:
     """Collect the lines that the library logs meanwhile."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()

@@ -13,7 +13,7 @@ from helpers.modules import network
 from lit_tricks import callbacks
 from lit_tricks.callbacks.base import Trick
 
-# What a trick may be asked to work with. A row can refuse a case; the README shows them as the columns of its table.
+# What a trick may be asked to work with. A row can reject a case; the README shows them as the columns of its table.
 CASES = (
     "list",
     "tuple",
@@ -40,7 +40,7 @@ class Row:
         make: a new one, set up so that it acts within ten steps (three epochs of four batches).
         tests: the file that tests its numbers.
         logs: names of the metrics that it logs in a run with one SGD.
-        refused: cases that it refuses, each with a regex of the RuntimeError's message.
+        rejected: cases that it rejects, each with a regex of the RuntimeError's message.
         flags: what the command line needs besides its name.
         same_numbers: it changes how fast a run is, or acts in evaluation only: weights change by rounding at most.
         plain: callbacks of a run without it, to compare what it leaves behind.
@@ -50,7 +50,7 @@ class Row:
     make: Callable[[], Trick]
     tests: str
     logs: tuple[str, ...]
-    refused: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     same_numbers: bool = False
     plain: Callable[[], list[Trick]] = list
@@ -85,7 +85,7 @@ TRICKS = {
         make=lambda: callbacks.Compile(backend="eager"),  # traces and guards as any, and needs no compiler
         tests="test_compile.py",
         logs=("compile/layers",),
-        refused={"torch.compile": "^Compile: Classifier, or a part of it, is compiled already"},
+        rejected={"torch.compile": "^Compile: Classifier, or a part of it, is compiled already"},
         same_numbers=True,
     ),
     "CutMix": Row(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.averages import Interrupt, loaded
-from helpers.fits import Saver, differences, make_trainer, said, weights_of
+from helpers.fits import Saver, differences, log_lines, make_trainer, weights_of
 from helpers.modules import CLASSES, lightning, train_loader
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -446,7 +446,7 @@ def test_buffers_can_be_averaged_all_and_infinities_stay():
 
 def test_log_says_what_is_averaged_and_what_is_copied():
     network = buffered(nn.BatchNorm2d(4), spectral_norm_hook(nn.Conv2d(4, 4, 1)))
-    with said() as records:
+    with log_lines() as records:
         fit(Module(network), EMA(0.5), max_epochs=1)
     [record] = records
     assert "2 averaged, 6 copied (net.3.index, " in record.getMessage()
@@ -734,7 +734,7 @@ def test_statistics_below_an_adapter_are_those_of_the_merged_weights(adapter, em
         assert torch.equal(layer.weight.float(), module.base)
 
 
-def test_fixres_refuses_weights_that_depend_on_the_mode():
+def test_fixres_rejects_weights_that_depend_on_the_mode():
     module = Adapted(ADAPTERS["in place"])
     base = module.layer.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"FixRes .*'net\.1\.weight'.* merge"):

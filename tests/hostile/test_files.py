@@ -102,7 +102,7 @@ def test_a_bad_image_that_is_no_file_is_skipped(odd: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(60)
-def test_a_shard_of_an_image_that_is_no_file_is_refused(odd: Any, tmp_path: Path) -> None:
+def test_a_shard_of_an_image_that_is_no_file_is_rejected(odd: Any, tmp_path: Path) -> None:
     from lit_tricks.commands.data import shard
 
     root = write_image_folder(tmp_path / "root")

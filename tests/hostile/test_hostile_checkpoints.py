@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.boxes import write_coco
 from helpers.cli import FIT, checkpoint, cli, done, results, workplace, write_image_folder
-from helpers.fits import said
+from helpers.fits import log_lines
 from helpers.masks import write_folder
 from helpers.segmenters import trainer as quiet_trainer
 from torch import nn
@@ -145,12 +145,12 @@ def test_the_trainer_in_python_compares_classes(place: Path) -> None:
 def test_predictions_keep_the_names_of_the_model_with_a_warning(place: Path) -> None:
     rename(place / "images", "ant", "wasp")
     model = Classifier.load_from_checkpoint("best.ckpt", weights_only=True)
-    with said() as records:
+    with log_lines() as records:
         quiet_trainer().predict(model, datamodule=images(predict_dir="images/val"))
     assert any("only in the model: ant; only in the data: wasp" in record.getMessage() for record in records)
 
 
-def test_a_teacher_of_other_classes_is_refused(place: Path) -> None:
+def test_a_teacher_of_other_classes_is_rejected(place: Path) -> None:
     for names, message in ((["ant", "bee", "cat", "wasp"], "only in the teacher: dog"), (CLASSES[::-1], "order")):
         student = Classifier("resnet", 4, class_names=list(names), optimizer=SGD, **SMALL)
         with pytest.raises(ValueError, match=message):

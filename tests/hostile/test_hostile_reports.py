@@ -310,7 +310,7 @@ MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", [LAUGHS, MERGES, "a: &a [*a]", "[" * 5000], ids=["laughs", "merges", "itself", "deep"])
-def test_aliases_that_explode_are_refused(text: str, tmp_path: Path, undrawn: None, monkeypatch: Any) -> None:
+def test_aliases_that_explode_are_rejected(text: str, tmp_path: Path, undrawn: None, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, yaml.YAMLError)):
         parse_yaml(text)

@@ -36,8 +36,8 @@ def test_all_heads_keep_their_initialization(name: str, tmp_path: Path, caplog: 
     of_heads = {f"{head}.{part}" for head in HEADS[name] for part in ("weight", "bias")}
     for key, value in here.state_dict().items():
         assert torch.equal(value, before[key] if key in of_heads else there.state_dict()[key]), key
-    said = " ".join(record.getMessage() for record in caplog.records)
-    assert all(f"{head!r} keeps its initialization" in said for head in HEADS[name])
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert all(f"{head!r} keeps its initialization" in logged for head in HEADS[name])
 
 
 class Net(nn.Module):

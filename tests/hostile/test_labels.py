@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from helpers.losses import loader_of
 from helpers.modules import lightning
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ def test_metrics_see_the_labels_with_the_larger_share():
         (bce_with_logits, [FocalLoss(2.0, [0.5] * LABELS)], "alpha is a list, and the loss is binary"),
     ],
 )
-def test_what_is_no_loss_of_several_labels_is_refused_by_name(loss, tricks, message):
+def test_what_is_no_loss_of_several_labels_is_rejected_by_name(loss, tricks, message):
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         Module(loss, [IMAGE, HOT.float()]).fit(*tricks)
 
@@ -239,7 +239,7 @@ def test_several_labels_are_found(batch, where, inputs):
     ],
 )
 @pytest.mark.parametrize("trick", ["MixUp", "CutMix", "LabelSmoothing", "FocalLoss"])
-def test_what_is_no_label_is_refused_by_name(batch, message, trick):
+def test_what_is_no_label_is_rejected_by_name(batch, message, trick):
     with pytest.raises(RuntimeError, match=f"(?s)^{trick} found {message}"):
         find(batch, trick)
 
@@ -254,7 +254,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("trick", [MixUp, CutMix])
 def test_what_is_left_is_logged_once(trick):
-    with said() as records:
+    with log_lines() as records:
         module = Module(cross_entropy, {"image": IMAGE, "age": AGE, "id": CLASS, "label": CLASS}, at=("image", "label"))
         module.fit(trick(1.0))
     [line] = [record.getMessage() for record in records if "leaves" in record.getMessage()]
@@ -267,7 +267,7 @@ def test_what_is_left_is_logged_once(trick):
 def test_several_inputs_that_are_mixed_by_default_are_logged():
     points = torch.rand(len(CLASS), 5, 2)
     for inputs, expected in ((None, ["MixUp: mixes image, points; `inputs` chooses what is mixed"]), (["image"], None)):
-        with said() as records:
+        with log_lines() as records:
             Module(cross_entropy, {"image": IMAGE, "points": points, "label": CLASS}, at=("image", "label")).fit(
                 MixUp(1.0, inputs=inputs)
             )
@@ -276,7 +276,7 @@ def test_several_inputs_that_are_mixed_by_default_are_logged():
 
 
 def test_nothing_is_logged_where_nothing_is_left():
-    with said() as records:
+    with log_lines() as records:
         Module(cross_entropy, [IMAGE, CLASS]).fit(MixUp(1.0))
     assert len(records) == 1
 
@@ -326,7 +326,7 @@ def test_two_mixers_may_have_other_inputs():
         (lambda: MixUp(inputs=["label"]), r"MixUp\(inputs=\['label'\]\)"),
     ],
 )
-def test_inputs_that_can_not_be_mixed_are_refused(trick, message):
+def test_inputs_that_can_not_be_mixed_are_rejected(trick, message):
     batch = {"image": IMAGE, "age": AGE, "id": CLASS, "label": CLASS}
     with pytest.raises(RuntimeError, match=message):
         Module(cross_entropy, batch, ("image", "label")).fit(trick())
@@ -334,6 +334,6 @@ def test_inputs_that_can_not_be_mixed_are_refused(trick, message):
 
 @pytest.mark.parametrize("trick", [MixUp, CutMix])
 @pytest.mark.parametrize("inputs", ["image", [], [1.5], [True], [""], [-1], [None], 3, {}])
-def test_refuses_what_is_no_list_of_names(trick, inputs):
+def test_rejects_what_is_no_list_of_names(trick, inputs):
     with pytest.raises(ValueError, match=f"{trick.__name__}.inputs="):
         trick(inputs=inputs)

@@ -1,4 +1,4 @@
-"""Modules with lazy layers that no batch has gone through: trained as without a trick, or refused in one sentence."""
+"""Modules with lazy layers that no batch has gone through: trained as without a trick, or rejected in one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from lit_tricks.callbacks import KnowledgeDistillation
 
 # What reads or sets weights when the fit starts.
-REFUSED = {
+REJECTED = {
     "BinaryCrossEntropy",
     "ChannelsLast",
     "EMA",
@@ -57,8 +57,8 @@ def fit(made: Any, *callbacks: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("trick", sorted(set(TRICKS) - {"KnowledgeDistillation"}))
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_trick_trains_lazy_layers_or_refuses_them_by_name(trick):
-    if trick in REFUSED:
+def test_a_trick_trains_lazy_layers_or_rejects_them_by_name(trick):
+    if trick in REJECTED:
         with pytest.raises(RuntimeError, match=rf"^{trick}.* Classifier has lazy layers \(net\.0\.0\.weight"):
             fit(module(), TRICKS[trick].make())
     else:
@@ -71,7 +71,7 @@ def test_a_trick_trains_layers_that_a_batch_has_gone_through(trick):
     fit(module(dry=True), TRICKS[trick].make())
 
 
-def test_a_lazy_teacher_is_refused_by_name():
+def test_a_lazy_teacher_is_rejected_by_name():
     teacher = network()
     with pytest.raises(RuntimeError, match=r"^KnowledgeDistillation.* lazy layers .* before the fit"):
         fit(module(dry=True), KnowledgeDistillation(teacher))

@@ -60,7 +60,7 @@ def called(name: str, namespace: str = "lightning", **attributes: Any) -> Any:
 @pytest.mark.filterwarnings("ignore:SWA averages the statistics of the BatchNorm layers")
 @pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network")
 def test_callbacks_of_all_these_names_train_beside_a_trick(trick, namespace):
-    """Except one of its own name: two with a state and one name are refused by Lightning."""
+    """Except one of its own name: two with a state and one name are rejected by Lightning."""
     others = [called(name, namespace, fine_tunes=True, validate=True) for name in FOREIGN if name != trick]
     run(*others, TRICKS[trick].make(), namespace=namespace, max_epochs=1)
 
@@ -69,7 +69,7 @@ def test_callbacks_of_all_these_names_train_beside_a_trick(trick, namespace):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightnings_own_classes_are_known_in_both_packages(namespace):
     pl = lightning(namespace)
-    refused: dict[Any, list[Any]] = {
+    rejected: dict[Any, list[Any]] = {
         r"WeightAveraging both decide": [EMA(0.5), pl.callbacks.WeightAveraging()],
         r"StochasticWeightAveraging both decide": [SWA(0.1), pl.callbacks.StochasticWeightAveraging(0.1)],
         r"FixRes: BackboneFinetuning": [FixRes(None), pl.callbacks.BackboneFinetuning()],
@@ -79,7 +79,7 @@ def test_lightnings_own_classes_are_known_in_both_packages(namespace):
         ],
         r"FixRes: DropPath": [FixRes(None), DropPath(0.5, layers=["net.0.1"])],
     }
-    for message, tricks in refused.items():
+    for message, tricks in rejected.items():
         with pytest.raises(RuntimeError, match=message):
             run(*tricks, namespace=namespace, max_epochs=2)
 

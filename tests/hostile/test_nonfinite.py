@@ -110,7 +110,7 @@ def test_finite_runs_hear_nothing_and_a_second_fit_begins_anew():
 
 
 @pytest.mark.parametrize("value", [None, "", "nan", True, 0, [], "Stop"])
-def test_refuses_another_choice(value):
+def test_rejects_another_choice(value):
     with pytest.raises(ValueError, match="on_nan="):
         FiniteLoss(value)
 
@@ -178,11 +178,11 @@ def test_the_best_checkpoint_without_a_score_is_finite(tmp_path):
 
 @pytest.mark.parametrize("value", [*VALUES, 1.5, 0, True, None, "NaN"])
 def test_json_has_no_numbers_that_are_not_finite(value):
-    def refuse(token: str) -> None:
+    def reject(token: str) -> None:
         raise AssertionError(token)
 
     nested = {"a": [value, {"b": (value,)}], "c": value}
-    read = json.loads(to_json(nested, indent=2), parse_constant=refuse)
+    read = json.loads(to_json(nested, indent=2), parse_constant=reject)
     expected = None if isinstance(value, float) and not math.isfinite(value) else value
     assert read == {"a": [expected, {"b": [expected]}], "c": expected}
 
@@ -238,7 +238,7 @@ NAMES = ("model.layer1.0.bn2.weight", "model.fc.bias", "model.bn1.running_var")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_weights_that_are_not_finite_in_one_message(command, trained):
+def test_every_command_rejects_weights_that_are_not_finite_in_one_message(command, trained):
     write_images(Path("images"), 1)
     name = NAMES[len(command) % len(NAMES)]
     path = poisoned(trained, VALUES[len(command) % len(VALUES)], name)

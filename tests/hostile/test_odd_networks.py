@@ -188,13 +188,13 @@ def batches() -> Any:
     return DataLoader(TensorDataset(images, torch.arange(16) % 4), 4)
 
 
-# What a trick refuses, by a word of the message
+# What a trick rejects, by a word of the message
 PARAMETRIZED = ("weight norm", "weight norm, hook", "spectral norm of weight norm")
 NO_BATCH_NORM = (
     "batch norm without statistics", "instance norm with statistics", "group norm without scale",
     "layer norm without bias", "RMS norm", "no norm",
 )  # fmt: skip
-REFUSED: dict[tuple[str, str], str] = {
+REJECTED: dict[tuple[str, str], str] = {
     **{("ChannelsLast", name): "parametrized" for name in PARAMETRIZED},
     **{("XavierInit", name): "parametrized" for name in (*PARAMETRIZED, "orthogonal")},
     **{("FixRes", name): "BatchNorm" for name in NO_BATCH_NORM},
@@ -210,7 +210,7 @@ def test_a_trick_trains_an_odd_network_or_stops_by_name(trick: str, network: str
     module = Module(NETWORKS[network]())
     trainer = make_trainer(TRICKS[trick].make(), max_epochs=1, limit_train_batches=3, limit_val_batches=1)
     before = {name: value.dtype for name, value in module.state_dict().items()}
-    message = REFUSED.get((trick, network))
+    message = REJECTED.get((trick, network))
     with pytest.raises(RuntimeError, match=f"^{trick}.*{message}") if message else contextlib.nullcontext():
         trainer.fit(module, batches(), batches())
     if message is None:

@@ -82,7 +82,7 @@ BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_an_index_of_another_format_is_refused_before_a_reader_exists(
+def test_an_index_of_another_format_is_rejected_before_a_reader_exists(
     what: str, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(litdata.StreamingDataset, "__init__", lambda *args, **kwargs: pytest.fail("a reader was made"))

@@ -58,7 +58,7 @@ def saved(module: Any, path: Path, names: list[str] | None) -> str:
     return str(path)
 
 
-def said(caplog: pytest.LogCaptureFixture) -> str:
+def logged(caplog: pytest.LogCaptureFixture) -> str:
     return " ".join(record.getMessage() for record in caplog.records)
 
 
@@ -91,8 +91,8 @@ def test_a_head_for_other_classes_starts_anew_and_the_log_names_them(
     heads = {f"model.{head}.{part}" for head in HEADS[build] for part in ("weight", "bias")}
     for key, value in found.items():
         assert torch.equal(value, (fresh if key in heads else source.state_dict())[key]), key
-    assert all(name in said(caplog) for name in only)
-    assert all(head in said(caplog) for head in HEADS[build])
+    assert all(name in logged(caplog) for name in only)
+    assert all(head in logged(caplog) for head in HEADS[build])
 
 
 @each

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
-from helpers.fits import Result, Saver, differences, make_trainer, result, run, said, weights_of
+from helpers.fits import Result, Saver, differences, log_lines, make_trainer, result, run, weights_of
 from helpers.modules import LAYOUTS, NAMESPACES, datamodule_class, eval_loader, module_class, train_loader
 from helpers.pairwise import parametrize_pairwise
 from helpers.schedule_free import ScheduleFreeSGD
@@ -48,12 +48,12 @@ def with_trick(name: str, **kwargs: Any) -> Result:
     return run(TRICKS[name].make(), **kwargs)
 
 
-def refused(name: str, *cases: str, **kwargs: Any) -> bool:
+def rejected(name: str, *cases: str, **kwargs: Any) -> bool:
     """Return whether the trick's row rejects one of these cases. A run then has to raise the error in the row."""
     assert set(cases) <= set(CASES)
     for case in cases:
-        if case in TRICKS[name].refused:
-            with pytest.raises(RuntimeError, match=TRICKS[name].refused[case]):
+        if case in TRICKS[name].rejected:
+            with pytest.raises(RuntimeError, match=TRICKS[name].rejected[case]):
                 run(TRICKS[name].make(), **kwargs)
             return True
     return False
@@ -83,8 +83,8 @@ def test_every_trick_has_a_row():
 
 
 @each_trick
-def test_row_refuses_known_cases_only(name):
-    assert set(TRICKS[name].refused) <= set(CASES) - {"resume"}  # what can be trained can be resumed
+def test_row_rejects_known_cases_only(name):
+    assert set(TRICKS[name].rejected) <= set(CASES) - {"resume"}  # what can be trained can be resumed
 
 
 @each_trick
@@ -183,7 +183,7 @@ def test_runs_without_a_trick_are_repeatable(namespace):  # what all comparisons
 )
 def test_has_an_effect_on_any_module_and_batch(name, namespace, layout, loss):
     how = {"namespace": namespace, "layout": layout, "criterion": loss == "criterion"} | AS_BY_DEFAULT
-    if not refused(name, layout, loss, **how):
+    if not rejected(name, layout, loss, **how):
         assert_effect(name, with_trick(name, **how).weights, without_trick(**how).weights)
 
 
@@ -199,14 +199,14 @@ def test_has_an_effect_with_a_datamodule_that_has_its_own_transfer_hook(name):
 
 @each_trick
 def test_manual_optimization_with_two_optimizers(name):
-    if not refused(name, "manual optimization", manual=True):
+    if not rejected(name, "manual optimization", manual=True):
         assert_effect(name, with_trick(name, manual=True).weights, without_trick(manual=True).weights)
 
 
 @each_trick
 def test_accumulated_gradients_work_or_are_rejected(name):
     how = {"accumulate_grad_batches": 2}
-    if not refused(name, "accumulation", **how):
+    if not rejected(name, "accumulation", **how):
         tricked = with_trick(name, **how)
         assert tricked.trainer.global_step == 6
         assert_effect(name, tricked.weights, without_trick(**how).weights)
@@ -214,7 +214,7 @@ def test_accumulated_gradients_work_or_are_rejected(name):
 
 @each_trick
 def test_bf16_mixed_works_or_is_rejected(name):
-    if not refused(name, "bf16-mixed", precision="bf16-mixed"):
+    if not rejected(name, "bf16-mixed", precision="bf16-mixed"):
         assert_effect(
             name, with_trick(name, precision="bf16-mixed").weights, without_trick(precision="bf16-mixed").weights
         )
@@ -222,7 +222,7 @@ def test_bf16_mixed_works_or_is_rejected(name):
 
 @each_trick
 def test_16_mixed_with_skipped_steps(name):
-    if not refused(name, "16-mixed", precision="16-mixed"):
+    if not rejected(name, "16-mixed", precision="16-mixed"):
         tricked = with_trick(name, precision="16-mixed")
         scaler = tricked.trainer.precision_plugin.scaler
         assert scaler.get_scale() < scaler._init_scale, "no step was skipped"
@@ -252,8 +252,8 @@ def compiled_without_trick() -> Result:
 
 @each_trick
 def test_compiled_module_works_or_is_rejected(name):
-    if "torch.compile" in TRICKS[name].refused:
-        with pytest.raises(RuntimeError, match=TRICKS[name].refused["torch.compile"]):
+    if "torch.compile" in TRICKS[name].rejected:
+        with pytest.raises(RuntimeError, match=TRICKS[name].rejected["torch.compile"]):
             compiled_run(TRICKS[name].make())
         return
     validates = TRICKS[name].validates
@@ -364,7 +364,7 @@ RESUMED = [  # each trick with one optimizer, and in turn with one of the others
 def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
     """After each step (the last of an epoch too), each validation and each epoch."""
     how = RUNS[kind]
-    if refused(name, *{kind} & set(CASES), **how):
+    if rejected(name, *{kind} & set(CASES), **how):
         return
     saver = Saver(tmp_path)
     full = run(TRICKS[name].make(), saver, **how)
@@ -389,24 +389,24 @@ def test_resume_is_bitwise_from_every_checkpoint(name, kind, tmp_path):
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
 def test_two_processes_end_equal_or_are_rejected(name, strategy, ranks):
     runs = [rank[strategy] for rank in ranks]
-    if strategy in TRICKS[name].refused:
+    if strategy in TRICKS[name].rejected:
         for rank in runs:
-            assert re.search(TRICKS[name].refused[strategy], rank[name].get("refused", "no error"))
+            assert re.search(TRICKS[name].rejected[strategy], rank[name].get("rejected", "no error"))
         return
     for rank in runs:
-        assert "refused" not in rank[name], rank[name]["refused"]
+        assert "rejected" not in rank[name], rank[name]["rejected"]
         assert_effect(name, rank[name]["weights"], rank["no trick"]["weights"])
         assert len(rank[name]["resumed"]) == 2
         for path, weights in rank[name]["resumed"].items():
             assert not differences(trained(weights), trained(rank[name]["weights"])), path
     assert not differences(*(trained(rank[name]["weights"]) for rank in runs))
-    assert [len(rank[name]["said"]) for rank in runs] == [1, 0]
+    assert [len(rank[name]["lines"]) for rank in runs] == [1, 0]
 
 
 @pytest.mark.slow
 @each_trick
 def test_fsdp2_trains_as_ddp(name, ranks):
-    if not {"DDP", "FSDP2"} & TRICKS[name].refused.keys():
+    if not {"DDP", "FSDP2"} & TRICKS[name].rejected.keys():
         for rank in ranks:
             torch.testing.assert_close(*(trained(rank[strategy][name]["weights"]) for strategy in ("DDP", "FSDP2")))
 
@@ -432,7 +432,7 @@ def batches_seen(layout: str, *tricks: Any) -> list[tuple[str, Any]]:
 @each_trick
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_batches_are_untouched(name, layout):
-    if layout in TRICKS[name].refused:
+    if layout in TRICKS[name].rejected:
         return
     seen = batches_seen(layout, TRICKS[name].make())
     assert {stage for stage, _ in seen} == {"sanity", "validate", "test", "predict"}
@@ -474,7 +474,7 @@ def test_order_does_not_matter_or_is_an_error(first, second):
 @each_trick
 def test_says_once_a_fit_what_it_does(name):
     trick = TRICKS[name].make()
-    with said() as records:
+    with log_lines() as records:
         for fits in (1, 2):
             run(trick)
             assert [record.levelno for record in records] == [logging.INFO] * fits

@@ -84,10 +84,10 @@ MAKE = {
     "Freeze": lambda: callbacks.Freeze(["generator.0", "discriminator.0"]),
     "Unfreeze": lambda: callbacks.Unfreeze({"generator.0": 1, "discriminator.0": 1}),
 }
-REFUSED = {
+REJECTED = {
     name: "no supported loss used the target" for name in TRICKS if issubclass(getattr(callbacks, name), LossTrick)
 }
-REFUSED |= {
+REJECTED |= {
     "BinaryCrossEntropy": "^BinaryCrossEntropy.* has no trained bias of two or more classes",
     "ZeroGamma": "^ZeroGamma found no residual branches",
     "DropPath": "^DropPath found no drop-path layers",
@@ -106,8 +106,8 @@ REFUSED |= {
 @pytest.mark.parametrize("name", TRICKS)
 def test_acts_or_says_why_not(name: str) -> None:
     trick = MAKE.get(name, TRICKS[name].make)()
-    if name in REFUSED:
-        with pytest.raises(RuntimeError, match=REFUSED[name]):
+    if name in REJECTED:
+        with pytest.raises(RuntimeError, match=REJECTED[name]):
             fit(trick)
         return
     plain, tricked = fit(), fit(trick)

@@ -531,7 +531,7 @@ def test_create_model_builds_ours_with_its_arguments():
         ("resnet18", {"in_chans": 0}, r"in_chans=0"),
     ],
 )
-def test_create_model_refuses(name, arguments, message):
+def test_create_model_rejects(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, **{"num_classes": 10, **arguments})
 

@@ -464,7 +464,7 @@ def test_labels_of_no_class(model: str, label: int) -> None:
         detector(model).training_step((images, targets), 0)
 
 
-def test_half_precision_is_refused() -> None:
+def test_half_precision_is_rejected() -> None:
     with pytest.raises(RuntimeError, match=r"bf16-true .*bf16-mixed"):
         trainer(precision="bf16-true").fit(detector(), DigitDetection())
 

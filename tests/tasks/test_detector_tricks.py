@@ -73,7 +73,7 @@ ACT: dict[str, tuple[Callable[[], Trick], str, bool]] = {
     "XavierInit": (callbacks.XavierInit, "xavier_init/growth", True),
     "ZeroGamma": (callbacks.ZeroGamma, "zero_gamma/scale", True),
 }
-REFUSED: dict[str, tuple[Callable[[], Trick], str]] = {
+REJECTED: dict[str, tuple[Callable[[], Trick], str]] = {
     "BinaryCrossEntropy": (
         lambda: callbacks.BinaryCrossEntropy(prior_bias=False),
         "BinaryCrossEntropy works on a label .* are boxes.*leave BinaryCrossEntropy out",
@@ -103,15 +103,15 @@ REFUSED: dict[str, tuple[Callable[[], Trick], str]] = {
 
 
 def test_every_trick_is_here() -> None:
-    assert {*ACT, *REFUSED} == set(callbacks.__all__)
+    assert {*ACT, *REJECTED} == set(callbacks.__all__)
 
 
 @pytest.mark.filterwarnings("ignore:FixRes fine-tunes a trained network")
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_trick_without_boxes_is_rejected_before_a_step(name: str, batch_size: int) -> None:
     """Also for one image, whose labels could be taken for those of as many images."""
-    make, message = REFUSED[name]
+    make, message = REJECTED[name]
     module = detector()
     before = weights(module)
     with pytest.raises(RuntimeError, match=f"(?s)^{message}"):

@@ -1,4 +1,4 @@
-"""The Segmenter: loss and metrics against independent formulas, what it refuses, and its runs from the command line."""
+"""The Segmenter: loss and metrics against independent formulas, what it rejects, and its runs from the command line."""
 
 from __future__ import annotations
 
@@ -380,7 +380,7 @@ def test_a_folder_and_voc_from_the_command_line(folder: Path) -> None:
         assert list(made["hyper_parameters"]["input_size"]) == [3, 16, 16]
 
 
-REFUSED = {
+REJECTED = {
     "decoder": (("--model.decoder=unet",), "'unet'"),
     "classes": (("--model.num_classes=7",), r"num_classes=7 disagrees with the data, which has 11"),
     "name": (("--model=Segmentor",), "did you mean 'Segmenter'"),
@@ -390,9 +390,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", REJECTED)
 def test_fit_with_wrong_option_explains_itself(case: str) -> None:
-    words, message = REFUSED[case]
+    words, message = REJECTED[case]
     outcome = cli(*FIT, *words)
     assert outcome.code in (1, 2)
     assert outcome.err.count("\n") == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fits import make_trainer, said
+from helpers.fits import log_lines, make_trainer
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -490,7 +490,7 @@ ALONE = {
 def test_all_together_on_each_decoder(decoder: Any) -> None:
     """They go together, say what they do, and the run ends with finite numbers."""
     small = {"depth": 18, "width": 0.0625, "small_input": True}
-    with said() as records:
+    with log_lines() as records:
         module = Plain(decoder=decoder, model_args=small, aux_weight=0.4)
         fit(*(make() for make in TRICKS.values()), steps=3, module=module)
     lines = " ".join(record.getMessage() for record in records)

@@ -82,7 +82,7 @@ def test_finds_inputs_and_target(batch, inputs, target):
         (None, "no target in the training batch: NoneType"),
     ],
 )
-def test_refuses_with_the_structure_that_it_saw(batch, message):
+def test_rejects_with_the_structure_that_it_saw(batch, message):
     with pytest.raises(RuntimeError, match=f"(?s)^MixUp found {message}"):
         find(batch, "MixUp")
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.fits import make_trainer, run, said
+from helpers.fits import log_lines, make_trainer, run
 from helpers.modules import NAMESPACES, eval_loader, image_and_label, lightning, module_class
 from helpers.photos import jpeg, photo
 from helpers.segmenters import segmenter
@@ -70,7 +70,7 @@ class Wrapper(Dataset[Any]):
 def counted(loader: Any, trick: Any = None, namespace: str = "lightning", **kwargs: Any) -> tuple[list[int], list[str]]:
     """Fit for a batch, and return the counts of the trick and what it logged."""
     trick = trick or LogitAdjustment()
-    with said() as records:
+    with log_lines() as records:
         run(trick, loader=loader, namespace=namespace, **{"max_epochs": 1, "limit_train_batches": 1, **kwargs})
     return trick.state_dict()["classes"], [record.getMessage() for record in records]
 
@@ -268,7 +268,7 @@ def test_our_data_modules_list_their_labels(tmp_path: Path):
     expected = torch.tensor([label for _, label in (data.source("train")[i] for i in range(len(data.source("train"))))])
     trick = ClassBalanced(beta=0.99)
     module = Classifier("resnet", 10, {"depth": 18, "width": 0.0625, "small_input": True}, input_size=(1, 8, 8))
-    with said() as records:
+    with log_lines() as records:
         make_trainer(trick, max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=data)
     assert trick.state_dict()["classes"] == expected.bincount().tolist()
     assert len([record for record in records if record.levelno == logging.INFO]) == 1
@@ -307,7 +307,7 @@ def test_a_resumed_run_does_not_count_again(tmp_path: Path, monkeypatch: pytest.
     first.trainer.save_checkpoint(tmp_path / "first.ckpt")
     monkeypatch.setattr("lit_tricks.callbacks.soft_targets.counted.count_classes", None)
     trick = LogitAdjustment()
-    with said() as records:
+    with log_lines() as records:
         run(trick, loader=loader(Items(targets=LABELS)), max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
     assert trick.state_dict()["classes"] == [7, 4, 2]
     assert "counts: the checkpoint" in records[0].getMessage()

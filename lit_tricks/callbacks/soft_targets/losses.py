@@ -53,7 +53,7 @@ def cross_entropy(
 ) -> Tensor:
     """Compute ``F.cross_entropy`` for the distribution of the target."""
     spec, value = _begin(target, size_average, reduce)
-    _refuse_several_labels(target)
+    _reject_several_labels(target)
     dim = _class_dim(input)
     if spec.smoothing and label_smoothing:
         raise RuntimeError(
@@ -86,7 +86,7 @@ def nll_loss(
 ) -> Tensor:
     """Compute ``F.nll_loss`` for the distribution of the target. The input is the logarithm of a softmax."""
     spec, value = _begin(target, size_average, reduce)
-    _refuse_several_labels(target)
+    _reject_several_labels(target)
     if spec.multi_hot is not None:
         raise RuntimeError(
             f"{spec.names()}: BinaryCrossEntropy needs logits, and F.nll_loss gets log-probabilities. Let the module "
@@ -253,7 +253,7 @@ def _binary_of_classes(
     Class weights keep their meaning: the weight of an item is the weight of its labels, by their shares.
     """
     spec, parts, dim = target.spec, target.parts, _class_dim(logits)
-    _refuse_teacher(spec)
+    _reject_teacher(spec)
     if spec.logit_shift is not None:
         raise RuntimeError(
             f"{spec.names()}: {spec.softmax_only} shifts the logits of a softmax, which BinaryCrossEntropy replaces by "
@@ -327,7 +327,7 @@ def _pick(table: Tensor, index: Tensor, dim: int) -> Tensor:
     return table.gather(dim, index.unsqueeze(dim)).squeeze(dim)
 
 
-def _refuse_several_labels(target: Target) -> None:
+def _reject_several_labels(target: Target) -> None:
     if target.kind == "binary":
         raise RuntimeError(
             f"{target.spec.names()}: the target has several labels an item, of shape "
@@ -336,7 +336,7 @@ def _refuse_several_labels(target: Target) -> None:
         )
 
 
-def _refuse_teacher(spec: LossSpec) -> None:
+def _reject_teacher(spec: LossSpec) -> None:
     if spec.teacher is not None:
         raise RuntimeError(
             f"{spec.names()}: the loss is binary, and KnowledgeDistillation compares a softmax over classes. "
@@ -344,7 +344,7 @@ def _refuse_teacher(spec: LossSpec) -> None:
         )
 
 
-def _refuse_softmax_tricks(spec: LossSpec) -> None:
+def _reject_softmax_tricks(spec: LossSpec) -> None:
     """Raise if a trick on softmax cross entropy meets a binary loss of the module."""
     if spec.softmax_only:
         raise RuntimeError(
@@ -375,8 +375,8 @@ def mixed_labels(target: Target) -> Tensor:
 def _binary(target: Target, input: Tensor) -> Tensor:  # noqa: A002
     """Return the probability of the positive class, from a distribution over classes or from labels 0 and 1."""
     parts, smoothing = target.parts, target.spec.smoothing
-    _refuse_teacher(target.spec)
-    _refuse_softmax_tricks(target.spec)
+    _reject_teacher(target.spec)
+    _reject_softmax_tricks(target.spec)
     soft = parts["value"]
     if target.kind == "binary":
         soft = mixed_labels(target)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.averages import History, Weights, all_weights, assert_close, loaded
-from helpers.fits import Saver, differences, run, said
+from helpers.fits import Saver, differences, log_lines, run
 from helpers.modules import BATCHES, NAMESPACES, lightning
 
 from lit_tricks.callbacks import EMA, SWA, Lookahead
@@ -49,7 +49,7 @@ def test_ema_resumes_their_run(step, validate, tmp_path):
     path, trained = saved(tmp_path, step)
     start, history = Start(), History()
     ema = EMA(0.5, warmup=False, validate=validate, buffers="average")
-    with said() as records:
+    with log_lines() as records:
         result = run(ema, start, history, ckpt_path=path)
     assert not differences(start.weights, trained[step - 1])  # not their average, which is the state_dict
     plain = History()

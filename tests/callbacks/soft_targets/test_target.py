@@ -348,7 +348,7 @@ def test_labels_may_go_into_the_network(make):
     assert not target.spec.used
 
 
-def test_deprecated_arguments_are_refused():
+def test_deprecated_arguments_are_rejected():
     with pytest.raises(RuntimeError, match=r"^Smooth: size_average.*reduction="):
         F.cross_entropy(LOGITS, smoothed(), None, False)
 

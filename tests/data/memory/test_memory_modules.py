@@ -277,10 +277,10 @@ def test_a_device_without_room(make: Callable[..., CIFAR10], reason: str, monkey
         monkeypatch.setattr(CIFARFiles, "load", lambda self: tuple(part.as_subclass(Full) for part in load(self)))
     data = on(make())
     loaders = [data.train_dataloader(), data.val_dataloader()] * 2
-    with pytest.warns(UserWarning, match="images stay in the host's memory") as said:
+    with pytest.warns(UserWarning, match="images stay in the host's memory") as warned:
         places = [samples_of(loader).place() for loader in loaders]
     assert {place[0].device.type for place in places} == {"cpu"}
-    assert len(said) == 1
+    assert len(warned) == 1
     if reason == "free":
         assert {part.device for batch in loaders[0] for part in batch} == {META}
         monkeypatch.setattr(stored_module, "_free_bytes", lambda device: 2 * 100 * 3072)
