@@ -217,9 +217,6 @@ def test_limits_of_trainer_are_respected(make: Callable[..., CIFAR10]) -> None:
         trainer(max_epochs=2, overfit_batches=2).fit(model, make())
     assert [labels.tolist() for _, labels in model.seen[:2]] == [labels.tolist() for _, labels in model.seen[2:]]
     assert len(model.seen) == 4
-    model = Recorder()
-    trainer(max_epochs=1, precision="bf16-true").fit(model, make())
-    assert {images.dtype for images, _ in model.seen} == {torch.bfloat16}
     data = make(val_size=0, batch_size=50)
     trainer(max_epochs=1).fit(Recorder(), data)
     assert len(data.source("val")) == 30
@@ -227,6 +224,21 @@ def test_limits_of_trainer_are_respected(make: Callable[..., CIFAR10]) -> None:
     assert torch.cat(labels).tolist() == make().source("test").stored.labels.tolist()  # type: ignore[arg-type, attr-defined]
     with pytest.raises(ValueError, match="batch_size=81"):
         make(batch_size=81).setup("fit")
+
+
+@any_machine
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("16-true", torch.float16), ("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)],
+)
+def test_images_have_the_precision_of_the_trainer(make: Callable[..., CIFAR10], precision: Any, dtype: Any) -> None:
+    torch.manual_seed(0)
+    model, data = Recorder(), make(crop_scale=(0.3, 1))
+    trainer(max_epochs=1, precision=precision).fit(model, data)
+    torch.manual_seed(0)
+    expected = [[images.to(dtype), labels] for images, labels in epoch_of(make(crop_scale=(0.3, 1)))]
+    assert {images.dtype for images, _ in model.seen} == {dtype}
+    assert equal(model.seen, expected)
 
 
 # Where the images are
@@ -287,6 +299,24 @@ def test_a_device_without_room(make: Callable[..., CIFAR10], reason: str, monkey
         assert samples_of(on(make()).train_dataloader()).place()[0].device.type == "cpu"  # the same images, no room
         data.teardown()
         assert samples_of(on(make()).train_dataloader()).place()[0].device == META
+
+
+@pytest.mark.filterwarnings("ignore:images stay in the host's memory")
+def test_processes_that_share_a_device_take_it_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    free = iter([2.5 * images.nbytes, 1.5 * images.nbytes, 0.5 * images.nbytes])
+    monkeypatch.setattr(stored_module, "_free_bytes", lambda device: next(free))
+    processes = [Stored(images, labels) for _ in range(3)]
+    assert [each.on(META, 0.95) is not None for each in processes] == [True, True, False]
+    assert [each.on(META, 0.95) is not None for each in processes] == [True, True, False]  # decided once
+
+
+def test_free_memory_is_measured_for_each_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 4)
+    free = {kind: stored_module._free_bytes(torch.device(kind)) for kind in ("cuda", "mps", "xpu")}
+    assert free == {"cuda": 7, "mps": 8, "xpu": None}
 
 
 # Who shares the images
