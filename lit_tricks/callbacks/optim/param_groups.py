@@ -6,12 +6,14 @@ At this moment every optimizer has its groups, and no scheduler has read them.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, MultiplicativeLR, OneCycleLR, ReduceLROnPlateau
 
 from lit_tricks._compat import leaves
 from lit_tricks.callbacks.base import Trick
@@ -22,21 +24,59 @@ if TYPE_CHECKING:
 __all__ = ["Group", "GroupNames", "GroupSplitting", "groups_of", "on_each_group", "optimizers_in", "split_group"]
 
 Group = dict[str, Any]
+Counts = weakref.WeakKeyDictionary[Optimizer, list[int]]  # of the groups that replace each group of an optimizer
+
+
+# Schedulers that take a list with a value for each parameter group.
+_SCHEDULERS: tuple[type[Any], ...] = (LambdaLR, MultiplicativeLR, CyclicLR, OneCycleLR, ReduceLROnPlateau)
 
 
 @contextlib.contextmanager
 def on_each_group(act: Callable[[Optimizer, Group, Callable[[Group], None]], None]) -> Iterator[None]:
-    """Replace ``optimizer.add_param_group(group)`` by ``act(optimizer, group, add_param_group)`` for a while."""
+    """Replace ``optimizer.add_param_group(group)`` by ``act(optimizer, group, add_param_group)`` for a while.
+
+    Schedulers that are built meanwhile may take lists with a value for each group that was not split.
+    """
     original = Optimizer.add_param_group
+    counts: Counts = weakref.WeakKeyDictionary()
 
     def add_param_group(self: Optimizer, param_group: Group) -> None:
+        before = len(self.param_groups)
         act(self, param_group, partial(original, self))
+        counts.setdefault(self, []).append(len(self.param_groups) - before)
 
     Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     try:
-        yield
+        with _values_per_group(counts):
+            yield
     finally:
         Optimizer.add_param_group = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _values_per_group(counts: Counts) -> Iterator[None]:
+    """Repeat each value in the lists that schedulers get, as often as its group was split."""
+
+    def replaced(init: Callable[..., None]) -> Callable[..., None]:
+        @wraps(init)
+        def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+            optimizer: Any = args[0] if args else kwargs.get("optimizer")
+            parts = counts.get(optimizer, [])
+
+            def repeated(value: Any) -> Any:
+                if not isinstance(value, list | tuple) or len(value) != len(parts):
+                    return value
+                return [each for each, count in zip(value, parts, strict=True) for _ in range(count)]
+
+            init(self, *map(repeated, args), **{name: repeated(value) for name, value in kwargs.items()})
+
+        return initialize
+
+    with contextlib.ExitStack() as stack:
+        for scheduler in _SCHEDULERS:
+            stack.callback(setattr, scheduler, "__init__", scheduler.__init__)
+            scheduler.__init__ = replaced(scheduler.__init__)
+        yield
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
