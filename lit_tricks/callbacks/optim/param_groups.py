@@ -61,7 +61,7 @@ def _values_per_group(counts: Counts) -> Iterator[None]:
         @wraps(init)
         def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
             optimizer: Any = args[0] if args else kwargs.get("optimizer")
-            parts = counts.get(optimizer, [])
+            parts = counts.get(optimizer, []) if isinstance(optimizer, Optimizer) else []
 
             def repeated(value: Any) -> Any:
                 if not isinstance(value, list | tuple) or len(value) != len(parts):
