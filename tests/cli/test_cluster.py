@@ -57,6 +57,7 @@ def test_there_are_some() -> None:
         subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_slurm_script_starts_a_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = CONFIGS / "cluster" / "slurm.sh"
     text = script.read_text()
@@ -70,6 +71,7 @@ def test_slurm_script_starts_a_fit(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert made.trainer.default_root_dir == "runs/42"  # where its checkpoint is looked for, when it was queued again
 
 
+@pytest.mark.slow
 def test_torchrun_script_starts_a_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = get_args_parser().parse_args(words_of(CONFIGS / "cluster" / "torchrun.sh", folder))
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.rdzv_endpoint) == ("2", "8", "10.0.0.1:29500")

@@ -99,6 +99,7 @@ def expected(path: str, images: torch.Tensor, labels: torch.Tensor, split: str) 
 # What a fit leaves
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_of_its_folder(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     promised = {
@@ -155,6 +156,7 @@ def test_the_learning_rates_are_in_metrics_csv(trained: Path) -> None:
     assert rates == pytest.approx([0.05, 0.1, *cosine])
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_the_first_as_it_is() -> None:
     done(*FIT)
     first = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
@@ -165,6 +167,7 @@ def test_a_second_run_leaves_the_first_as_it_is() -> None:
     assert not torch.equal(one["model.fc.weight"], other["model.fc.weight"])
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_run_repeats_it(trained: Path) -> None:
     done("fit", "--config", str(trained / "config.yaml"))
     again = Path("runs/tiny/v0")
@@ -209,6 +212,7 @@ def test_metrics_csv_needs_no_logger() -> None:
     assert results("runs/tiny/v0")["raw"]["test"]["loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoints_or_validation() -> None:
     done(*FIT, "--trainer.enable_checkpointing=false")
     assert not Path("runs/tiny/v0/checkpoints").exists()
@@ -222,6 +226,7 @@ def test_a_run_without_checkpoints_or_validation() -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_a_test_split_nothing_is_called_a_test(folder: Path) -> None:
     root = write_image_folder(folder / "images")
     words = (f"--data.root={root}", "--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0")
@@ -244,6 +249,7 @@ def test_without_a_test_split_nothing_is_called_a_test(folder: Path) -> None:
     assert re.fullmatch(r"lit-tricks: error: ImageFolder\(root=.*no test split.*validate.*\n", outcome.err)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_tested_and_reported_as_such() -> None:
     out = done(*FIT, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5", "--trainer.max_epochs=2").out
     assert "averaged weights" in out
@@ -326,6 +332,7 @@ def values(run: Path, names: str) -> dict[tuple[float, str], float]:
     return {(row["step"], key): row[key] for row in metrics(run) for key in row if re.match(names, key)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["epoch=0", "step=1", "step=3", "step=5"])
 def test_a_resumed_run_ends_bit_by_bit_as_the_whole_one(whole: Path, moment: str) -> None:
     run, _ = resume(whole, moment)
@@ -343,6 +350,7 @@ def test_a_resumed_run_ends_bit_by_bit_as_the_whole_one(whole: Path, moment: str
     assert steps == list(range({"epoch=0": 3, "epoch=1": 6}.get(moment) or int(moment[5:]), 9))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_nothing_of_settings_that_are_the_same(whole: Path) -> None:
     _, outcome = resume(whole, "step=5")
     assert "Restored all states" in outcome.log
@@ -350,6 +358,7 @@ def test_a_resumed_run_says_nothing_of_settings_that_are_the_same(whole: Path) -
     assert "seed of the resumed run" not in outcome.log
 
 
+@pytest.mark.slow
 def test_optimizer_settings_change_on_resume(whole: Path) -> None:
     run, outcome = resume(whole, "epoch=0", "--model.optimizer.weight_decay=0.01", "--model.optimizer.momentum=0.8")
     assert "resumed with momentum=0.8 (was 0.9), weight_decay=0.01 (was 0.0001)" in outcome.log
@@ -359,6 +368,7 @@ def test_optimizer_settings_change_on_resume(whole: Path) -> None:
     assert (config["momentum"], config["weight_decay"]) == (0.8, 0.01)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_changes_on_resume(whole: Path) -> None:
     run, _ = resume(whole, "epoch=0", "--model.optimizer.lr=0.05")
     before, after = values(whole, "lr"), values(run, "lr")
@@ -366,6 +376,7 @@ def test_the_learning_rate_changes_on_resume(whole: Path) -> None:
     assert len(after) == 6
 
 
+@pytest.mark.slow
 def test_without_its_schedule_a_resumed_run_has_the_rate_of_the_optimizer(whole: Path) -> None:
     outcome = done(*FIT, "--trainer.max_epochs=3", f"--ckpt_path={whole}/checkpoints/epoch=1.ckpt")
     path = "runs/tiny/v0/checkpoints/last.ckpt"
@@ -376,6 +387,7 @@ def test_without_its_schedule_a_resumed_run_has_the_rate_of_the_optimizer(whole:
     assert "resumed with lr=0.02 (was 0.1)" in outcome.log
 
 
+@pytest.mark.slow
 def test_the_schedule_and_the_length_change_on_resume(whole: Path) -> None:
     run, _ = resume(whole, "epoch=1", "--trainer.callbacks.min_lr=0.02", "--trainer.max_epochs=4")
     rates = [value for _, value in sorted(values(run, "lr").items())]
@@ -383,6 +395,7 @@ def test_the_schedule_and_the_length_change_on_resume(whole: Path) -> None:
     assert checkpoint(run / "checkpoints" / "last.ckpt")["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_the_data_change_on_resume_and_the_seed_does_not(whole: Path) -> None:
     run, outcome = resume(whole, "epoch=1", "--data.batch_size=1257", "--seed_everything=5")
     assert checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7  # one batch in the last epoch
@@ -395,6 +408,7 @@ def test_another_optimizer_on_resume_is_rejected(whole: Path) -> None:
     assert re.fullmatch(r"lit-tricks: error: .*SGD.*Adam.*--model\.weights.*\n", outcome.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["width=0.0625", "variant=A", "depth=34"])
 def test_another_architecture_on_resume_is_rejected(best: str, change: str) -> None:
     for words in ((*FIT, "--trainer.max_epochs=9"), ("test", *QUIET)):
@@ -404,6 +418,7 @@ def test_another_architecture_on_resume_is_rejected(best: str, change: str) -> N
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_by_ctrl_c_it_can_be_resumed() -> None:
     words = (*FIT, *COSINE, "--trainer.max_epochs=100000")
     process = warm.start(["-m", "lit_tricks", *words], Path("out"), Path("err"))
@@ -446,6 +461,7 @@ def test_a_checkpoint_brings_its_settings(best: str, command: str, split: str) -
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_flags_win_over_the_settings_of_a_checkpoint(best: str) -> None:
     for words in (("--data.split_seed=1", "--ckpt_path", best), (f"--ckpt_path={best}", "--config=split.yaml")):
         Path("split.yaml").write_text("data: {init_args: {split_seed: 1}}")
@@ -455,6 +471,7 @@ def test_flags_win_over_the_settings_of_a_checkpoint(best: str) -> None:
     assert found != expected(best, *digits("test"), "test")
 
 
+@pytest.mark.slow
 def test_other_data_than_the_checkpoint_was_made_with(folder: Path) -> None:
     root = write_image_folder(folder / "images")
     words = ("--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0", "--trainer.callbacks=null")
@@ -495,6 +512,7 @@ def test_help_of_the_commands() -> None:
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_short_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("--model=Classifier", "--model.optimizer=AdamW", "--trainer.callbacks+=WarmupStep")
     logger = ("--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs")
@@ -507,6 +525,7 @@ def test_short_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trick.gamma == 0.5
 
 
+@pytest.mark.slow
 def test_configurations_and_flags_stack_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("more.yaml").write_text("trainer: {callbacks+: [{class_path: LearningRateMonitor}]}")
     words = ("--config", "tricks/warmup_cosine", "--config", "more.yaml", "--trainer.max_epochs=7")
@@ -525,6 +544,7 @@ def test_configurations_and_flags_stack_callbacks(monkeypatch: pytest.MonkeyPatc
     assert WarmupCosine not in [type(callback) for callback in made.trainer.callbacks]
 
 
+@pytest.mark.slow
 def test_a_printed_configuration_makes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (*COSINE, "--model.optimizer.lr=0.3", "--data.batch_size=17")
     Path("printed.yaml").write_text(done(*FIT, *words, "--print_config").out)
@@ -537,6 +557,7 @@ def test_a_printed_configuration_makes_the_same(monkeypatch: pytest.MonkeyPatch)
     assert one == other
 
 
+@pytest.mark.slow
 def test_the_data_decide_classes_and_input_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(monkeypatch, *FIT).model
     assert (model.num_classes, model.class_names) == (10, [str(i) for i in range(10)])

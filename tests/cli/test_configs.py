@@ -99,6 +99,7 @@ def teacher_of_three_classes() -> Path:
     return Path("teacher.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("recipes/")])
 def test_a_recipe_makes_two_steps(cifar: Path, name: str) -> None:
     small = ("--model.model_args.width=0.125", "--data.batch_size=4", "--data.num_workers=0")
@@ -160,6 +161,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name.partition("/")[2] for name in NAMES if name.startswith("optimizers/")])
 def test_an_optimizer_of_one_line_trains(name: str) -> None:
     kind, numbers = OPTIMIZERS[name]
@@ -176,6 +178,7 @@ def test_an_optimizer_of_one_line_trains(name: str) -> None:
     assert losses[1] != losses[0]
 
 
+@pytest.mark.slow
 def test_logger_configurations_add_their_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in (("wandb", WandbLogger), ("tensorboard", TensorBoardLogger)):
         made = built(monkeypatch, "fit", f"--config=loggers/{name}", *STACKS["loggers"])
@@ -193,6 +196,7 @@ def test_a_file_goes_before_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built(monkeypatch, "fit", "--config=tiny.yaml", "--config=quickstart").trainer.max_epochs == 77
 
 
+@pytest.mark.slow
 def test_later_configurations_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("fit", "--config=base", "--config=data/digits", "--config=models/resnet18_d_small")
     assert built(monkeypatch, *words).trainer.max_epochs == 120
@@ -210,12 +214,14 @@ def commands() -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_commands_in_the_comments_are_understood() -> None:
     assert {"base", "quickstart"} <= {name for name, _ in commands()}
     for _, command in commands():
         assert yaml.safe_load(done(*shlex.split(command), "--print_config").out)["data"]
 
 
+@pytest.mark.slow
 def test_flags_in_the_comments_exist() -> None:
     for name in NAMES:
         for flag, value in re.findall(r"(--[a-z][\w.]+) (\S+)$", (CONFIGS / f"{name}.yaml").read_text(), re.MULTILINE):

@@ -36,6 +36,7 @@ sys.exit(f"imported: {{heavy}}" if heavy else 0)
 """
 
 
+@pytest.mark.slow
 def test_commands_without_torch_import_none() -> None:
     process = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
@@ -182,6 +183,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {shell: done("completion", shell).out for shell in SHELLS}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_bash_completes_commands_options_and_names(scripts: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()

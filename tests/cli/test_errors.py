@@ -271,6 +271,7 @@ def test_wrong_configuration_explains_itself(case: str) -> None:
 IMAGES = ("--data=ImageFolder", "--data.root=images", "--data.image_size=16", "--data.batch_size=4")
 
 
+@pytest.mark.slow
 def test_wrong_image_folder_explains_itself() -> None:
     rejected(r"root='images' is not a folder; expected are ROOT/train/CLASS/\*\.jpg .*", *FIT, *IMAGES)
     Path("images").mkdir()
@@ -284,6 +285,7 @@ def test_wrong_image_folder_explains_itself() -> None:
     rejected(r"no image in 1 of the 4 class folders of 'images/train': dog; .*", *FIT, *IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "workers", "kind"),
     [("train", 0, "truncated"), ("val", 2, "truncated"), ("train", 2, "text"), ("val", 0, "text")],
@@ -320,6 +322,7 @@ def files(good: str) -> Iterator[Path]:
     return Path().glob("*.ckpt")
 
 
+@pytest.mark.slow
 def test_files_that_are_no_checkpoint(good: str) -> None:
     paths = sorted(files(good))
     assert len(paths) == 7
@@ -335,6 +338,7 @@ def test_files_that_are_no_checkpoint(good: str) -> None:
     assert Path("executed").exists()  # the bait works
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_classes(good: str) -> None:
     write_image_folder(Path("images"))
     outcome = cli(*FIT, *IMAGES, "--data.num_workers=0", f"--ckpt_path={good}", "--trainer.max_epochs=2")
@@ -363,6 +367,7 @@ def test_no_permission_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
     rejected(r"the run folder runs/tiny/v0 cannot be made \(Permission denied\): choose another .*", *FIT)
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_the_others_alone(good: str) -> None:
     done(*FIT)
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}

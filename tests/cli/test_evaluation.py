@@ -30,6 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
 def test_the_table_is_that_of_the_fit(trained: Path, command: str, split: str) -> None:
     out = done(command, f"--ckpt_path={trained}/tiny/v0", *QUIET).out
@@ -45,10 +46,12 @@ def test_the_table_is_that_of_the_fit(trained: Path, command: str, split: str) -
     assert not list(Path().glob("*.json"))
 
 
+@pytest.mark.slow
 def test_lightnings_table_is_there_when_it_is_asked_for(trained: Path) -> None:
     assert "Test metric" in done("test", f"--ckpt_path={trained}/tiny/v0", "--verbose=true", *QUIET).out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
 def test_results_and_predictions_are_in_the_folder(trained: Path, command: str, split: str) -> None:
     run = trained / "tiny/v0"
@@ -70,6 +73,7 @@ def test_results_and_predictions_are_in_the_folder(trained: Path, command: str, 
     assert "with the given checkpoint" in Path("made/of/it/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_named(trained: Path) -> None:
     out = done("validate", f"--ckpt_path={trained}/averaged/v0", "--out=found", *QUIET).out
     assert "averaged weights" in out
@@ -88,6 +92,7 @@ def test_weights_from_elsewhere_have_no_epoch(trained: Path) -> None:
     assert content["raw"]["test"] == pytest.approx(results(trained / "tiny/v0")["raw"]["test"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_earlier_evaluation_is_replaced(trained: Path) -> None:
     for command, split in (("validate", "val"), ("test", "test")):
         done(command, f"--ckpt_path={trained}/tiny/v0", "--out=found", *QUIET)
@@ -133,6 +138,7 @@ def test_a_folder_that_cannot_be_made(trained: Path) -> None:
     assert len(outcome.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_results_are_json_without_nan(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning.pytorch.Trainer.callback_metrics", {"test/loss": float("nan")})
     done("test", f"--ckpt_path={trained}/tiny/v0", "--out=found", *QUIET)

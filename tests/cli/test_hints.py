@@ -82,6 +82,7 @@ def test_hints_can_be_taken() -> None:
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.3
 
 
+@pytest.mark.slow
 def test_an_argument_of_data_is_no_habit() -> None:
     """Also where its name without the dot is one."""
     for flag in ("--data.root=nowhere", "--data.batch_size=4", "--data.image_size=16"):
@@ -114,6 +115,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "tiny" / "v0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["checkpoints/last.ckpt", ""])
 def test_a_checkpoint_alone_resumes_with_the_settings_of_its_run(trained: Path, path: str) -> None:
     done("fit", f"--ckpt_path={trained / path}", "--trainer.max_epochs=3", "--trainer.callbacks.EMA.decay=0.5")
@@ -130,6 +132,7 @@ def test_a_checkpoint_alone_resumes_with_the_settings_of_its_run(trained: Path, 
     assert results(run)["averaged"]["test"]
 
 
+@pytest.mark.slow
 def test_a_configuration_beside_the_checkpoint_has_its_own_settings(trained: Path) -> None:
     done(*FIT, f"--ckpt_path={trained}", "--trainer.max_epochs=3")
     config = yaml.safe_load(Path("runs/tiny/v0/config.yaml").read_text())
@@ -137,6 +140,7 @@ def test_a_configuration_beside_the_checkpoint_has_its_own_settings(trained: Pat
     assert config["data"]["init_args"]["batch_size"] == 64
 
 
+@pytest.mark.slow
 def test_a_checkpoint_outside_of_a_run_brings_model_and_data(trained: Path, folder: Path) -> None:
     (folder / "mine.ckpt").write_bytes((trained / "checkpoints/last.ckpt").read_bytes())
     quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.limit_train_batches=2")

@@ -54,6 +54,7 @@ def trained(command: list[str], environment: dict[str, str], run: Path) -> Track
     return Tracked(run)
 
 
+@pytest.mark.slow
 def test_an_ablation_as_a_sweep_is_the_same_grid(folder: Path) -> None:
     Path("more.yaml").write_text("trainer: {log_every_n_steps: 3}")
     more = ("--config=more.yaml", "--config", "optimizers/adamw", "--trainer.max_epochs=7")
@@ -90,6 +91,7 @@ def test_an_agent_trains_an_ablation(folder: Path) -> None:
     assert any("val/top1" in row for row in run.history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_of_ours_sets_what_it_says_and_trains(cifar: Path, sweep: Path) -> None:
     commands = agent_commands(sweep)

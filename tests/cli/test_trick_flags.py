@@ -67,6 +67,7 @@ def test_a_trick_is_changed_where_it_stands(words: tuple[str, ...], name: str, a
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_trick_is_taken_out() -> None:
     assert list(tricks(*BY_NAME, "--trainer.callbacks-=MixUp")) == ["WarmupCosine", "NoBiasDecay", "EMA"]
     left = ("--trainer.callbacks-", "lit_tricks.EMA", "--trainer.callbacks-=WarmupCosine", "--trainer.callbacks-=MixUp")
@@ -141,6 +142,7 @@ def test_errors_name_the_trick_and_the_remedy(words: tuple[str, ...], message: s
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_other_commands_take_them_too() -> None:
     words = ("--trainer.callbacks.WarmupCosine.warmup_epochs=0", "--trainer.callbacks-=EMA", "--out=x.png")
     done("data", "preview", *FIT[1:], *BY_NAME, *words)
@@ -191,6 +193,7 @@ def alphas(configs: list[dict[str, Any]]) -> list[list[Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_an_ablation_changes_a_trick_in_the_rows_that_have_it(base: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cells_in_this_process(monkeypatch)
     done(*GRID, "--", *CHANGES)
@@ -201,6 +204,7 @@ def test_an_ablation_changes_a_trick_in_the_rows_that_have_it(base: None, monkey
     assert warmups == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_an_ablation_as_a_sweep_has_the_change_in_its_rows(base: None) -> None:
     done(*GRID, "--as-sweep=sweep.yaml", "--", *CHANGES)
     rows = yaml.safe_load(Path("sweep.yaml").read_text())["parameters"]["row"]["values"]

@@ -138,6 +138,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     cells_in_this_process(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_is_tried_again(here: None, folder: Path) -> None:
     (folder / "broken.yaml").write_text("trainer: {callbacks+: [{class_path: WarmupCosine, init_args: {min_lr: -1}}]}")
     words = ("ablate", "--config", "tiny.yaml", "--stack", "tricks/ema", "broken.yaml", "--mode", "single")

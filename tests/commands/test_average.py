@@ -66,6 +66,7 @@ def test_mean_is_that_of_float64():
     assert states[0]["wide"].tolist() == [1e8, 1.0]
 
 
+@pytest.mark.slow
 def test_uniform_average_of_the_command(trained):
     outcome = done("average", *trained, "-o", "x.ckpt")
     assert "statistics of BatchNorm are averaged, not re-estimated: give --data" in outcome.log
@@ -79,6 +80,7 @@ def test_uniform_average_of_the_command(trained):
     assert [path.name for path in Path().iterdir() if "ckpt" in path.name] == ["x.ckpt"]
 
 
+@pytest.mark.slow
 def test_averaged_checkpoint_loads_like_any_other(trained):
     done("average", *trained, "--output=x.ckpt", *DATA)
     content = checkpoint("x.ckpt")
@@ -88,6 +90,7 @@ def test_averaged_checkpoint_loads_like_any_other(trained):
     assert "top1" in done("test", "--ckpt_path=x.ckpt", *QUIET, "--trainer.limit_test_batches=1").out
 
 
+@pytest.mark.slow
 def test_batchnorm_is_re_estimated_for_the_new_weights(trained):
     done("average", *trained, "-o", "without.ckpt")
     done("average", *trained, "-o", "with.ckpt", *DATA, "--data.batch_size=1257")
@@ -104,6 +107,7 @@ def test_batchnorm_is_re_estimated_for_the_new_weights(trained):
         torch.testing.assert_close(with_data[f"{norm}.{kind}"].double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--config=data/digits",), ("-c", "run.yaml"), DATA])
 def test_data_comes_from_a_flag_or_from_the_configuration_of_a_run(words, trained):
     run = Path(trained[0]).parents[1] / "config.yaml"
@@ -112,6 +116,7 @@ def test_data_comes_from_a_flag_or_from_the_configuration_of_a_run(words, traine
     assert "not re-estimated" not in outcome.log
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_ema_are_taken(trained):
     done("average", trained[0], trained[2], "-o", "x.ckpt")
     name = "model.fc.weight"
@@ -176,6 +181,7 @@ def test_greedy_with_a_metric_that_should_be_small():
     assert checkpoint("x.ckpt")["averaged_from"] == ["2.5.ckpt"]
 
 
+@pytest.mark.slow
 def test_greedy_soup_is_at_least_as_good_as_the_best(trained):
     outcome = done("average", *trained, "-o", "x.ckpt", "--greedy", *DATA, "--metric=val/loss", "--mode=min")
     assert outcome.log.count("by itself") == 3
@@ -218,6 +224,7 @@ def changed(path: str, **tensors: torch.Tensor | None) -> str:
     return "changed.ckpt"
 
 
+@pytest.mark.slow
 def test_rejects_other_models(trained):
     good, weight = trained[0], "model.fc.weight"
     for name, tensors, message in (
@@ -241,6 +248,7 @@ def test_rejects_other_models(trained):
     rejected("changed.ckpt is of another model than .*: model_args is .*", good, "changed.ckpt", "-o", "x.ckpt")
 
 
+@pytest.mark.slow
 def test_average_wrong_files_explain_themselves(trained):
     good = trained[0]
     Path("text.ckpt").write_text("no checkpoint")
@@ -295,6 +303,7 @@ def test_an_interrupted_write_leaves_nothing_half(error, code, trained, monkeypa
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_progress_bar_on_a_terminal(trained, monkeypatch):
     shown: list[tuple[str, float]] = []
 

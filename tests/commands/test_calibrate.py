@@ -44,6 +44,7 @@ def logits_of(path: str) -> tuple[Tensor, Tensor]:
         return model(images), labels
 
 
+@pytest.mark.slow
 def test_weights_are_scaled_and_the_arg_max_stays() -> None:
     (before, labels), (after, _) = logits_of(BEST), logits_of("calibrated.ckpt")
     temperature = fit_temperature(before, labels)
@@ -70,6 +71,7 @@ def test_checkpoint_keeps_all_but_the_state_of_the_run() -> None:
     assert "no state of a run to continue" in outcome.err
 
 
+@pytest.mark.slow
 def test_it_is_tested_and_exported_as_any_checkpoint() -> None:
     tops = [done("test", "--ckpt_path", path, *QUIET).out for path in (BEST, "calibrated.ckpt")]
     accuracies = [line.split("│")[3] for out in tops for line in out.splitlines() if "test" in line]
@@ -83,6 +85,7 @@ def test_it_is_tested_and_exported_as_any_checkpoint() -> None:
     torch.testing.assert_close(network(image), model(image))
 
 
+@pytest.mark.slow
 def test_diagram_has_both_curves() -> None:
     pixels = np.asarray(Image.open("calibrated.png").convert("RGB")).reshape(-1, 3)
     colors = {tuple(color) for color in pixels.tolist()}
@@ -90,6 +93,7 @@ def test_diagram_has_both_curves() -> None:
     assert len(pixels) > 100_000
 
 
+@pytest.mark.slow
 def test_vector_reports_the_changed_predictions() -> None:
     calibrate(ckpt=BEST, output="vector.ckpt", kind="vector")
     (before, _), (after, _) = logits_of(BEST), logits_of("vector.ckpt")
@@ -98,6 +102,7 @@ def test_vector_reports_the_changed_predictions() -> None:
     assert abs(result["changed"] - int((after.argmax(1) != before.argmax(1)).sum())) <= 1
 
 
+@pytest.mark.slow
 def test_same_images_that_chose_the_checkpoint_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     calibrate(ckpt=BEST, output="again.ckpt")
     assert "val/top1 of the same images chose" in caplog.text
@@ -110,6 +115,7 @@ def test_same_images_that_chose_the_checkpoint_are_a_warning(caplog: pytest.LogC
     assert "val/top1 of the same images chose" in caplog.text
 
 
+@pytest.mark.slow
 def test_validation_that_chose_an_average_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """As ``lit-tricks average`` with --greedy, or with several lengths, writes it."""
     average([BEST, "runs/tiny/v0/checkpoints/last.ckpt"], "soup.ckpt", greedy=True, data=Digits(num_workers=0))
@@ -137,6 +143,7 @@ def test_wrong_arguments_are_one_line(words: tuple[str, ...], message: str) -> N
     assert len(outcome.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_results_of_a_fit_name_the_calibrated_split() -> None:
     """The validation row is from before the calibration, so that the two rows are not compared."""
@@ -148,6 +155,7 @@ def test_results_of_a_fit_name_the_calibrated_split() -> None:
     assert "| test (calibrated) |" in Path("runs/marked/v0/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_views_of_the_run_are_calibrated() -> None:
     """The reference is the mean of softmaxes over the views, by hand."""
     Path("tta/checkpoints").mkdir(parents=True)
@@ -188,6 +196,7 @@ class Cosine(nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_network_without_a_layer_that_scales_is_loaded_by_all_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer has the temperature: in predictions, tests and exports. Formats without it are rejected."""
     Path("cosine_net.py").write_text(NET)

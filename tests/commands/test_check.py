@@ -59,6 +59,7 @@ def test_a_good_folder(folder: Path) -> None:
     assert {*folder.rglob("*")} - {*before} == {folder / "check.png", folder / "check.json"}
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image_folder(folder / "photos")
     (folder / "photos" / "train" / "ant" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
@@ -78,6 +79,7 @@ def test_json_goes_to_standard_output(folder: Path) -> None:
     assert json.loads(outcome.out)["classes"]["bee"] == {"train": 4, "val": 2, "test": 0}
 
 
+@pytest.mark.slow
 def test_a_flat_folder_is_checked_as_it_will_be_held_out(folder: Path) -> None:
     write_images(folder / "photos" / "ant", 3)
     write_images(folder / "photos" / "bee", 1, seed=1)
@@ -201,6 +203,7 @@ def test_imbalance_and_similar_classes_are_found(folder: Path) -> None:
     assert "Ant lion / ant-lion" in kinds["similar classes"]["text"]
 
 
+@pytest.mark.slow
 def test_many_classes_and_terminal_escapes(folder: Path) -> None:
     for number in range(40):
         write_images(folder / "photos" / f"class {number:02}", 2, seed=number)
@@ -211,6 +214,7 @@ def test_many_classes_and_terminal_escapes(folder: Path) -> None:
     assert len(outcome.out.splitlines()) < 50
 
 
+@pytest.mark.slow
 def test_table_is_checked_like_a_folder(folder: Path) -> None:
     write_images(folder / "photos", 6)
     rows = [

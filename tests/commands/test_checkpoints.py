@@ -82,6 +82,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_a_run_folder(run: Path, command: str) -> None:
     words, made = COMMANDS[command]

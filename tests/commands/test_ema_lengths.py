@@ -90,6 +90,7 @@ def table(path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_the_best_length_on_validation_is_written(trained, caplog):
     run, values = trained
     target = exact(values, 0.15)
@@ -216,6 +217,7 @@ def test_table_that_exists_is_not_overwritten(trained):
     assert table("x.csv")
 
 
+@pytest.mark.slow
 def test_the_command_takes_model_and_data_from_the_run():
     more = ("--trainer.limit_train_batches=4", "--trainer.max_epochs=2", "--data.batch_size=32")
     done(*FIT, "--trainer.callbacks+=EMA", "--trainer.callbacks.power=[0.05,0.2]", *more)

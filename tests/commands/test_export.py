@@ -243,6 +243,7 @@ def test_the_card_of_the_folder_says_how_to_use_it(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"{label}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_args",
     [
@@ -283,6 +284,7 @@ def test_networks_that_timm_has_not(model_args: dict[str, Any], reason: str) -> 
         timm_arguments("resnet", model_args)
 
 
+@pytest.mark.slow
 def test_small_vgg_is_exported_and_has_no_timm_folder() -> None:
     """Export compares the logits of the file with the logits of the checkpoint."""
     model = Classifier("small_vgg", model_args={"width": 1 / 16}, num_classes=3, input_size=(1, 16, 16))
@@ -322,6 +324,7 @@ def test_groups_that_timm_makes_otherwise() -> None:
     rejected(message, saved(model), "--format=timm", "--mean=0.5", "--std=0.5")
 
 
+@pytest.mark.slow
 def test_network_that_timm_builds_differently_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def lying(given: dict[str, Any]) -> Any:
         return lambda model, model_args: ("resnet18d", given)
@@ -355,6 +358,7 @@ def test_models_of_timm_by_name() -> None:
 # ONNX
 
 
+@pytest.mark.slow
 def test_onnxruntime_alone_gives_the_same(files: dict[str, Path]) -> None:
     import onnxruntime
 
@@ -380,6 +384,7 @@ def check_metadata(metadata: dict[str, str]) -> None:
     assert metadata["license"] == "unknown"
 
 
+@pytest.mark.slow
 def test_a_digit_by_onnxruntime_alone_from_what_the_file_says(files: dict[str, Path]) -> None:
     code = """
 import onnxruntime
@@ -419,6 +424,7 @@ def test_onnx_needs_its_packages(missing: tuple[str, ...], monkeypatch: pytest.M
 # torch.export and safetensors
 
 
+@pytest.mark.slow
 def test_torch_export_takes_any_number_of_images(files: dict[str, Path]) -> None:
     path, known = files["torch-export"], {"metadata.json": ""}
     program = torch.export.load(path, extra_files=known).module()
@@ -429,6 +435,7 @@ def test_torch_export_takes_any_number_of_images(files: dict[str, Path]) -> None
     assert str(Path(timm.__file__).parent).encode() not in Path(path).read_bytes()
 
 
+@pytest.mark.slow
 def test_safetensors_load_anywhere() -> None:
     path = made("safetensors")
     with safe_open(path, "pt") as file:
@@ -468,6 +475,7 @@ def test_every_size_before_the_crop_can_be_told() -> None:
             assert int(size / crop_pct(size, resize_size)) == resize_size
 
 
+@pytest.mark.slow
 def test_photos_are_made_the_same_by_timm(folder: Path) -> None:
     root = write_image_folder(folder / "photos")
     words = (
@@ -504,6 +512,7 @@ def test_settings_of_cifar(folder: Path) -> None:
     assert config["label_names"][:2] == ["airplane", "automobile"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_knows_no_data() -> None:
     settings = {"model_args": {"depth": 18, "width": 0.125}, "num_classes": 4, "input_size": (3, 32, 32)}
     path = saved("resnet", **settings)
@@ -599,6 +608,7 @@ def test_timm_has_no_form_for_a_segmenter() -> None:
     rejected(r".* is of a Segmenter, and timm has classifiers: choose .*", saved(model), "--format=timm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "kind"),
     [
@@ -647,6 +657,7 @@ def test_objects_that_differ() -> None:
     assert agreement(tuple(each[:0] for each in objects), tuple(each[:0] for each in objects)) == 1  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_an_exported_detector_predicts_the_same(folder: Path) -> None:
     module = detector(class_names=list("abcdefghij")).eval()
     data = DigitDetection()
@@ -666,6 +677,7 @@ def test_an_exported_detector_predicts_the_same(folder: Path) -> None:
         assert [row[name] for row in tables[0]] == pytest.approx([row[name] for row in tables[1]], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_network_by_import_path(folder: Path) -> None:
     words = ("--config=net.yaml", "--name=net", "--data.num_workers=0")
     settings = {"class_path": f"{__name__}.Net", "init_args": {"features": 12}}
@@ -697,6 +709,7 @@ class Net(nn.Module):
         return self.layers(images)
 
 
+@pytest.mark.slow
 def test_a_network_that_was_given_as_an_object() -> None:
     network = shaken(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
     module = Classifier(network, num_classes=3, input_size=(3, 2, 2))
@@ -780,6 +793,7 @@ def test_a_size_that_the_network_does_not_take() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONNX_SLOW)
 def test_existing_file_is_replaced_only_on_request(kind: str) -> None:
     path = Path(BEST).with_name(
@@ -835,6 +849,7 @@ def test_predicting_with_cifar_needs_no_download(folder: Path) -> None:
     assert set(re.findall("[a-z]{4,}", Path("predictions.csv").read_text())) & set(data.classes)
 
 
+@pytest.mark.slow
 def test_predicting_where_another_folder_has_the_name_of_the_data(folder: Path) -> None:
     root = write_image_folder(folder / "images")
     words = ("--data.image_size=16", "--data.batch_size=4", "--data.num_workers=0")

@@ -133,6 +133,7 @@ def test_weight_decay_is_the_best_for_others():
 # The checkpoint
 
 
+@pytest.mark.slow
 def test_fixres_writes_checkpoint_of_lower_loss(trained):
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=12", "-o", "x.ckpt")
     text = r"classifier model.fc, 16 features of 1257 images, weight decay .* cross entropy ([\d.]+) -> ([\d.]+), top-1"
@@ -153,6 +154,7 @@ def test_fixres_writes_checkpoint_of_lower_loss(trained):
     assert f" {expected['test/top1']:.2%} " in test
 
 
+@pytest.mark.slow
 def test_the_classifier_is_optimal_for_its_features(trained):
     done("fixres", f"--ckpt={trained}", "--test-size=12", "-o", "x.ckpt", "--weight_decay=0.001")
     features, labels, head = features_of("x.ckpt", 12)
@@ -162,6 +164,7 @@ def test_the_classifier_is_optimal_for_its_features(trained):
     assert max(float(weight.grad.abs().max()), float(bias.grad.abs().max())) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_statistics_are_those_at_the_new_size(trained):
     done("fixres", f"--ckpt={trained}", "--test-size=12", "-o", "x.ckpt", "--data.batch_size=1257")
     model = Classifier.load_from_checkpoint(trained, map_location="cpu", weights_only=True).eval().double()
@@ -179,6 +182,7 @@ def test_the_statistics_are_those_at_the_new_size(trained):
     torch.testing.assert_close(found["model.layer4.1.bn2.running_var"].double(), variance, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_statistics_or_none(trained):
     old = state(trained)
     for which in ("all", "none"):
@@ -188,6 +192,7 @@ def test_all_statistics_or_none(trained):
         assert changed == ({name for name in old if "running" in name} if which == "all" else set())
 
 
+@pytest.mark.slow
 def test_crop_ratio_and_size_are_settings_of_an_image_folder(tmp_path):
     root = write_image_folder(tmp_path / "images")
     words = ("--ckpt=test_resnet", "--data=ImageFolder", f"--data.root={root}", "--data.batch_size=3")
@@ -212,6 +217,7 @@ class Vision(LightningModule):
         return self.network(images)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "head", "norm"),
     [
@@ -252,6 +258,7 @@ def stop(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(Path("x.ckpt.features/state.json").read_text())["done"] == 128
 
 
+@pytest.mark.slow
 def test_an_interrupted_pass_goes_on_and_ends_the_same(trained, monkeypatch):
     stop(trained, monkeypatch)
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
@@ -303,6 +310,7 @@ def rejected(message: str, *words: str) -> None:
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.slow
 def test_fixres_wrong_arguments_explain_themselves(trained):
     good = (f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
     rejected("give --ckpt, .*", "--test-size=10", "-o", "x.ckpt")

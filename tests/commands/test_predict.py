@@ -83,6 +83,7 @@ def predicted(*words: str, images: str = "images", run: str = "tiny") -> Outcome
     return done("predict", images, f"--ckpt=runs/{run}/v0", *words)
 
 
+@pytest.mark.slow
 def test_a_row_has_the_most_probable_classes(folder: Path) -> None:
     outcome = predicted("--batch-size=2")
     assert "5 predictions written to predictions.csv" in outcome.log
@@ -102,6 +103,7 @@ def test_a_row_has_the_most_probable_classes(folder: Path) -> None:
         assert row["error"] == ""
 
 
+@pytest.mark.slow
 def test_predict_needs_no_training_data(folder: Path) -> None:
     predicted("-o", "out.csv", "--top-k=9", run="animals")
     names = ["Mule, old", "ant", "zebra"]
@@ -113,6 +115,7 @@ def test_predict_needs_no_training_data(folder: Path) -> None:
         assert written == pytest.approx(dict(zip(names, found, strict=True)), abs=2e-6)
 
 
+@pytest.mark.slow
 def test_the_flags_of_old(folder: Path) -> None:
     path = "runs/tiny/v0/checkpoints/best.ckpt"
     done("predict", "--ckpt_path", path, "--images", "images", "--output", "old.csv", *QUIET, "--data.batch_size=3")
@@ -165,6 +168,7 @@ def test_workers_report_broken_files(folder: Path, monkeypatch: pytest.MonkeyPat
     assert [row["error"] is not None for row in json.loads(Path("out.json").read_text())] == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_the_ending_decides_the_format(folder: Path) -> None:
     predicted("-o=new/deep/out.json", images="images/b.png")
     [row] = json.loads(Path("new/deep/out.json").read_text())
@@ -208,6 +212,7 @@ def test_numbers_that_json_has_not(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == [{"file": "é\udcff", "score": None}]
 
 
+@pytest.mark.slow
 def test_options_of_the_trainer_and_the_data(folder: Path) -> None:
     predicted("-o=one.csv")
     predicted("-o=flipped.csv", "--config", "tricks/test_time_augment", "--device=cpu")
@@ -267,6 +272,7 @@ def test_help_is_about_predicting(folder: Path) -> None:
     assert len(out.splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_an_exported_file_predicts_the_same(folder: Path) -> None:
     for run in ("tiny", "animals"):
         done("export", f"runs/{run}/v0", "--format=onnx", f"-o={run}.onnx")
@@ -279,6 +285,7 @@ def test_an_exported_file_predicts_the_same(folder: Path) -> None:
             assert {**theirs, **dict.fromkeys(numbers)} == {**ours, **dict.fromkeys(numbers)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 def test_exports_keep_the_orientation_rule(folder: Path, turned: bool) -> None:
     exif = Image.Exif()
@@ -339,6 +346,7 @@ def test_avif_and_webp(folder: Path) -> None:
     assert [row["error"] for row in table("out.csv")] == ["", "", ""]
 
 
+@pytest.mark.slow
 def test_predictions_in_python(folder: Path) -> None:
     with Image.open("images/b.png") as opened:
         image = opened.convert("RGB")

@@ -61,6 +61,7 @@ def size_of(path: Path) -> tuple[int, int]:
         return image.size
 
 
+@pytest.mark.slow
 def test_from_the_command_line() -> None:
     outcome = done("data", "preview", *FIT[1:], "--out=digits.png", "--count", "9")
     assert "digits.png: 9 training images as the model's input: 1 x 8 x 8" in outcome.log
@@ -74,6 +75,7 @@ def test_from_the_command_line() -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_preview_shows_the_first_batch_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
@@ -130,6 +132,7 @@ def test_a_foreign_module(folder: Path, low: float, note: str) -> None:
     assert len(table("foreign.csv")) == 4
 
 
+@pytest.mark.slow
 def test_labels_of_a_mixture(folder: Path) -> None:
     done("data", "preview", *FIT[1:], "--config=tricks/mixup", "--trainer.callbacks.alpha=50", "--out=mixed.png")
     shares: dict[str, list[float]] = {}

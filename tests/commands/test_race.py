@@ -432,6 +432,7 @@ def test_a_view_has_all_that_happens_in_80_columns(folder: Path) -> None:
 # A race on the digits
 
 
+@pytest.mark.slow
 def test_a_race_leaves_a_recipe_and_a_report_and_continues(folder: Path) -> None:
     words = (*RACE, "tricks/xavier_init", "--score", "per-epoch", "--max-seeds", "3")
     done(*words, "--budget", "30")

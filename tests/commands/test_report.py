@@ -158,6 +158,7 @@ def test_accuracy_by_class_frequency() -> None:
     assert "middle_recall" not in found.by_frequency()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_an_imbalanced_run_reports_accuracy_by_class_frequency(folder: Path) -> None:
     for split, counts in (("train", (45, 12, 4)), ("val", (4, 4, 4))):
@@ -191,6 +192,7 @@ def test_calibration_error_is_that_of_torchmetrics() -> None:
     assert found.calibration().error == pytest.approx(float(expected), abs=1e-7)  # theirs is in single precision
 
 
+@pytest.mark.slow
 def test_a_real_run_agrees_with_its_metrics(trained: Path) -> None:
     [run] = read_runs([trained])
     assert run.predictions
@@ -241,6 +243,7 @@ SECTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run(reported: Path) -> None:
     run = reported
     text = (run / "report.html").read_text()

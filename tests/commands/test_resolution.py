@@ -105,6 +105,7 @@ def test_sizes_that_are_none(word):
         parse_sizes([word])
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_trainer(trained):
     outcome = done("resolution", f"--ckpt={trained}", "--sizes", "8:12:2", "--split=test")
     assert re.search(r"\n *8 .* training", outcome.out)
@@ -119,6 +120,7 @@ def test_accuracies_are_those_of_the_trainer(trained):
     assert len({row["top1"] for row in rows}) > 1
 
 
+@pytest.mark.slow
 def test_crop_ratios_are_lines_of_their_own(trained):
     done("resolution", f"--ckpt={trained}", "--sizes", "8", "10", "--crop-ratio", "0.8", "1.0")
     rows = result()
@@ -133,6 +135,7 @@ def test_crop_ratios_are_lines_of_their_own(trained):
     assert rows[1]["top1"] == pytest.approx(float(torch.cat(right).mean()))
 
 
+@pytest.mark.slow
 def test_default_sizes_begin_where_something_is_left(trained):
     done("resolution", f"--ckpt={trained}")
     assert [row["size"] for row in result()] == list(range(5, 15))  # 4 is nothing to a network that shrinks by 8
@@ -209,6 +212,7 @@ def test_timm_by_name_with_its_own_normalisation(tmp_path):
 # What it leaves
 
 
+@pytest.mark.slow
 def test_the_picture_and_a_second_run_in_the_same_folder(trained, tmp_path):
     mock.patch.stopall()
     from lit_tricks.run.report import resolution_curve as report
@@ -222,6 +226,7 @@ def test_the_picture_and_a_second_run_in_the_same_folder(trained, tmp_path):
     assert [row["size"] for row in result()] == [10]
 
 
+@pytest.mark.slow
 def test_flags_win_over_the_settings_of_the_checkpoint(trained):
     done("resolution", f"--ckpt={trained}", "--sizes", "8", "--split=test")
     before = result()
@@ -277,6 +282,7 @@ def rejected(message: str, *words: str) -> None:
     assert not Path("resolution").exists()
 
 
+@pytest.mark.slow
 def test_resolution_wrong_arguments_explain_themselves(trained):
     ckpt = f"--ckpt={trained}"
     rejected("give --ckpt, a checkpoint, or the name of one of timm's models.")

@@ -236,6 +236,7 @@ def same(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> bool:
     )
 
 
+@pytest.mark.slow
 @any_machine
 def test_others_take_the_place_of_bad_images_whoever_loads(root: Path) -> None:
     lightning.seed_everything(1, verbose=False)
@@ -327,6 +328,7 @@ def table(path: Path) -> list[list[str]]:
         return list(csv.reader(stream))
 
 
+@pytest.mark.slow
 @any_machine
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning", "ignore:The dirpath has changed from")
 def test_a_run_counts_and_lists_bad_images_and_goes_on_the_same(
@@ -359,6 +361,7 @@ def test_a_run_counts_and_lists_bad_images_and_goes_on_the_same(
         assert torch.equal(resumed.layer.weight, whole.layer.weight)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(root: Path, tmp_path: Path) -> None:
     words = ("--config=tiny.yaml", "--data=ImageFolder", f"--data.root={root}", "--data.image_size=32")
     words += ("--data.batch_size=8", "--data.num_workers=0")

@@ -150,7 +150,7 @@ def test_compiled_kernel_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_compiled_kernel_is_the_same_for_all_sizes() -> None:
     kernel, jitter = torch.compile(_colour._pointwise, dynamic=True), Jitter(MEAN, STD)
     for count, side in ((6, 7), (3, 9)):

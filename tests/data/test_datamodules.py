@@ -203,6 +203,7 @@ def test_digits_predict_any_image(tmp_path: Path) -> None:
 # The seed alone decides
 
 
+@pytest.mark.slow
 @any_machine
 def test_batches_do_not_depend_on_the_workers() -> None:
     runs = []
@@ -278,6 +279,7 @@ def test_transform_of_a_loader_may_be_switched() -> None:
 # With a Trainer
 
 
+@pytest.mark.slow
 @any_machine
 def test_trainer_sees_the_same_batches_with_and_without_workers() -> None:
     runs = []
@@ -369,6 +371,7 @@ def test_ranks_are_disjoint_and_cover_everything(size: int, replicas: int) -> No
         assert len(set(everything)) == len(everything)
 
 
+@pytest.mark.slow
 @any_machine
 def test_two_processes_share_the_training_images(tmp_path: Path) -> None:
     data = Digits(batch_size=629)

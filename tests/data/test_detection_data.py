@@ -142,6 +142,7 @@ def test_digits_are_where_their_boxes_are() -> None:
             assert outside.max() < 120  # the edges of a stroke
 
 
+@pytest.mark.slow
 def test_training_scenes_are_normalised() -> None:
     data = DigitDetection(scale=(1.0, 1.0))
     images = torch.stack([data.train_dataloader().dataset[i][0] for i in range(1000)])

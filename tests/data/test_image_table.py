@@ -303,6 +303,7 @@ def test_settings_make_the_same_data_module(tmp_path: Path) -> None:
 # In the commands
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*LeafSpec.* is deprecated")
 def test_from_training_to_prediction(tmp_path: Path) -> None:
     with workplace(tmp_path):
@@ -339,6 +340,7 @@ def test_shards_of_a_table(tmp_path: Path) -> None:
         assert found == files(data, split)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_default_settings_train_on_36_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with workplace(tmp_path):
         for number, name in enumerate(("ant", "bee", "cow")):

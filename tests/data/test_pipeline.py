@@ -157,6 +157,7 @@ def test_a_crop_takes_any_image_and_draws_from_torch_too() -> None:
 # Batches
 
 
+@pytest.mark.slow
 @any_machine
 def test_batches_depend_on_the_seed_alone(folder: str) -> None:
     kinds: list[dict[str, Any]] = [
@@ -457,6 +458,7 @@ def train(folder: str, file: Path, workers: int, how: Any, last: int | None, bal
     run.fit(Written(file, last), data, ckpt_path=paths[-1] if paths else None, weights_only=True)
 
 
+@pytest.mark.slow
 @any_machine
 @pytest.mark.parametrize(
     ("workers", "how", "balance"),

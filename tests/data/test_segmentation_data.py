@@ -116,6 +116,7 @@ def test_scenes_are_masked_where_the_ink_is() -> None:
     assert set(labels.unique().tolist()) == set(range(11))
 
 
+@pytest.mark.slow
 def test_mean_and_deviation_of_the_scenes() -> None:
     data = DigitSegmentation()
     data.setup()

@@ -139,6 +139,7 @@ def passes(data: Streaming, count: int = 2) -> list[list[str]]:
 # What it gives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_are_those_of_the_folder(images: Path, shards: Path, workers: int) -> None:
     settings = {"image_size": 16, "batch_size": BATCH_SIZE, "num_workers": workers, "augmentation": "none"}
@@ -162,6 +163,7 @@ def test_images_are_those_of_the_folder(images: Path, shards: Path, workers: int
     assert {*labels} == {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_seed_and_epoch_decide(shards: Path) -> None:
     runs = []
     for workers in (0, 1, 2):
@@ -177,6 +179,7 @@ def test_seed_and_epoch_decide(shards: Path) -> None:
     assert not {*first} & {*passes(Streaming(str(shards), 16, BATCH_SIZE, 0))[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [2, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_share_samples_without_repeats(
@@ -222,6 +225,7 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tu
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "moment"),
     [(0, moment) for moment in ("1-batch", "6-batch", "6-epoch", "9-batch", "12-validation")]
@@ -255,6 +259,7 @@ def test_resume_from_a_copy_elsewhere(runs: dict[int, tuple[Recorder, Path]], sh
     assert len(next_epoch.seen) == BATCHES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "now"), [(0, 2), (2, 0)])
 def test_resume_with_other_workers(runs: dict[int, tuple[Recorder, Path]], shards: Path, before: int, now: int) -> None:
     _, folder = runs[before]
@@ -282,6 +287,7 @@ def test_an_epoch_does_not_go_on_with_other_batches(
     assert len(next_epoch) == len(data.train_dataloader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_that_end_early(shards: Path, tmp_path: Path, workers: int) -> None:
     def run(*callbacks: Any, **kwargs: Any) -> list[tuple[int, str]]:
@@ -294,6 +300,7 @@ def test_epochs_that_end_early(shards: Path, tmp_path: Path, workers: int) -> No
         assert run(ckpt_path=tmp_path / f"{moment}.ckpt") == seen[int(moment[0]) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_another_pass_disturbs_nothing(runs: dict[int, tuple[Recorder, Path]], shards: Path, workers: int) -> None:
     found = fit(Streaming(str(shards), 16, BATCH_SIZE, workers), PreciseBN(12, transform="eval"))
@@ -444,6 +451,7 @@ def test_a_damaged_sample_is_named(copied: Path, images: Path, workers: int) -> 
         trainer().validate(Recorder(), Streaming(str(copied), 16, BATCH_SIZE, workers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_sample_is_skipped(copied: Path, tmp_path: Path, workers: int) -> None:
     names = []
@@ -523,6 +531,7 @@ def test_predict_dir_needs_no_shards(shards: Path, images: Path) -> None:
     assert paths == sorted(str(path) for path in Path(folder).rglob("*.jpg"))
 
 
+@pytest.mark.slow
 def test_shards_in_a_folder_are_read_where_they_are(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_in_a_fit(tmp_path: Path, settings: Any) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_without_a_trainer(tmp_path: Path) -> None:
     data = ImageFolder(str(write_image_folder(tmp_path)), 16, batch_size=1, num_workers=2)
     for make_loader in (data.train_dataloader, data.val_dataloader):
@@ -85,6 +86,7 @@ def test_without_a_trainer(tmp_path: Path) -> None:
         del batches
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_image_folder(tmp_path / "data")
     monkeypatch.setattr(Classifier, "on_train_batch_end", lambda *_: kill_one())

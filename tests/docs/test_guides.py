@@ -74,6 +74,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
             exec(compile(block, page, "exec"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_of_guides_run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells_in_this_process(monkeypatch)
@@ -109,6 +110,7 @@ def literal(node: ast.AST) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
+@pytest.mark.slow
 def test_messages_of_the_guide_to_errors_exist() -> None:
     table = (DOCS / "guides" / "errors.md").read_text("utf-8").partition("|---")[2].partition("\n\n")[0]
     phrases = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)

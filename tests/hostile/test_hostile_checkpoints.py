@@ -83,6 +83,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_renamed_class_folder_is_an_error_of_every_command(command: str, place: Path) -> None:
     rename(place / "images", "ant", "wasp")
@@ -103,6 +104,7 @@ def test_a_class_that_is_missing_is_named(command: str, place: Path) -> None:
     assert "architecture" not in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["test", "fit", "resolution"])
 def test_the_same_classes_in_another_order_are_mapped_when_asked_for(command: str, place: Path) -> None:
     content = checkpoint("best.ckpt")
@@ -150,6 +152,7 @@ def test_predictions_keep_the_names_of_the_model_with_a_warning(place: Path) -> 
     assert any("only in the model: ant; only in the data: wasp" in record.getMessage() for record in records)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_is_rejected(place: Path) -> None:
     for names, message in ((["ant", "bee", "cat", "wasp"], "only in the teacher: dog"), (CLASSES[::-1], "order")):
         student = Classifier("resnet", 4, class_names=list(names), optimizer=SGD, **SMALL)
@@ -345,6 +348,7 @@ def test_an_odd_checkpoint_is_one_clear_line(command: str, odd: str, place: Path
     assert "--debug" not in outcome.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"loops": {}}, {"loops": ...}, {"optimizer_states": ...}, {"optimizer_states": []}, {"lr_schedulers": ...}],
@@ -484,6 +488,7 @@ def test_a_class_that_is_imported_already_is_taken(place: Path) -> None:
         del sys.modules["own_module"]
 
 
+@pytest.mark.slow
 def test_a_module_is_imported_when_the_user_asks_for_it(place: Path, marked: Path) -> None:
     with_settings(model={"_class_path": "evilmod.X"})
     done("test", "--import", "evilmod", "--ckpt_path", "best.ckpt", "--trainer.accelerator=cpu")
@@ -502,6 +507,7 @@ def test_what_the_user_names_too_is_trusted(place: Path) -> None:
 REMOTE = ("s3://attacker/shards", "gs://attacker/shards", "https://attacker/x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", REMOTE)
 def test_data_elsewhere_is_not_loaded_unasked(root: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_tricks.data.shards.index._remote_index", lambda url: pytest.fail("loaded"))
@@ -545,6 +551,7 @@ class Net(nn.Module):
         return self.net(x)
 
 
+@pytest.mark.slow
 def test_card_and_export_of_a_network_of_the_user(place: Path) -> None:
     network = f"{{class_path: {Net.__module__}.Net, init_args: {{width: 5}}}}"
     Path("own.yaml").write_text(

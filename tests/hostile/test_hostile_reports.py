@@ -290,6 +290,7 @@ def test_an_array_that_is_larger_than_its_file_takes_no_memory(member: bytes, tm
     noted(run, "predictions")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_an_archive_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -308,6 +309,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("text", [LAUGHS, MERGES, "a: &a [*a]", "[" * 5000], ids=["laughs", "merges", "itself", "deep"])
 def test_aliases_that_explode_are_rejected(text: str, tmp_path: Path, undrawn: None, monkeypatch: Any) -> None:
@@ -334,8 +336,11 @@ EVIL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from")
-@pytest.mark.parametrize("name", EVIL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if number % 4 else ()) for number, name in enumerate(EVIL)]
+)
 def test_a_name_is_text_in_every_report(name: str, tmp_path: Path) -> None:
     clean = name.encode("utf-8", "backslashreplace").decode()
     predicted = arrays(classes=np.array([clean, "bee"]), wrong_file=np.array([clean.replace("\n", " "), "2.jpg"]))

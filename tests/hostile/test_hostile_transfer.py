@@ -26,6 +26,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_all_heads_keep_their_initialization(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     there, here = (timm.create_model(name, num_classes=classes) for classes in (7, 3))

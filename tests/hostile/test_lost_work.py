@@ -84,6 +84,7 @@ def save_for_ever(path: Path) -> None:
         io.save_checkpoint(GOOD | {"epoch": number, "state_dict": {"w": torch.full((2**17,), number)}}, path)
 
 
+@pytest.mark.slow
 @linux
 def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
@@ -118,6 +119,7 @@ def test_buckets_and_other_plugins_are_left_to_lightning(monkeypatch: pytest.Mon
         assert type(trainer.strategy.checkpoint_io) is kind
 
 
+@pytest.mark.slow
 def test_a_fit_of_the_command_line_writes_whole_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     save = WholeCheckpointIO.save_checkpoint
@@ -203,6 +205,7 @@ def ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path / "ablation"
 
 
+@pytest.mark.slow
 def test_an_ablation_goes_on_from_damaged_files(ablation: Path) -> None:
     table = (ablation / "ablation.csv").read_text()
     (ablation / "runs/baseline-seed0/v0/results.json").write_text("")
@@ -218,6 +221,7 @@ def test_an_ablation_goes_on_from_damaged_files(ablation: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_damaged_plan_does_not_mix_two_ablations(ablation: Path) -> None:
     (ablation / "plan.json").write_text("")
     outcome = cli("ablate", "--config", "tiny.yaml", "--stack", "tricks/mixup", "--seeds", "0")

@@ -252,6 +252,7 @@ def test_every_command_rejects_weights_that_are_not_finite_in_one_message(comman
     assert not list(Path().glob("out*"))
 
 
+@pytest.mark.slow
 def test_a_report_tells_it_and_is_written(trained):
     path = poisoned(trained, math.nan, "model.fc.bias")
     outcome = cli("report", str(path.parents[1]))
@@ -261,6 +262,7 @@ def test_a_report_tells_it_and_is_written(trained):
     assert MESSAGE not in cli("report", str(trained), "--out", "other").log
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_warns_once_and_leaves_valid_files():
     outcome = _run(*FIT, *SGD, "--trainer.max_epochs=2")
     assert outcome.code == 0, outcome
@@ -284,6 +286,7 @@ def _run(*words: str) -> Any:
     return outcome
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_if_it_is_to():
     outcome = cli(*FIT, *SGD, "--on_nan", "stop")
     assert outcome.code == 1

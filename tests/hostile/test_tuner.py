@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 TINY = {"depth": 18, "width": 0.0625, "small_input": True}
 KINDS = ["Classifier", "Segmenter", "Detector"]
+SOME = ["Classifier", "Segmenter", pytest.param("Detector", marks=pytest.mark.full)]  # the slowest one
 
 
 def pair(kind: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -48,7 +49,8 @@ def quick(folder: Path, *callbacks: Any, batches: int = 2) -> Any:
     return make_trainer(*callbacks, default_root_dir=folder, **how)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SOME)
 def test_scale_batch_size(kind: str, tmp_path: Path) -> None:
     module, data = pair(kind)
     before, trainer = state_of(module), quick(tmp_path, *tricks(kind))
@@ -59,7 +61,8 @@ def test_scale_batch_size(kind: str, tmp_path: Path) -> None:
     assert trainer.global_step == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SOME)
 def test_lr_find_leaves_module_as_it_was(kind: str, tmp_path: Path) -> None:
     module, data = pair(kind)
     data.batch_size = 2
@@ -74,7 +77,8 @@ def test_lr_find_leaves_module_as_it_was(kind: str, tmp_path: Path) -> None:
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {module.lr}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SOME)
 def test_batch_size_finder_in_a_fit(kind: str, tmp_path: Path) -> None:
     module, data = pair(kind)
     finder = BatchSizeFinder(steps_per_trial=1, max_trials=2, init_val=4)
@@ -84,6 +88,7 @@ def test_batch_size_finder_in_a_fit(kind: str, tmp_path: Path) -> None:
     assert trainer.global_step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_rate_finder_in_a_fit(kind: str, tmp_path: Path) -> None:
     module, data = pair(kind)
@@ -95,6 +100,7 @@ def test_learning_rate_finder_in_a_fit(kind: str, tmp_path: Path) -> None:
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {module.lr}
 
 
+@pytest.mark.slow
 def test_the_found_rate_is_the_one_that_decays_by_layers(tmp_path: Path) -> None:
     module, data = pair("Classifier", layer_decay=0.5)
     finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None, min_lr=1e-4, max_lr=0.1)
@@ -105,6 +111,7 @@ def test_the_found_rate_is_the_one_that_decays_by_layers(tmp_path: Path) -> None
     assert len(rates) > 3
 
 
+@pytest.mark.slow
 def test_a_batch_has_all_images_at_most(tmp_path: Path) -> None:
     module, data = pair("Classifier")
     find = {"steps_per_trial": 1, "init_val": 1000}

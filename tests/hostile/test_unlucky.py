@@ -237,6 +237,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [str, Path])
 def test_commands_take_strings_and_paths(kind: Any, trained: Path, tmp_path: Path) -> None:
     checkpoints = trained / "runs" / "run" / "v0" / "checkpoints"

@@ -103,6 +103,7 @@ def test_digits_and_the_report_in_two_commands() -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_a_recipe_is_changed_by_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     [before] = [built(monkeypatch, "fit", "--config", "quickstart").trainer.callbacks]
     [words] = commands(CHANGE_A_RECIPE)
@@ -113,6 +114,7 @@ def test_a_recipe_is_changed_by_one_command(monkeypatch: pytest.MonkeyPatch) -> 
     assert schedule.warmup_epochs == 1
 
 
+@pytest.mark.slow
 def test_serving_in_python_takes_three_lines(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     found: dict[str, list[str]] = {}
@@ -123,6 +125,7 @@ def test_serving_in_python_takes_three_lines(trained: Path, monkeypatch: pytest.
     assert SERVE_IN_PYTHON.strip() in guide
 
 
+@pytest.mark.slow
 def test_serving_without_the_library_takes_one_command(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     [words] = commands(SERVE_WITHOUT)

@@ -45,6 +45,7 @@ def imported() -> tuple[set[str], set[str]]:
     return set(before), set(new)
 
 
+@pytest.mark.slow
 def test_callbacks_bring_nothing_that_lightning_does_not(imported):
     before, new = imported
     assert "torch" in before
@@ -217,6 +218,7 @@ def cycles(graph: Mapping[str, set[str]]) -> set[frozenset[str]]:
     }
 
 
+@pytest.mark.slow
 def test_modules_form_no_cycle():
     assert cycles(import_graph({module_of(file): file.read_text(encoding="utf-8") for file in FILES})) == set()
 

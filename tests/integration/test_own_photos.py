@@ -25,6 +25,7 @@ def photo(color: tuple[int, int, int], seed: int) -> Image.Image:
     return Image.fromarray((noise + color).clip(0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:.*LeafSpec.* is deprecated")
 def test_three_commands_of_the_guide(tmp_path: Path) -> None:
     [block] = re.findall(r"three commands .*?```bash\n(.*?)```", GUIDE.read_text(), re.IGNORECASE | re.DOTALL)[:1]

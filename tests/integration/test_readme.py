@@ -6,17 +6,20 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from helpers.cli import done, workplace
 from readme_table import README, tables, with_tables
 
 from lit_tricks import callbacks
 
 
+@pytest.mark.slow
 def test_table_is_up_to_date():
     text = README.read_text(encoding="utf-8")
     assert with_tables(text) == text, "run `python tests/readme_table.py`"
 
 
+@pytest.mark.slow
 def test_table_has_every_trick():
     lines = tables().splitlines()
     for name in callbacks.__all__:

@@ -53,6 +53,7 @@ def assert_same(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 # fvcore compiles a loss of its own when imported, and traces the model, both with what torch 2.9 began to deprecate.
+@pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("variant", "parameters", "giga"),
@@ -68,6 +69,7 @@ def test_size_is_that_of_table_5(variant, parameters, giga):
     assert counter.total() / 1e9 == pytest.approx(giga, abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "depth", "variant"),
     [
@@ -97,6 +99,7 @@ def test_weights_of_timm_give_the_outputs_of_timm(name, depth, variant):
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_b_is_the_resnet_of_torchvision():
     theirs = randomize(torchvision.models.resnet50())
@@ -440,6 +443,7 @@ def test_unknown_weights_name_the_nearest(name):
         load_weights(resnet(**TINY), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18d.ra2_in1k", "resnet18d"])
 def test_weights_by_name_come_from_the_hub_of_timm(name, monkeypatch, caplog):
     remote = randomize(timm.create_model("resnet18d"))

@@ -155,6 +155,7 @@ def test_frozen_layers_stay_in_evaluation_mode_whoever_calls_train() -> None:
 # --- both, from the command line --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transfer_in_one_line(tmp_path: Path) -> None:
     with workplace(tmp_path):
         cli("fit", "--config=tiny.yaml")

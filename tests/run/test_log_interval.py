@@ -28,6 +28,7 @@ def steps(run: str, key: str) -> list[float]:
     return sorted({row["step"] for row in metrics(run) if key in row})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [COSINE, (), ("--trainer.callbacks+=LearningRateMonitor",), SWA])
 def test_a_run_of_few_steps_has_a_learning_rate_panel(words: tuple[str, ...]) -> None:
     done(*FIT, *words, "--trainer.max_epochs=3")

@@ -240,6 +240,7 @@ SECTIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run(run: Path) -> None:
     assert "draws the confusion matrix, the IoU of each class and" in (run / "report.md").read_text()
     done("report", str(run))
@@ -282,6 +283,7 @@ def test_a_damaged_file_is_said(run: Path) -> None:
     assert "no predictions. The reason: predictions.npz cannot be read" in (run / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 12, 30, 150])
 def test_any_number_of_classes(classes: int) -> None:
     rng = np.random.default_rng(0)

@@ -64,6 +64,7 @@ def test_one_line_with_tricks_that_log(data: dict[str, Any]) -> None:
     assert re.search(r"4/4 \d+:\d\d loss [\d.]+, val loss [\d.]+, top1 [\d.]+%", last), last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 80])
 def test_a_text_that_is_too_long_is_cut(data: dict[str, Any], width: int) -> None:
     args = {"depth": 18, "width": 0.03125, "small_input": True}

@@ -182,6 +182,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, worse: None) -> Path:
     return folder / "runs"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_judged_by_the_epoch_of_the_whole_one(runs: Path) -> None:
     whole, resumed = results(runs / "whole/v0"), results(runs / "part/v1")
     assert whole["epoch"] < 3
@@ -191,6 +192,7 @@ def test_a_resumed_run_is_judged_by_the_epoch_of_the_whole_one(runs: Path) -> No
     assert not differences(one["state_dict"], other["state_dict"])
 
 
+@pytest.mark.slow
 def test_its_report_has_the_curves_of_the_run_before_and_names_it(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs.parent)
     whole, resumed = read_run_folder(runs / "whole/v0"), read_run_folder(runs / "part/v1")
@@ -222,12 +224,14 @@ def test_a_report_finds_the_run_before_where_both_were_moved_or_says_that_it_is_
     assert any("runs/part/v0" in why for why in alone.missing.values())
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_for_nothing_has_its_results(runs: Path) -> None:
     done(*ROUGH, "--trainer.max_epochs=5", "--name=again", f"--ckpt_path={runs}/whole/v0")
     assert results("runs/again/v0")["raw"] == results(runs / "whole/v0")["raw"]
     assert [row for row in metrics("runs/again/v0") if "val/top1" in row] == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_an_ablation_is_judged_as_one_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cells_in_this_process(monkeypatch)
     words = ("ablate", "--config", "tiny.yaml", "--stack", "tricks/no_bias_decay", "--mode", "drop", "--seeds", "0")
@@ -245,6 +249,7 @@ def test_a_killed_run_of_an_ablation_is_judged_as_one_that_was_not(monkeypatch: 
     assert [line.split(",")[:3] for line in tables[0]] == [line.split(",")[:3] for line in tables[1]]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_not_resumed_says_nothing_of_it() -> None:
     outcome = cli(*FIT)
     assert "resumes" not in outcome.out

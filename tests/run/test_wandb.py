@@ -58,6 +58,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home / "runs" / "tiny" / "v0"
 
 
+@pytest.mark.slow
 def test_without_a_login_it_is_offline_in_the_folder_of_the_run(first: Path) -> None:
     assert Tracked(first).folder.name.startswith("offline-run-")
     assert {path.name for path in first.iterdir()} == {
@@ -145,6 +146,7 @@ def test_the_summary_keeps_the_best(first: Path) -> None:
     assert metrics_of["val/ece"].summary.min
 
 
+@pytest.mark.slow
 def test_constants_are_in_the_summary_and_have_no_curve() -> None:
     """A learning rate that starts to vary has a curve from then on."""
     Path("late.yaml").write_text("trainer: {callbacks+: [{class_path: WarmupStep, init_args: {milestones: [2]}}]}")
@@ -163,6 +165,7 @@ def test_constants_are_in_the_summary_and_have_no_curve() -> None:
     assert curve == pytest.approx({3: 0.1, 4: 0.01, 5: 0.01})
 
 
+@pytest.mark.slow
 def test_a_constant_learning_rate_is_in_the_summary() -> None:
     track()
     run = Tracked(Path("runs/tiny/v0"))
@@ -183,6 +186,7 @@ def test_only_quantities_of_tricks_are_withheld() -> None:
     assert summary == {"ema/decay": 0.9, "mixup/lambda": 1.0}
 
 
+@pytest.mark.slow
 def test_wandb_gets_no_setting_that_it_warns_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B warns of the setting ``anonymous``, which Lightning always passes on."""
     for words, given in (((), False), (("--trainer.logger.anonymous=true",), True)):
@@ -196,6 +200,7 @@ def test_settings_are_there_once(first: Path) -> None:
     assert {key for key in Tracked(first).config if not key.startswith("_")} == {"config", "tricks"}
 
 
+@pytest.mark.slow
 def test_learning_rates_go_by_the_names_of_their_groups() -> None:
     track("--config=tricks/no_bias_decay", *COSINE)
     logged = {key for row in Tracked(Path("runs/tiny/v0")).history for key in row if key.startswith("lr-")}

@@ -322,6 +322,7 @@ def test_free_memory_is_measured_for_each_kind_of_device(monkeypatch: pytest.Mon
 # Who shares the images
 
 
+@pytest.mark.slow
 def test_one_copy_per_process(make: Callable[..., CIFAR10], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: Any = type(stored_module._loaded)()
     monkeypatch.setattr(stored_module, "_loaded", loaded)
