@@ -53,15 +53,22 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 20, 20)
 
 
+# What Lightning sets for good when it starts a group of processes, even of one: processes that are started later would
+# wait for the others of the group.
+OF_A_GROUP = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "OMP_NUM_THREADS", "WORLD_SIZE")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Undo what Lightning does when it starts a group of processes, which sets the number of threads for good."""
-    before = os.environ.get("OMP_NUM_THREADS")
+def _no_group() -> Iterator[None]:
+    """Undo what Lightning does to the process when it starts a group of processes."""
+    before = {name: os.environ.get(name) for name in OF_A_GROUP}
     yield
-    if os.environ.get("OMP_NUM_THREADS") != before:
-        os.environ.pop("OMP_NUM_THREADS", None)
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+    changed = {name: value for name, value in before.items() if os.environ.get(name) != value}
+    for name, value in changed.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    if "OMP_NUM_THREADS" in changed:
         torch.set_num_threads(1)
 
 
