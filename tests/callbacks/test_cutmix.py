@@ -122,7 +122,7 @@ def test_rejects_what_has_no_area_or_several():
 
 
 def test_segmentation_with_ignored_pixels():
-    """The loss of a fit is that of the batch that the module got; with smoothing beside it."""
+    """The loss of a fit is that of the batch that the module got; with smoothing next to it."""
     seen: list[Tensor] = []
 
     class Segmenter(module_class("lightning")):

@@ -1,4 +1,4 @@
-"""The numbers of DropPath, against the paper's formula, the branches that it finds, and when it leaves them alone."""
+"""The numbers of DropPath, against the paper's formula, the branches that it finds and those it does not change."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def test_compiled_module_is_averaged(part):
     module = Module(quiet=True)
     if part == "submodule":
         module.net[0] = torch.compile(module.net[0], backend="eager")
-    trainer = make_trainer(EMA(0.8), enable_model_summary=False)  # it warns that it can not count compiled operations
+    trainer = make_trainer(EMA(0.8), enable_model_summary=False)  # it warns that it cannot count compiled operations
     torch.manual_seed(0)
     fitted = torch.compile(module, backend="eager") if part == "module" else module
     trainer.fit(fitted, train_loader(), eval_loader())

@@ -1,4 +1,4 @@
-"""The numbers of FocalLoss, against the paper's formula and torchvision, and what it means beside other tricks."""
+"""The numbers of FocalLoss, against the paper's formula and torchvision, and what it means next to other tricks."""
 
 from __future__ import annotations
 

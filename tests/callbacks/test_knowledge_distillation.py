@@ -1,4 +1,4 @@
-"""The numbers of KnowledgeDistillation against the papers' formulas, its teachers, and what it leaves alone."""
+"""The numbers of KnowledgeDistillation against the papers' formulas, its teachers, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WEIGHT = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
 CE = F.cross_entropy
 
 
-class Says(nn.Module):
+class Fixed(nn.Module):
     """A teacher that gives these logits, whatever it sees."""
 
     def __init__(self, logits: Any) -> None:
@@ -53,7 +53,7 @@ def taught(
 ) -> SoftTarget:
     """A target after the trick acted on it."""
     trick._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext))
-    trick._teacher = Says(logits)
+    trick._teacher = Fixed(logits)
     target = carrying(labels.clone(), LossSpec(("KnowledgeDistillation",))) if target is None else target
     return trick.act({(0,): torch.zeros(len(labels), 1, 8, 8)}, target)[1]
 
@@ -586,8 +586,8 @@ def fit(*tricks: Any, module: Any = None) -> None:
         ),
         (lambda: nn.Conv2d(3, 3, 3), r"Conv2d, fails on the images .*float32 \(4, 1, 8, 8\): .*wrap it in a module"),
         (lambda: nn.Conv2d(1, 3, 3), r"Conv2d, returns logits of shape \(4, 3, 6, 6\) for labels of shape \(4,\)"),
-        (lambda: Says({"out": torch.zeros(4, 3)}), r"Says, returns dict\(out: float32 \(4, 3\)\), and no logits"),
-        (lambda: Says(torch.zeros(4)), r"Says, returns float32 \(4,\), and no logits"),
+        (lambda: Fixed({"out": torch.zeros(4, 3)}), r"Fixed, returns dict\(out: float32 \(4, 3\)\), and no logits"),
+        (lambda: Fixed(torch.zeros(4)), r"Fixed, returns float32 \(4,\), and no logits"),
     ],
     ids=["classes", "channels", "dense", "dict", "vector"],
 )

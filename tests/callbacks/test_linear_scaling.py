@@ -33,7 +33,7 @@ def loader(batch_size: int = BATCH_SIZE, samples: int = 16) -> DataLoader[Any]:
 
 
 def scaled(*callbacks: Any, **kwargs: Any) -> Any:
-    """A run whose loader says its batch size: 4."""
+    """A run whose loader states its batch size: 4."""
     return run(*callbacks, **({"loader": loader(), "max_epochs": 1} | kwargs))
 
 
@@ -317,7 +317,7 @@ def test_any_batch_is_measured(layout):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it says and rejects
+# What it logs and rejects
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_with_scaling_and_a_schedule_in_any_order(order):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it says and rejects
+# What it logs and rejects
 
 
 def test_says_what_decays():

@@ -145,7 +145,7 @@ def test_agrees_with_fvcore():
 
 
 class TwoInOne(nn.BatchNorm2d):
-    """A subclass with a forward of its own."""
+    """A subclass with its own forward."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return super().forward(image).relu_()
@@ -716,7 +716,7 @@ def test_resumes_bitwise_from_every_checkpoint_in_any_order(mix, tmp_path):
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_after_the_fit(mix, tmp_path):
-    """The model and what is saved of it have the estimate; what goes on trains as if it had never been."""
+    """The model and what is saved of it have the estimate; what continues trains as if it had never been."""
     how = {"optimizers": lambda module: torch.optim.SGD(module.parameters(), lr=0.1)}  # Lightning drops momentum
     plain = [type(callback)(0.8) for callback in MIXES[mix]() if mix == "before EMA" and isinstance(callback, EMA)]
     first = run(*MIXES[mix](), max_epochs=2, **how)

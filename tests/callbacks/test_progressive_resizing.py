@@ -1,4 +1,4 @@
-"""ProgressiveResizing: the sizes of a run, what is resized and how, and what is left alone."""
+"""ProgressiveResizing: the sizes of a run, what is resized and how, and what is left unchanged."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_crops_differ_from_batch_to_batch_and_resume_bitwise(tmp_path):
     saver = Saver(tmp_path, steps=[3])
     full = fit(trick(), saver)
     assert not torch.equal(full.seen[0][0], full.seen[4][0])  # the same images, an epoch later
-    # the loader here starts its epoch again, so it is the end of an epoch to go on from
+    # the loader here starts its epoch again, so it is the end of an epoch to continue from
     saver = Saver(tmp_path, steps=[4])
     full = fit(trick(), saver)
     resumed = fit(trick(), ckpt_path=saver.paths[-1], weights_only=True)

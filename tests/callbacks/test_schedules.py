@@ -518,7 +518,7 @@ def test_fast_dev_run_is_quiet(fast_dev_run):  # warnings are errors here
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beside other callbacks
+# Next to other callbacks
 
 
 def test_learning_rate_finder_sets_the_full_rate(tmp_path):

@@ -345,7 +345,7 @@ def test_our_schedule_goes_on_underneath(place):
 
 
 SCHEDULERS: dict[str, Any] = {
-    "ExponentialLR": lambda o: ExponentialLR(o, 0.9),  # goes on from the rate that it finds, as the next two
+    "ExponentialLR": lambda o: ExponentialLR(o, 0.9),  # continues from the rate that it finds, as the next two
     "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, STEPS),
     "SequentialLR": lambda o: SequentialLR(o, [ExponentialLR(o, 1.1), StepLR(o, 2, 0.5)], [5]),
     "LambdaLR": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
@@ -717,7 +717,7 @@ def test_second_fit_trains_on_from_the_trained_weights():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beside other callbacks
+# Next to other callbacks
 
 
 def test_warns_of_batch_norm_once_and_names_the_remedy():

@@ -1,4 +1,4 @@
-"""The distribution that XavierInit draws from, whose random numbers it takes, and which weights it leaves alone."""
+"""The distribution that XavierInit draws from, whose random numbers it takes, and which weights it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_growth_is_logged():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is left alone, and rejected
+# What is left unchanged, and rejected
 
 
 def test_frozen_weights_stay_unchanged():

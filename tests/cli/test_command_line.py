@@ -1,4 +1,4 @@
-"""The commands: what fit leaves, how a run goes on, what validate and test make of a checkpoint, the help."""
+"""The commands: what fit leaves, how a run continues, what validate and test make of a checkpoint, the help."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run of three epochs, and beside it what it printed."""
+    """Folder of a finished run of three epochs, and next to it what it printed."""
     with workplace(tmp_path_factory.mktemp("trained"), curves=True) as folder:
         outcome = done(*FIT, *COSINE, "--trainer.max_epochs=3")
         (folder / "stdout").write_text(outcome.out)
@@ -297,7 +297,7 @@ def test_a_foreign_module_is_trained_too(folder: Path, monkeypatch: pytest.Monke
     assert found == {"val/loss": pytest.approx(losses[1])}
 
 
-# Going on with a run
+# Continue a run
 
 SAVES = """
 trainer:
@@ -321,7 +321,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resume(run: Path, moment: str, *words: str) -> tuple[Path, Outcome]:
-    """Go on with a run from its checkpoint of a moment, in a folder of its own."""
+    """Continue a run from its checkpoint of a moment, in its own folder."""
     settings = (*FIT, *COSINE, "--trainer.max_epochs=3", "--trainer.limit_train_batches=3")
     place = ("--trainer.default_root_dir=resumed", f"--ckpt_path={run}/checkpoints/{moment}.ckpt")
     outcome = done(*settings, *place, *words)

@@ -1,4 +1,4 @@
-"""The configurations: each one builds what it says, alone or stacked, from any folder, and from the wheel."""
+"""The configurations: each one builds what it states, alone or stacked, from any folder, and from the wheel."""
 
 from __future__ import annotations
 

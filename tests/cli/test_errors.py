@@ -348,7 +348,7 @@ def test_a_checkpoint_of_other_classes(good: str) -> None:
         Trainer(max_epochs=1, accelerator="cpu", logger=False).fit(Classifier(num_classes=7), Digits())
 
 
-# Places that can not be written
+# Places that cannot be written
 
 
 def test_a_file_is_in_the_way_of_the_runs() -> None:

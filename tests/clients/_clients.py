@@ -1,7 +1,7 @@
 """Requirements on a trick in every client: its effect, and no other effect.
 
 The test file of a client has a function that takes callbacks and fits with them on the CPU, in the client's own way:
-3 epochs of 4 batches. Where a trick can not work in a client, the file says which error rejects it, and why.
+3 epochs of 4 batches. Where a trick cannot work in a client, the file states which error rejects it, and why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lit_tricks.callbacks.soft_targets.callback import LossTrick
 Fit = Callable[..., None]
 
 # The learning rates of the 12 steps under the tricks of `tricks.py`, as parts of those without a trick: the formulas of
-# the papers. The other tricks leave the learning rate alone.
+# the papers. The other tricks do not change the learning rate.
 WARM_UP = [1 / 4, 2 / 4, 3 / 4, 1]
 RATES = {
     "LinearScaling": 12 * [4 / 32],  # samples in a batch, of those that the rate is meant for
@@ -139,9 +139,9 @@ def check(
         name: the trick.
         fit: fits with the callbacks that it is given.
         layout: that of the client's batches, which the trick's row may reject.
-        rejected: tricks that can not work in this client, each with a regex of the RuntimeError's message.
-        idle: tricks that have nothing to do in it, each with a regex of the warning that says so.
-        teacher: makes one for the client, if its images are not those of the contract.
+        rejected: tricks that cannot work in this client, each with a regex of the RuntimeError's message.
+        idle: tricks that have nothing to do in it, each with a regex of the warning with the reason.
+        teacher: makes one for the client, if its images differ from the contract.
     """
     plain, trick = without_trick(fit), MAKE.get(name, TRICKS[name].make)()
     if teacher and isinstance(trick, callbacks.KnowledgeDistillation):
@@ -192,7 +192,7 @@ NO_WEIGHT_DECAY = {"NoBiasDecay": r"^NoBiasDecay\(.+\) took no weight decay away
 
 
 def own_schedule(scheduler: str, module: str) -> dict[str, str]:
-    """The errors of our schedules in a module that has a scheduler of its own."""
+    """The errors of our schedules in a module that has its own scheduler."""
     message = (
         "{0} sets the learning rate, and so does the {1} that configure_optimizers of {2} returns: "
         "return only the optimizers, or remove {0}."

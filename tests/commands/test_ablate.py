@@ -1,4 +1,4 @@
-"""lit-tricks ablate: its rows, its table, and runs that fail, are killed, are interrupted, and go on."""
+"""lit-tricks ablate: its rows, its table, and runs that fail, are killed, are interrupted, and continue."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_a_seed_has_the_same_weights_split_and_order_in_every_row(here: None, pr
     first, second = (notes[0] for notes in of_seed.values())
     assert first["weights"] != second["weights"]
     assert not set(first["train"]) & set(second["train"])
-    assert first["val"] == second["val"], "the split has a seed of its own"
+    assert first["val"] == second["val"], "the split has its own seed"
 
 
 def test_a_killed_run_resumes_and_ends_as_one_that_was_not(

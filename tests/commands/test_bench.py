@@ -1,4 +1,4 @@
-"""lit-tricks data bench: what it measures, and what it says of it."""
+"""lit-tricks data bench: what it measures, and what it logs of it."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ EMA = ("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.9")
 FORMATS = ("timm", "onnx", "torch-export", "safetensors")
 ONNX_SLOW = ("timm", pytest.param("onnx", marks=pytest.mark.slow), "torch-export", "safetensors")
 
-# What runs on another machine: a process in which lit_tricks and Lightning can not be imported.
+# What runs on another machine: a process in which lit_tricks and Lightning cannot be imported.
 ELSEWHERE = """
 import sys
 class Missing:
@@ -144,7 +144,7 @@ def saved(model: Any, path: str = "made.ckpt", data: Any = None, **settings: Any
 
 
 def shaken(network: nn.Module) -> nn.Module:
-    """Statistics of BatchNorm, and all else, that are not those of the start."""
+    """Statistics of BatchNorm, and all else, that differ from the start."""
     generator = torch.Generator().manual_seed(0)
     for tensor in network.state_dict().values():
         if tensor.is_floating_point():
@@ -541,7 +541,7 @@ class Other(LightningModule):
 
 
 class Doubled(Classifier):
-    """A forward of its own."""
+    """Its own forward."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(images)

@@ -1,4 +1,4 @@
-"""``lit-tricks fixres``: the convex problem, the pass that goes on, the checkpoint, and what it rejects."""
+"""``lit-tricks fixres``: the convex problem, the pass that continues, the checkpoint, and what it rejects."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_an_interrupted_pass_goes_on_and_ends_the_same(trained, monkeypatch):
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=10", "-o", "x.ckpt")
     assert "x.ckpt.features: continues after 128 of 1257 images" in outcome.log
     outcome = done("fixres", f"--ckpt={trained}", "--test-size=10", "-o", "y.ckpt")
-    assert "goes on" not in outcome.log
+    assert "continues after" not in outcome.log
     first, second = state("x.ckpt"), state("y.ckpt")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert not list(Path().glob("*.features"))
@@ -282,7 +282,7 @@ def test_another_size_model_or_data_starts_anew(trained, monkeypatch):
         ("--ckpt=other.ckpt", "--test-size=10"),
     ):
         stop(trained, monkeypatch)
-        assert "goes on" not in done("fixres", *words, "-o", "x.ckpt").log
+        assert "continues after" not in done("fixres", *words, "-o", "x.ckpt").log
         Path("x.ckpt").unlink()
 
 

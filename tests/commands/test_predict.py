@@ -332,7 +332,7 @@ def test_heic_is_read(folder: Path) -> None:
     Image.new("RGB", (96, 64), (200, 10, 10)).save("phone.heic", exif=exif, quality=95)
     predicted("-o=out.csv", "phone.heic", images="images/b.png")
     assert [row["error"] for row in table("out.csv")] == ["", ""]
-    for turned in (False, True):  # HEIC has a field of its own, which the decoder obeys. EXIF does not count.
+    for turned in (False, True):  # HEIC has its own field, which the decoder obeys. EXIF does not count.
         image = read_image("phone.heic", exif=turned)
         assert (image.mode, image.size) == ("RGB", (96, 64))
         assert np.abs(np.asarray(image).mean((0, 1)) - [200, 10, 10]).max() < 5

@@ -50,13 +50,13 @@ def play(score: Score, candidates: list[list[str]], most: int = 10_000, **settin
     """Run a race on a function that gives scores; after so many trials the budget is over."""
     verdict, made = Verdict(), []
     race = decide(candidates, settings.pop("exclusive", []), Settings(**({"equal_cost": False} | settings)), verdict)
-    asked = next(race)
+    requested = next(race)
     while True:
-        made += [trial for trial in asked if trial not in made]
+        made += [trial for trial in requested if trial not in made]
         try:
             if len(made) > most:
-                asked = race.throw(OutOfBudget())
-            asked = race.send({trial: Outcome(score(trial), 10.0) for trial in asked})
+                requested = race.throw(OutOfBudget())
+            requested = race.send({trial: Outcome(score(trial), 10.0) for trial in requested})
         except StopIteration:
             return verdict, made
 
@@ -135,12 +135,12 @@ def test_the_budget_ends_a_race_with_what_was_decided(most: int) -> None:
 def test_equal_cost_lets_the_cheaper_side_train_for_longer(cost: float, own: float, base: float) -> None:
     verdict, made = Verdict(), []
     race = decide([["a"]], [], Settings(), verdict)
-    asked = next(race)
+    requested = next(race)
     while True:
-        made += asked
+        made += requested
         seconds = {(): 10.0, ("a",): 10.0 * cost}
         try:
-            asked = race.send({t: Outcome(90 + len(t.tricks), seconds[t.tricks] * t.length) for t in asked})
+            requested = race.send({t: Outcome(90 + len(t.tricks), seconds[t.tricks] * t.length) for t in requested})
         except StopIteration:
             break
     assert {trial.length for trial in made if trial.seed < 2} == {1.0}  # costs are not known yet

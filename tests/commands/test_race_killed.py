@@ -1,4 +1,4 @@
-"""A race that SIGKILL ends at any moment decides, after the same command again, as one that was left alone."""
+"""A race that SIGKILL ends at any moment decides, after the same command again, as one that was not killed."""
 
 from __future__ import annotations
 

@@ -64,15 +64,15 @@ def test_ablation_runs_one_cell_per_cpu(folder: Path) -> None:
     run_all(cells, engine({"WANDB_RUN_GROUP": "ours"}))
     assert [cell.state for cell in cells] == ["50.00%", "failed", "50.00%", "50.00%"]
     assert "AssertionError: odd" in cells[1].last_words()
-    told = [cell.told for cell in cells if cell.finished]
-    for one in told:
+    report = [cell.report for cell in cells if cell.finished]
+    for one in report:
         assert one["environment"]["WANDB_RUN_GROUP"] == "ours"
         assert one["environment"]["OMP_NUM_THREADS"] == "1"
         assert not one["environment"].get("CUDA_VISIBLE_DEVICES")
         assert one["cwd"] == str(folder.resolve())
-        at_a_time = sum(other["start"] <= one["start"] < other["end"] for other in told)
+        at_a_time = sum(other["start"] <= one["start"] < other["end"] for other in report)
         assert at_a_time <= 2
-    assert any(one["start"] < other["start"] < one["end"] for one in told for other in told), "one after the other"
+    assert any(one["start"] < other["start"] < one["end"] for one in report for other in report), "one after the other"
 
 
 def test_interrupted_it_ends_its_runs_and_goes_on(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_interrupted_it_ends_its_runs_and_goes_on(folder: Path) -> None:
 
 
 def test_a_killed_worker_is_a_failed_run(folder: Path) -> None:
-    """As when a node is lost; the others go on."""
+    """As when a node is lost; the others continue."""
 
     class Killer(Cell):
         @property
@@ -132,8 +132,8 @@ class Fit(Cell):
             "import json, os, pathlib, time; start = time.time(); time.sleep(1); "
             f"folder = pathlib.Path({str(self.folder)!r}, 'v0'); "
             "folder.mkdir(parents=True); (folder / 'config.yaml').write_text('trainer: {}'); "
-            "told = {'start': start, 'end': time.time(), 'group': os.environ['WANDB_RUN_GROUP']}; "
-            f"(folder / 'told.json').write_text(json.dumps(told)); assert 'mixup' not in {self.name!r}; "
+            "report = {'start': start, 'end': time.time(), 'group': os.environ['WANDB_RUN_GROUP']}; "
+            f"(folder / 'report.json').write_text(json.dumps(report)); assert 'mixup' not in {self.name!r}; "
             f"(folder / 'results.json').write_text(json.dumps({results!r}))"
         )
         return ["-c", script]
@@ -157,9 +157,9 @@ def test_a_race_keeps_the_cluster_busy(folder: Path, monkeypatch: pytest.MonkeyP
     race = json.loads(Path("race/race.json").read_text())
     assert race["kept"] == ["tricks/ema"]
     assert "AssertionError" in next(each["reason"] for each in race["failed"] if each["stack"] == "base+mixup")
-    told = [json.loads(path.read_text()) for path in Path("race/runs").glob("*/v0/told.json")]
-    assert {one["group"] for one in told} == {"race"}
-    assert max(sum(other["start"] <= one["start"] < other["end"] for other in told) for one in told) == 2
+    report = [json.loads(path.read_text()) for path in Path("race/runs").glob("*/v0/report.json")]
+    assert {one["group"] for one in report} == {"race"}
+    assert max(sum(other["start"] <= one["start"] < other["end"] for other in report) for one in report) == 2
     clock = json.loads(Path("race/clock.json").read_text())
     assert all(0.9 < seconds < 20 for seconds in clock["runs"].values())
     assert clock["elapsed"] < sum(clock["runs"].values())

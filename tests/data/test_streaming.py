@@ -1,4 +1,4 @@
-"""``Streaming``: shards give what ``ImageFolder`` gives, each sample once, and go on where a run was stopped."""
+"""``Streaming``: shards give what ``ImageFolder`` gives, each sample once, and continue where a run was stopped."""
 
 from __future__ import annotations
 

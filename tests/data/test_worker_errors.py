@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",
     "ignore:You passed in a `val_dataloader` but have no",
     "ignore:This DataLoader will create:UserWarning",
-    # torch tells of the death in a signal handler, which may run inside a finalizer: Python prints that and goes on,
+    # torch tells of the death in a signal handler, which may run inside a finalizer: Python prints that and continues,
     # and the death is noticed again when the next batch is asked for
     "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning",
 )

@@ -71,7 +71,7 @@ def build(folder: Path) -> None:
     if built := os.environ.get("SITE"):  # by `.ci/run docs`
         (folder / "site").symlink_to(built)
         return
-    # In a process of its own, since Sphinx changes global state.
+    # In its own process, since Sphinx changes global state.
     command = ["-m", "sphinx", "-q", "-W", "-d", str(folder / "trees"), str(ROOT / "docs"), str(folder / "site")]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

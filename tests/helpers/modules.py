@@ -45,7 +45,7 @@ def image_and_label(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 class Shuffle(Sampler[list[int]]):
-    """Batches of indices, in another order each epoch. It knows where it is, so a run can go on within an epoch."""
+    """Batches of indices, in another order each epoch. It knows where it is, so a run can continue within an epoch."""
 
     def __init__(self, size: int, rank: int, world_size: int) -> None:
         self.size, self.rank, self.world_size = size, rank, world_size

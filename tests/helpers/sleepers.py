@@ -27,15 +27,15 @@ class Sleeper(Cell):
             f"end_with_parent(); pathlib.Path({pid!r}).write_text(str(os.getpid())); "
             f"start = time.time(); time.sleep({self.settings[0]}); assert {self.seed} % 2 == 0, 'odd'; "
             f"folder = pathlib.Path({done!r}); folder.mkdir(parents=True); "
-            "told = {'start': start, 'end': time.time(), 'environment': dict(os.environ), 'cwd': os.getcwd()}; "
-            "(folder / 'told.json').write_text(json.dumps(told)); (folder / 'results.json').write_text('{}')"
+            "report = {'start': start, 'end': time.time(), 'environment': dict(os.environ), 'cwd': os.getcwd()}; "
+            "(folder / 'report.json').write_text(json.dumps(report)); (folder / 'results.json').write_text('{}')"
         )
         return ["-c", script]
 
     @property
-    def told(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """When it ran, and where."""
-        content: dict[str, Any] = json.loads((self.folder / "v0" / "told.json").read_text())
+        content: dict[str, Any] = json.loads((self.folder / "v0" / "report.json").read_text())
         return content
 
 

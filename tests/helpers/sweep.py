@@ -38,6 +38,6 @@ def agent_commands(sweep: Path) -> list[tuple[list[str], dict[str, str], dict[st
             mock.patch.object(wandb_agent, "AgentProcess") as process,
         ):
             wandb_agent.Agent._command_run(agent, job)  # type: ignore[arg-type]
-            told = process.call_args.kwargs
-        made.append((told["command"], told["env"], parameters))
+            passed = process.call_args.kwargs
+        made.append((passed["command"], passed["env"], parameters))
     return made

@@ -79,7 +79,7 @@ class Process:
 def start(
     words: Sequence[str], out: Path, err: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Process | subprocess.Popen[bytes]:
-    """Start ``python WORDS`` in a session of its own, in the working directory of this process.
+    """Start ``python WORDS`` in its own session, in the working directory of this process.
 
     Args:
         words: arguments of the interpreter: ``-m MODULE ...``, ``-c CODE ...`` or ``FILE ...``.

@@ -1,4 +1,4 @@
-"""Batches with more than images and one label an item: several labels, float labels, and vectors beside images."""
+"""Batches with more than images and one label an item: several labels, float labels, and vectors next to images."""
 
 from __future__ import annotations
 

@@ -281,8 +281,8 @@ def _run(*words: str) -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outcome = cli(*words)
-    told = [str(warning.message) for warning in caught if "on_nan" in str(warning.message)]
-    assert len(told) == 1, told
+    warned = [str(warning.message) for warning in caught if "on_nan" in str(warning.message)]
+    assert len(warned) == 1, warned
     return outcome
 
 

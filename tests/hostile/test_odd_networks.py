@@ -1,4 +1,4 @@
-"""Every trick on networks with odd but legal parts: it trains them, or stops with an error of its own."""
+"""Every trick on networks with odd but legal parts: it trains them, or stops with its own error."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Growing(With):
 
 
 class Codebook(With):
-    """A codebook that is trained by averages of its own, as a VQ-VAE has it."""
+    """A codebook that is trained by its own averages, as a VQ-VAE has it."""
 
     def forward(self, maps: Tensor) -> Tensor:
         if self.training:

@@ -149,7 +149,7 @@ def tiny(kind: type[LightningModule], **kwargs: Any) -> Any:
 
 
 class Own(Classifier):
-    """With a default of its own, again a lambda, and one without."""
+    """With its own default, again a lambda, and one without."""
 
     def __init__(self, optimizer: Any = lambda p: torch.optim.Adam(p, lr=0.5), **kwargs: Any) -> None:
         super().__init__(optimizer=optimizer, **kwargs)

@@ -1,4 +1,4 @@
-"""Lightning's tuners with our modules and data, in Python and beside tricks."""
+"""Lightning's tuners with our modules and data, in Python and next to tricks."""
 
 from __future__ import annotations
 

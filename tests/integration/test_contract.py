@@ -417,7 +417,7 @@ def trained(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Others' batches, other tricks, and what it says
+# Others' batches, other tricks, and what it logs
 
 
 def batches_seen(layout: str, *tricks: Any) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The README says what is so."""
+"""The statements and commands of README."""
 
 from __future__ import annotations
 

@@ -447,10 +447,10 @@ def test_unknown_weights_name_the_nearest(name):
 @pytest.mark.parametrize("name", ["resnet18d.ra2_in1k", "resnet18d"])
 def test_weights_by_name_come_from_the_hub_of_timm(name, monkeypatch, caplog):
     remote = randomize(timm.create_model("resnet18d"))
-    asked = []
+    requested = []
 
     def download(model_id, *args, **kwargs):
-        asked.append(model_id)
+        requested.append(model_id)
         return copy_of(remote)
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", download)
@@ -458,7 +458,7 @@ def test_weights_by_name_come_from_the_hub_of_timm(name, monkeypatch, caplog):
     fresh = copy_of(target)
     with caplog.at_level(logging.INFO, logger="lit_tricks"):
         load_weights(target, name)
-    assert asked == ["timm/resnet18d.ra2_in1k"]
+    assert requested == ["timm/resnet18d.ra2_in1k"]
     expected = {
         **remote.state_dict(),
         "conv1.0.weight": remote.state_dict()["conv1.0.weight"].sum(1, keepdim=True),

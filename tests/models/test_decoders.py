@@ -86,7 +86,7 @@ def test_smps_model_is_the_same(name: str, build: Any) -> None:
 
 
 def test_ppm_is_the_formula() -> None:
-    """Means over bins, a 1x1 convolution and ReLU (batch norm, but for bin 1), bilinear, beside the map."""
+    """Means over bins, a 1x1 convolution and ReLU (batch norm, but for bin 1), bilinear, next to the map."""
     torch.manual_seed(0)
     ours = create_decoder("ppm", [16], [8], CLASSES).eval()
     features = torch.randn(2, 16, 12, 12)

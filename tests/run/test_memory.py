@@ -14,7 +14,7 @@ from lit_tricks.run.memory import PeakMemory
 
 MIB = 1 << 20
 # Imports the file alone, without torch, which is large itself.
-ALONE = (
+ONLY_THE_FILE = (
     "import importlib.util, sys, types; sys.modules['torch'] = types.ModuleType('torch'); "
     "sys.modules['torch'].cuda = types.SimpleNamespace(is_initialized=lambda: False, max_memory_allocated=None); "
     f"spec = importlib.util.spec_from_file_location('memory', {memory.__file__!r}); "
@@ -22,12 +22,12 @@ ALONE = (
 )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak can not be forgotten")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak cannot be forgotten")
 def test_peak_leaves_out_memory_from_before() -> None:
-    """In a process of its own, whose memory no other test has left room in."""
+    """In its own process, whose memory no other test has left room in."""
     script = f"""
 import numpy as np
-{ALONE}
+{ONLY_THE_FILE}
 kept = np.ones(64 << 20, np.uint8)
 freed = np.ones(128 << 20, np.uint8)
 del freed
@@ -45,7 +45,7 @@ print(memory.read())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux hands the peak of a parent down")
 def test_peak_leaves_out_the_parent_process() -> None:
-    script = f"{ALONE}; print(module._resident())"
+    script = f"{ONLY_THE_FILE}; print(module._resident())"
     large = np.ones(256 * MIB, np.uint8)
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert int(found) < 64 * MIB < large.nbytes

@@ -1,4 +1,4 @@
-"""A resumed run: the best checkpoint so far, the curves of the run before, and what it says of both."""
+"""A resumed run: the best checkpoint so far, the curves of the run before, and what it logs of both."""
 
 from __future__ import annotations
 

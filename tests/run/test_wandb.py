@@ -88,13 +88,13 @@ def test_a_picture_of_the_first_batch_is_there_once(first: Path) -> None:
 
 
 def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
-    told: dict[tuple[float, str], float] = {}
+    shown: dict[tuple[float, str], float] = {}
     for row in Tracked(first).history:
         if any(key.endswith("/path") for key in row):
             continue  # tables
         step = row["trainer/global_step"]
         row = {key: value for key, value in row.items() if not key.startswith("data/preview")}  # a picture
-        told |= {(step, key): value for key, value in row.items() if "/" in key or key.startswith("lr")}
+        shown |= {(step, key): value for key, value in row.items() if "/" in key or key.startswith("lr")}
     rows = metrics(first)
     written = {(row["step"], key): row[key] for row in rows for key in row if key not in ("epoch", "step")}
     assert {key for _, key in written} >= {
@@ -105,7 +105,7 @@ def test_the_history_is_that_of_metrics_csv(first: Path) -> None:
         "val/top1",
         "test/ece",
     }
-    assert {key: value for key, value in told.items() if key[1] != "trainer/global_step"} == pytest.approx(written)
+    assert {key: value for key, value in shown.items() if key[1] != "trainer/global_step"} == pytest.approx(written)
 
 
 def table_of(run: Tracked, name: str) -> dict[str, Any]:
@@ -228,8 +228,8 @@ def test_metrics_of_an_epoch_are_drawn_against_it(first: Path) -> None:
 def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
     """With tricks that swap weights and run batches of their own, which no histogram disturbs."""
     tricks = ("--config=tricks/ema", "--config=tricks/precise_bn", "--config=tricks/mixup")
-    asked = ("--trainer.logger.group=ours", "--trainer.logger.tags=[small,fast]", "--trainer.logger.notes=why")
-    track(*tricks, *asked, "--trainer.logger.log_model=true", "--watch=all", "--trainer.max_epochs=2")
+    requested = ("--trainer.logger.group=ours", "--trainer.logger.tags=[small,fast]", "--trainer.logger.notes=why")
+    track(*tricks, *requested, "--trainer.logger.log_model=true", "--watch=all", "--trainer.max_epochs=2")
     run = Tracked(Path("runs/tiny/v0"))
     assert (run.run.run_group, list(run.run.tags), run.run.notes) == ("ours", ["small", "fast"], "why")
     logged = {key for row in run.history for key in row}
@@ -247,7 +247,7 @@ def test_group_tags_artifact_and_histograms_when_asked(folder: Path) -> None:
 
 def test_an_unasked_run_has_no_artifact(first: Path) -> None:
     kinds = {record.artifact.type for record in Tracked(first).records if record.HasField("artifact")}
-    assert kinds == {"run_table"}, "only tables are kept without being asked for"
+    assert kinds == {"run_table"}, "only tables are kept without being requested"
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_repeated_configuration_is_another_run(first: Path) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments of the loggers that are made."""
     seen: list[dict[str, Any]] = []
     init = WandbLogger.__init__
@@ -355,10 +355,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-def test_logger_settings_are_kept(monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> None:
+def test_logger_settings_are_kept(monkeypatch: pytest.MonkeyPatch, requested: list[dict[str, Any]]) -> None:
     words = ("--trainer.logger.name=mine", "--trainer.logger.project=ours", "--trainer.logger.save_dir=there")
     built(monkeypatch, *TRACKED, *words)
-    assert [asked[0][key] for key in ("name", "project", "save_dir", "mode")] == ["mine", "ours", "there", "offline"]
+    assert [requested[0][key] for key in ("name", "project", "save_dir", "mode")] == [
+        "mine",
+        "ours",
+        "there",
+        "offline",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -382,7 +387,7 @@ def test_logger_settings_are_kept(monkeypatch: pytest.MonkeyPatch, asked: list[d
 )
 def test_a_login_is_found(
     monkeypatch: pytest.MonkeyPatch,
-    asked: list[dict[str, Any]],
+    requested: list[dict[str, Any]],
     place: str | None,
     content: str,
     variables: dict[str, str],
@@ -394,11 +399,11 @@ def test_a_login_is_found(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     built(monkeypatch, *TRACKED)
-    assert [arguments["mode"] == "offline" for arguments in asked] == [offline]
+    assert [arguments["mode"] == "offline" for arguments in requested] == [offline]
 
 
 def test_wandb_beside_another_logger(
-    monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]], folder: Path
+    monkeypatch: pytest.MonkeyPatch, requested: list[dict[str, Any]], folder: Path
 ) -> None:
     Path("both.yaml").write_text(
         "trainer: {logger: [{class_path: WandbLogger}, {class_path: TensorBoardLogger, init_args: {save_dir: .}}]}"
@@ -406,7 +411,7 @@ def test_wandb_beside_another_logger(
     made = built(monkeypatch, *FIT, "--config=both.yaml")
     kinds = [type(logger).__name__ for logger in made.trainer.loggers]
     assert kinds == ["CSVLogger", "WandbLogger", "TensorBoardLogger"]
-    assert asked[0]["save_dir"] == str(folder.resolve() / "runs" / "tiny" / "v0")
+    assert requested[0]["save_dir"] == str(folder.resolve() / "runs" / "tiny" / "v0")
 
 
 @pytest.mark.filterwarnings("ignore:There is a wandb run already in progress")  # Lightning says that it joins in
@@ -465,8 +470,8 @@ def test_tensorboard_has_all_rows_of_metrics_csv() -> None:
     done(*FIT, *COSINE, "--config=loggers/tensorboard")
     (folder,) = Path("runs/tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    told = {(event.step, name): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+    shown = {(event.step, name): event.value for name in events.Tags()["scalars"] for event in events.Scalars(name)}
     rows = metrics("runs/tiny/v0")
     written = {(row["step"], key): row[key] for row in rows for key in row if key not in ("epoch", "step")}
-    assert {key: value for key, value in told.items() if key in written} == pytest.approx(written)
+    assert {key: value for key, value in shown.items() if key in written} == pytest.approx(written)
     assert {key for _, key in written} >= {"lr-SGD", "train/loss_step", "val/top1", "test/top5"}

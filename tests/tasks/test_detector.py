@@ -506,7 +506,7 @@ def test_a_fit_is_resumed_tested_and_predicts(folder: Path) -> None:
     assert scores["test"].keys() == {"map", "map50", "map75"}
     assert {"train/loss_box_reg", "val/map50"} <= set().union(*metrics("runs/small/v0"))
 
-    # a run that goes on ends with the bits of one that was not stopped
+    # a run that continues ends with the bits of one that was not stopped
     done(*FIT, "--trainer.max_epochs=1", "--trainer.callbacks=[]")
     half = "runs/small/v1/checkpoints/last.ckpt"
     done(*FIT, "--trainer.callbacks=[]", f"--ckpt_path={half}")

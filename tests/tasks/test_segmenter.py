@@ -70,12 +70,12 @@ def test_validation_against_a_confusion_matrix_and_the_formula(args: dict[str, A
 
 
 def test_the_mean_is_over_the_classes_that_occur() -> None:
-    class Says(nn.Module):
+    class Fixed(nn.Module):
         def forward(self, images: Tensor) -> tuple[Tensor, None]:
             return nn.functional.one_hot(images[:, 0].long(), K).movedim(-1, 1).float(), None
 
     module = segmenter()
-    module.model = Says()  # type: ignore[assignment]
+    module.model = Fixed()  # type: ignore[assignment]
     predicted, mask = torch.tensor([[0, 0, 1, 3]]), torch.tensor([[0, 1, 1, IGNORED]])  # (H, W) = (1, 4)
     found = trainer().validate(module, DataLoader([(predicted[None].float(), mask)]), verbose=False)[0]
     assert found["val/miou"] == pytest.approx(
@@ -120,11 +120,11 @@ def test_ignored_pixels_move_nothing(loss: Any) -> None:
     masks[0, :5] = IGNORED
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
-    class Says(nn.Module):
+    class Fixed(nn.Module):
         def forward(self, images: Tensor) -> tuple[Tensor, None]:
             return logits, None
 
-    module.model = Says()  # type: ignore[assignment]
+    module.model = Fixed()  # type: ignore[assignment]
     module.training_step([torch.zeros(2, 1, 8, 8), masks], 0).backward()
     assert logits.grad is not None
     assert (logits.grad[0, :, :5] == 0).all()

@@ -1,4 +1,4 @@
-"""Every trick on a Segmenter: it acts, and is right, or says why not. Numbers against formulas in float64."""
+"""Every trick on a Segmenter: it acts, and is right, or raises an error. Numbers against formulas in float64."""
 
 from __future__ import annotations
 
@@ -468,8 +468,8 @@ TRICKS: dict[str, Callable[[], Any]] = {
     "WhitenedStem": lambda: callbacks.WhitenedStem(images=4),
     "Unfreeze": lambda: callbacks.Unfreeze({"layer2": 0.5}, unit="run"),
 }
-# that set the rate, the weights or the data as another one does, or take minutes; each has a test of its own above
-ALONE = {
+# that set the rate, the weights or the data as another one does, or take minutes; each has its own test above
+SEPARATE = {
     "BinaryCrossEntropy",  # not with the teacher
     "ClassBalanced",
     "SWA",
@@ -500,4 +500,4 @@ def test_all_together_on_each_decoder(decoder: Any) -> None:
 
 
 def test_every_trick_is_here() -> None:
-    assert set(callbacks.__all__) == TRICKS.keys() | ALONE
+    assert set(callbacks.__all__) == TRICKS.keys() | SEPARATE

@@ -13,7 +13,7 @@ from lit_tricks.utils.rng import isolated_random_state, seeded
 
 
 class Draws(Dataset[torch.Tensor]):
-    """Draws each item from a generator of its own."""
+    """Draws each item from its own generator."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(1)

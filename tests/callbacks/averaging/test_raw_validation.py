@@ -1,4 +1,4 @@
-"""The trained weights validated beside the average: their metrics under ``raw/``, and nothing else of it."""
+"""The trained weights validated next to the average: their metrics under ``raw/``, and nothing else of it."""
 
 from __future__ import annotations
 

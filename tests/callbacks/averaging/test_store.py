@@ -107,7 +107,7 @@ def test_swap_shows_the_average_and_brings_the_weights_back_bit_by_bit():
     assert not differences(dict(model.state_dict()), dict(raw))
     assert not differences(averages_of(weights), average)
     assert {param.data_ptr() for param in model.parameters()} == pointers
-    for _ in train(model.train(), steps=1):  # autograd and optimizer go on
+    for _ in train(model.train(), steps=1):  # autograd and optimizer continue
         pass
 
 
