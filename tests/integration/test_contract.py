@@ -411,6 +411,16 @@ def test_fsdp2_trains_as_ddp(name, ranks):
             torch.testing.assert_close(*(trained(rank[strategy][name]["weights"]) for strategy in ("DDP", "FSDP2")))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Freeze", "LayerDecay", "Lookahead", "Muon", "NoBiasDecay", "Unfreeze"])
+@pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
+def test_two_processes_resume_with_an_optimizer_of_more_state(name, strategy, ranks):
+    for rank in ranks:
+        run = rank[strategy][f"{name} AdamW"]
+        [resumed] = run["resumed"].values()
+        assert not differences(trained(resumed), trained(run["weights"]))
+
+
 def trained(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without the statistics of BatchNorm: each rank has its own."""
     return {name: value for name, value in weights.items() if name.endswith((".weight", ".bias"))}
