@@ -198,7 +198,6 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
             f" The teacher has width {scale.teacher_width:g}, took {seconds:.0f} s, which are in no cost, and reaches "
             f"{top1:.2f} % on the held-out images."
         )
-    further = ", ".join(f"{len(row.further)} of {row.title}" for row in ROWS.values() if row.further)
     steps = f"{scale.epochs} epochs of {scale.images} images in batches of {scale.batch_size}"
     text = ["# Ours against the scripts of timm, torchvision and Lightning", ""]
     if shown(done):
@@ -227,7 +226,8 @@ def write(out: Path, done: Sequence[Line], scale: Scale) -> None:
         "Top-1 in %, higher is better, of one seed. The first choice is the script's default, or in the rows of our "
         "stack the best of screening.md. The other trials are the same points of a Halton sequence in the space of "
         "each row: learning rate (for a batch of 256) and weight decay, both logarithmic, and the strengths in "
-        f"peers_runs.py. Further trials around the best one: {further}. All trials are lines of peers.jsonl.",
+        "peers_runs.py. The further trials of peers_runs.py are where runs of this size had been best. All trials are "
+        "lines of peers.jsonl.",
         "",
         f"All rows: ResNet-18-D of width {scale.width:g}, {steps}, {scale.size} pixels, {scale.precision}, whole test "
         f"images. What the scripts scale by epochs is scaled to this run (peers_runs.py).{taught}",

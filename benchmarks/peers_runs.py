@@ -457,10 +457,10 @@ class Row:
         lr: first choice of the learning rate for a batch of 256, and both ends of the space, which is logarithmic.
         decay: the same for the weight decay.
         options: strengths of regularization. The first is the first choice.
+        further: learning rates and weight decays of further trials, where runs of this size had been best.
+        further_options: index of the options of these trials.
         peer: whether it is a peer's row.
         base: the row that it is compared with, if it is not compared with all peers.
-        further: learning rates and weight decays of further trials around the best one.
-        further_options: index of the options of these trials.
     """
 
     title: str
@@ -468,10 +468,10 @@ class Row:
     lr: tuple[float, float, float]
     decay: tuple[float, float, float]
     options: list[dict[str, Any]]
+    further: tuple[tuple[float, float], ...]
+    further_options: int = 0
     peer: bool = True
     base: str = ""
-    further: tuple[tuple[float, float], ...] = ()
-    further_options: int = 0
 
 
 def timm_options(opt: str, mixup: float = 0.0) -> list[dict[str, Any]]:
@@ -495,7 +495,10 @@ ROWS = {
         "timm, defaults", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd"),
         further=SGD_FURTHER, further_options=-1,
     ),
-    "timm_mixup": Row("timm, mixup 0.2", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd", 0.2)),
+    "timm_mixup": Row(
+        "timm, mixup 0.2", timm_run, (0.1, *SGD_LR), (2e-5, *SGD_DECAY), timm_options("sgd", 0.2),
+        further=SGD_FURTHER, further_options=-1,
+    ),
     "timm_muon": Row(
         "timm, muon", timm_run, (0.01, *MUON_LR), (0.1, *MUON_DECAY), timm_options("muon"),
         further=MUON_FURTHER, further_options=-1,
@@ -505,14 +508,17 @@ ROWS = {
         further=MUON_FURTHER, further_options=-1,
     ),
     "torchvision": Row(
-        "torchvision, new recipe", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(True)
+        "torchvision, new recipe", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(True),
+        further=SGD_FURTHER, further_options=-1,
     ),
     "torchvision_plain": Row(
-        "torchvision, no mixing", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(False)
+        "torchvision, no mixing", torchvision_run, (0.125, *SGD_LR), (2e-5, *SGD_DECAY), torchvision_options(False),
+        further=SGD_FURTHER, further_options=-1,
     ),
     "tutorial": Row(
         "Lightning's tutorial", tutorial_run, (0.1, *SGD_LR), (5e-4, *SGD_DECAY),
         [{"smoothing": 0.0}, {"smoothing": 0.05}, {"smoothing": 0.1}],
+        further=SGD_FURTHER, further_options=1,
     ),
     "ours": Row(
         "ours, no teacher", ours_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
@@ -530,7 +536,7 @@ ROWS = {
     "tutorial_tricks": Row(
         "Lightning's tutorial, our callbacks", tutorial_tricks_run, (0.1, *OURS_LR), (0.05, *OURS_DECAY),
         [{"smoothing": 0.0, "strength": strength} for strength in (0.1, 0.05, 0.2)],
-        peer=False, base="tutorial",
+        peer=False, further=OURS_FURTHER, further_options=-1, base="tutorial",
     ),
 }  # fmt: skip
 TEACHER = {"scale": 0.7, "smoothing": 0.0, "schedule": "linear", "teaches": True}
