@@ -96,7 +96,7 @@ def test_tricks_that_split_groups_keep_the_values_of_each(scheduler: str, order:
     assert found == expected
 
 
-@pytest.mark.parametrize("scheduler", set(SCHEDULERS) - {"ReduceLROnPlateau"})
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
 @pytest.mark.parametrize("order", [1, -1])
 def test_factors_multiply_the_values_of_each_group(scheduler: str, order: int) -> None:
     plain, _ = rates_of(scheduler)
