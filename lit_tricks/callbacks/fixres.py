@@ -287,7 +287,7 @@ class FixRes(Trick):
         if self.lr is not None and (cyclic or any(map(is_one_cycle, groups_of(optimizers_in(configured))))):
             raise RuntimeError(
                 f"FixRes(lr={self.lr:g}): a scheduler in configure_optimizers ignores the optimizer's learning rate. "
-                "Return only the optimizer, or give FixRes(lr=None) and set the rates of the scheduler."
+                "Return only the optimizer, or give FixRes(lr=None) and set the learning rates of the scheduler."
             )
         return configured
 

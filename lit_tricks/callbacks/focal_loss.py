@@ -53,7 +53,8 @@ def focal_target(target: Tensor, gamma: float) -> SoftTarget:
         target = carrying(target, LossSpec(("the focal loss",)))
     if target.spec.factor is not None:
         raise RuntimeError(
-            "FocalLoss: the module's own loss is focal, too. Leave the callback out, or set that to 'cross_entropy'."
+            "FocalLoss: the module's own loss is focal, too. Leave the callback out, or set the module's loss to "
+            "'cross_entropy'."
         )
     target.spec.factor = partial(focal_factor, gamma=gamma)
     return target

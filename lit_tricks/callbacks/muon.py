@@ -178,7 +178,9 @@ class Muon(GroupSplitting):
             if id(parameter) not in self._chosen:
                 return "rest", 1.0
             if not lr:
-                raise RuntimeError(f"Muon found a learning rate of 0 in {name}. Set the rate of the other parameters.")
+                raise RuntimeError(
+                    f"Muon found a learning rate of 0 in {name}. Set the learning rate of the other parameters."
+                )
             return "muon", 1.0
 
         factors = LRFactors("Muon", part_of, {"muon": self.lr})

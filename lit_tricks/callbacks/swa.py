@@ -182,8 +182,8 @@ class SWA(Averaging):
         length = round(self.anneal_epochs * self._length.epoch) if self.anneal_epochs else 0
         if length > start and not is_fast_dev_run(trainer):
             raise RuntimeError(
-                f"SWA(anneal_epochs={self.anneal_epochs}) glides for {length} steps, and there are {start} before "
-                f"start={self.start}. Lower anneal_epochs, or raise start."
+                f"SWA(anneal_epochs={self.anneal_epochs}) anneals the learning rate for {length} steps, and the run "
+                f"has {start} before start={self.start}. Lower anneal_epochs, or raise start."
             )
         self._plan = start, end, length
         if self._rates:

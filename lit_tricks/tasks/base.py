@@ -184,8 +184,8 @@ class Task(LightningModule):
         names = [type(optimizer).__name__ for optimizer in self.trainer.optimizers]
         if self.trainer.ckpt_path and self._resumed_optimizers not in (None, names):
             raise ValueError(
-                f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which is no use to "
-                f"{', '.join(names)}: keep the optimizer, or load only the weights, with --model.weights."
+                f"the checkpoint holds the state of {', '.join(self._resumed_optimizers)}, which "
+                f"{', '.join(names)} cannot resume: keep the optimizer, or load only the weights, with --model.weights."
             )
         if self.trainer.ckpt_path and self._resumed_states != len(names):
             raise ValueError(

@@ -176,7 +176,7 @@ def _no_single_target(batch: Any, trick: str, tensors: dict[Path, Tensor], numbe
         )
     return RuntimeError(
         f"{trick} found {found} in the training batch: {describe(batch)}. It needs one tensor of integer class "
-        "indices, of shape (N,) or (N, H, W), or of several labels an item, of shape (N, K) with values from 0 to "
+        "indices, of shape (N,) or (N, H, W), or of several labels per item, of shape (N, K) with values from 0 to "
         f"1. {remedy}"
     )
 

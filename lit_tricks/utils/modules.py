@@ -147,8 +147,8 @@ def check_shapes(module: nn.Module, trick: str) -> None:
     matrices = [own_parameter(part, "weight") for part in module.modules() if has_matrix(part)]
     if is_flattened(module) or any(weight is not None and weight.ndim < 2 for weight in matrices):
         raise RuntimeError(
-            f"{trick} goes by the shapes of the parameters, and the strategy has flattened them. Use "
-            "ModelParallelStrategy (FSDP2), which leaves them their shapes."
+            f"{trick} needs the shapes of the parameters, and the strategy has flattened them. Use "
+            "ModelParallelStrategy (FSDP2), which keeps the shapes."
         )
 
 

@@ -110,8 +110,8 @@ def test_existing_output_is_replaced_on_request(images: Path, tmp_path: Path) ->
     (out / "val" / "notes.txt").write_text("mine")
     before = files(out)
     outcome = cli("data", "shard", str(images), str(out), "--overwrite")
-    assert "holds what is no shard (val/notes.txt): name another folder" in outcome.err
-    assert "holds what is no shard (train)" in cli("data", "shard", str(images), str(images), "--overwrite").err
+    assert "other than shards (val/notes.txt): name another folder" in outcome.err
+    assert "other than shards (train)" in cli("data", "shard", str(images), str(images), "--overwrite").err
     (tmp_path / "file").write_text("mine")
     assert "is a file: name a folder" in cli("data", "shard", str(images), str(tmp_path / "file"), "--overwrite").err
     assert files(out) == before

@@ -305,7 +305,7 @@ BAD_COCO: dict[str, tuple[Change, str]] = {
     "empty": (coco_text(NO_IMAGES), rf"{VAL}' has 0 images"),
     "empty train": (coco_text(NO_IMAGES, "train"), "has 0 images"),
     "twice the same id": (twice, "6 images 3 ids"),
-    "other classes": (other_classes, r"train2017\.json' has 2 categories and .*has bee, cow: they must be the same"),
+    "other classes": (other_classes, r"train2017\.json' has 2 categories and .*only one file has bee, cow"),
     "image of another size": (
         coco_with(width=400, bbox=[90, 2, 20, 4]),
         r"annotation of '.*val2017/0\.jpg': the box .* outside of the image of 40 x 30",

@@ -41,7 +41,7 @@ def reject_hidden_weights(average: KeptAverage, trainer: Trainer, pl_module: Lig
     require_initialized(pl_module, average.state_key)
     if is_flattened(trainer.strategy.model or pl_module):
         raise RuntimeError(
-            f"{average.state_key} cannot see the weights under {type(trainer.strategy).__name__}: use FSDP2 "
+            f"{average.state_key} cannot access whole weights under {type(trainer.strategy).__name__}: use FSDP2 "
             "(ModelParallelStrategy)."
         )
 
@@ -56,6 +56,6 @@ def reject_hidden_steps(average: KeptAverage, trainer: Trainer) -> None:
         if not calls_step_hooks(optimizer):
             name = type(optimizer).__name__
             raise RuntimeError(
-                f"{average.state_key} cannot see the steps of {name}, which does not call the step hooks of torch's "
+                f"{average.state_key} cannot count the steps of {name}, which does not call the step hooks of torch's "
                 f"optimizers: call torch.optim.Optimizer.__init__ in its __init__, or train without {name}."
             )

@@ -312,7 +312,10 @@ class AveragedWeights:
         others = {name: buffer for name, buffer in self._module.named_buffers() if name not in live}
         for name in [*state["average"], *state["raw"]]:
             if name not in live and name not in others:
-                raise RuntimeError(f"The checkpoint has an average of {name!r}, and the module has no such weights.")
+                raise RuntimeError(
+                    f"The checkpoint has an average of {name!r}, and the module has no such weights. Resume with the "
+                    "network of that run, or load only the weights of the checkpoint."
+                )
         for name, tensor in live.items():
             value = part_for(tensor, state["average"].get(name, tensor))
             averages[name].copy_(join(tensor, value.to(tensor.device)) if value.dtype == torch.int16 else value)

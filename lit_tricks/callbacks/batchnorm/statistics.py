@@ -150,7 +150,10 @@ class _Population:
             self.sums = [part.view_as(sums) for part, sums in zip(parts, self.sums, strict=True)]
         forwards, *sizes = map(int, counts.tolist())
         if not forwards:
-            raise RuntimeError("BatchNorm cannot be estimated: the training data has no batch.")
+            raise RuntimeError(
+                "BatchNorm statistics cannot be estimated: the training loader gave no batch. Lower its batch_size, or "
+                "set drop_last=False."
+            )
         return {
             layer: _moments(sums, size) for layer, sums, size in zip(self.layers, self.sums, sizes, strict=True) if size
         }

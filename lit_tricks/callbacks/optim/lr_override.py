@@ -34,7 +34,8 @@ def configured_rates(trick: str, trainer: Trainer, pl_module: LightningModule) -
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if not groups or not all("lr" in group for group in groups):
         raise RuntimeError(
-            f"{trick} found no learning rate to set: {type(pl_module).__name__} is trained without an optimizer."
+            f"{trick} found no learning rate to set in {type(pl_module).__name__}. Return an optimizer with an lr from "
+            f"configure_optimizers, or remove {trick}."
         )
     return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
 

@@ -118,7 +118,7 @@ class LossTrick(Trick):
                     f"{type(self).__name__} has no effect: in the first training step of {type(pl_module).__name__}, "
                     "no supported loss used the target of the batch. Let training_step pass it, as it is in the "
                     "batch, to F.cross_entropy, nn.CrossEntropyLoss or F.nll_loss, or as F.one_hot(target, "
-                    "num_classes).float() to a binary or soft-target loss; several labels an item to a binary one."
+                    "num_classes).float() to a binary or soft-target loss; several labels per item to a binary one."
                 )
         if self.should_log(trainer) and (quantities := self.quantities(spec)):
             self.log_step(pl_module, quantities)

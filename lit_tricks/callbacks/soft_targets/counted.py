@@ -118,7 +118,7 @@ class CountedClasses(LossTrick):
         name, source = type(self).__name__, "given"
         if target.kind == "binary":
             raise RuntimeError(
-                f"{name} is made for a softmax over classes, and the target has several labels an item, of shape "
+                f"{name} is made for a softmax over classes, and the target has several labels per item, of shape "
                 f"{tuple(target.shape)}: leave it out."
             )
         if self.counts is not None:

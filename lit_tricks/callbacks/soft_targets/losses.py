@@ -330,7 +330,7 @@ def _pick(table: Tensor, index: Tensor, dim: int) -> Tensor:
 def _reject_several_labels(target: Target) -> None:
     if target.kind == "binary":
         raise RuntimeError(
-            f"{target.spec.names()}: the target has several labels an item, of shape "
+            f"{target.spec.names()}: the target has several labels per item, of shape "
             f"{tuple(target.parts['value'].shape)}, and cross entropy compares classes of which one is right. Train "
             "with F.binary_cross_entropy_with_logits, or give integer class indices of shape (N,)."
         )

@@ -102,7 +102,7 @@ def write_safetensors(exported: Exported, path: Path) -> None:
     path.write_bytes(save(state, exported.metadata() | {"format": "pt"}))  # save_file lets nobody else read the file
     found = load_file(path)
     if found.keys() != state.keys() or not all(torch.equal(found[key], state[key]) for key in state):
-        raise ValueError(f"{path} does not hold the weights that were written: is the disk in order?")
+        raise ValueError(f"{path} does not hold the weights that were written. Check the disk, and export again.")
 
 
 def not_exportable(exported: Exported, what: str, error: Exception) -> ValueError:

@@ -47,7 +47,7 @@ def default_sizes(subject: Subject, channels: int) -> list[int]:
     """
     size = subject.train_size
     if size is None:
-        raise ValueError("it is not known at what size the model was trained: give --sizes, such as 128:448:32.")
+        raise ValueError("the size at which the model was trained is unknown: give --sizes, such as 128:448:32.")
     step = max(1, round(size / 7))
     sizes = sorted({*range(4 * step, 14 * step + 1, step), size})
     return [other for other in sizes if other >= size or not isinstance(_fault(subject, other, channels), str)]

@@ -86,10 +86,12 @@ class CocoDetection(DetectionFolders):
             raise self._no_test(self.root, f"Add {self._path(self.annotations, 'test')!r}")
         classes = self._read(split)
         if classes != self.classes:
+            only = sorted({*classes} ^ {*self.classes})
+            differing = f"; only one file has {', '.join(only[:5])}" if only else ""
             raise ValueError(
                 f"{self._path(self.annotations, split)!r} has {len(classes)} categories and "
-                f"{self._path(self.annotations, 'val')!r} {len(self.classes)}, or others; only one of them has "
-                f"{', '.join(sorted({*classes} ^ {*self.classes})[:5]) or 'them in this order'}: they must be the same"
+                f"{self._path(self.annotations, 'val')!r} has {len(self.classes)}. They must be the same, in the same "
+                f"order{differing}. Correct the list of categories in one of the files"
             )
         return {split: self._sources[split]}
 

@@ -133,10 +133,10 @@ def _clean_up(target: Path) -> None:
     """Remove what killed processes left; if one of them was about to replace the shards, they get their name again."""
     if not target.exists() and (replaced := abandoned(target, "replaced")):
         replaced[-1].rename(target)
-        log.info("%s was restored: a process that is gone had not come to replace it", target)
+        log.info("%s was restored: its replacement was interrupted", target)
     for each in abandoned(target, "incomplete") + abandoned(target, "replaced"):
         shutil.rmtree(each, ignore_errors=True)
-        log.info("%s was removed: a process that is gone had left it behind", each)
+        log.info("%s was removed: an interrupted process left it", each)
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -149,7 +149,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         if path.name != INDEX and not path.match("chunk-*.bin")
     ]
     if foreign:
-        raise FileExistsError(f"{str(target)!r} holds what is no shard ({foreign[0]}): name another folder")
+        raise FileExistsError(f"{str(target)!r} has content other than shards ({foreign[0]}): name another folder")
     if any(target.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{str(target)!r} holds shards already: name another folder, or replace them: --overwrite"

@@ -173,6 +173,12 @@ def test_state_and_restore_are_inverse():
         assert not differences(averages_of(copy), averages_of(weights))
 
 
+def test_the_state_of_another_network_is_an_error_with_a_remedy():
+    state = {"raw": {}, "average": {"weight": torch.zeros(4, 4)}}
+    with pytest.raises(RuntimeError, match=r"average of 'weight'.*Resume with the network of that run"):
+        AveragedWeights(nn.Sequential(nn.Linear(4, 4))).restore(state)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two processes
 
