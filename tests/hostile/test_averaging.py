@@ -634,7 +634,7 @@ def test_training_of_an_adapter_is_that_without_an_average(adapter):
     for made in (EMA(0.8), EMA(0.8, validate="both")):
         for ours, theirs in zip(run(made), plain, strict=True):
             for name, value in ours.items():  # theirs is rounded by each merge
-                torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 @each_adapter
