@@ -336,7 +336,7 @@ def test_a_layer_of_one_size_and_a_map_that_vanishes(tmp_path):
     module.net.insert(1, nn.MaxPool2d(4))
     with pytest.raises(ValueError, match=r"3 pixels .*net.1.*4 or more"):
         resolution(module=module, data=data, sizes=["3"])
-    with pytest.raises(ValueError, match="at what size"):
+    with pytest.raises(ValueError, match="size at which the model was trained"):
         resolution(module=Flat(), data=Foreign(str(root)))
     with pytest.raises(ValueError, match=r"Foreign .*`eval_transform_at"):
         resolution(module=Flat(), data=Foreign(str(root)), sizes=["8"], crop_ratio=[0.9])
